@@ -1,0 +1,156 @@
+"""MultiTalk and InfiniteTalk as an extension of the Wan transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ..wanvideo.extension import Extension, Step, Tokens
+from ..wanvideo.modules.layers import WanLayerNorm
+from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from .multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention, latent_windows
+
+PROJECTION = "multitalk_audio_proj."
+BLOCK_KEYS = ("audio_cross_attn.", "norm_x.")
+
+
+@dataclass(frozen=True)
+class AudioWindow:
+    """Payload: the speech of one window.
+
+    audio [B, P, pixel frames, 5, layers, channels]: Wav2Vec2 features of P speakers, each frame with its neighbours.
+    scale: strength, 0-d. masks [P + 1, height, width]: where each speaker is, background last; None for one speaker.
+    """
+
+    audio: Tensor
+    scale: Tensor
+    masks: Tensor | None = None
+    needs: ClassVar[str] = (
+        "Speech needs a model with multitalk_audio_proj.proj1.weight: connect MultiTalkModelLoader to the "
+        "'multitalk_model' input of WanVideoModelLoader, or load a checkpoint that has the audio layers merged in."
+    )
+
+    def window(self, frames: range) -> Self:
+        """The speech of these pixel frames."""
+        return replace(self, audio=self.audio[:, :, frames.start : frames.stop : frames.step])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Move and cast the features; the masks stay exact."""
+        masks = None if self.masks is None else self.masks.to(device)
+        return replace(self, audio=self.audio.to(device, dtype), scale=self.scale.to(device), masks=masks)
+
+    def stack(self, others: Sequence[Self]) -> Self:
+        """Join batch rows of the same length, speakers and strength."""
+        return replace(self, audio=torch.cat([self.audio, *(other.audio for other in others)]))
+
+    def silent(self) -> Self:
+        """The unconditional form that audio guidance compares with: zero features."""
+        return replace(self, audio=torch.zeros_like(self.audio))
+
+
+class Speech(NamedTuple):
+    """State of a forward: audio tokens [B, F, T, C], strength, and the token grid."""
+
+    tokens: Tensor
+    scale: Tensor
+    grid: tuple[int, int, int]
+
+
+class SpeechCond(NamedTuple):
+    """Keys and values [B * F, T, H, D], strength, grid."""
+
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class MultiTalk(Extension):
+    """Sizes of the audio layers: features = encoder layers times channels; voiced: blocks that have audio layers."""
+
+    features: int
+    intermediate_dim: int
+    context_tokens: int
+    output_dim: int
+    voiced: tuple[int, ...]
+    payload: ClassVar[type] = AudioWindow
+    aliases: ClassVar[Mapping[str, str]] = {
+        f"audio_proj.{name}": f"{PROJECTION}{name}" for name in ("proj1.", "proj1_vf.", "proj2.", "proj3.", "norm.")
+    }
+
+    @classmethod
+    def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
+        """Present where the file has the audio projection and audio attention in its blocks."""
+        first, last = shapes.get(f"{PROJECTION}proj1.weight"), shapes.get(f"{PROJECTION}proj3.weight")
+        marks = (key.split(".") for key in shapes if key.endswith(".audio_cross_attn.q_linear.weight"))
+        voiced = tuple(sorted(int(parts[1]) for parts in marks))
+        if first is None or last is None or not voiced:
+            return None
+        output_dim = shapes[f"{PROJECTION}norm.weight"][0]
+        return cls(
+            features=first[1] // AUDIO_WINDOW,
+            intermediate_dim=first[0],
+            context_tokens=last[0] // output_dim,
+            output_dim=output_dim,
+            voiced=voiced,
+        )
+
+    def owns(self, key: str) -> bool:
+        """The projection, and the audio attention and its norm in every block."""
+        return key.startswith(PROJECTION) or (key.startswith("blocks.") and any(part in key for part in BLOCK_KEYS))
+
+    def build(self, model: WanModel) -> None:
+        """Adds multitalk_audio_proj and, in every voiced block, norm_x and audio_cross_attn."""
+        config = model.config
+        model.multitalk_audio_proj = AudioProjModel(
+            self.features, self.intermediate_dim, self.context_tokens, self.output_dim
+        )
+        for index in self.voiced:
+            block = model.blocks[index]
+            block.norm_x = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
+            block.audio_cross_attn = SingleStreamMultiAttention(config.dim, self.output_dim, config.num_heads)
+
+    def blocks(self, model: WanModel) -> Sequence[int]:
+        """Blocks with audio layers."""
+        return self.voiced
+
+    def prepare(
+        self, model: WanModel, payload: AudioWindow, step: Step, tokens: Tokens
+    ) -> tuple[Tokens, Speech | None]:
+        """Audio tokens of every latent frame."""
+        audio = payload.audio
+        if audio.shape[1] != 1:
+            raise ValueError(
+                f"This version animates one speaker but got {audio.shape[1]}; connect one audio to "
+                "MultiTalkWav2VecEmbeds."
+            )
+        if audio.shape[4] * audio.shape[5] != self.features:
+            raise ValueError(
+                f"The audio layers read {self.features} features a frame but the audio encoder gives "
+                f"{audio.shape[4] * audio.shape[5]}: load the Wav2Vec2 model that this checkpoint was trained with."
+            )
+        projected = model.multitalk_audio_proj(*latent_windows(audio[:, 0])).to(tokens.x.dtype)
+        if projected.shape[1] > tokens.grid[0]:
+            raise ValueError(
+                f"The speech covers {projected.shape[1]} latent frames but the video has {tokens.grid[0]}."
+            )
+        batch = tokens.x.shape[0]
+        return tokens, Speech(projected.expand(batch, -1, -1, -1), payload.scale, tokens.grid)
+
+    def once(self, block: WanAttentionBlock, state: Speech, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values depend on the speech alone."""
+        return block.audio_cross_attn.keys_values(state.tokens.flatten(0, 1))
+
+    def block_cond(self, state: Speech, index: int, kept: tuple[Tensor, Tensor]) -> SpeechCond:
+        """What `once` kept, with the strength of this run."""
+        return SpeechCond(*kept, state.scale, state.grid)
+
+    def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: SpeechCond) -> tuple[Tensor, SpeechCond]:
+        """Adds audio attention to the residual stream."""
+        spoken = block.audio_cross_attn.attend(block.norm_x(x).contiguous(), cond.k, cond.v, cond.grid)
+        return x + spoken * cond.scale.to(x.dtype), cond

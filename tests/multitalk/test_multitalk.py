@@ -1,0 +1,141 @@
+"""Audio projection and attention against a float64 form written from the method's description."""
+
+import pytest
+import torch
+from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
+from wanvideo_wrapper.multitalk.multitalk import AudioProjModel, SingleStreamMultiAttention, latent_windows
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+
+LAYERS, CHANNELS, HIDDEN, TOKENS, OUT = 3, 8, 12, 4, 16
+
+
+def randomise(module):
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return module
+
+
+def windows_by_loop(audio):
+    """The feature frames behind each latent frame, one index at a time; audio [frames, 5, ...]."""
+    later = []
+    for start in range(1, audio.shape[0], 4):
+        picks = [(start, 0), (start, 1), (start, 2), (start + 1, 2), (start + 2, 2)]
+        picks += [(start + 3, 2), (start + 3, 3), (start + 3, 4)]
+        later.append(torch.stack([audio[f, w] for f, w in picks]))
+    return audio[0], torch.stack(later)
+
+
+def project_float64(model, audio):
+    p = {k: v.double() for k, v in model.state_dict().items()}
+    first, later = windows_by_loop(audio.double())
+    rows = [torch.relu(p["proj1.weight"] @ first.flatten() + p["proj1.bias"])]
+    rows += [torch.relu(p["proj1_vf.weight"] @ one.flatten() + p["proj1_vf.bias"]) for one in later]
+    out = []
+    for row in rows:
+        hidden = torch.relu(p["proj2.weight"] @ row + p["proj2.bias"])
+        tokens = (p["proj3.weight"] @ hidden + p["proj3.bias"]).view(TOKENS, OUT)
+        centred = tokens - tokens.mean(-1, keepdim=True)
+        tokens = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        out.append(tokens * p["norm.weight"] + p["norm.bias"])
+    return torch.stack(out)
+
+
+def attend_float64(module, x, audio, shape, heads):
+    p = {k: v.double() for k, v in module.state_dict().items()}
+    frames, height, width = shape
+    places, dim = height * width, x.shape[-1]
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for f in range(frames):
+        rows = slice(f * places, (f + 1) * places)
+        q = x[0, rows].double() @ p["q_linear.weight"].T + p["q_linear.bias"]
+        kv = audio[f].double() @ p["kv_linear.weight"].T + p["kv_linear.bias"]
+        k, v = kv[:, :dim], kv[:, dim:]
+        joined = []
+        for h in range(heads):
+            part = slice(h * dim // heads, (h + 1) * dim // heads)
+            weights = (q[:, part] @ k[:, part].T / (dim // heads) ** 0.5).softmax(-1)
+            joined.append(weights @ v[:, part])
+        out[0, rows] = torch.cat(joined, -1) @ p["proj.weight"].T + p["proj.bias"]
+    return out
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@torch.no_grad()
+def test_projection():
+    model = randomise(AudioProjModel(LAYERS * CHANNELS, HIDDEN, TOKENS, OUT))
+    audio = torch.randn(13, 5, LAYERS, CHANNELS)
+    assert relative(model(*latent_windows(audio[None]))[0], project_float64(model, audio)) < 1e-5
+
+
+def test_audio_must_cover_4n_plus_1_frames():
+    with pytest.raises(ValueError, match=r"4n\+1 frames, not 12"):
+        latent_windows(torch.randn(1, 12, 5, LAYERS, CHANNELS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trailing", [0, 1])
+def test_audio_attention(trailing):
+    heads, dim, shape = 2, 24, (3, 2, 5)
+    module = randomise(SingleStreamMultiAttention(dim, OUT, heads))
+    x, audio = torch.randn(1, (3 + trailing) * 10, dim), torch.randn(3, TOKENS, OUT)
+    got = module(x, audio, shape)
+    want = attend_float64(module, x, audio, shape, heads)
+    assert relative(got, want) < 1e-5
+    assert not trailing or got[:, 30:].abs().max() == 0
+
+
+@torch.no_grad()
+def test_strided_input_equals_dense():
+    module = randomise(SingleStreamMultiAttention(24, OUT, 2))
+    x, audio = torch.randn(24, 10).t()[None], torch.randn(1, OUT, TOKENS).transpose(1, 2)
+    assert torch.equal(module(x, audio, (1, 2, 5)), module(x.contiguous(), audio.contiguous(), (1, 2, 5)))
+
+
+def talking_model():
+    config = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=4)
+    extension = MultiTalk(
+        features=LAYERS * CHANNELS, intermediate_dim=HIDDEN, context_tokens=TOKENS, output_dim=OUT, voiced=(0, 1)
+    )
+    return randomise(WanModel(config, (extension,)))
+
+
+def inputs(*payloads):
+    torch.manual_seed(3)
+    return ModelInputs(
+        latents=torch.randn(1, 16, 3, 4, 4), timestep=torch.tensor([500.0]), text=(torch.randn(4, 8),),
+        payloads=payloads,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_speech_acts_by_its_strength():
+    model = talking_model()
+    audio = torch.randn(1, 1, 9, 5, LAYERS, CHANNELS)
+    quiet = model(inputs())
+    mute = model(inputs(AudioWindow(audio, torch.tensor(0.0))))
+    loud = model(inputs(AudioWindow(audio, torch.tensor(1.0))))
+    assert torch.equal(quiet, mute)
+    assert relative(loud, quiet.double()) > 1e-3
+
+
+@torch.no_grad()
+def test_wrong_speech_is_named():
+    model, one = talking_model(), torch.tensor(1.0)
+    with pytest.raises(ValueError, match="one speaker but got 2"):
+        model(inputs(AudioWindow(torch.randn(1, 2, 9, 5, LAYERS, CHANNELS), one)))
+    with pytest.raises(ValueError, match="read 24 features"):
+        model(inputs(AudioWindow(torch.randn(1, 1, 9, 5, LAYERS, 9), one)))
+    with pytest.raises(ValueError, match="4 latent frames but the video has 3"):
+        model(inputs(AudioWindow(torch.randn(1, 1, 13, 5, LAYERS, CHANNELS), one)))
+
+
+def test_payload_slices_and_stacks():
+    payload = AudioWindow(torch.randn(1, 1, 9, 5, LAYERS, CHANNELS), torch.tensor(1.0))
+    assert torch.equal(payload.window(range(4, 9)).audio, payload.audio[:, :, 4:9])
+    both = payload.stack([payload.silent()])
+    assert both.audio.shape[0] == 2 and both.audio[1].abs().max() == 0
+    assert torch.equal(both.audio[:1], payload.audio)

@@ -1,0 +1,79 @@
+"""Attention backends against the textbook formula in float64."""
+
+import pytest
+import torch
+from wanvideo_wrapper.attention import ATTENTION_MODES, attend, resolve, sdpa
+from wanvideo_wrapper.wanvideo.extension import AttentionCall
+
+
+def formula(q, k, v, mask=None):
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def qkv(queries=7, keys=5, heads=3, size=16):
+    return torch.randn(2, queries, heads, size), *(torch.randn(2, keys, heads, size) for _ in range(2))
+
+
+def assert_close(got, want, tolerance=1e-5):
+    error = (got.double() - want).norm() / want.norm()
+    assert error < tolerance
+
+
+def test_matches_the_formula_and_leaves_inputs_alone():
+    q, k, v = qkv()
+    before = [t.clone() for t in (q, k, v)]
+    got = sdpa()(q, k, v)
+    assert got.is_contiguous()
+    assert_close(got, formula(q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+def test_mask():
+    q, k, v = qkv()
+    mask = torch.rand(2, 1, 7, 5) > 0.4
+    mask[..., 0] = True
+    assert_close(sdpa()(q, k, v, mask=mask), formula(q, k, v, mask))
+
+
+def test_views_at_odd_offsets():
+    storage = torch.randn(3, 2 * 7 * 3 * 16 + 1)
+    q, k, v = (storage[i, 1:].view(2, 3, 7, 16).transpose(1, 2) for i in range(3))
+    assert_close(sdpa()(q, k, v), formula(q, k, v))
+
+
+def test_one_key_does_not_alias_its_value():
+    q, k, v = qkv(queries=1, keys=1)
+    out = sdpa()(q, k, v)
+    out.zero_()
+    assert v.abs().min() > 0
+
+
+def test_gradients_flow():
+    q, k, v = (t.requires_grad_() for t in qkv())
+    sdpa()(q, k, v).square().sum().backward()
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (q, k, v))
+
+
+def test_compiles_without_graph_break():
+    q, k, v = qkv()
+    compiled = torch.compile(lambda q, k, v: sdpa()(q, k, v) * 2, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(q, k, v), 2 * formula(q, k, v))
+
+
+def test_spans_see_only_their_keys():
+    q, k, v = qkv(queries=6, keys=6)
+    got = attend(sdpa(), AttentionCall(q, k, v, spans=(((0, 4), (0, 6)), ((4, 6), (4, 6)))))
+    assert_close(got[:, :4], formula(q[:, :4], k, v))
+    assert_close(got[:, 4:], formula(q[:, 4:], k[:, 4:], v[:, 4:]))
+
+
+def test_resolve_names_every_backend_and_reason():
+    assert resolve("sdpa", device=torch.device("cpu"), head_dim=128).name == "sdpa"
+    for name in [*(set(ATTENTION_MODES) - {"sdpa"}), "nonsense"]:
+        with pytest.raises(ValueError, match=f"'{name}' cannot run") as error:
+            resolve(name, device=torch.device("cpu"), head_dim=128)
+        assert all(mode in str(error.value) for mode in ATTENTION_MODES)

@@ -1,0 +1,49 @@
+"""Rotary embedding against complex arithmetic in float64."""
+
+import math
+
+import pytest
+import torch
+from wanvideo_wrapper.wanvideo.rope import apply_rope, axis_sizes, rope_table
+
+
+def complex_rope(x, grid, riflex=0):
+    frames, height, width = grid
+    size = x.shape[-1]
+    parts = (size - 4 * (size // 6), 2 * (size // 6), 2 * (size // 6))
+    out = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()).clone()
+    token = 0
+    for f in range(frames):
+        for h in range(height):
+            for w in range(width):
+                angles = []
+                for axis, (position, part) in enumerate(zip((f, h, w), parts, strict=True)):
+                    for j in range(part // 2):
+                        freq = 10000.0 ** (-2 * j / part)
+                        if axis == 0 and riflex and j == riflex - 1:
+                            freq = 0.9 * 2 * math.pi / frames
+                        angles.append(position * freq)
+                turn = torch.polar(torch.ones(len(angles), dtype=torch.float64), torch.tensor(angles).double())
+                out[:, token] *= turn
+                token += 1
+    return torch.view_as_real(out).flatten(-2)
+
+
+@pytest.mark.parametrize("size", [12, 64, 128])
+@pytest.mark.parametrize("riflex", [0, 1, 2])
+def test_equals_complex_rotation(size, riflex):
+    grid = (3, 2, 4)
+    x = torch.randn(2, 24, 3, size)
+    got = apply_rope(x, rope_table(grid, size, riflex_index=riflex))
+    want = complex_rope(x, grid, riflex)
+    assert (got - want).norm() / want.norm() < 1e-6
+
+
+def test_axes_fill_the_head():
+    assert axis_sizes(128) == (44, 42, 42)
+    assert all(sum(axis_sizes(d)) == d for d in range(2, 258, 2))
+
+
+def test_index_out_of_range_is_named():
+    with pytest.raises(ValueError, match="riflex_freq_index"):
+        rope_table((2, 2, 2), 128, riflex_index=23)

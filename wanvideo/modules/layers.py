@@ -1,0 +1,78 @@
+"""Norms, modulation and embeddings that the Wan transformer is made of. Norms compute in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_PERIOD = 10000.0
+
+
+class WanRMSNorm(nn.Module):
+    """RMS norm over all channels (all heads at once), with a weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C] in x's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+class WanLayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32, returned in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, elementwise_affine: bool = False) -> None:
+        super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C] in x's dtype."""
+        return self.widened(x).to(x.dtype)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """The same in float32, for a modulation that follows."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if p is None else p.to(wide) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
+
+
+def per_token(rows_of: Tensor, rows: Tensor | None) -> Tensor:
+    """Modulation [B, R, C] as it applies to tokens: [B, 1, C] for one row, else [B, L, C]."""
+    return rows_of if rows is None else rows_of[:, rows]
+
+
+def modulate(norm: WanLayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, rounded once to x's dtype."""
+    return torch.addcmul(shift, norm.widened(x), 1 + scale).to(x.dtype)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate with a float32 gate, rounded once to x's dtype."""
+    return torch.addcmul(x.to(gate.dtype), y.to(gate.dtype), gate).to(x.dtype)
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Cosines then sines of timestep [...] at dim / 2 frequencies: [..., dim] float32, computed in float64."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = timestep.double().unsqueeze(-1) * MAX_PERIOD**-exponents
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+class Head(nn.Module):
+    """Last norm, modulation and projection to patches of the velocity."""
+
+    def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm = WanLayerNorm(dim, eps)
+        self.head = nn.Linear(dim, patch_channels)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
+
+    def forward(self, x: Tensor, embedding: Tensor, rows: Tensor | None) -> Tensor:
+        """x [B, L, C], time embedding [B, R, C] float32, rows [L] or None -> [B, L, patch channels]."""
+        shift, scale = (self.modulation.float().unsqueeze(1) + embedding.unsqueeze(2)).unbind(2)
+        return self.head(modulate(self.norm, x, per_token(shift, rows), per_token(scale, rows)))

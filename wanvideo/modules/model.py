@@ -1,0 +1,282 @@
+"""The Wan transformer: patches of a noisy latent video in, velocity out.
+
+Source: Wan-Video/Wan2.1 and Wan2.2. Module names are the published checkpoint keys. Other systems join through
+`wanvideo/extension.py`; nothing here names one of them.
+
+Shapes: B batch, L tokens, C channels, H heads, D head size, T text tokens, R rows of modulation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...attention import Attention, attend, sdpa
+from ...tensor_layout import dense
+from ..config import WanConfig
+from ..extension import (
+    AttentionCall,
+    BlockInputs,
+    Extension,
+    Heads,
+    Hooks,
+    Payload,
+    RunCache,
+    Step,
+    Tokens,
+    run_hooks,
+)
+from ..rope import apply_rope, rope_table
+from .layers import Head, WanLayerNorm, WanRMSNorm, gated_residual, modulate, per_token, sinusoidal_embedding
+
+
+class WanSelfAttention(nn.Module):
+    """Attention of all video tokens to each other."""
+
+    def __init__(self, config: WanConfig, attention: Attention) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = (config.num_heads, config.head_dim)
+        self.attention = attention
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = WanRMSNorm(dim, config.eps)
+        self.norm_k = WanRMSNorm(dim, config.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, H, D]."""
+        return dense(x).unflatten(-1, self.heads)
+
+    def project(self, out: Tensor) -> Tensor:
+        """Heads [B, L, H, D] through the output projection: [B, L, C]."""
+        return self.o(out.flatten(2).contiguous())
+
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
+    ) -> tuple[Tensor, Hooks]:
+        """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
+        q = apply_rope(self.split(self.norm_q(self.q(x))), inputs.rope)
+        k = apply_rope(self.split(self.norm_k(self.k(x))), inputs.rope)
+        call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
+        out = attend(self.attention, call)
+        read = any(extension.reads_heads for extension, _ in hooks)
+        heads = Heads(call.q if read else None, call.k if read else None, out)
+        heads, hooks = run_hooks("self_attn", block, heads, hooks)
+        return self.project(heads.out), hooks
+
+
+class WanT2VCrossAttention(WanSelfAttention):
+    """Attention of video tokens to the text."""
+
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
+    ) -> tuple[Tensor, Hooks]:
+        """x [B, L, C], inputs.text [B, T, C] -> [B, L, C]."""
+        q = self.split(self.norm_q(self.q(x)))
+        k = self.split(self.norm_k(self.k(inputs.text)))
+        out = self.attention(q, k, self.split(self.v(inputs.text)))
+        heads, hooks = run_hooks("cross_attn", block, Heads(q, None, out), hooks)
+        return self.project(heads.out), hooks
+
+
+class WanI2VCrossAttention(WanT2VCrossAttention):
+    """Text cross-attention whose module also holds the keys and values of CLIP image tokens."""
+
+    def __init__(self, config: WanConfig, attention: Attention) -> None:
+        super().__init__(config, attention)
+        self.k_img = nn.Linear(config.dim, config.dim)
+        self.v_img = nn.Linear(config.dim, config.dim)
+        self.norm_k_img = WanRMSNorm(config.dim, config.eps)
+
+    def image_keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens [B, N, C] -> k, v [B, N, H, D]."""
+        return self.split(self.norm_k_img(self.k_img(tokens))), self.split(self.v_img(tokens))
+
+
+class WanAttentionBlock(nn.Module):
+    """Self-attention, text cross-attention and feed-forward, each behind a norm, with the extensions' hooks between."""
+
+    def __init__(self, config: WanConfig, attention: Attention) -> None:
+        super().__init__()
+        self.extensions: tuple[Extension, ...] = ()
+        self.norm1 = WanLayerNorm(config.dim, config.eps)
+        self.self_attn = WanSelfAttention(config, attention)
+        self.norm3 = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
+        self.cross_attn = WanT2VCrossAttention(config, sdpa())
+        self.norm2 = WanLayerNorm(config.dim, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    def forward(self, x: Tensor, inputs: BlockInputs, conds: tuple[NamedTuple | None, ...] = ()) -> Tensor:
+        """x [B, L, C] -> [B, L, C]; conds: one entry per extension of the model, None where it is idle."""
+        hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None)
+        rows = (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (per_token(row, inputs.rows) for row in rows)
+
+        h, hooks = run_hooks("self_attn_input", self, modulate(self.norm1, x, shift, scale), hooks)
+        y, hooks = self.self_attn(h, inputs, hooks, self)
+        y, hooks = run_hooks("self_attn_output", self, y, hooks)
+        x = gated_residual(x, y, gate)
+
+        y, hooks = self.cross_attn(self.norm3(x), inputs, hooks, self)
+        x, _ = run_hooks("after_cross_attn", self, x + y, hooks)
+
+        y = self.ffn(modulate(self.norm2, x, ffn_shift, ffn_scale))
+        return gated_residual(x, y, ffn_gate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """One forward pass.
+
+    latents [B, in_dim, F, H, W]: noise, joined with the condition channels where the model has them.
+    timestep [B], or [B, F] for one per latent frame, 0..1000. text: B tensors [tokens, text_dim] without padding.
+    payloads: what the extensions read. cache: kept over the steps of a run; None computes everything anew.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    text: tuple[Tensor, ...]
+    payloads: tuple[Payload, ...] = ()
+    step: Step = Step()
+    riflex_index: int = 0
+    cache: RunCache | None = None
+
+
+class Active(NamedTuple):
+    """An extension that runs in this forward, its place in the registry order, its payload and state."""
+
+    place: int
+    extension: Extension
+    payload: Payload
+    state: object
+
+
+class WanModel(nn.Module):
+    """Wan transformer of any published size. Build it on the meta device; parameters come from a checkpoint."""
+
+    def __init__(
+        self, config: WanConfig, extensions: Sequence[Extension] = (), attention: Attention | None = None
+    ) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.extensions = tuple(extensions)
+        self.around_block: Callable[[int], AbstractContextManager[None]] = lambda index: contextlib.nullcontext()
+        self.patch_embedding = nn.Conv3d(
+            config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            WanAttentionBlock(config, attention or sdpa()) for _ in range(config.num_layers)
+        )
+        patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.head = Head(dim, config.out_dim * patch_volume, config.eps)
+        for extension in self.extensions:
+            extension.build(self)
+        for block in self.blocks:
+            block.extensions = self.extensions
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Velocity [B, out_dim, F, H, W] float32.
+
+        Raises ValueError if the channels or sizes of the latents do not fit, or a payload has no weights here.
+        """
+        tokens, embedding = self._embed(inputs)
+        active, tokens = self._prepare(inputs, tokens)
+        text = self._embed_text(inputs.text, tokens.x.dtype)
+        block_inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, text, tokens.grid)
+        x = tokens.x
+        for index, block in enumerate(self.blocks):
+            with self.around_block(index):
+                x = block(x, block_inputs, self._conds(index, active, inputs.cache))
+                for entry in active:
+                    x = entry.extension.after_block(self, index, x, block_inputs, entry.state)
+        count = tokens.grid[0] * tokens.grid[1] * tokens.grid[2]
+        rows = None if tokens.rows is None else tokens.rows[:count]
+        return self._unpatchify(self.head(x[:, :count], embedding, rows), tokens.grid)
+
+    def _embed(self, inputs: ModelInputs) -> tuple[Tokens, Tensor]:
+        latents, config = inputs.latents, self.config
+        if latents.shape[1] != config.in_dim:
+            raise ValueError(f"The model reads {config.in_dim} latent channels but got {latents.shape[1]}.")
+        sizes = latents.shape[2:]
+        if any(size % patch for size, patch in zip(sizes, config.patch_size, strict=True)):
+            raise ValueError(f"Latent sizes {tuple(sizes)} are not multiples of the patch {config.patch_size}.")
+        patches = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
+        grid = (int(patches.shape[2]), int(patches.shape[3]), int(patches.shape[4]))
+        x = patches.flatten(2).transpose(1, 2).contiguous().to(self.compute_dtype)
+
+        weight = self.time_embedding[0].weight
+        timestep = inputs.timestep if inputs.timestep.dim() == 2 else inputs.timestep[:, None]
+        embedding = self.time_embedding(sinusoidal_embedding(timestep, config.freq_dim).to(weight.dtype))
+        mod = self.time_projection(embedding).float().unflatten(-1, (6, config.dim))
+        rows = None
+        if mod.shape[1] > 1:
+            frame = torch.arange(grid[0], device=x.device)
+            rows = frame.repeat_interleave(grid[1] * grid[2])
+        rope = rope_table(grid, config.head_dim, riflex_index=inputs.riflex_index, device=x.device)
+        return Tokens(x, mod, rows, rope, grid), embedding.float()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream: that of the text embedding, which is never quantised."""
+        return self.text_embedding[0].weight.dtype
+
+    def _embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        length = max(self.config.text_len, *(t.shape[0] for t in text))
+        padded = torch.stack([F.pad(t, (0, 0, 0, length - t.shape[0])) for t in text])
+        return self.text_embedding(padded.to(self.text_embedding[0].weight)).to(dtype)
+
+    def _prepare(self, inputs: ModelInputs, tokens: Tokens) -> tuple[tuple[Active, ...], Tokens]:
+        active = []
+        unread = list(inputs.payloads)
+        for place, extension in enumerate(self.extensions):
+            mine = [payload for payload in unread if isinstance(payload, extension.payload)]
+            if len(mine) > 1:
+                raise ValueError(f"The model was given {type(mine[0]).__name__} twice; connect only one.")
+            for payload in mine:
+                unread.remove(payload)
+                tokens, state = extension.prepare(self, payload, inputs.step, tokens)
+                if state is not None:
+                    active.append(Active(place, extension, payload, state))
+        if unread:
+            raise ValueError(unread[0].needs)
+        return tuple(active), tokens
+
+    def _conds(
+        self, index: int, active: Sequence[Active], cache: RunCache | None
+    ) -> tuple[NamedTuple | None, ...]:
+        block = self.blocks[index]
+        conds: list[NamedTuple | None] = [None] * len(self.extensions)
+        for entry in active:
+            if index not in entry.extension.blocks(self):
+                continue
+
+            def make(entry: Active = entry) -> object | None:
+                return entry.extension.once(block, entry.state, index)
+
+            kept = make() if cache is None else cache.get(entry.payload, index, make)
+            conds[entry.place] = entry.extension.block_cond(entry.state, index, kept)
+        return tuple(conds)
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        (frames, height, width), (pt, ph, pw) = grid, self.config.patch_size
+        cells = patches.float().reshape(patches.shape[0], frames, height, width, pt, ph, pw, self.config.out_dim)
+        video = cells.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return video.reshape(video.shape[0], self.config.out_dim, frames * pt, height * ph, width * pw)
