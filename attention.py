@@ -32,7 +32,7 @@ ATTENTION_MODES = (
 
 
 class Attention(Protocol):
-    """A backend: q, k, v [B, L, H, D] -> [B, L, H, D], contiguous. mask [B or 1, H or 1, Lq, Lk], True where allowed."""
+    """A backend: q, k, v [B, L, H, D] -> [B, L, H, D], contiguous. mask [B, H, Lq, Lk] or 1 for B, H: True allows."""
 
     name: str
 

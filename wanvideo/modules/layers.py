@@ -52,7 +52,7 @@ def modulate(norm: WanLayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Ten
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y * gate with a float32 gate, rounded once to x's dtype."""
-    return torch.addcmul(x.to(gate.dtype), y.to(gate.dtype), gate).to(x.dtype)
+    return torch.addcmul(x, y, gate).to(x.dtype)
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:

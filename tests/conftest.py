@@ -1,0 +1,18 @@
+"""Markers: a test that needs hardware is skipped, with the reason, where the machine lacks it."""
+
+import pytest
+import torch
+
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+NEEDS = {"cuda": (0, 0), "sm89": (8, 9), "sm100": (10, 0)}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark, least in NEEDS.items():
+            if item.get_closest_marker(mark) is None:
+                continue
+            if CAPABILITY is None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            elif least > CAPABILITY:
+                item.add_marker(pytest.mark.skip(reason=f"needs compute capability {least[0]}.{least[1]}"))
