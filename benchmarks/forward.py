@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from diffusers import WanTransformer3DModel
-
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
 
