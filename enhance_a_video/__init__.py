@@ -66,7 +66,6 @@ class EnhanceAVideo(Extension):
     """Present in every model, idle without its payload."""
 
     payload: ClassVar[type] = EnhanceArgs
-    reads_heads: ClassVar[bool] = True
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
@@ -86,6 +85,10 @@ class EnhanceAVideo(Extension):
     def block_cond(self, state: EnhanceCond, index: int, kept: None) -> EnhanceCond:
         """The same in every block."""
         return state
+
+    def reads_heads(self, cond: EnhanceCond) -> bool:
+        """The score is measured on q and k."""
+        return True
 
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: EnhanceCond) -> tuple[Heads, EnhanceCond]:
         """Measures the score."""

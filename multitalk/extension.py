@@ -9,10 +9,11 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.extension import Extension, Step, Tokens
+from ..wanvideo.extension import Extension, Heads, Step, Tokens
 from ..wanvideo.modules.layers import WanLayerNorm
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from .multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention, latent_windows
+from .speakers import speaker_map, token_masks
 
 PROJECTION = "multitalk_audio_proj."
 BLOCK_KEYS = ("audio_cross_attn.", "norm_x.")
@@ -23,7 +24,7 @@ class AudioWindow:
     """Payload: the speech of one window.
 
     audio [B, P, pixel frames, 5, layers, channels]: Wav2Vec2 features of P speakers, each frame with its neighbours.
-    scale: strength, 0-d. masks [P + 1, height, width]: where each speaker is, background last; None for one speaker.
+    scale: strength, 0-d. masks [P or P + 1, height, width]: where each speaker is, background last; None for one.
     """
 
     audio: Tensor
@@ -48,25 +49,29 @@ class AudioWindow:
         return replace(self, audio=torch.cat([self.audio, *(other.audio for other in others)]))
 
     def silent(self) -> Self:
-        """The unconditional form that audio guidance compares with: zero features."""
-        return replace(self, audio=torch.zeros_like(self.audio))
+        """The unconditional form that audio guidance compares with: zero features of a single speaker."""
+        return replace(self, audio=torch.zeros_like(self.audio[:, -1:]), masks=None)
 
 
 class Speech(NamedTuple):
-    """State of a forward: audio tokens [B, F, T, C], strength, and the token grid."""
+    """State of a forward: audio tokens [B, F, P * T, C], strength, token grid; masks [P + 1, S], None for one speaker."""
 
     tokens: Tensor
     scale: Tensor
     grid: tuple[int, int, int]
+    masks: Tensor | None
+    speakers: int
 
 
 class SpeechCond(NamedTuple):
-    """Keys and values [B * F, T, H, D], strength, grid."""
+    """Keys and values [B * F, P * T, H, D], strength, grid, masks; scores [B, L, P + 1] from self-attention."""
 
     k: Tensor
     v: Tensor
     scale: Tensor
     grid: tuple[int, int, int]
+    masks: Tensor | None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,33 +129,45 @@ class MultiTalk(Extension):
     ) -> tuple[Tokens, Speech | None]:
         """Audio tokens of every latent frame."""
         audio = payload.audio
-        if audio.shape[1] != 1:
-            raise ValueError(
-                f"This version animates one speaker but got {audio.shape[1]}; connect one audio to "
-                "MultiTalkWav2VecEmbeds."
-            )
+        speakers = int(audio.shape[1])
         if audio.shape[4] * audio.shape[5] != self.features:
             raise ValueError(
                 f"The audio layers read {self.features} features a frame but the audio encoder gives "
                 f"{audio.shape[4] * audio.shape[5]}: load the Wav2Vec2 model that this checkpoint was trained with."
             )
-        projected = model.multitalk_audio_proj(*latent_windows(audio[:, 0])).to(tokens.x.dtype)
+        projected = model.multitalk_audio_proj(*latent_windows(audio.flatten(0, 1))).to(tokens.x.dtype)
+        projected = projected.unflatten(0, (-1, speakers)).transpose(1, 2).flatten(2, 3)
         if projected.shape[1] > tokens.grid[0]:
             raise ValueError(
                 f"The speech covers {projected.shape[1]} latent frames but the video has {tokens.grid[0]}."
             )
         batch = tokens.x.shape[0]
-        return tokens, Speech(projected.expand(batch, -1, -1, -1), payload.scale, tokens.grid)
+        masks = None
+        if speakers > 1:
+            masks = token_masks(payload.masks, speakers, tokens.grid, tokens.x.device)
+        return tokens, Speech(projected.expand(batch, -1, -1, -1), payload.scale, tokens.grid, masks, speakers)
 
     def once(self, block: WanAttentionBlock, state: Speech, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values depend on the speech alone."""
-        return block.audio_cross_attn.keys_values(state.tokens.flatten(0, 1))
+        return block.audio_cross_attn.speaker_keys_values(state.tokens.flatten(0, 1), state.speakers)
 
     def block_cond(self, state: Speech, index: int, kept: tuple[Tensor, Tensor]) -> SpeechCond:
         """What `once` kept, with the strength of this run."""
-        return SpeechCond(*kept, state.scale, state.grid)
+        return SpeechCond(*kept, state.scale, state.grid, state.masks)
+
+    def reads_heads(self, cond: SpeechCond) -> bool:
+        """Several speakers are told apart by q and k."""
+        return cond.masks is not None
+
+    def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: SpeechCond) -> tuple[Heads, SpeechCond]:
+        """Measures which speaker each token belongs to."""
+        if cond.masks is None:
+            return heads, cond
+        return heads, cond._replace(scores=speaker_map(heads.q, heads.k, cond.masks))
 
     def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: SpeechCond) -> tuple[Tensor, SpeechCond]:
         """Adds audio attention to the residual stream."""
-        spoken = block.audio_cross_attn.attend(block.norm_x(x).contiguous(), cond.k, cond.v, cond.grid)
+        attention = block.audio_cross_attn
+        rope = None if cond.scores is None else attention.query_rope(cond.scores)
+        spoken = attention.attend(block.norm_x(x).contiguous(), cond.k, cond.v, cond.grid, rope)
         return x + spoken * cond.scale.to(x.dtype), cond

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..wanvideo.modules.layers import WanLayerNorm
+from ..wanvideo.rope import apply_rope
+from .speakers import key_positions, query_positions, rotation
 
 AUDIO_WINDOW = 5
 FRAMES_PER_LATENT = 4
@@ -87,8 +89,13 @@ class SingleStreamAttention(nn.Module):
         """x [B, L, C], audio [B * F, T, audio channels], shape (F, height, width) in tokens -> [B, L, C]."""
         return self.attend(x, *self.keys_values(encoder_hidden_states), shape)
 
-    def attend(self, x: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """The same with keys and values at hand. Tokens after the frames that have audio get zeros."""
+    def attend(
+        self, x: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int], rope: Tensor | None = None
+    ) -> Tensor:
+        """The same with keys and values at hand. Tokens after the frames that have audio get zeros.
+
+        rope [B, L, D / 2, 2] turns the queries, for several speakers.
+        """
         x = x.contiguous()
         batch, count, _ = x.shape
         places = int(shape[1]) * int(shape[2])
@@ -96,6 +103,8 @@ class SingleStreamAttention(nn.Module):
         voiced = frames * places
         spoken = x[:, :voiced].reshape(batch * frames, places, -1).contiguous()
         q = self.q_linear(spoken).unflatten(-1, self.heads).contiguous()
+        if rope is not None:
+            q = apply_rope(q, rope[:, :voiced].reshape(batch * frames, places, *rope.shape[2:]))
         out = self.proj(self.attention(q, k, v).flatten(2).contiguous())
         out = out.view(batch, voiced, -1)
         if voiced == count:
@@ -104,20 +113,29 @@ class SingleStreamAttention(nn.Module):
 
 
 class SingleStreamMultiAttention(SingleStreamAttention):
-    """The published form for several speakers; with one speaker it is SingleStreamAttention.
+    """Audio attention for any number of speakers, told apart by rotary positions; with one it is the parent's."""
 
-    class_range, class_interval: positions shared among the speakers, and how many each gets (six speakers at most).
-    """
+    def speaker_keys_values(self, encoder_hidden_states: Tensor, speakers: int) -> tuple[Tensor, Tensor]:
+        """Audio tokens [B * F, P * T, audio channels], speaker by speaker -> k, v with every speaker's k in place."""
+        k, v = self.keys_values(encoder_hidden_states)
+        if speakers == 1:
+            return k, v
+        positions = key_positions(speakers, k.shape[1] // speakers, k.device)
+        return apply_rope(k, rotation(positions, self.heads[1])), v
 
-    def __init__(
+    def query_rope(self, scores: Tensor) -> Tensor:
+        """Speaker scores [B, L, P + 1] -> rope [B, L, D / 2, 2] of the queries."""
+        return rotation(query_positions(scores), self.heads[1])
+
+    def forward(
         self,
-        dim: int,
-        encoder_hidden_states_dim: int,
-        num_heads: int,
-        qkv_bias: bool = True,
-        *,
-        class_range: int = 24,
-        class_interval: int = 4,
-    ) -> None:
-        super().__init__(dim, encoder_hidden_states_dim, num_heads, qkv_bias)
-        self.max_humans = class_range // class_interval
+        x: Tensor,
+        encoder_hidden_states: Tensor,
+        shape: tuple[int, int, int],
+        x_ref_attn_map: Tensor | None = None,
+        human_num: int = 1,
+    ) -> Tensor:
+        """x [B, L, C], audio [B * F, P * T, audio channels], x_ref_attn_map [B, L, P + 1] for several speakers."""
+        k, v = self.speaker_keys_values(encoder_hidden_states, human_num)
+        rope = None if human_num == 1 else self.query_rope(x_ref_attn_map)
+        return self.attend(x, k, v, shape, rope)

@@ -36,7 +36,7 @@ class AttentionCall(NamedTuple):
 class Heads(NamedTuple):
     """Attention after the kernel and before the output projection: q, k, out [B, L, H, D].
 
-    In self-attention q and k are post-RoPE, and None unless an active extension sets `reads_heads`.
+    In self-attention q and k are post-RoPE, and None unless the `reads_heads` of an active extension asks for them.
     In cross-attention q is the normalised query and k is None.
     """
 
@@ -133,7 +133,6 @@ class Extension:
 
     payload: ClassVar[type]
     aliases: ClassVar[Mapping[str, str]] = {}
-    reads_heads: ClassVar[bool] = False
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
@@ -180,6 +179,10 @@ class Extension:
     ) -> tuple[AttentionCall, NamedTuple]:
         """q, k, v of self-attention, before the kernel."""
         return call, cond
+
+    def reads_heads(self, cond: NamedTuple) -> bool:
+        """Whether `self_attn` needs q and k, which a kernel may otherwise keep to itself."""
+        return False
 
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: NamedTuple) -> tuple[Heads, NamedTuple]:
         """Output heads of self-attention, before the output projection."""

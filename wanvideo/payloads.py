@@ -69,7 +69,8 @@ class ImageEmbeds:
     the same frames, 1 where a frame is given. clip: CLIP features of the images.
     extra_end_frame: the last latent frame is an end image encoded on its own; decoding drops its pixel frame.
     leading_latents: reference latents in front that decoding drops. loop: set for long talking video.
-    payloads: what other systems add.
+    given_latents: (latent frame, [channels, frames, height, width]) pairs that are known before sampling; a negative
+    frame counts from the end. payloads: what other systems add.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -80,6 +81,7 @@ class ImageEmbeds:
     extra_end_frame: bool = False
     leading_latents: int = 0
     loop: LoopSettings | None = None
+    given_latents: tuple[tuple[int, Tensor], ...] = ()
     payloads: tuple[Payload, ...] = ()
 
 

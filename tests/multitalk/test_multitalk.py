@@ -4,6 +4,7 @@ import pytest
 import torch
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.multitalk.multitalk import AudioProjModel, SingleStreamMultiAttention, latent_windows
+from wanvideo_wrapper.multitalk.speakers import speaker_map, token_masks
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
 
@@ -88,6 +89,69 @@ def test_audio_attention(trailing):
     assert not trailing or got[:, 30:].abs().max() == 0
 
 
+def scores_float64(q, k, masks):
+    """[L, P + 1]: softmax over the first frame's keys, summed over each mask, divided by its size, mean over heads."""
+    q, k = q[0].double(), k[0, : masks.shape[1]].double()
+    out = torch.zeros(q.shape[0], masks.shape[0], dtype=torch.float64)
+    for h in range(q.shape[1]):
+        weights = (q[:, h] @ k[:, h].T / q.shape[-1] ** 0.5).softmax(-1)
+        for c, mask in enumerate(masks.double()):
+            out[:, c] += (weights * mask).sum(-1) / mask.sum() / q.shape[1]
+    return out
+
+
+def rotate_float64(x, position):
+    """x [tokens, heads, D] turned by one position a token."""
+    size = x.shape[-1]
+    turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    freqs = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = position.double()[:, None] * freqs
+    turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(turned).flatten(-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("speakers", [2, 3, 4])
+def test_several_speakers(speakers):
+    heads, dim, shape = 2, 24, (3, 4, 6)
+    places = 24
+    module = randomise(SingleStreamMultiAttention(dim, OUT, heads))
+    x, audio = torch.randn(1, 3 * places, dim), torch.randn(3, speakers * TOKENS, OUT)
+    q, k = torch.randn(1, 3 * places, heads, 16), torch.randn(1, 3 * places, heads, 16)
+    masks = torch.nn.functional.one_hot(torch.arange(places) % (speakers + 1)).T.float()
+
+    scores = scores_float64(q, k, masks)
+    assert relative(speaker_map(q, k, masks)[0], scores) < 1e-5
+    starts = {2: [0, 20], 3: [0, 4, 8], 4: [0, 4, 8, 12]}[speakers]
+    position = torch.empty(3 * places, dtype=torch.float64)
+    for token in range(3 * places):
+        winner = int(scores[token].argmax())
+        low, high = scores[:, winner % speakers].min(), scores[:, winner % speakers].max()
+        inside = starts[winner % speakers] + 4 * (scores[token, winner % speakers] - low) / (high - low + 1e-8)
+        position[token] = 12 if winner == speakers else inside
+    p = {n: t.double() for n, t in module.state_dict().items()}
+    want = torch.empty(1, 3 * places, dim, dtype=torch.float64)
+    for f in range(3):
+        rows = slice(f * places, (f + 1) * places)
+        queries = (x[0, rows].double() @ p["q_linear.weight"].T + p["q_linear.bias"]).view(places, heads, -1)
+        keys, values = (audio[f].double() @ p["kv_linear.weight"].T + p["kv_linear.bias"]).chunk(2, dim=-1)
+        centres = torch.tensor([s + 2.0 for s in starts]).repeat_interleave(TOKENS)
+        queries = rotate_float64(queries, position[rows])
+        keys = rotate_float64(keys.view(-1, heads, dim // heads), centres)
+        weights = torch.einsum("qhd,khd->hqk", queries, keys).div((dim // heads) ** 0.5).softmax(-1)
+        out = torch.einsum("hqk,khd->qhd", weights, values.view(-1, heads, dim // heads)).reshape(places, dim)
+        want[0, rows] = out @ p["proj.weight"].T + p["proj.bias"]
+    got = module(x, audio, shape, speaker_map(q, k, masks), speakers)
+    assert relative(got, want) < 1e-5
+
+
+def test_two_speakers_default_to_the_halves_and_the_background_is_the_rest():
+    masks = token_masks(None, 2, (1, 10, 20), torch.device("cpu")).view(3, 10, 20)
+    assert masks[0, 1:9, 1:9].min() == 1 and masks[0].sum() == 64
+    assert masks[1, 1:9, 11:19].min() == 1 and masks[1].sum() == 64
+    assert torch.equal(masks.sum(0), torch.ones(10, 20))
+
+
 @torch.no_grad()
 def test_strided_input_equals_dense():
     module = randomise(SingleStreamMultiAttention(24, OUT, 2))
@@ -125,8 +189,12 @@ def test_speech_acts_by_its_strength():
 @torch.no_grad()
 def test_wrong_speech_is_named():
     model, one = talking_model(), torch.tensor(1.0)
-    with pytest.raises(ValueError, match="one speaker but got 2"):
-        model(inputs(AudioWindow(torch.randn(1, 2, 9, 5, LAYERS, CHANNELS), one)))
+    with pytest.raises(ValueError, match="3 speakers need ref_target_masks"):
+        model(inputs(AudioWindow(torch.randn(1, 3, 9, 5, LAYERS, CHANNELS), one)))
+    with pytest.raises(ValueError, match="2 speakers but 5 masks"):
+        model(inputs(AudioWindow(torch.randn(1, 2, 9, 5, LAYERS, CHANNELS), one, torch.ones(5, 8, 8))))
+    with pytest.raises(ValueError, match="1 to 6 speakers apart, not 7"):
+        model(inputs(AudioWindow(torch.randn(1, 7, 9, 5, LAYERS, CHANNELS), one)))
     with pytest.raises(ValueError, match="read 24 features"):
         model(inputs(AudioWindow(torch.randn(1, 1, 9, 5, LAYERS, 9), one)))
     with pytest.raises(ValueError, match="4 latent frames but the video has 3"):
@@ -139,3 +207,5 @@ def test_payload_slices_and_stacks():
     both = payload.stack([payload.silent()])
     assert both.audio.shape[0] == 2 and both.audio[1].abs().max() == 0
     assert torch.equal(both.audio[:1], payload.audio)
+    pair = AudioWindow(torch.randn(1, 2, 9, 5, LAYERS, CHANNELS), torch.tensor(1.0), torch.ones(3, 4, 4))
+    assert pair.silent().audio.shape[1] == 1 and pair.silent().masks is None

@@ -19,8 +19,8 @@ CONFIG = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, te
 FEATURES = dict(features=2 * 6, intermediate_dim=10, context_tokens=4, output_dim=12)
 
 
-def speech(strength):
-    return AudioWindow(torch.randn(1, 1, 9, 5, 2, 6), torch.tensor(float(strength)))
+def speech(strength, speakers=1):
+    return AudioWindow(torch.randn(1, speakers, 9, 5, 2, 6), torch.tensor(float(strength)))
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ CASES = {
     "clip_image_flf2v": Case(ClipImageExtension(clip_dim=16, positions=14), ClipImage(torch.randn(1, 14, 16)), None),
     "multitalk": Case(MultiTalk(**FEATURES, voiced=(0, 1, 2)), speech(0.7), speech(0)),
     "multitalk_some_blocks": Case(MultiTalk(**FEATURES, voiced=(1,)), speech(0.7), speech(0)),
+    "multitalk_two_speakers": Case(MultiTalk(**FEATURES, voiced=(0, 1, 2)), speech(0.7, 2), speech(0, 2)),
     "enhance_a_video": Case(registry.EnhanceAVideo(), EnhanceArgs(30.0), EnhanceArgs(0.0)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -191,7 +192,6 @@ class EveryHook(Extension):
     """Adds a little in every hook, appends a token in `prepare` and limits who sees whom in `attend`."""
 
     payload: ClassVar[type] = ShiftPayload
-    reads_heads: ClassVar[bool] = True
 
     def prepare(self, model, payload, step, tokens):
         extra = tokens._replace(
@@ -208,6 +208,9 @@ class EveryHook(Extension):
     def attend(self, block, call, cond):
         length = call.q.shape[1]
         return call._replace(spans=(((0, length - 1), (0, length)), ((length - 1, length), (length - 1, length)))), cond
+
+    def reads_heads(self, cond):
+        return True
 
     def self_attn(self, block, heads, cond):
         assert heads.q is not None and heads.k is not None

@@ -68,7 +68,7 @@ class WanSelfAttention(nn.Module):
         k = apply_rope(self.split(self.norm_k(self.k(x))), inputs.rope)
         call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
         out = attend(self.attention, call)
-        read = any(extension.reads_heads for extension, _ in hooks)
+        read = any(extension.reads_heads(cond) for extension, cond in hooks)
         heads = Heads(call.q if read else None, call.k if read else None, out)
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
         return self.project(heads.out), hooks

@@ -1,0 +1,106 @@
+"""Who speaks where: each video token is tied to a speaker by how much it attends to that speaker in the first frame.
+
+Source: MeiGen-AI/MultiTalk (label rotary position embedding, L-RoPE). Every speaker owns a range of rotary positions;
+its audio keys sit at the centre of the range, and a video token that belongs to it is placed inside the range.
+Shapes: B batch, L tokens, S tokens of the first frame, P speakers, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import sdpa
+from ..wanvideo.config import ROPE_THETA
+
+CLASS_RANGE = 24
+CLASS_INTERVAL = 4
+MAX_SPEAKERS = CLASS_RANGE // CLASS_INTERVAL
+BACKGROUND_POSITION = CLASS_RANGE // 2
+FACE_MARGIN = 0.1
+COLUMNS = 8
+TINY = 1e-8
+
+
+def speaker_ranges(speakers: int) -> tuple[tuple[float, float], ...]:
+    """Rotary positions of each speaker: two sit at the ends of the class range, more follow each other."""
+    if speakers == 2:
+        return (0, CLASS_INTERVAL), (CLASS_RANGE - CLASS_INTERVAL, CLASS_RANGE)
+    return tuple((i * CLASS_INTERVAL, (i + 1) * CLASS_INTERVAL) for i in range(speakers))
+
+
+def token_masks(masks: Tensor | None, speakers: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Masks of the speakers and the background on the token grid: [P + 1, S], 0 or 1, float32.
+
+    masks [P or P + 1, height, width] in any size; a missing background is what no speaker covers. None is allowed for
+    two speakers, who then stand in the left and the right half. Raises ValueError where the counts do not fit.
+    """
+    _, height, width = grid
+    if not 1 <= speakers <= MAX_SPEAKERS:
+        raise ValueError(f"The model tells 1 to {MAX_SPEAKERS} speakers apart, not {speakers}.")
+    if masks is None:
+        if speakers != 2:
+            raise ValueError(f"{speakers} speakers need ref_target_masks: one mask each, in the order of the audio.")
+        masks = _halves(height, width)
+    if masks.shape[0] not in (speakers, speakers + 1):
+        raise ValueError(
+            f"There are {speakers} speakers but {masks.shape[0]} masks in ref_target_masks: give one mask for each "
+            "speaker, and optionally one for the background."
+        )
+    on_grid = F.interpolate(masks[None].float().to(device), size=(height, width), mode="nearest")[0] > 0
+    if masks.shape[0] == speakers:
+        on_grid = torch.cat((on_grid, ~on_grid.any(dim=0, keepdim=True)))
+    return on_grid.flatten(1).float()
+
+
+def _halves(height: int, width: int) -> Tensor:
+    masks = torch.zeros(2, height, width)
+    top, bottom = int(height * FACE_MARGIN), max(int(height * (1 - FACE_MARGIN)), 1)
+    for side in range(2):
+        start = side * (width // 2)
+        left = start + int(width // 2 * FACE_MARGIN)
+        right = max(start + int(width // 2 * (1 - FACE_MARGIN)), left + 1)
+        masks[side, top:bottom, left:right] = 1
+    return masks
+
+
+def speaker_map(q: Tensor, k: Tensor, masks: Tensor) -> Tensor:
+    """Mean attention of every token to each class of the first frame: [B, L, P + 1] float32.
+
+    q, k [B, L, H, D] post-RoPE; masks [P + 1, S]. One attention call: the normalised masks are its value columns.
+    """
+    classes, places = masks.shape
+    columns = masks / (masks.sum(dim=1, keepdim=True) + TINY)
+    padding = -classes % COLUMNS
+    values = F.pad(columns.t(), (0, padding)).to(q.dtype)
+    values = values[None, :, None].expand(q.shape[0], places, q.shape[2], classes + padding)
+    return sdpa()(q, k[:, :places], values)[..., :classes].float().mean(dim=2)
+
+
+def query_positions(scores: Tensor) -> Tensor:
+    """Rotary position of every token, [B, L], from scores [B, L, P + 1].
+
+    The strongest class decides; inside a speaker's range the score, scaled to its extremes, is the position.
+    """
+    speakers = scores.shape[-1] - 1
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    share = (scores - low) / (high - low + TINY)
+    ranges = torch.tensor(speaker_ranges(speakers), dtype=scores.dtype, device=scores.device)
+    inside = share[..., :speakers] * (ranges[:, 1] - ranges[:, 0]) + ranges[:, 0]
+    background = torch.full_like(scores[..., :1], BACKGROUND_POSITION)
+    choices = torch.cat((inside, background), dim=-1)
+    return choices.gather(-1, scores.argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def key_positions(speakers: int, tokens: int, device: torch.device) -> Tensor:
+    """Rotary positions of a frame's audio tokens, [P * tokens]: each speaker's at the centre of its range."""
+    centres = torch.tensor([sum(ends) / 2 for ends in speaker_ranges(speakers)], device=device)
+    return centres.repeat_interleave(tokens)
+
+
+def rotation(positions: Tensor, head_dim: int) -> Tensor:
+    """Cosine and sine of 1-D rotary positions [...]: [..., D / 2, 2] float32, for `apply_rope`."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float().unsqueeze(-1) * ROPE_THETA**-exponents
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
