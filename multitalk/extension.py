@@ -54,7 +54,7 @@ class AudioWindow:
 
 
 class Speech(NamedTuple):
-    """State of a forward: audio tokens [B, F, P * T, C], strength, token grid; masks [P + 1, S], None for one speaker."""
+    """State of a forward: audio tokens [B, F, P * T, C], strength, token grid; masks [P + 1, S] for several."""
 
     tokens: Tensor
     scale: Tensor
