@@ -241,7 +241,7 @@ class WanModel(nn.Module):
     def _embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         length = max(self.config.text_len, *(t.shape[0] for t in text))
         padded = torch.stack([F.pad(t, (0, 0, 0, length - t.shape[0])) for t in text])
-        return self.text_embedding(padded.to(self.text_embedding[0].weight)).to(dtype)
+        return self.text_embedding(padded.to(self.compute_dtype)).to(dtype)
 
     def _prepare(self, inputs: ModelInputs, tokens: Tokens) -> tuple[tuple[Active, ...], Tokens]:
         active = []

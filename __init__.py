@@ -1,0 +1,33 @@
+"""WanVideo nodes for ComfyUI, and the package `wanvideo_wrapper`.
+
+One family of nodes that fails to import never hides another. Test tools import this file without a package; then
+nothing is registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+log = logging.getLogger("wanvideo")
+
+FAMILIES = (".nodes", ".nodes_model_loading", ".nodes_sampler", ".nodes_utility", ".multitalk.nodes")
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+WEB_DIRECTORY = "./web"
+
+
+def _register(family: str) -> None:
+    try:
+        module = importlib.import_module(family, package=__package__)
+    except Exception as error:
+        log.warning("The nodes of %s are not available: %s: %s.", family.lstrip("."), type(error).__name__, error)
+        return
+    NODE_CLASS_MAPPINGS.update(module.NODE_CLASS_MAPPINGS)
+    NODE_DISPLAY_NAME_MAPPINGS.update(module.NODE_DISPLAY_NAME_MAPPINGS)
+
+
+if __package__:
+    for _family in FAMILIES:
+        _register(_family)
+    importlib.import_module(".host", package=__package__).warn_about_copies()

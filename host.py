@@ -1,0 +1,339 @@
+"""Where the pack runs: inside ComfyUI, or on its own (command line, tests).
+
+The only module that knows ComfyUI. A host gives model files, the compute device, memory management, progress and
+cancellation; everything else asks `get_host()`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+log = logging.getLogger("wanvideo")
+
+Place = Callable[[torch.device], None]
+
+# Folders whose files this pack lists, and the endings that count. GGUF files lie among the diffusion models.
+MODEL_SUFFIXES = (".safetensors", ".sft")
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "diffusion_models": ("diffusion_models", MODEL_SUFFIXES),
+    "unet_gguf": ("diffusion_models", (".gguf",)),
+    "vae": ("vae", MODEL_SUFFIXES),
+    "text_encoders": ("text_encoders", MODEL_SUFFIXES),
+    "clip_vision": ("clip_vision", MODEL_SUFFIXES),
+    "loras": ("loras", MODEL_SUFFIXES),
+    "wav2vec2": ("wav2vec2", MODEL_SUFFIXES),
+    "transformers": ("transformers", MODEL_SUFFIXES),
+}
+
+
+class CancelledError(Exception):
+    """The user stopped the run. Nothing went wrong; what was finished stays."""
+
+
+class Progress(Protocol):
+    """A progress bar, used as a context manager."""
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+
+    def __exit__(self, *failure: object) -> None:
+        """Take it away."""
+
+    def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
+        """`done` of the total are done; note: what is going on; preview: latents [C, F, H, W] to show."""
+
+
+class Managed(Protocol):
+    """A model under the host's memory management."""
+
+    module: nn.Module
+
+    def acquire(self) -> torch.device:
+        """Put the model on the compute device, making room by evicting others; returns that device."""
+
+    def release(self) -> None:
+        """Back to the offload device."""
+
+
+class Host(Protocol):
+    """What the pack needs from where it runs."""
+
+    name: str
+
+    def device(self) -> torch.device:
+        """Where models compute."""
+
+    def offload_device(self) -> torch.device:
+        """Where models wait."""
+
+    def list_files(self, kind: str) -> list[str]:
+        """Names of the model files of a kind (KINDS), sorted, with '/' between folders."""
+
+    def find_file(self, kind: str, name: str) -> Path:
+        """The file of that name. Raises FileNotFoundError that says where it was looked for."""
+
+    def models_dir(self, kind: str) -> Path:
+        """The folder that new files of a kind go to."""
+
+    def input_dir(self) -> Path:
+        """The user's pictures, sounds and videos."""
+
+    def output_dir(self) -> Path:
+        """Finished results."""
+
+    def temp_dir(self) -> Path:
+        """Results that may be thrown away, and caches."""
+
+    def writable_folder(self, name: str) -> Path:
+        """The folder a workflow asks to write to: below the output folder, or an absolute one that is allowed.
+
+        Raises ValueError for a folder that is not.
+        """
+
+    def progress(self, total: int, label: str = "") -> Progress:
+        """A new progress bar of `total` steps."""
+
+    def check_cancelled(self) -> None:
+        """Raises CancelledError (in ComfyUI its own interruption) if the user stopped the run."""
+
+    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
+        """Put a model under memory management. place(device) moves it, where `module.to` is not enough."""
+
+    def free_memory(self) -> None:
+        """Give cached device memory back."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder / name with '\\' read as '/'. Raises ValueError if that leaves the folder."""
+    root = folder.resolve()
+    path = Path(os.path.normpath(folder / name.replace("\\", "/"))).absolute()
+    if not path.is_relative_to(folder.absolute()) and not path.resolve().is_relative_to(root):
+        raise ValueError(f"'{name}' lies outside {folder}; give a name below that folder.")
+    return path
+
+
+def names_in(folders: Iterable[Path], suffixes: tuple[str, ...]) -> list[str]:
+    found = set()
+    for folder in folders:
+        for parent, _, files in os.walk(folder, followlinks=True):
+            found |= {
+                (Path(parent) / f).relative_to(folder).as_posix() for f in files if f.lower().endswith(suffixes)
+            }
+    return sorted(found)
+
+
+def find_in(kind: str, name: str, folders: list[Path]) -> Path:
+    for folder in folders:
+        path = inside(folder, name)
+        if path.is_file():
+            return path
+    places = " or ".join(str(folder) for folder in folders)
+    raise FileNotFoundError(f"There is no model file '{name}' for '{kind}': put it into {places}, or choose another.")
+
+
+class ComfyProgress:
+    """ComfyUI's progress bar, with a picture of the current latents where ComfyUI has a previewer."""
+
+    def __init__(self, total: int, label: str) -> None:
+        from comfy.utils import ProgressBar
+
+        self._bar = ProgressBar(total)
+        self._total = total
+        if label:
+            log.info(label)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        return None
+
+    def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
+        """Move the bar and show the first frame of the preview."""
+        picture = None if preview is None else _preview(preview)
+        self._bar.update_absolute(done, self._total, picture)
+
+
+def _preview(latents: Tensor) -> tuple[str, object, int] | None:
+    """What ComfyUI's progress bar shows: the middle frame through ComfyUI's own factors for Wan latents."""
+    import latent_preview
+    from comfy import latent_formats
+
+    form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()
+    previewer = latent_preview.get_previewer(latents.device, form)
+    if previewer is None:
+        return None
+    frame = latents[:, latents.shape[1] // 2].unsqueeze(0).float()
+    return previewer.decode_latent_to_preview_image("JPEG", frame)
+
+
+class ComfyHost:
+    """ComfyUI's folders, devices, progress, interruption and model management."""
+
+    name = "comfyui"
+
+    def __init__(self) -> None:
+        import folder_paths
+
+        self._paths = folder_paths
+        models = Path(folder_paths.models_dir)
+        for kind, (folder, suffixes) in KINDS.items():
+            if kind not in folder_paths.folder_names_and_paths:
+                known = folder_paths.folder_names_and_paths.get(folder)
+                folders = list(known[0]) if known else [str(models / folder)]
+                folder_paths.folder_names_and_paths[kind] = (folders, set(suffixes))
+
+    def device(self) -> torch.device:
+        """ComfyUI's compute device."""
+        from comfy import model_management
+
+        return model_management.get_torch_device()
+
+    def offload_device(self) -> torch.device:
+        """Where ComfyUI keeps diffusion models that wait."""
+        from comfy import model_management
+
+        return model_management.unet_offload_device()
+
+    def list_files(self, kind: str) -> list[str]:
+        """ComfyUI's list, in its own spelling."""
+        return self._paths.get_filename_list(kind)
+
+    def find_file(self, kind: str, name: str) -> Path:
+        """A file in any of the folders that ComfyUI knows for the kind."""
+        return find_in(kind, name, [Path(folder) for folder in self._paths.get_folder_paths(kind)])
+
+    def models_dir(self, kind: str) -> Path:
+        """The first of ComfyUI's folders."""
+        return Path(self._paths.get_folder_paths(kind)[0])
+
+    def input_dir(self) -> Path:
+        """ComfyUI/input."""
+        return Path(self._paths.get_input_directory())
+
+    def output_dir(self) -> Path:
+        """ComfyUI/output."""
+        return Path(self._paths.get_output_directory())
+
+    def temp_dir(self) -> Path:
+        """ComfyUI/temp."""
+        return Path(self._paths.get_temp_directory())
+
+    def writable_folder(self, name: str) -> Path:
+        """Any folder, as ComfyUI users expect; relative names lie in ComfyUI/output."""
+        return self.output_dir() / name
+
+    def progress(self, total: int, label: str = "") -> Progress:
+        """ComfyUI's bar on the node."""
+        return ComfyProgress(total, label)
+
+    def check_cancelled(self) -> None:
+        """Raises ComfyUI's InterruptProcessingException."""
+        from comfy import model_management
+
+        model_management.throw_exception_if_processing_interrupted()
+
+    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
+        """Takes part in ComfyUI's memory management: loading it evicts other models, and the other way round."""
+        return ComfyManaged(module, self, place)
+
+    def free_memory(self) -> None:
+        """ComfyUI's cache release."""
+        from comfy import model_management
+
+        model_management.soft_empty_cache()
+
+
+class ComfyManaged:
+    """Managed through a ModelPatcher that ComfyUI can evict."""
+
+    def __init__(self, module: nn.Module, host: ComfyHost, place: Place | None) -> None:
+        self.module = module
+        self._host = host
+        self._patcher = whole_model_patcher()(module, host.device(), host.offload_device())
+        self._patcher.place = place or module.to
+
+    def acquire(self) -> torch.device:
+        """Ask ComfyUI to load the model; it makes room first and honours its memory options."""
+        from comfy import model_management
+
+        model_management.load_models_gpu([self._patcher], force_full_load=True)
+        return self._host.device()
+
+    def release(self) -> None:
+        """Leave the device and ComfyUI's list of loaded models."""
+        from comfy import model_management
+
+        for loaded in [m for m in model_management.current_loaded_models if m.model is self._patcher]:
+            loaded.model_unload()
+            model_management.current_loaded_models.remove(loaded)
+        self._host.free_memory()
+
+
+def whole_model_patcher() -> type[ModelPatcher]:
+    """A ModelPatcher that moves a model as one piece through `place`, which may keep parts of it off the device."""
+    from comfy.model_patcher import ModelPatcher
+
+    class WholeModelPatcher(ModelPatcher):
+        place: Place
+
+        def partially_load(
+            self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False
+        ) -> int:
+            self.place(device_to)
+            self.model.device = device_to
+            self.model.model_loaded_weight_memory = self.model_size()
+            return self.model_size()
+
+        def partially_unload(self, device_to: torch.device, memory_to_free: int = 0) -> int:
+            return 0
+
+        def detach(self, unpatch_all: bool = True) -> nn.Module:
+            if self.model.model_loaded_weight_memory:
+                self.place(self.offload_device)
+                self.model.device = self.offload_device
+                self.model.model_loaded_weight_memory = 0
+            return self.model
+
+    return WholeModelPatcher
+
+
+_current: Host | None = None
+
+
+def get_host() -> Host:
+    """The host: ComfyUI's where ComfyUI is the process, else a StandaloneHost with its defaults."""
+    if _current is None:
+        from .standalone_host import StandaloneHost
+
+        inside_comfyui = "folder_paths" in sys.modules and "comfy.model_management" in sys.modules
+        set_host(ComfyHost() if inside_comfyui else StandaloneHost())
+    return _current
+
+
+def set_host(host: Host) -> None:
+    """Choose the host, before any model is loaded."""
+    global _current
+    _current = host
+
+
+def warn_about_copies() -> None:
+    """Say so where ComfyUI has a second copy of these nodes, which would take turns with this one."""
+    if "folder_paths" not in sys.modules:
+        return
+    here = Path(__file__).resolve().parent
+    for folder in sys.modules["folder_paths"].get_folder_paths("custom_nodes"):
+        for other in Path(folder).iterdir():
+            if "wanvideowrapper" in other.name.lower().replace("-", "") and other.resolve() != here:
+                log.warning("%s holds another copy of the WanVideo nodes; remove or disable one of the two.", other)

@@ -1,0 +1,42 @@
+"""Helpers of the node modules: file lists for widgets, options that are not available, rounding of sizes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from .host import get_host
+
+log = logging.getLogger("wanvideo")
+
+CATEGORY = "WanVideoWrapper"
+SIZE_STEP = 16
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp16_fast": torch.float16,
+}
+
+
+def files(*kinds: str) -> list[str]:
+    """Names of the model files of these kinds, for a widget."""
+    host = get_host()
+    return [name for kind in kinds for name in host.list_files(kind)]
+
+
+def reject(node: str, options: Mapping[str, object]) -> None:
+    """Raise ValueError for the first option that is set although this version does not have it."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise ValueError(f"The input '{name}' of '{node}' is not available in this version; disconnect it.")
+
+
+def round_size(width: int, height: int) -> tuple[int, int]:
+    """Sides rounded down to multiples of 16, which every Wan model can run; says so where that changes them."""
+    rounded = (max(width // SIZE_STEP, 1) * SIZE_STEP, max(height // SIZE_STEP, 1) * SIZE_STEP)
+    if rounded != (width, height):
+        log.info("%dx%d is rounded to %dx%d: sides must divide by %d.", width, height, *rounded, SIZE_STEP)
+    return rounded

@@ -1,0 +1,412 @@
+"""Sampler and scheduler nodes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from .enhance_a_video import EnhanceArgs
+from .host import get_host
+from .multitalk.audio import MultiTalkEmbeds
+from .node_tools import CATEGORY, reject
+from .wanvideo.loading import WanVideoModel
+from .wanvideo.payloads import ImageEmbeds, TextEmbeds
+from .wanvideo.sampling import SampleRequest, sample
+from .wanvideo.schedulers import SCHEDULERS, Schedule, ScheduleSpec, make_schedule
+
+Inputs = dict[str, dict[str, tuple[object, ...]]]
+Latent = dict[str, object]
+SamplerArgs = dict[str, object]
+
+SCHEDULER = (list(SCHEDULERS), {"default": "unipc"})
+SEED = ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF})
+CFG = ("FLOAT", {"default": 6.0, "min": 0.0, "max": 30.0, "step": 0.01})
+SHIFT = ("FLOAT", {"default": 5.0, "min": 0.0, "max": 1000.0, "step": 0.01})
+RIFLEX = (
+    "INT",
+    {"default": 0, "min": 0, "max": 1000, "step": 1, "tooltip": "RIFLEx: 6 lets videos run longer without repeating"},
+)
+ROPE = (["default", "comfy", "comfy_chunked"], {"default": "comfy", "tooltip": "All run the same kernel here"})
+ADD_NOISE = ("BOOLEAN", {"default": False, "tooltip": "For samples that are clean video"})
+ADVANCED = {
+    "unianimate_poses": ("UNIANIMATE_POSE",),
+    "fantasytalking_embeds": ("FANTASYTALKING_EMBEDS",),
+    "uni3c_embeds": ("UNI3C_EMBEDS",),
+    "multitalk_embeds": ("MULTITALK_EMBEDS",),
+}
+
+
+class WanVideoSampler:
+    """Samples latents, or a whole talking video where the image embeds come from the Multi/InfiniteTalk node."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("LATENT", "LATENT")
+    RETURN_NAMES = ("samples", "denoised_samples")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": ("WANVIDEOMODEL",),
+                "image_embeds": ("WANVIDIMAGE_EMBEDS",),
+                "steps": ("INT", {"default": 30, "min": 1}),
+                "cfg": CFG,
+                "shift": SHIFT,
+                "seed": SEED,
+                "force_offload": ("BOOLEAN", {"default": True, "tooltip": "Free the GPU afterwards"}),
+                "scheduler": SCHEDULER,
+                "riflex_freq_index": RIFLEX,
+            },
+            "optional": {
+                "text_embeds": ("WANVIDEOTEXTEMBEDS",),
+                "samples": ("LATENT", {"tooltip": "Latents to start or to go on from"}),
+                "denoise_strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+                "feta_args": ("FETAARGS",),
+                "context_options": ("WANVIDCONTEXT",),
+                "cache_args": ("CACHEARGS",),
+                "flowedit_args": ("FLOWEDITARGS",),
+                "batched_cfg": ("BOOLEAN", {"default": False, "tooltip": "Both passes in one, for more memory"}),
+                "slg_args": ("SLGARGS",),
+                "rope_function": ROPE,
+                "loop_args": ("LOOPARGS",),
+                "experimental_args": ("EXPERIMENTALARGS",),
+                "sigmas": ("SIGMAS",),
+                **ADVANCED,
+                "freeinit_args": ("FREEINITARGS",),
+                "start_step": ("INT", {"default": 0, "min": 0, "max": 10000, "step": 1}),
+                "end_step": ("INT", {"default": -1, "min": -1, "max": 10000, "step": 1, "tooltip": "-1: to the end"}),
+                "add_noise_to_samples": ADD_NOISE,
+            },
+        }
+
+    def process(
+        self,
+        model: WanVideoModel,
+        image_embeds: ImageEmbeds,
+        steps: int,
+        cfg: float | Sequence[float],
+        shift: float,
+        seed: int,
+        force_offload: bool,
+        scheduler: str,
+        riflex_freq_index: int,
+        text_embeds: TextEmbeds | None = None,
+        samples: Latent | None = None,
+        denoise_strength: float = 1.0,
+        feta_args: EnhanceArgs | None = None,
+        context_options: object = None,
+        cache_args: object = None,
+        flowedit_args: object = None,
+        batched_cfg: bool = False,
+        slg_args: object = None,
+        rope_function: str = "comfy",
+        loop_args: object = None,
+        experimental_args: object = None,
+        sigmas: Tensor | None = None,
+        unianimate_poses: object = None,
+        fantasytalking_embeds: object = None,
+        uni3c_embeds: object = None,
+        multitalk_embeds: MultiTalkEmbeds | None = None,
+        freeinit_args: object = None,
+        start_step: int = 0,
+        end_step: int = -1,
+        add_noise_to_samples: bool = False,
+    ) -> tuple[Latent, Latent]:
+        """The result and the last estimate of the clean latents."""
+        _reject_unbuilt(
+            "WanVideo Sampler",
+            {
+                "context_options": context_options,
+                "cache_args": cache_args,
+                "flowedit_args": flowedit_args,
+                "slg_args": slg_args,
+                "rope_function": rope_function,
+                "loop_args": loop_args,
+                "experimental_args": experimental_args,
+                "unianimate_poses": unianimate_poses,
+                "fantasytalking_embeds": fantasytalking_embeds,
+                "uni3c_embeds": uni3c_embeds,
+                "freeinit_args": freeinit_args,
+            },
+        )
+        spec = ScheduleSpec(
+            name=scheduler,
+            steps=steps,
+            shift=shift,
+            sigmas=sigmas,
+            denoise_strength=denoise_strength,
+            start_step=start_step,
+            end_step=end_step,
+        )
+        request = SampleRequest(
+            model=model,
+            text=text_embeds,
+            image=image_embeds,
+            schedule=make_schedule(spec),
+            cfg=cfg,
+            seed=seed,
+            samples=samples,
+            add_noise_to_samples=bool(add_noise_to_samples),
+            batched_cfg=bool(batched_cfg),
+            riflex_index=riflex_freq_index,
+            multitalk=multitalk_embeds,
+            feta=feta_args,
+            force_offload=force_offload,
+        )
+        return sample(request, get_host())
+
+
+def _reject_unbuilt(node: str, options: SamplerArgs) -> None:
+    rope = options.get("rope_function")
+    if rope is not None and rope not in (*ROPE[0], ""):
+        raise ValueError(f"rope_function of '{node}' must be one of {', '.join(ROPE[0])} in this version.")
+    reject(node, {name: value for name, value in options.items() if name != "rope_function"})
+
+
+class WanVideoSamplerSettings(WanVideoSampler):
+    """Collects all sampler inputs for WanVideoSamplerFromSettings."""
+
+    RETURN_TYPES = ("SAMPLER_ARGS",)
+    RETURN_NAMES = ("sampler_inputs",)
+
+    def process(self, *args: object, **kwargs: object) -> tuple[SamplerArgs]:
+        """The inputs under their names."""
+        bound = inspect.signature(WanVideoSampler.process).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        return ({name: value for name, value in bound.arguments.items() if name != "self"},)
+
+
+class WanVideoSamplerFromSettings:
+    """Runs the sampler with collected inputs."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("LATENT", "LATENT")
+    RETURN_NAMES = ("samples", "denoised_samples")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"sampler_inputs": ("SAMPLER_ARGS",)}}
+
+    def process(self, sampler_inputs: SamplerArgs) -> tuple[Latent, Latent]:
+        """As WanVideoSampler."""
+        return WanVideoSampler().process(**sampler_inputs)
+
+
+class WanVideoSamplerExtraArgs:
+    """Options of WanVideoSamplerv2 that are seldom needed."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDSAMPLEREXTRAARGS",)
+    RETURN_NAMES = ("extra_args",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {},
+            "optional": {
+                "riflex_freq_index": RIFLEX,
+                "feta_args": ("FETAARGS",),
+                "context_options": ("WANVIDCONTEXT",),
+                "cache_args": ("CACHEARGS",),
+                "slg_args": ("SLGARGS",),
+                "rope_function": ROPE,
+                "loop_args": ("LOOPARGS",),
+                "experimental_args": ("EXPERIMENTALARGS",),
+                **ADVANCED,
+            },
+        }
+
+    def process(
+        self,
+        riflex_freq_index: int = 0,
+        feta_args: EnhanceArgs | None = None,
+        context_options: object = None,
+        cache_args: object = None,
+        slg_args: object = None,
+        rope_function: str = "comfy",
+        loop_args: object = None,
+        experimental_args: object = None,
+        unianimate_poses: object = None,
+        fantasytalking_embeds: object = None,
+        uni3c_embeds: object = None,
+        multitalk_embeds: MultiTalkEmbeds | None = None,
+    ) -> tuple[SamplerArgs]:
+        """The options that this version has."""
+        _reject_unbuilt(
+            "WanVideoSampler v2 Extra Args",
+            {
+                "context_options": context_options,
+                "cache_args": cache_args,
+                "slg_args": slg_args,
+                "rope_function": rope_function,
+                "loop_args": loop_args,
+                "experimental_args": experimental_args,
+                "unianimate_poses": unianimate_poses,
+                "fantasytalking_embeds": fantasytalking_embeds,
+                "uni3c_embeds": uni3c_embeds,
+            },
+        )
+        return ({"riflex_index": riflex_freq_index, "feta": feta_args, "multitalk": multitalk_embeds},)
+
+
+class WanVideoSamplerv2:
+    """The sampler with its schedule and seldom used options from nodes of their own."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("LATENT", "LATENT")
+    RETURN_NAMES = ("samples", "denoised_samples")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": ("WANVIDEOMODEL",),
+                "image_embeds": ("WANVIDIMAGE_EMBEDS",),
+                "cfg": CFG,
+                "seed": SEED,
+                "force_offload": ("BOOLEAN", {"default": True, "tooltip": "Free the GPU afterwards"}),
+                "scheduler": ("WANVIDEOSCHEDULER",),
+            },
+            "optional": {
+                "text_embeds": ("WANVIDEOTEXTEMBEDS",),
+                "samples": ("LATENT", {"tooltip": "Latents to start or to go on from"}),
+                "add_noise_to_samples": ADD_NOISE,
+                "extra_args": ("WANVIDSAMPLEREXTRAARGS",),
+            },
+        }
+
+    def process(
+        self,
+        model: WanVideoModel,
+        image_embeds: ImageEmbeds,
+        cfg: float | Sequence[float],
+        seed: int,
+        force_offload: bool,
+        scheduler: Schedule,
+        text_embeds: TextEmbeds | None = None,
+        samples: Latent | None = None,
+        add_noise_to_samples: bool = False,
+        extra_args: SamplerArgs | None = None,
+    ) -> tuple[Latent, Latent]:
+        """The result and the last estimate of the clean latents."""
+        request = SampleRequest(
+            model=model,
+            text=text_embeds,
+            image=image_embeds,
+            schedule=scheduler,
+            cfg=cfg,
+            seed=seed,
+            samples=samples,
+            add_noise_to_samples=bool(add_noise_to_samples),
+            force_offload=force_offload,
+            **(extra_args or {}),
+        )
+        return sample(request, get_host())
+
+
+class WanVideoScheduler:
+    """Makes the sigmas of a scheduler, and passes its settings on."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("SIGMAS", "INT", "FLOAT", SCHEDULER[0], "INT", "INT")
+    RETURN_NAMES = ("sigmas", "steps", "shift", "scheduler", "start_step", "end_step")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "scheduler": SCHEDULER,
+                "steps": ("INT", {"default": 30, "min": 1}),
+                "shift": SHIFT,
+                "start_step": ("INT", {"default": 0, "min": 0}),
+                "end_step": ("INT", {"default": -1, "min": -1, "tooltip": "-1: to the end"}),
+            },
+            "optional": {
+                "sigmas": ("SIGMAS",),
+                "enhance_hf": ("BOOLEAN", {"default": False, "tooltip": "More steps at low noise"}),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def process(
+        self,
+        scheduler: str,
+        steps: int,
+        shift: float,
+        start_step: int,
+        end_step: int,
+        sigmas: Tensor | None = None,
+        enhance_hf: bool = False,
+        unique_id: str | None = None,
+    ) -> tuple[Tensor, int, float, str, int, int]:
+        """All sigmas of the schedule and the settings."""
+        spec = ScheduleSpec(
+            name=scheduler,
+            steps=steps,
+            shift=shift,
+            sigmas=sigmas,
+            start_step=start_step,
+            end_step=end_step,
+            enhance_hf=bool(enhance_hf),
+        )
+        schedule = make_schedule(spec)
+        return schedule.all_sigmas, schedule.total, shift, scheduler, start_step, end_step
+
+
+class WanVideoSchedulerv2(WanVideoScheduler):
+    """Makes a schedule for WanVideoSamplerv2."""
+
+    RETURN_TYPES = ("WANVIDEOSCHEDULER",)
+    RETURN_NAMES = ("scheduler",)
+    OUTPUT_NODE: ClassVar[bool] = False
+
+    def process(
+        self,
+        scheduler: str,
+        steps: int,
+        shift: float,
+        start_step: int,
+        end_step: int,
+        sigmas: Tensor | None = None,
+        enhance_hf: bool = False,
+        unique_id: str | None = None,
+    ) -> tuple[Schedule]:
+        """The schedule."""
+        spec = ScheduleSpec(
+            name=scheduler,
+            steps=steps,
+            shift=shift,
+            sigmas=sigmas,
+            start_step=start_step,
+            end_step=end_step,
+            enhance_hf=bool(enhance_hf),
+        )
+        return (make_schedule(spec),)
+
+
+NODE_CLASS_MAPPINGS = {
+    "WanVideoSampler": WanVideoSampler,
+    "WanVideoSamplerSettings": WanVideoSamplerSettings,
+    "WanVideoSamplerFromSettings": WanVideoSamplerFromSettings,
+    "WanVideoSamplerExtraArgs": WanVideoSamplerExtraArgs,
+    "WanVideoSamplerv2": WanVideoSamplerv2,
+    "WanVideoScheduler": WanVideoScheduler,
+    "WanVideoSchedulerv2": WanVideoSchedulerv2,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "WanVideoSampler": "WanVideo Sampler",
+    "WanVideoSamplerSettings": "WanVideo Sampler Settings",
+    "WanVideoSamplerFromSettings": "WanVideo Sampler From Settings",
+    "WanVideoSamplerExtraArgs": "WanVideoSampler v2 Extra Args",
+    "WanVideoSamplerv2": "WanVideo Sampler v2",
+    "WanVideoScheduler": "WanVideo Scheduler",
+    "WanVideoSchedulerv2": "WanVideo Scheduler v2",
+}

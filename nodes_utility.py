@@ -1,0 +1,95 @@
+"""Small nodes around the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .node_tools import CATEGORY
+
+Inputs = dict[str, dict[str, tuple[object, ...]]]
+
+EASES: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: t,
+    "ease_in": lambda t: t * t,
+    "ease_out": lambda t: t * (2 - t),
+}
+
+
+class CreateCFGScheduleFloatList:
+    """A cfg value for every step: from start to end inside the range, 1.0 outside it."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("FLOAT",)
+    RETURN_NAMES = ("float_list",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        scale = {"default": 5.0, "min": 0.0, "max": 30.0, "step": 0.01, "round": 0.01}
+        percent = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.01}
+        return {
+            "required": {
+                "steps": ("INT", {"default": 30, "min": 2, "max": 1000, "step": 1}),
+                "cfg_scale_start": ("FLOAT", scale),
+                "cfg_scale_end": ("FLOAT", scale),
+                "interpolation": (list(EASES), {"default": "linear"}),
+                "start_percent": ("FLOAT", {"default": 0.0, **percent}),
+                "end_percent": ("FLOAT", {"default": 1.0, **percent}),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def process(
+        self,
+        steps: int,
+        cfg_scale_start: float,
+        cfg_scale_end: float,
+        interpolation: str,
+        start_percent: float,
+        end_percent: float,
+        unique_id: str | None = None,
+    ) -> tuple[list[float]]:
+        """The list; the first step stays 1.0 where the range starts later."""
+        first, last = (min(int(steps * percent), steps - 1) for percent in (start_percent, end_percent))
+        values = [1.0] * steps
+        for index in range(first, last + 1):
+            share = EASES[interpolation]((index - first) / (last - first) if last > first else 0.0)
+            values[index] = round(cfg_scale_start + share * (cfg_scale_end - cfg_scale_start), 2)
+        if start_percent > 0:
+            values[0] = 1.0
+        return (values,)
+
+
+class WanVideoPassImagesFromSamples:
+    """The frames, or the folder of frames, that the talking-video loop made."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "decode"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("images", "output_path")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"samples": ("LATENT",)}}
+
+    def decode(self, samples: dict[str, object]) -> tuple[Tensor, str]:
+        """IMAGE in 0..1 and the folder ("" if there is none)."""
+        video = samples.get("video")
+        if video is None:
+            raise ValueError(
+                "These samples hold no frames: connect a sampler whose image_embeds come from 'WanVideo Long I2V "
+                "Multi/InfiniteTalk', or use WanVideoDecode."
+            )
+        return video.float().clamp(-1, 1).add(1).div(2), str(samples.get("output_path", ""))
+
+
+NODE_CLASS_MAPPINGS = {
+    "CreateCFGScheduleFloatList": CreateCFGScheduleFloatList,
+    "WanVideoPassImagesFromSamples": WanVideoPassImagesFromSamples,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "CreateCFGScheduleFloatList": "Create CFG Schedule Float List",
+    "WanVideoPassImagesFromSamples": "WanVideo Pass Images From Samples",
+}

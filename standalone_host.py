@@ -1,0 +1,162 @@
+"""The host outside ComfyUI: folders with ComfyUI's names, torch's devices, a bar on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from .host import KINDS, MODEL_SUFFIXES, CancelledError, Host, Managed, Place, Progress, find_in, names_in
+
+
+class ModuleOnDevice:
+    """Managed on the standalone host: moves the module, nothing else competes for the memory."""
+
+    def __init__(self, module: nn.Module, host: Host, place: Place | None) -> None:
+        self.module = module
+        self._host = host
+        self._place = place or module.to
+
+    def acquire(self) -> torch.device:
+        """To the compute device."""
+        device = self._host.device()
+        self._place(device)
+        return device
+
+    def release(self) -> None:
+        """To the offload device."""
+        self._place(self._host.offload_device())
+        self._host.free_memory()
+
+
+class TerminalProgress:
+    """A tqdm bar on stderr; silent where stderr is no terminal."""
+
+    def __init__(self, total: int, label: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc=label, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._bar.close()
+
+    def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
+        """Move the bar; previews have nowhere to go."""
+        if note:
+            self._bar.set_description(note, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+class StandaloneHost:
+    """Runs without ComfyUI. models: a folder with ComfyUI's sub-folders; device: "auto", "cpu", "cuda", "cuda:1"."""
+
+    name = "standalone"
+
+    def __init__(
+        self,
+        *,
+        models: Path | None = None,
+        inputs: Path | None = None,
+        outputs: Path | None = None,
+        device: str = "auto",
+        allowed: tuple[Path, ...] = (),
+    ) -> None:
+        base = Path.cwd()
+        self._models = Path(models or os.environ.get("WANVIDEO_MODELS") or base / "models")
+        self._inputs = Path(inputs or base / "input")
+        self._outputs = Path(outputs or base / "output")
+        self._device = _choose_device(device)
+        self._allowed = tuple(folder.resolve() for folder in allowed)
+        self.cancel = threading.Event()
+
+    def device(self) -> torch.device:
+        """The device asked for."""
+        return self._device
+
+    def offload_device(self) -> torch.device:
+        """Main memory."""
+        return torch.device("cpu")
+
+    def _folders(self, kind: str) -> tuple[list[Path], tuple[str, ...]]:
+        folder, suffixes = KINDS.get(kind, (kind, MODEL_SUFFIXES))
+        return [self._models / folder], suffixes
+
+    def list_files(self, kind: str) -> list[str]:
+        """Files below models/<kind>."""
+        return names_in(*self._folders(kind))
+
+    def find_file(self, kind: str, name: str) -> Path:
+        """A file below models/<kind>."""
+        return find_in(kind, name, self._folders(kind)[0])
+
+    def models_dir(self, kind: str) -> Path:
+        """models/<kind>."""
+        return self._folders(kind)[0][0]
+
+    def input_dir(self) -> Path:
+        """The input folder."""
+        return self._inputs
+
+    def output_dir(self) -> Path:
+        """The output folder."""
+        return self._outputs
+
+    def temp_dir(self) -> Path:
+        """output/temp."""
+        return self._outputs / "temp"
+
+    def readable_file(self, name: str) -> Path:
+        """A file of the user's: below the input folder, or absolute below the input, output or an allowed folder.
+
+        Raises ValueError outside them, FileNotFoundError where there is none.
+        """
+        path = self._confined(self._inputs, name)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file '{name}' in {self._inputs}; put it there, or give another name.")
+        return path
+
+    def writable_folder(self, name: str) -> Path:
+        """Below the output folder, or in one that is allowed."""
+        return self._confined(self._outputs, name)
+
+    def _confined(self, base: Path, name: str) -> Path:
+        path = (base / name.replace("\\", "/")).resolve()
+        folders = (base.resolve(), self._inputs.resolve(), self._outputs.resolve(), *self._allowed)
+        if not any(path.is_relative_to(folder) for folder in folders):
+            raise ValueError(f"'{name}' lies outside the input and output folders: allow it with --allow-path DIR.")
+        return path
+
+    def progress(self, total: int, label: str = "") -> Progress:
+        """A bar on stderr."""
+        return TerminalProgress(total, label)
+
+    def check_cancelled(self) -> None:
+        """Raises CancelledError once `cancel` is set."""
+        if self.cancel.is_set():
+            raise CancelledError("Cancelled.")
+
+    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
+        """Moves the module on demand."""
+        return ModuleOnDevice(module, self, place)
+
+    def free_memory(self) -> None:
+        """Empties torch's cache."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA GPU, but the device 'cuda' was asked for: use 'cpu', or a CUDA torch.")
+    return device

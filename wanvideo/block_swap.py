@@ -1,0 +1,124 @@
+"""Block swap: blocks that wait in main memory and are on the device only while they run.
+
+Weights are read only, so nothing is ever copied back: leaving the device means pointing at the waiting copy again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from .modules.model import WanModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSwapArgs:
+    """Settings of WanVideoBlockSwap (socket BLOCKSWAPARGS): how many blocks wait, and whether the embeddings do too."""
+
+    blocks_to_swap: int = 20
+    offload_img_emb: bool = False
+    offload_txt_emb: bool = False
+    use_non_blocking: bool = False
+    vace_blocks_to_swap: int = 0
+    prefetch_blocks: int = 0
+    block_swap_debug: bool = False
+
+
+class Placement:
+    """Where the parts of a transformer are. Serves as the `place` callback of the host's memory management."""
+
+    def __init__(self, model: WanModel, offload: torch.device) -> None:
+        self.swap: BlockSwapArgs | None = None
+        self._model = model
+        self._offload = offload
+
+    def __call__(self, device: torch.device) -> None:
+        """To the device, but for the blocks that wait; to the offload device, all of it."""
+        waiting = [*self.units().values(), tuple(self._embeddings())] if device != self._offload else []
+        held = {id(module) for modules in waiting for module in modules}
+        for module in self._parts():
+            module.to(self._offload if id(module) in held else device)
+
+    def units(self) -> dict[int, tuple[nn.Module, ...]]:
+        """Modules of each block that waits: the last `blocks_to_swap` ones, with what travels with them."""
+        if self.swap is None:
+            return {}
+        count = len(self._model.blocks)
+        first = max(count - self.swap.blocks_to_swap, 0)
+        return {index: self._unit(index) for index in range(first, count)}
+
+    def _embeddings(self) -> list[nn.Module]:
+        """Embeddings that wait too."""
+        chosen = []
+        if self.swap is not None and self.swap.offload_txt_emb:
+            chosen.append(self._model.text_embedding)
+        if self.swap is not None and self.swap.offload_img_emb and hasattr(self._model, "img_emb"):
+            chosen.append(self._model.img_emb)
+        return chosen
+
+    def _unit(self, index: int) -> tuple[nn.Module, ...]:
+        travellers = [m for e in self._model.extensions for m in e.travels_with(self._model, index)]
+        return self._model.blocks[index], *travellers
+
+    def _parts(self) -> list[nn.Module]:
+        travellers = [m for i in range(len(self._model.blocks)) for m in self._unit(i)]
+        inside = {id(m) for m in travellers}
+        top = [m for name, m in self._model.named_children() if name != "blocks" and id(m) not in inside]
+        return [*top, *travellers]
+
+    @contextmanager
+    def swapping(self, device: torch.device) -> Iterator[None]:
+        """Inside, the model brings waiting blocks to `device` around their turn."""
+        if self.swap is None or device == self._offload:
+            yield
+            return
+        units, non_blocking = self.units(), self.swap.use_non_blocking
+
+        @contextmanager
+        def around(index: int) -> Iterator[None]:
+            waiting = _move(units.get(index, ()), device, non_blocking)
+            yield
+            for parameter, value in waiting:
+                parameter.data = value
+
+        before = self._model.around_block
+        self._model.around_block = around
+        hooks = [hook for m in self._embeddings() for hook in _visit(m, device, non_blocking)]
+        try:
+            yield
+        finally:
+            self._model.around_block = before
+            for hook in hooks:
+                hook.remove()
+
+
+def _visit(module: nn.Module, device: torch.device, non_blocking: bool) -> tuple[RemovableHandle, RemovableHandle]:
+    """Hooks that bring the module to `device` for each of its forwards."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    def arrive(_: nn.Module, __: object) -> None:
+        waiting.extend(_move((module,), device, non_blocking))
+
+    def leave(_: nn.Module, __: object, ___: object) -> None:
+        for parameter, value in waiting:
+            parameter.data = value
+        waiting.clear()
+
+    return module.register_forward_pre_hook(arrive), module.register_forward_hook(leave)
+
+
+def _move(
+    modules: tuple[nn.Module, ...], device: torch.device, non_blocking: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Put the parameters on `device`; returns each with its waiting value."""
+    waiting = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
+    for parameter, value in waiting:
+        parameter.data = value.to(device, non_blocking=non_blocking)
+    return waiting

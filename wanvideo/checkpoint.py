@@ -1,0 +1,107 @@
+"""A checkpoint: one model's tensors by canonical name, read lazily from one or several files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from .key_names import Naming, naming_of
+from .stored_formats import Weight, read_weight, weights_of
+from .tensor_file import TensorFile, open_files
+
+
+class Entry(NamedTuple):
+    """Where a tensor is."""
+
+    file: TensorFile
+    weight: Weight
+
+
+class Checkpoint:
+    """Tensors under canonical names. Only the header is read until `tensor` is called.
+
+    path: the file it was opened from; metadata: text fields of the header; naming: how the file itself names its keys.
+    """
+
+    def __init__(
+        self, path: Path, entries: Mapping[str, Entry], *, metadata: Mapping[str, str], naming: Naming
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.naming = naming
+        self._entries = dict(entries)
+        self.shapes: Mapping[str, tuple[int, ...]] = {n: e.weight.shape for n, e in self._entries.items()}
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """What `tensor` returns: the stored type, or float32 where a scale or a block format is expanded."""
+        return {name: entry.weight.dtype for name, entry in self._entries.items()}
+
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """How the file stores each tensor, e.g. "BF16", "F8_E4M3 scaled", "NVFP4", "Q8_0"."""
+        return {name: entry.weight.format for name, entry in self._entries.items()}
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """Names of the tensors that are stored in fewer bits than bfloat16."""
+        return tuple(name for name, entry in self._entries.items() if entry.weight.quantised)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name` on the CPU, in aligned storage of its own, quantised forms expanded to float32."""
+        entry = self._entries[name]
+        return read_weight(entry.file, entry.weight)
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The tensor in its stored type, and the scale that multiplies it (None where there is none)."""
+        file, weight = self._entries[name]
+        return file.read(weight.name), None if weight.scale is None else file.read(weight.scale).float()
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same tensors under other names."""
+        entries = {rename(name): entry for name, entry in self._entries.items()}
+        return type(self)(self.path, entries, metadata=self.metadata, naming=self.naming)
+
+    def joined(self, others: Sequence[Checkpoint]) -> Self:
+        """This checkpoint and modules that belong to it, as one.
+
+        Raises ValueError, naming both files, if two bring the same tensor.
+        """
+        entries = dict(self._entries)
+        for other in others:
+            both = next((name for name in other.shapes if name in entries), None)
+            if both is not None:
+                raise ValueError(
+                    f"{other.path.name} brings '{both}', which {entries[both].file.path.name} has already; leave one "
+                    "of the two out."
+                )
+            entries |= other._entries
+        return type(self)(self.path, entries, metadata=self.metadata, naming=self.naming)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the header of a safetensors or GGUF file, or of all parts of a file saved in parts.
+
+    Keys of a Wan transformer become canonical (key_names.py); those of other models stay as the file has them.
+    Raises FileNotFoundError, or ValueError for a pickle, a truncated, ambiguous or unreadable file.
+    """
+    files = open_files(path)
+    naming = naming_of([name for file in files for name in file.tensors], name=path.name)
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, weight in weights_of(file).items():
+            canonical = naming.canonical(name)
+            if canonical in entries:
+                raise ValueError(f"{path.name} has the tensor '{canonical}' twice; download it again.")
+            entries[canonical] = Entry(file, weight)
+    return Checkpoint(path, entries, metadata=files[0].metadata, naming=naming)

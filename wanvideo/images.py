@@ -1,0 +1,46 @@
+"""Pictures between nodes (IMAGE, [frames, height, width, channels] in 0..1) and video ([3, F, H, W] in -1..1)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+METHODS = ("lanczos", "bicubic", "bilinear", "nearest-exact", "area")
+
+
+def resize_images(images: Tensor, width: int, height: int, method: str = "lanczos") -> Tensor:
+    """Images [n, H, W, C] in 0..1 at another size, the aspect ratio not kept. Lanczos is Pillow's, at 8 bits."""
+    if images.shape[1:3] == (height, width):
+        return images
+    if method == "lanczos":
+        return _lanczos(images, width, height)
+    options = {"antialias": True, "align_corners": False} if method in ("bicubic", "bilinear") else {}
+    moved = torch.nn.functional.interpolate(images.movedim(-1, 1), size=(height, width), mode=method, **options)
+    return moved.movedim(1, -1).clamp(0, 1).contiguous()
+
+
+def _lanczos(images: Tensor, width: int, height: int) -> Tensor:
+    from PIL import Image
+
+    frames = []
+    for image in (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy():
+        channels = [
+            Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), Image.Resampling.LANCZOS)
+            for c in range(image.shape[-1])
+        ]
+        frames.append(np.stack([np.asarray(channel) for channel in channels], axis=-1))
+    return torch.from_numpy(np.stack(frames)).float().div(255).to(images.device)
+
+
+def to_video(images: Tensor, width: int | None = None, height: int | None = None) -> Tensor:
+    """IMAGE -> video [3, F, H, W] in -1..1, alpha dropped, resized where a size is given."""
+    images = images[..., :3].float()
+    if width is not None and height is not None:
+        images = resize_images(images, width, height)
+    return (images.movedim(-1, 0) * 2 - 1).contiguous()
+
+
+def to_images(video: Tensor) -> Tensor:
+    """Video [3, F, H, W] in about -1..1 -> IMAGE in 0..1."""
+    return video.float().clamp(-1, 1).add(1).div(2).movedim(0, -1).contiguous()

@@ -1,0 +1,174 @@
+"""The UMT5 text encoder: transformers' UMT5EncoderModel behind the key names of Wan's and of Hugging Face's files.
+
+Source: Wan-Video/Wan2.1 (umt5-xxl, prompts padded to 512 tokens under a mask), google/umt5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..assign import assign, layer_count
+from ..checkpoint import Checkpoint, open_checkpoint
+from .tokenizer import Tokenizer, find_tokenizer
+
+if TYPE_CHECKING:
+    from ...host import Host
+
+WEIGHTED = re.compile(r"\((.*?):(\d+(?:\.\d+)?)\)")
+
+# Hugging Face's name -> Wan's, inside a block.
+BLOCK_NAMES = {
+    "layer.0.layer_norm.": "norm1.",
+    "layer.0.SelfAttention.relative_attention_bias.": "pos_embedding.embedding.",
+    "layer.0.SelfAttention.": "attn.",
+    "layer.1.layer_norm.": "norm2.",
+    "layer.1.DenseReluDense.wi_0.": "ffn.gate.0.",
+    "layer.1.DenseReluDense.wi_1.": "ffn.fc1.",
+    "layer.1.DenseReluDense.wo.": "ffn.fc2.",
+}
+TOP_NAMES = {
+    "shared.weight": "token_embedding.weight",
+    "encoder.embed_tokens.weight": "token_embedding.weight",
+    "encoder.final_layer_norm.weight": "norm.weight",
+}
+
+
+def wan_name(name: str) -> str:
+    """Wan's name of a Hugging Face name."""
+    if name in TOP_NAMES:
+        return TOP_NAMES[name]
+    _, _, number, rest = name.split(".", 3)
+    for old, new in BLOCK_NAMES.items():
+        if rest.startswith(old):
+            return f"blocks.{number}.{new}{rest.removeprefix(old)}"
+    return name
+
+
+def parse_weights(prompt: str) -> tuple[str, dict[str, float]]:
+    """Prompt with "(words:1.2)" marks -> the plain prompt, and the weight of each marked part."""
+    weights = {text: float(weight) for text, weight in WEIGHTED.findall(prompt)}
+    return WEIGHTED.sub(r"\1", prompt), weights
+
+
+class TextEncoder:
+    """A loaded UMT5 encoder and its tokenizer, under the host's memory management."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, path: Path, host: Host) -> None:
+        self.path = path
+        self.managed = host.manage(model)
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], *, device: torch.device | None = None) -> list[Tensor]:
+        """One tensor [tokens, dim] per prompt on the CPU, without padding. device: where to compute, None: the host's.
+
+        "(words:1.2)" multiplies the embedding of those words.
+        """
+        if device is None:
+            device = self.managed.acquire()
+        else:
+            self._model.to(device)
+        return [self._encode_one(prompt, device) for prompt in prompts]
+
+    def _encode_one(self, prompt: str, device: torch.device) -> Tensor:
+        plain, weights = parse_weights(prompt)
+        ids = self._tokenizer.encode(plain)
+        tokens = torch.tensor([ids], device=device)
+        hidden = self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0].cpu()
+        for words, weight in weights.items():
+            part = self._tokenizer.encode(words)[:-1]
+            for start in _occurrences(ids, part):
+                hidden[start : start + len(part)] *= weight
+        return hidden
+
+
+def _occurrences(ids: Sequence[int], part: Sequence[int]) -> list[int]:
+    size = len(part)
+    return [i for i in range(len(ids) - size + 1) if size and list(ids[i : i + size]) == list(part)]
+
+
+def load_text_encoder(
+    path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled"
+) -> TextEncoder:
+    """Load a UMT5 encoder of any size, under Wan's or Hugging Face's names; scaled FP8 files are expanded.
+
+    Raises ValueError for another kind of file or a quantization that is not available, FileNotFoundError without a
+    tokenizer.
+    """
+    if quantization != "disabled":
+        raise ValueError(
+            f"quantization '{quantization}' of the text encoder is not available in this version; choose 'disabled' "
+            "(an FP8 file loads with it too)."
+        )
+    checkpoint = open_checkpoint(path)
+    names = _file_names(checkpoint)
+    with torch.device("meta"):
+        model = _build(checkpoint, names)
+    model.encoder.embed_tokens = model.shared
+    assign(model, checkpoint, names, dtype=dtype, what="UMT5 text encoder")
+    tokenizer = find_tokenizer(checkpoint, [path.parent, host.models_dir("text_encoders")])
+    return TextEncoder(model, tokenizer, path=path, host=host)
+
+
+class _Names(Mapping[str, str]):
+    """Hugging Face parameter name -> name in the file."""
+
+    def __init__(self, checkpoint: Checkpoint, wan: bool) -> None:
+        self._keys, self._wan = checkpoint.shapes, wan
+
+    def __getitem__(self, name: str) -> str:
+        if self._wan:
+            return wan_name(name)
+        alias = "encoder.embed_tokens.weight"
+        return alias if name == "shared.weight" and name not in self._keys else name
+
+    def __iter__(self) -> object:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _file_names(checkpoint: Checkpoint) -> Mapping[str, str]:
+    wan = "token_embedding.weight" in checkpoint.shapes
+    if not wan and "encoder.block.0.layer.0.SelfAttention.q.weight" not in checkpoint.shapes:
+        raise ValueError(
+            f"{checkpoint.path.name} is no UMT5 text encoder: choose a umt5-xxl file (bf16, fp16 or scaled FP8)."
+        )
+    return _Names(checkpoint, wan)
+
+
+def _build(checkpoint: Checkpoint, names: Mapping[str, str]) -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    shapes = checkpoint.shapes
+    vocabulary, dim = shapes[names["shared.weight"]]
+    block = "encoder.block.0.layer"
+    bias = names[f"{block}.0.SelfAttention.relative_attention_bias.weight"]
+    if bias not in shapes:
+        raise ValueError(
+            f"{checkpoint.path.name} has no '{bias}': it is a T5 but not the UMT5 that Wan was trained with; choose a "
+            "umt5-xxl file."
+        )
+    buckets, heads = shapes[bias]
+    inner = shapes[names[f"{block}.0.SelfAttention.q.weight"]][0]
+    prefix = "blocks." if "token_embedding.weight" in shapes else "encoder.block."
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=dim,
+        d_kv=inner // heads,
+        d_ff=shapes[names[f"{block}.1.DenseReluDense.wi_0.weight"]][0],
+        num_layers=layer_count(shapes, prefix),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return UMT5EncoderModel(config)

@@ -1,0 +1,325 @@
+"""Sampling: noise to latents along a schedule.
+
+`denoise` is the loop itself, used by the plain sampler here and by the long talking video. `sample` is one run of the
+sampler node. Latents are [C, F, H, W] float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .extension import Payload, Step
+from .extensions.clip_image import ClipImage
+from .guidance import Conditioning, Conditions, Denoiser, Guidance, per_step
+from .latents import (
+    CHANNELS_2_2,
+    GivenLatents,
+    Inpainting,
+    add_noise,
+    change_mask,
+    condition_channels,
+    given_samples,
+    noise_shape,
+    start_noise,
+)
+from .payloads import VAE_TIME_STRIDE, ImageEmbeds, TextEmbeds
+from .schedulers import Schedule
+
+if TYPE_CHECKING:
+    from ..host import Host, Progress
+    from ..multitalk.audio import MultiTalkEmbeds
+    from ..multitalk.extension import AudioWindow
+    from .loading import WanVideoModel
+    from .modules.model import WanModel
+
+log = logging.getLogger("wanvideo")
+
+
+class LatentHook(Protocol):
+    """Changes latents [C, F, H, W] around a step. index counts from 0 in the run; return new latents or the same."""
+
+    def before(self, latents: Tensor, index: int) -> Tensor:
+        """Latents at schedule.sigmas[index], before the model and the solver see them."""
+
+    def after(self, latents: Tensor, index: int) -> Tensor:
+        """Latents at schedule.sigmas[index + 1], after the solver's step."""
+
+
+class Watcher(Protocol):
+    """Told about every step: cancellation, progress, preview. May raise to stop the run."""
+
+    def begin(self, index: int) -> None:
+        """Before the model runs."""
+
+    def end(self, index: int, clean: Tensor) -> None:
+        """After the step; clean: the estimate of the finished latents [C, F, H, W]."""
+
+
+class Denoised(NamedTuple):
+    """latents at the end of the schedule, and the last estimate of the clean ones, [C, F, H, W] float32."""
+
+    latents: Tensor
+    clean: Tensor
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    *,
+    latents: Tensor,
+    generator: torch.Generator,
+    hooks: Sequence[LatentHook] = (),
+    clean_frames: Sequence[int] = (),
+    watcher: Watcher | None = None,
+) -> Denoised:
+    """Run every step of a fresh `schedule` on `latents` [C, F, H, W].
+
+    generator: CPU generator for solvers that draw noise. hooks run in order. clean_frames: latent frames that the model
+    sees at timestep 0 (given images, 5B). The result is on the denoiser's device.
+    Raises ValueError if the model's output is not finite.
+    """
+    latents = latents.to(denoiser.device, torch.float32)
+    clean = latents
+    for index, timestep in enumerate(schedule.timesteps):
+        if watcher is not None:
+            watcher.begin(index)
+        for hook in hooks:
+            latents = hook.before(latents, index)
+        step = Step(index=schedule.first_index + index, total=schedule.total)
+        velocity = denoiser(latents, _frame_timesteps(timestep, latents, clean_frames), step, index)
+        clean = latents - schedule.sigmas[index] * velocity
+        clean[:, list(clean_frames)] = latents[:, list(clean_frames)]
+        latents = schedule.step(velocity, index, latents, generator)
+        for hook in hooks:
+            latents = hook.after(latents, index)
+        if index in (0, len(schedule) - 1):
+            _check_finite(velocity, latents, index=index, schedule=schedule)
+        if watcher is not None:
+            watcher.end(index, clean)
+    return Denoised(latents, clean)
+
+
+def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[int]) -> Tensor:
+    if not clean_frames:
+        return timestep
+    timesteps = timestep.repeat(latents.shape[1])
+    timesteps[list(clean_frames)] = 0.0
+    return timesteps
+
+
+def _check_finite(velocity: Tensor, latents: Tensor, *, index: int, schedule: Schedule) -> None:
+    """The tripwire against black videos: looks at the first and the last step, so that it costs two syncs a run."""
+    if bool(torch.isfinite(latents).all()):
+        return
+    at = f"step {index + 1} of {len(schedule)}"
+    if bool(torch.isfinite(velocity).all()):
+        raise ValueError(
+            f"The latents became NaN or infinite at {at} although the model's output was finite: check the samples and "
+            "sigmas that are connected, or choose another scheduler."
+        )
+    raise ValueError(
+        f"The model's output was NaN or infinite at {at}: choose base_precision bf16, another attention_mode or "
+        "another quantization in WanVideoModelLoader, and check that the model file is complete."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One run of the sampler node.
+
+    cfg: one text scale, or one a step. samples: a LATENT to start or go on from. feta: payload of Enhance-A-Video.
+    seed: of the starting noise and of all noise that solvers draw.
+    """
+
+    model: WanVideoModel
+    text: TextEmbeds | None
+    image: ImageEmbeds
+    schedule: Schedule
+    cfg: float | Sequence[float]
+    seed: int
+    samples: dict[str, object] | None = None
+    add_noise_to_samples: bool = False
+    batched_cfg: bool = False
+    riflex_index: int = 0
+    multitalk: MultiTalkEmbeds | None = None
+    feta: Payload | None = None
+    force_offload: bool = True
+
+
+class Start(NamedTuple):
+    """latents to begin with, the hooks that go with them, frames at timestep 0, and the original under a mask."""
+
+    latents: Tensor
+    hooks: tuple[LatentHook, ...]
+    clean_frames: tuple[int, ...] = ()
+    original: Tensor | None = None
+
+
+@dataclass
+class RunWatcher:
+    """Watcher that asks the host about cancellation, shows progress and follows per-step LoRA strengths.
+
+    done counts on over several runs (windows) with one progress bar; note says which one is on.
+    """
+
+    host: Host
+    progress: Progress
+    set_step: Callable[[int], None]
+    done: int = 0
+    note: str = ""
+
+    def begin(self, index: int) -> None:
+        """Stops here if the user cancelled."""
+        self.host.check_cancelled()
+        self.set_step(index)
+
+    def end(self, index: int, clean: Tensor) -> None:
+        """One step further, with the estimate as preview."""
+        self.done += 1
+        self.progress.update(self.done, note=self.note, preview=clean)
+
+
+def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[str, object]]:
+    """Run the sampler node: LATENT dicts of the result and of the last estimate of the clean latents.
+
+    Raises ValueError where model, inputs and options do not fit, and the host's exception on cancellation.
+    """
+    if request.image.loop is not None:
+        from ..multitalk.loop import run_loop
+
+        return run_loop(request, host)
+    if request.schedule.spec.name == "multitalk":
+        raise ValueError(
+            "The scheduler 'multitalk' is only for long talking video (WanVideoImageToVideoMultiTalk); choose another."
+        )
+    schedule = request.schedule.fresh()
+    generator = torch.Generator().manual_seed(request.seed)
+    start = prepare_start(request, schedule, generator)
+    frames, height, width = start.latents.shape[1:]
+    log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
+    try:
+        with host.progress(len(schedule), "Sampling") as progress, request.model.active() as transformer:
+            conditions = _conditions(request, transformer, _speech(request, frames))
+            denoiser = make_denoiser(request, transformer, host=host, conditions=conditions)
+            result = denoise(
+                denoiser,
+                schedule,
+                latents=start.latents,
+                generator=generator,
+                hooks=start.hooks,
+                clean_frames=start.clean_frames,
+                watcher=RunWatcher(host, progress, request.model.set_step),
+            )
+    finally:
+        if request.force_offload:
+            request.model.managed.release()
+    flags = _flags(request, generator, start.original)
+    return _latent(result.latents, flags), _latent(result.clean, flags)
+
+
+def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.Generator) -> Start:
+    """What the run starts from. The seed's noise is always drawn first; samples may then restore a generator state."""
+    shape = noise_shape(request.image, request.model.config)
+    noise = latents = start_noise(shape, generator)
+    samples = request.samples or {}
+    if samples.get("generator_state") is not None:
+        generator.set_state(samples["generator_state"])
+    given = given_samples(samples, shape)
+    hooks: list[LatentHook] = []
+    original = None
+    if given is not None:
+        noisy = request.add_noise_to_samples or schedule.spec.denoise_strength < 1
+        latents = add_noise(given, noise, schedule.sigmas[0]) if noisy else given
+        if samples.get("noise_mask") is not None:
+            original = samples.get("original_image")
+            original = given if original is None else original
+            hooks.append(Inpainting(original, noise, change_mask(samples["noise_mask"], shape), schedule))
+    clean_frames: tuple[int, ...] = ()
+    if request.image.given_latents:
+        held = GivenLatents.placed(request.image.given_latents, shape)
+        if schedule.first_index == 0:
+            latents = held.before(latents, 0)
+        if request.model.config.out_dim == CHANNELS_2_2:
+            clean_frames = held.frames
+        if clean_frames or request.multitalk is not None:
+            hooks.append(held)
+    return Start(latents, tuple(hooks), clean_frames, original)
+
+
+def make_denoiser(request: SampleRequest, transformer: WanModel, *, host: Host, conditions: Conditions) -> Denoiser:
+    """The guided model of one run or window, under the scales that the request asks for."""
+    speech = request.multitalk
+    guidance = Guidance(
+        cfg=per_step(request.cfg),
+        audio_cfg=(1.0,) if speech is None else per_step(speech.cfg_scale),
+        batched=request.batched_cfg,
+    )
+    return Denoiser(
+        transformer,
+        conditions,
+        guidance=guidance,
+        device=host.device(),
+        dtype=request.model.base_dtype,
+        riflex_index=request.riflex_index,
+    )
+
+
+def conditionings(
+    request: SampleRequest, transformer: WanModel, audio: AudioWindow | None = None
+) -> tuple[Conditioning, ...]:
+    """Everything that conditions the model besides text and channels: CLIP, speech, Enhance-A-Video, other payloads.
+
+    CLIP features for a model without image cross-attention (Wan 2.2) are left out, with a warning.
+    """
+    found = []
+    clip = request.image.clip
+    if clip is not None and any(extension.payload is ClipImage for extension in transformer.extensions):
+        negative = None if clip.negative is None else ClipImage(clip.negative)
+        found.append(Conditioning(ClipImage(clip.positive), no_text=negative))
+    elif clip is not None:
+        log.warning("This model has no image cross-attention, so clip_embeds have no effect.")
+    if audio is not None:
+        found.append(Conditioning(audio, no_audio=audio.silent()))
+    if request.feta is not None and request.image.latent_shape[1] > 1:
+        found.append(Conditioning(request.feta))
+    return *found, *(Conditioning(payload) for payload in request.image.payloads)
+
+
+def _conditions(request: SampleRequest, transformer: WanModel, audio: AudioWindow | None) -> Conditions:
+    image = request.image
+    if request.text is None or not request.text.positive:
+        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
+    return Conditions(
+        positive=request.text.positive[0],
+        negative=request.text.negative[0] if request.text.negative else None,
+        channels=condition_channels(image.cond, image.mask, transformer.config),
+        conditionings=conditionings(request, transformer, audio),
+    )
+
+
+def _speech(request: SampleRequest, frames: int) -> AudioWindow | None:
+    if request.multitalk is None:
+        return None
+    return request.multitalk.window(range((frames - 1) * VAE_TIME_STRIDE + 1))
+
+
+def _flags(request: SampleRequest, generator: torch.Generator, original: Tensor | None) -> dict[str, object]:
+    flags: dict[str, object] = {
+        "generator_state": generator.get_state(),
+        "extra_end_frame": request.image.extra_end_frame,
+        "has_ref": request.image.leading_latents,
+    }
+    if original is not None:
+        flags["original_image"] = original
+    return flags
+
+
+def _latent(latents: Tensor, flags: dict[str, object]) -> dict[str, object]:
+    return {"samples": latents[None].float().cpu(), **flags}

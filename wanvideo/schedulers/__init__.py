@@ -1,0 +1,8 @@
+"""Noise schedules and solvers: sigma goes from 1 (noise) to 0 (video), the model's timestep is 1000 * sigma."""
+
+from __future__ import annotations
+
+from .methods import SCHEDULERS, available
+from .schedule import Schedule, ScheduleSpec, make_schedule
+
+__all__ = ["SCHEDULERS", "Schedule", "ScheduleSpec", "available", "make_schedule"]

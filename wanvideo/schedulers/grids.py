@@ -1,0 +1,69 @@
+"""Sigma grids, float64, from the first sigma to the last one before zero; `steps` values each.
+
+Sources: Wan-Video/Wan2.2 (wan/utils), huggingface/diffusers (FlowMatchEulerDiscreteScheduler),
+MeiGen-AI/InfiniteTalk (wan/multitalk.py), ModelTC/LightX2V (four-step distillation), Lee et al. 2024 (beta sampling).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Grid = NDArray[np.float64]
+
+TRAIN_STEPS = 1000
+LAST_TRAINED = 1 / TRAIN_STEPS
+BETA = 0.6
+DISTILLED = (0.999, 0.75, 0.5, 0.25)
+
+
+def shifted(sigmas: Grid, shift: float) -> Grid:
+    """Timestep shift of flow matching (Esser et al. 2024): more steps at high noise for shift above 1."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def unipc_grid(steps: int, shift: float) -> Grid:
+    """Wan's UniPC (and DEIS): uniform from the last trained noise level below 1, then shifted."""
+    return shifted(np.linspace(1 - LAST_TRAINED, 0, steps + 1)[:-1], shift)
+
+
+def dpm_grid(steps: int, shift: float) -> Grid:
+    """Wan's DPM-Solver++: uniform from 1, then shifted."""
+    return shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
+
+
+def euler_grid(steps: int, shift: float) -> Grid:
+    """Diffusers' flow-matching Euler and LCM: from 1 to the shifted smallest trained sigma, then shifted once more.
+
+    The last step is therefore a small one. Saved graphs were tuned on this grid.
+    """
+    last = shifted(np.array([LAST_TRAINED]), shift)[0]
+    return shifted(np.linspace(1, last, steps), shift)
+
+
+def multitalk_grid(steps: int, shift: float) -> Grid:
+    """InfiniteTalk's own: uniform from timestep 1000 to 1, then shifted."""
+    return shifted(np.linspace(1, LAST_TRAINED, steps), shift)
+
+
+def distill_grid(steps: int, shift: float) -> Grid:
+    """The four noise levels that step-distilled models were trained on, shifted."""
+    return shifted(np.array(DISTILLED[:steps]), shift)
+
+
+def beta_spaced(grid: Grid) -> Grid:
+    """The same range with quantiles of Beta(0.6, 0.6) between: more steps at both ends."""
+    from scipy.stats import beta
+
+    quantiles = beta.ppf(1 - np.linspace(0, 1, len(grid)), BETA, BETA)
+    return grid[-1] + quantiles * (grid[0] - grid[-1])
+
+
+def finer_tail(grid: Grid) -> Grid:
+    """Steps below half of the first sigma replaced by a uniform tail (`enhance_hf`), for high-frequency detail.
+
+    The tail has a fifth of the steps, at least 3 and at most 15.
+    """
+    split = grid.max() / 2
+    count = max(3, min(15, int(len(grid) * 0.2)))
+    return np.concatenate([grid[grid > split], np.linspace(split, 0, count, endpoint=False, dtype=grid.dtype)])

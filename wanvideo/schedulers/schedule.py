@@ -1,0 +1,148 @@
+"""A schedule is a grid of sigmas, the part of it that a sampler runs, and the solver's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .grids import TRAIN_STEPS, Grid, finer_tail
+from .methods import Method, Solver, method_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSpec:
+    """What the sampler node asks for.
+
+    sigmas: custom sigmas [steps + 1], falling, in 0..1; they replace `steps` and `shift`.
+    denoise_strength: below 1 starts later in the schedule (video to video).
+    start_step, end_step: an int counts steps (end_step -1: to the end); a float is a sigma: steps at or below it
+    (start) or above it (end) are run, so that two samplers with one boundary continue each other.
+    enhance_hf: a finer uniform tail at low noise.
+    """
+
+    name: str
+    steps: int
+    shift: float
+    sigmas: Tensor | None = None
+    denoise_strength: float = 1.0
+    start_step: int | float = 0
+    end_step: int | float = -1
+    enhance_hf: bool = False
+
+
+class Schedule:
+    """The steps of one sampler run and the solver that takes them.
+
+    sigmas [n + 1] and timesteps [n] (float32, CPU) are the part that is run; first_index is where it starts in the
+    whole schedule of `total` steps. A first-order solver (euler, lcm, multitalk, flowmatch_distill) split in two runs
+    equals the single run; a multistep solver starts its history anew at the split.
+    """
+
+    def __init__(self, spec: ScheduleSpec, grid: Grid, last: float, span: range) -> None:
+        self.spec = spec
+        self.total = len(grid)
+        self.first_index = span.start
+        self._method = method_of(spec.name)
+        self._grid, self._last, self._span = grid, last, span
+        self._all_sigmas = torch.from_numpy(np.append(grid, last).astype(np.float32))
+        self._all_timesteps = _timesteps(grid, self._method)
+        self.sigmas = self._all_sigmas[span.start : span.stop + 1]
+        self.timesteps = self._all_timesteps[span.start : span.stop]
+        self._solver: Solver | None = None
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def all_sigmas(self) -> Tensor:
+        """Sigmas of the whole schedule [total + 1]."""
+        return self._all_sigmas
+
+    def fresh(self) -> Schedule:
+        """The same schedule with no solver history."""
+        return Schedule(self.spec, self._grid, self._last, self._span)
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Move latents [C, F, H, W] from sigmas[index] to sigmas[index + 1] along `velocity` (same shape).
+
+        index counts from 0 within this run, in order. generator: CPU generator for solvers that draw noise.
+        Returns float32. Raises ValueError if a step is skipped or repeated.
+        """
+        if index != self._next:
+            raise ValueError(f"Step {index} was asked for where {self._next} is due; use fresh() to start over.")
+        if self._solver is None:
+            self._solver = self._method.solver_for(self._all_sigmas, self._all_timesteps, self.first_index)
+        self._next += 1
+        return self._method.advance(
+            self._solver, velocity, timestep=self.timesteps[index], latents=latents, generator=generator
+        )
+
+
+def make_schedule(spec: ScheduleSpec) -> Schedule:
+    """The schedule that `spec` describes.
+
+    Raises ValueError for a scheduler that is not available, for sigmas that are not usable, and for an empty range.
+    """
+    grid, last = _whole_grid(spec, method_of(spec.name))
+    if spec.enhance_hf:
+        grid, last = finer_tail(grid), 0.0
+    start = _start(spec, grid, last)
+    stop = _stop(spec, grid)
+    if start >= stop:
+        raise ValueError(
+            f"No steps are left between start_step {spec.start_step} and end_step {spec.end_step} of {len(grid)} "
+            "steps; start_step must come before end_step."
+        )
+    return Schedule(spec, grid, last, range(start, stop))
+
+
+def _whole_grid(spec: ScheduleSpec, method: Method) -> tuple[Grid, float]:
+    if spec.sigmas is not None:
+        if method.fixed_grid:
+            raise ValueError(f"The scheduler '{spec.name}' has its own sigmas; disconnect 'sigmas'.")
+        return _custom_grid(spec.sigmas)
+    if method.steps not in (None, spec.steps):
+        raise ValueError(f"The scheduler '{spec.name}' works with {method.steps} steps only, not {spec.steps}.")
+    if spec.steps < 1:
+        raise ValueError(f"steps must be at least 1, not {spec.steps}.")
+    if spec.shift <= 0:
+        raise ValueError(f"shift must be above 0, not {spec.shift}.")
+    return method.grid(spec.steps, spec.shift), 0.0
+
+
+def _custom_grid(sigmas: Tensor) -> tuple[Grid, float]:
+    values = sigmas.detach().cpu().float().numpy()
+    falling = values.ndim == 1 and len(values) >= 2 and bool(np.all(values[1:] < values[:-1]))
+    if not falling or values[0] > 1 or values[-1] < 0:
+        raise ValueError(
+            "Custom sigmas must be at least two values that fall from at most 1 to at least 0 (flow matching), "
+            f"but they are {np.round(values, 4).tolist()}."
+        )
+    return values[:-1], float(values[-1])
+
+
+def _timesteps(grid: Grid, method: Method) -> Tensor:
+    exact = grid * TRAIN_STEPS
+    return torch.from_numpy((np.trunc(exact) if method.whole_timesteps else exact).astype(np.float32))
+
+
+def _start(spec: ScheduleSpec, grid: Grid, last: float) -> int:
+    if spec.denoise_strength < 1:
+        if spec.start_step != 0:
+            raise ValueError("start_step must be 0 when denoise_strength is below 1; it sets the start itself.")
+        return len(grid) - int(len(grid) * spec.denoise_strength) - 1
+    if isinstance(spec.start_step, float):
+        reached = np.flatnonzero(np.append(grid, last) <= spec.start_step)
+        return int(reached[0]) if len(reached) else 0
+    return max(spec.start_step, 0)
+
+
+def _stop(spec: ScheduleSpec, grid: Grid) -> int:
+    if isinstance(spec.end_step, float):
+        above = np.flatnonzero(grid > spec.end_step)
+        return int(above[-1]) + 1 if len(above) else len(grid)
+    return len(grid) if spec.end_step < 0 else min(spec.end_step, len(grid))

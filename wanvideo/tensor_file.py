@@ -1,0 +1,87 @@
+"""What the readers of all checkpoint formats have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+GGUF_MAGIC = b"GGUF"
+_SHARD = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a header: its shape (of values, also where they are packed) and the file format's type name."""
+
+    shape: tuple[int, ...]
+    format: str
+
+
+class TensorFile(Protocol):
+    """A file of named tensors, read lazily."""
+
+    path: Path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Text fields of the header."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The header."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in aligned storage of its own; block-quantised types arrive as float32."""
+
+
+def unreadable(path: Path, kind: str, error: Exception) -> ValueError:
+    """The error for a file whose header or size is wrong."""
+    return ValueError(f"{path.name} is truncated or is no {kind} file ({error}); download it again.")
+
+
+def open_file(path: Path) -> TensorFile:
+    """Open a safetensors or GGUF file by its content.
+
+    Raises FileNotFoundError, or ValueError for a pickle, a truncated file or another format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; check the name and the model folder.")
+    with path.open("rb") as file:
+        magic = file.read(len(GGUF_MAGIC))
+    if path.suffix.lower() in PICKLE_SUFFIXES or magic.startswith(PICKLE_MAGIC):
+        raise ValueError(
+            f"{path.name} is a pickle, which can run any program when it is opened; use the model's .safetensors or "
+            ".gguf file, or convert it with safetensors.torch.save_file where you trust its source."
+        )
+    if magic == GGUF_MAGIC or path.suffix.lower() == ".gguf":
+        from .gguf_file import GgufFile
+
+        return GgufFile(path)
+    from .safetensors_file import SafetensorsFile
+
+    return SafetensorsFile(path)
+
+
+def open_files(path: Path) -> tuple[TensorFile, ...]:
+    """The file, or all shards of a model saved as name-00001-of-00003.safetensors when `path` is one of them.
+
+    Raises FileNotFoundError if a shard is missing.
+    """
+    shard = _SHARD.match(path.name)
+    if shard is None:
+        return (open_file(path),)
+    count = int(shard[3])
+    shards = [path.with_name(f"{shard[1]}-{i:05d}-of-{shard[3]}.safetensors") for i in range(1, count + 1)]
+    absent = [s.name for s in shards if not s.is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{path.name} is one of {count} parts, and {absent[0]} is not beside it; put all parts in one folder."
+        )
+    return tuple(open_file(s) for s in shards)
