@@ -1,0 +1,13 @@
+"""The demo: tiny models in the real file formats, a drawn portrait, a spoken sentence, and their workflow.
+
+`python -m wanvideo_wrapper.demo.build` makes the models and the portrait anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+MODELS = ROOT / "models"
+INPUT = ROOT / "input"
+WORKFLOW = ROOT.parent / "example_workflows" / "demo_infinitetalk.json"

@@ -1,0 +1,1 @@
+"""Runs saved ComfyUI workflows without ComfyUI."""

@@ -246,7 +246,7 @@ class WindowMaker:
         first = window.frames.start // VAE_TIME_STRIDE
         index = torch.arange(first, first + noise.shape[1]).clamp(max=given.shape[1] - 1)
         clean = given[:, index]
-        return add_noise(clean, noise, schedule.sigmas[0]) if self.request.add_noise_to_samples else clean
+        return add_noise(clean, noise, schedule.sigmas[0]) if self.request.noises_samples else clean
 
     def _conditions(self, window: Window, transformer: WanModel, channels: Tensor | None) -> Conditions:
         text = self.request.text

@@ -65,8 +65,8 @@ def test_inputs(name, files):
 def test_outputs_and_names(name):
     node, original = NODES[name], ORIGINAL[name]
     assert [list(pair) for pair in zip(node.RETURN_TYPES, node.RETURN_NAMES, strict=True)] == original["outputs"]
-    assert node.FUNCTION == original["function"] and callable(getattr(node, node.FUNCTION))
-    assert node.CATEGORY == original["category"]
+    assert original["function"] == node.FUNCTION and callable(getattr(node, node.FUNCTION))
+    assert original["category"] == node.CATEGORY
     assert bool(getattr(node, "OUTPUT_NODE", False)) == original["output_node"]
     assert wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS[name] == original["display_name"]
 

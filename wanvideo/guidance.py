@@ -113,7 +113,8 @@ class Denoiser:
     """Velocity of a Wan model under conditions and guidance.
 
     Everything is moved to `device` once, so that what extensions keep for the run (`RunCache`) stays valid: make a new
-    Denoiser for every window. dtype is that of payloads and texts; latents go in as float32.
+    Denoiser for every window. dtype is that of payloads and texts; latents go in as float32. keeps=False computes
+    everything anew in every step, for weights that change within the run (per-step LoRA).
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Denoiser:
         device: torch.device,
         dtype: torch.dtype,
         riflex_index: int = 0,
+        keeps: bool = True,
     ) -> None:
         self.model = model
         self.guidance = guidance
@@ -136,7 +138,7 @@ class Denoiser:
         self._conditionings = tuple(c.to(device, dtype) for c in conditions.conditionings)
         self._has_audio = any(c.no_audio is not None for c in self._conditionings)
         # What is kept has the batch size of the forward that made it.
-        self._caches: dict[int, RunCache] = {}
+        self._caches: dict[int, RunCache] | None = {} if keeps else None
         self._stacked: dict[tuple[tuple[bool, bool], ...], tuple[Payload, ...]] = {}
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: Step, index: int) -> Tensor:
@@ -165,7 +167,7 @@ class Denoiser:
             payloads=self._payloads(rows),
             step=step,
             riflex_index=self.riflex_index,
-            cache=self._caches.setdefault(count, RunCache()),
+            cache=None if self._caches is None else self._caches.setdefault(count, RunCache()),
         )
         return self.model(inputs)
 

@@ -8,8 +8,9 @@ from ..enhance_a_video import EnhanceAVideo
 from ..multitalk.extension import MultiTalk
 from .extension import Extension
 from .extensions.clip_image import ClipImageExtension
+from .extensions.prompt_segments import PromptSegmentsExtension
 
-EXTENSIONS: tuple[type[Extension], ...] = (ClipImageExtension, MultiTalk, EnhanceAVideo)
+EXTENSIONS: tuple[type[Extension], ...] = (PromptSegmentsExtension, ClipImageExtension, MultiTalk, EnhanceAVideo)
 
 
 def detect(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Extension, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .extension import Payload, Step
 from .extensions.clip_image import ClipImage
+from .extensions.prompt_segments import PromptSegments
 from .guidance import Conditioning, Conditions, Denoiser, Guidance, per_step
 from .latents import (
     CHANNELS_2_2,
@@ -134,8 +135,9 @@ def _check_finite(velocity: Tensor, latents: Tensor, *, index: int, schedule: Sc
 class SampleRequest:
     """One run of the sampler node.
 
-    cfg: one text scale, or one a step. samples: a LATENT to start or go on from. feta: payload of Enhance-A-Video.
-    seed: of the starting noise and of all noise that solvers draw.
+    text: several positive prompts share out the frames, or the windows. cfg: one text scale, or one a step. samples: a
+    LATENT to start or go on from. seed: of the starting noise and of all noise that solvers draw. feta: payload of
+    Enhance-A-Video.
     """
 
     model: WanVideoModel
@@ -151,6 +153,11 @@ class SampleRequest:
     multitalk: MultiTalkEmbeds | None = None
     feta: Payload | None = None
     force_offload: bool = True
+
+    @property
+    def noises_samples(self) -> bool:
+        """Whether `samples` are clean video to be noised, rather than latents to go on from."""
+        return self.add_noise_to_samples or self.schedule.spec.denoise_strength < 1
 
 
 class Start(NamedTuple):
@@ -235,8 +242,7 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
     hooks: list[LatentHook] = []
     original = None
     if given is not None:
-        noisy = request.add_noise_to_samples or schedule.spec.denoise_strength < 1
-        latents = add_noise(given, noise, schedule.sigmas[0]) if noisy else given
+        latents = add_noise(given, noise, schedule.sigmas[0]) if request.noises_samples else given
         if samples.get("noise_mask") is not None:
             original = samples.get("original_image")
             original = given if original is None else original
@@ -268,6 +274,7 @@ def make_denoiser(request: SampleRequest, transformer: WanModel, *, host: Host, 
         device=host.device(),
         dtype=request.model.base_dtype,
         riflex_index=request.riflex_index,
+        keeps=not any(isinstance(file.strength, tuple) for file in request.model.loras),
     )
 
 
@@ -296,11 +303,13 @@ def _conditions(request: SampleRequest, transformer: WanModel, audio: AudioWindo
     image = request.image
     if request.text is None or not request.text.positive:
         raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
+    first, *others = request.text.positive
+    segments = (Conditioning(PromptSegments(tuple(others)), no_text=PromptSegments()),) if others else ()
     return Conditions(
-        positive=request.text.positive[0],
+        positive=first,
         negative=request.text.negative[0] if request.text.negative else None,
         channels=condition_channels(image.cond, image.mask, transformer.config),
-        conditionings=conditionings(request, transformer, audio),
+        conditionings=conditionings(request, transformer, audio) + segments,
     )
 
 

@@ -1,0 +1,12 @@
+"""Stand-ins for nodes of ComfyUI and of other packs that Wan workflows use; their interfaces are the originals'."""
+
+from __future__ import annotations
+
+from . import loaders, media_nodes, pictures, values
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    **values.NODE_CLASS_MAPPINGS,
+    **pictures.NODE_CLASS_MAPPINGS,
+    **media_nodes.NODE_CLASS_MAPPINGS,
+    **loaders.NODE_CLASS_MAPPINGS,
+}

@@ -199,7 +199,7 @@ class WanModel(nn.Module):
         """
         tokens, embedding = self._embed(inputs)
         active, tokens = self._prepare(inputs, tokens)
-        text = self._embed_text(inputs.text, tokens.x.dtype)
+        text = self.embed_text(inputs.text, tokens.x.dtype)
         block_inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, text, tokens.grid)
         x = tokens.x
         for index, block in enumerate(self.blocks):
@@ -238,7 +238,8 @@ class WanModel(nn.Module):
         """Dtype of the residual stream: that of the text embedding, which is never quantised."""
         return self.text_embedding[0].weight.dtype
 
-    def _embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Prompts [tokens, text_dim] each -> [B, T, C] in `dtype`, padded to the model's text length."""
         length = max(self.config.text_len, *(t.shape[0] for t in text))
         padded = torch.stack([F.pad(t, (0, 0, 0, length - t.shape[0])) for t in text])
         return self.text_embedding(padded.to(self.compute_dtype)).to(dtype)

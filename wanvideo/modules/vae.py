@@ -235,7 +235,7 @@ def load_vae(path: Path, *, dtype: torch.dtype, host: Host) -> WanVAE:
     checkpoint = open_checkpoint(path)
     names, layout = _names(checkpoint)
     with torch.device("meta"):
-        model = _build(layout)
+        model = build_vae(layout)
     wanted = dict(model.named_parameters())
     missing = sorted(set(wanted) - set(names))
     if missing:
@@ -290,7 +290,8 @@ def _published(key: str, keys: dict[str, str]) -> str:
     return key
 
 
-def _build(layout: VaeLayout) -> nn.Module:
+def build_vae(layout: VaeLayout) -> nn.Module:
+    """An untrained VAE of this layout."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(

@@ -1,0 +1,109 @@
+"""The command `wanvideo`: run a workflow, run the demo, say what a file is."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..host import CancelledError, set_host
+from ..standalone_host import StandaloneHost
+
+USER_ERRORS = (ValueError, FileNotFoundError, RuntimeError, ImportError)
+FAILED, CANCELLED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 after an error, 130 when cancelled."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        options.command(options)
+    except (CancelledError, KeyboardInterrupt):
+        sys.stderr.write("Cancelled.\n")
+        return CANCELLED
+    except USER_ERRORS as error:
+        if options.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"{error}\n")
+        return FAILED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wanvideo", description="Wan video diffusion from saved ComfyUI workflows.")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a workflow (UI or API form) and write its video")
+    run.add_argument("workflow", type=Path)
+    run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="assignments")
+    run.add_argument("--bypass", action="append", default=[], metavar="NODE", help="pass a node's input through")
+    run.add_argument("--mute", action="append", default=[], metavar="NODE", help="leave a node out")
+    run.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
+    run.add_argument("--input", type=Path, help="folder of pictures and sounds (default: ./input)")
+    run.add_argument("--allow-path", action="append", default=[], type=Path, metavar="DIR")
+    run.set_defaults(command=_run)
+
+    demo = commands.add_parser("demo", help="make the demo's talking video")
+    demo.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="assignments")
+    demo.set_defaults(command=_demo)
+    for command in (run, demo):
+        command.add_argument("--out", type=Path, help="folder for results (default: ./output)")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+    inspect = commands.add_parser("inspect", help="say what a model file is")
+    inspect.add_argument("file", type=Path)
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    host = StandaloneHost(
+        models=options.models,
+        inputs=options.input,
+        outputs=options.out,
+        device=options.device,
+        allowed=tuple(options.allow_path),
+    )
+    _execute(options.workflow, host, options)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from ..demo import INPUT, MODELS, WORKFLOW
+
+    host = StandaloneHost(models=MODELS, inputs=INPUT, outputs=options.out, device=options.device)
+    options.bypass, options.mute = [], []
+    _execute(WORKFLOW, host, options)
+
+
+def _execute(workflow: Path, host: StandaloneHost, options: argparse.Namespace) -> None:
+    set_host(host)
+    signal.signal(signal.SIGINT, lambda *_: host.cancel.set())
+    from .. import NODE_CLASS_MAPPINGS
+    from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+    from .graph import load
+    from .runner import Runner
+
+    classes = {**STAND_INS, **NODE_CLASS_MAPPINGS}
+    prompt = load(workflow, classes, bypass=options.bypass, mute=options.mute)
+    for assignment in options.assignments:
+        prompt.set(assignment, classes)
+    for shown in Runner(prompt, classes, host).run():
+        for values in shown.values():
+            for value in values:
+                sys.stdout.write(f"{value}\n")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from ..wanvideo.inspect import describe
+
+    sys.stdout.write(f"{describe(options.file)}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

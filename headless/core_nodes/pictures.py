@@ -1,0 +1,305 @@
+"""Pictures: loading, saving, resizing, joining (ComfyUI and KJNodes)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...host import get_host
+from ...wanvideo.images import METHODS, resize_images
+
+Inputs = dict[str, dict[str, tuple[object, ...]]]
+Shown = dict[str, object]
+
+LARGEST = 16384
+PROPORTIONS = ["stretch", "resize", "pad", "pad_edge", "pad_edge_pixel", "crop", "pillarbox_blur", "total_pixels"]
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class LoadImage:
+    """A picture from the input folder; its transparency is the mask."""
+
+    FUNCTION = "load_image"
+    RETURN_TYPES = ("IMAGE", "MASK")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"image": ("STRING", {"image_upload": True})}}
+
+    def load_image(self, image: str) -> tuple[Tensor, Tensor]:
+        """IMAGE [1, H, W, 3] and MASK [1, H, W], 1 where the picture is transparent."""
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        path = get_host().readable_file(image)
+        try:
+            with Image.open(path) as opened:
+                picture = ImageOps.exif_transpose(opened)
+                alpha = "A" in picture.getbands() or "transparency" in picture.info
+                pixels = torch.from_numpy(np.array(picture.convert("RGBA"))).float() / 255
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path.name} is no picture that can be read; choose a PNG, JPEG or WebP file.") from error
+        mask = 1 - pixels[..., 3] if alpha else torch.zeros(64, 64)
+        return pixels[None, ..., :3], mask[None]
+
+
+class SaveImage:
+    """Saves pictures to the output folder as PNG."""
+
+    FUNCTION = "save_images"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    KEEP = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        prefix = {"filename_prefix": ("STRING", {"default": "ComfyUI"})} if cls.KEEP else {}
+        return {"required": {"images": ("IMAGE",), **prefix}}
+
+    def save_images(self, images: Tensor, filename_prefix: str = "preview") -> Shown:
+        """One numbered file a picture."""
+        from PIL import Image
+
+        host = get_host()
+        base = host.output_dir() if self.KEEP else host.temp_dir()
+        names = []
+        for image in images:
+            path = next_file(base, filename_prefix, ".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(path)
+            names.append(str(path))
+        return {"ui": {"images": names}}
+
+
+class PreviewImage(SaveImage):
+    """Saves pictures to the temporary folder."""
+
+    KEEP = False
+
+
+def next_file(base: object, prefix: str, suffix: str) -> object:
+    """The next free numbered file base/prefix_00001suffix. Raises ValueError if the prefix leaves the folder."""
+    folder_and_stem = get_host().writable_folder(str(base / prefix))
+    folder, stem = folder_and_stem.parent, folder_and_stem.name
+    taken = [path.stem.removeprefix(f"{stem}_") for path in folder.glob(f"{stem}_*{suffix}")]
+    number = 1 + max((int(text) for text in taken if text.isdigit()), default=0)
+    return folder / f"{stem}_{number:05d}{suffix}"
+
+
+class Fit(NamedTuple):
+    """How a picture is brought to a size: cut this part out, scale it to this size, then pad these borders."""
+
+    crop: tuple[int, int, int, int]
+    size: tuple[int, int]
+    pad: tuple[int, int, int, int]
+
+
+def fit(source: tuple[int, int], target: tuple[int, int], mode: str, position: str) -> Fit:
+    """source, target: (width, height), 0 in target keeps that side in proportion. crop: (left, top, width, height)."""
+    (width, height), (goal_width, goal_height) = source, target
+    whole, none = (0, 0, width, height), (0, 0, 0, 0)
+    if mode == "total_pixels":
+        area = goal_width * goal_height
+        return Fit(whole, (int(math.sqrt(area * width / height)), int(math.sqrt(area * height / width))), none)
+    if mode == "resize" or mode.startswith(("pad", "pillarbox")):
+        ratios = [goal / side for goal, side in zip(target, source, strict=True) if goal]
+        ratio = min(ratios, default=1.0)
+        size = (round(width * ratio), round(height * ratio))
+        if mode == "resize":
+            return Fit(whole, size, none)
+        spare = ((goal_width or size[0]) - size[0], (goal_height or size[1]) - size[1])
+        left, top = (_share(extra, position, axis) for axis, extra in enumerate(spare))
+        return Fit(whole, size, (left, spare[0] - left, top, spare[1] - top))
+    goal = (goal_width or width, goal_height or height)
+    if mode != "crop":
+        return Fit(whole, goal, none)
+    ratio = goal[0] / goal[1]
+    part = (round(height * ratio), height) if width / height > ratio else (width, round(width / ratio))
+    left, top = (_share(side - kept, position, a) for a, (side, kept) in enumerate(zip(source, part, strict=True)))
+    return Fit((left, top, *part), goal, none)
+
+
+def _share(extra: int, position: str, axis: int) -> int:
+    """How much of the spare space comes first: horizontal axis 0, vertical axis 1."""
+    first, last = (("left", "right"), ("top", "bottom"))[axis]
+    return {first: 0, last: extra}.get(position, extra // 2)
+
+
+class ImageResizeKJv2:
+    """Resizes pictures: stretched, in proportion, cropped or padded."""
+
+    FUNCTION = "resize"
+    RETURN_TYPES = ("IMAGE", "INT", "INT", "MASK")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        side = {"default": 512, "min": 0, "max": LARGEST, "step": 1}
+        methods = ["nearest-exact", "bilinear", "area", "bicubic", "lanczos", "nvidia_rtx_vsr"]
+        return {
+            "required": {
+                "image": ("IMAGE",),
+                "width": ("INT", side),
+                "height": ("INT", side),
+                "upscale_method": (methods,),
+                "keep_proportion": (PROPORTIONS, {"default": "stretch"}),
+                "pad_color": ("STRING", {"default": "0, 0, 0"}),
+                "crop_position": (["center", "top", "bottom", "left", "right"], {"default": "center"}),
+                "divisible_by": ("INT", {"default": 2, "min": 0, "max": 512, "step": 1}),
+            },
+            "optional": {"mask": ("MASK",), "device": (["cpu", "gpu"],)},
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def resize(
+        self,
+        image: Tensor,
+        width: int,
+        height: int,
+        upscale_method: str,
+        keep_proportion: str,
+        pad_color: str,
+        crop_position: str,
+        divisible_by: int,
+        mask: Tensor | None = None,
+        device: str = "cpu",
+        unique_id: str | None = None,
+    ) -> tuple[Tensor, int, int, Tensor]:
+        """The pictures, their size, and the mask at that size."""
+        if upscale_method not in METHODS or keep_proportion in ("pillarbox_blur", "pad_edge", "pad_edge_pixel"):
+            raise ValueError(
+                f"ImageResizeKJv2 with '{upscale_method}' and '{keep_proportion}' runs in ComfyUI only: choose "
+                "lanczos, and stretch, resize, crop, pad or total_pixels."
+            )
+        source = (image.shape[2], image.shape[1])
+        plan = fit(source, (width, height), keep_proportion, crop_position)
+        step = max(divisible_by, 1)
+        size = (max(plan.size[0] // step, 1) * step, max(plan.size[1] // step, 1) * step)
+        if any(plan.pad):
+            size = plan.size
+        left, top, wide, high = plan.crop
+        cut = image[:, top : top + high, left : left + wide]
+        result = resize_images(cut, *size, upscale_method)
+        if mask is None or mask.shape[-2:] != image.shape[1:3]:
+            masks = torch.zeros(result.shape[:3])
+        else:
+            part = mask[:, top : top + high, left : left + wide, None]
+            masks = resize_images(part, *size, "bilinear")[..., 0]
+        if any(plan.pad):
+            result, masks = _padded(result, plan.pad, pad_color), _padded_mask(masks, plan.pad)
+        return result, result.shape[2], result.shape[1], masks
+
+
+def _padded(images: Tensor, pad: tuple[int, int, int, int], color: str) -> Tensor:
+    left, right, top, bottom = pad
+    values = torch.tensor([float(part) for part in color.split(",")]) / 255
+    count, height, width, channels = images.shape
+    canvas = values[:channels].expand(count, height + top + bottom, width + left + right, -1).clone()
+    canvas[:, top : top + height, left : left + width] = images
+    return canvas
+
+
+def _padded_mask(masks: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
+    """What was added is 1."""
+    left, right, top, bottom = pad
+    return torch.nn.functional.pad(masks, (left, right, top, bottom), value=1.0)
+
+
+class GetImageSizeAndCount:
+    """Width, height and number of pictures."""
+
+    FUNCTION = "getsize"
+    RETURN_TYPES = ("IMAGE", "INT", "INT", "INT")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"image": ("IMAGE",)}}
+
+    def getsize(self, image: Tensor) -> tuple[Tensor, int, int, int]:
+        """The pictures and their sizes."""
+        return image, image.shape[2], image.shape[1], image.shape[0]
+
+
+class GetImageRangeFromBatch:
+    """Some of a batch's pictures or masks; start_index -1 takes the last ones."""
+
+    FUNCTION = "imagesfrombatch"
+    RETURN_TYPES = ("IMAGE", "MASK")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "start_index": ("INT", {"default": 0, "min": -1, "max": 4096, "step": 1}),
+                "num_frames": ("INT", {"default": 1, "min": 1, "max": 4096, "step": 1}),
+            },
+            "optional": {"images": ("IMAGE",), "masks": ("MASK",)},
+        }
+
+    def imagesfrombatch(
+        self, start_index: int, num_frames: int, images: Tensor | None = None, masks: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The range of both."""
+        return _range(images, start_index, num_frames), _range(masks, start_index, num_frames)
+
+
+def _range(batch: Tensor | None, start: int, count: int) -> Tensor | None:
+    if batch is None:
+        return None
+    first = max(len(batch) - count, 0) if start == -1 else start
+    if first >= len(batch):
+        raise ValueError(f"start_index {start} is past the last of {len(batch)} pictures; choose a smaller one.")
+    return batch[first : first + count]
+
+
+class ImageConcatMulti:
+    """Joins pictures side by side."""
+
+    FUNCTION = "combine"
+    RETURN_TYPES = ("IMAGE",)
+    ACCEPTS_ALL = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "inputcount": ("INT", {"default": 2, "min": 2, "max": 1000, "step": 1}),
+                "image_1": ("IMAGE",),
+                "direction": (["right", "down", "left", "up"], {"default": "right"}),
+                "match_image_size": ("BOOLEAN", {"default": False}),
+            },
+            "optional": {"image_2": ("IMAGE",)},
+        }
+
+    def combine(
+        self, inputcount: int, image_1: Tensor, direction: str, match_image_size: bool, **images: Tensor
+    ) -> tuple[Tensor]:
+        """All pictures in one; a batch that is shorter repeats its last picture."""
+        result = image_1
+        for number in range(2, inputcount + 1):
+            part = images.get(f"image_{number}", torch.zeros_like(image_1))
+            if match_image_size or part.shape[1:3] != image_1.shape[1:3]:
+                part = resize_images(part, image_1.shape[2], image_1.shape[1])
+            count = max(len(result), len(part))
+            pair = [_repeated(result, count), _repeated(part[..., : image_1.shape[-1]], count)]
+            axis = 2 if direction in ("right", "left") else 1
+            result = torch.cat(pair if direction in ("right", "down") else pair[::-1], dim=axis)
+        return (result,)
+
+
+def _repeated(images: Tensor, count: int) -> Tensor:
+    return images[torch.arange(count).clamp(max=len(images) - 1)]
+
+
+NODE_CLASS_MAPPINGS = {
+    "LoadImage": LoadImage,
+    "SaveImage": SaveImage,
+    "PreviewImage": PreviewImage,
+    "ImageResizeKJv2": ImageResizeKJv2,
+    "GetImageSizeAndCount": GetImageSizeAndCount,
+    "GetImageRangeFromBatch": GetImageRangeFromBatch,
+    "ImageConcatMulti": ImageConcatMulti,
+}

@@ -1,0 +1,129 @@
+"""Sound and video files through PyAV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+Audio = dict[str, object]
+
+AAC_RATE = 48000
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What a video file holds."""
+
+    fps: float
+    frames: int
+    width: int
+    height: int
+    duration: float
+
+
+def read_audio(path: Path) -> Audio:
+    """All sound of a file as AUDIO: waveform [1, channels, samples] float32 in -1..1, and its sample rate.
+
+    Raises ValueError if the file cannot be read or has no sound.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise ValueError(f"{path.name} has no sound; choose a file that has.")
+            stream = container.streams.audio[0]
+            resampler = av.AudioResampler(format="fltp", rate=stream.rate)
+            parts = [
+                part.to_ndarray() for frame in container.decode(stream) for part in resampler.resample(frame)
+            ]
+            rate = stream.rate
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path.name} is no sound file that can be read ({error}); choose another.") from error
+    if not parts:
+        raise ValueError(f"{path.name} holds no sound samples; choose another file.")
+    return {"waveform": torch.from_numpy(np.concatenate(parts, axis=1))[None], "sample_rate": int(rate)}
+
+
+def read_frames(path: Path) -> tuple[VideoInfo, Iterator[np.ndarray]]:
+    """A video's data and its frames, [height, width, 3] uint8, one by one.
+
+    Raises ValueError if the file is no video.
+    """
+    try:
+        container = av.open(str(path))
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path.name} is no video that can be read ({error}); choose another.") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path.name} has no picture; choose a video.")
+    stream = container.streams.video[0]
+    fps = float(stream.average_rate or stream.base_rate or 1)
+    duration = float(container.duration or 0) / av.time_base
+    frames = stream.frames or round(duration * fps)
+    info = VideoInfo(fps=fps, frames=frames, width=stream.width, height=stream.height, duration=duration)
+
+    def decoded() -> Iterator[np.ndarray]:
+        with container:
+            for frame in container.decode(stream):
+                yield frame.to_ndarray(format="rgb24")
+
+    return info, decoded()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How a video is written: frames a second, quality (CRF, lower is better), pixel format, text fields."""
+
+    fps: float
+    crf: int = 19
+    pixel_format: str = "yuv420p"
+    metadata: Mapping[str, str] | None = None
+
+
+def write_video(path: Path, images: Tensor, encoding: Encoding, audio: Audio | None = None) -> None:
+    """Write IMAGE frames [n, H, W, 3] in 0..1 as H.264, with AAC sound, in an MP4 file.
+
+    An odd side loses its last row or column, which 4:2:0 colour cannot hold. The file appears complete or not at all.
+    """
+    height, width = (images.shape[1] // 2 * 2, images.shape[2] // 2 * 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
+            container.metadata.update(encoding.metadata or {})
+            stream = container.add_stream("libx264", rate=Fraction(encoding.fps).limit_denominator(1001))
+            stream.width, stream.height, stream.pix_fmt = width, height, encoding.pixel_format
+            stream.options = {"crf": str(encoding.crf)}
+            # Streams must be declared before the first packet is written.
+            sound = None if audio is None else _add_sound(container, audio)
+            for image in images:
+                pixels = (image[:height, :width, :3].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+            container.mux(stream.encode())
+            if sound is not None:
+                _write_sound(container, sound, audio)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add_sound(container: av.container.OutputContainer, audio: Audio) -> av.AudioStream:
+    layout = "mono" if audio["waveform"].shape[1] == 1 else "stereo"
+    return container.add_stream("aac", rate=AAC_RATE, layout=layout)
+
+
+def _write_sound(container: av.container.OutputContainer, stream: av.AudioStream, audio: Audio) -> None:
+    samples = audio["waveform"][0][:2].float().clamp(-1, 1).numpy()
+    layout = "mono" if samples.shape[0] == 1 else "stereo"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
+    frame.sample_rate = int(audio["sample_rate"])
+    resampler = av.AudioResampler(format="fltp", layout=layout, rate=AAC_RATE)
+    for part in [*resampler.resample(frame), *resampler.resample(None)]:
+        container.mux(stream.encode(part))
+    container.mux(stream.encode())

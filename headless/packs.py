@@ -1,0 +1,28 @@
+"""Which node pack a foreign node comes from, for messages."""
+
+from __future__ import annotations
+
+import re
+
+PACKS = (
+    (r"^MelBandRoFormer", "ComfyUI-MelBandRoFormer"),
+    (r"^VHS_", "ComfyUI-VideoHelperSuite"),
+    (r"DepthAnything", "ComfyUI-DepthAnythingV2"),
+    (r"^(DWPreprocessor|AIO_|.*Preprocessor$)", "comfyui_controlnet_aux"),
+    (r"^(Sam2|SAM2|DownloadAndLoadSAM2)", "ComfyUI-segment-anything-2"),
+    (r"(KJ|KJv2)$|^Get|^Set|^Image(Concat|Pad|Resize)|Constant$|AddLabel|GrowMask", "ComfyUI-KJNodes"),
+    (r"^(Unet|CLIP)Loader(GGUF)?|GGUF$", "ComfyUI-GGUF"),
+    (r"^easy ", "ComfyUI-Easy-Use"),
+    (r"^rgthree|\(rgthree\)$", "rgthree-comfy"),
+    (r"WanVideo|MultiTalk|Wav2Vec|Fantasy|HuMo|Lynx|NLF", "a newer version of this pack"),
+)
+
+
+def pack_of(node_type: str, stated: str) -> str:
+    """The pack: what the workflow states, else what the name suggests, else "an unknown pack"."""
+    if stated:
+        return f"the pack '{stated}'"
+    for pattern, name in PACKS:
+        if re.search(pattern, node_type):
+            return name
+    return "an unknown pack"

@@ -1,0 +1,127 @@
+"""Which inputs of a node class are widgets, what saved widget values belong to which, and whether a value is valid.
+
+The rules are those of ComfyUI's front end (positional widget values) and server (types, limits, lists).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
+SEEDS = ("seed", "noise_seed")
+UPLOADS = ("image_upload", "video_upload", "audio_upload")
+CASTS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
+SHOWN_CHOICES = 8
+
+
+class Input(NamedTuple):
+    """One input of a node class. kind: a type name or a list of choices."""
+
+    name: str
+    kind: str | list[str]
+    options: Mapping[str, object]
+    required: bool
+
+    @property
+    def is_widget(self) -> bool:
+        """Whether the front end shows a widget for it."""
+        if self.options.get("forceInput"):
+            return False
+        return isinstance(self.kind, list) or self.kind in CASTS
+
+    @property
+    def default(self) -> object:
+        """The value of an untouched widget."""
+        if "default" in self.options:
+            return self.options["default"]
+        if isinstance(self.kind, list):
+            return self.kind[0] if self.kind else ""
+        return CASTS[self.kind]()
+
+
+def inputs_of(cls: type) -> list[Input]:
+    """Required then optional inputs, in order."""
+    declared = cls.INPUT_TYPES()
+    found = []
+    for section in ("required", "optional"):
+        for name, entry in declared.get(section, {}).items():
+            kind, *options = entry
+            found.append(Input(name, kind, options[0] if options else {}, section == "required"))
+    return found
+
+
+def values_by_name(cls: type, saved: Sequence[object] | Mapping[str, object] | None) -> dict[str, object]:
+    """Saved widget values under their inputs' names; missing ones get their defaults.
+
+    A list goes by position; a value for the seed's control or an upload button in between is passed over.
+    """
+    widgets = [entry for entry in inputs_of(cls) if entry.is_widget]
+    if isinstance(saved, Mapping):
+        return {entry.name: saved.get(entry.name, entry.default) for entry in widgets}
+    rest = _Saved(saved or ())
+    values = {}
+    for entry in widgets:
+        values[entry.name] = rest.take(entry)
+    return values
+
+
+class _Saved:
+    """Positional widget values, taken one by one."""
+
+    def __init__(self, values: Sequence[object]) -> None:
+        self._values = list(values)
+
+    def take(self, entry: Input) -> object:
+        """The next value, with what belongs to the same widget removed."""
+        if not self._values:
+            return entry.default
+        value = self._values.pop(0)
+        controlled = entry.name in SEEDS or entry.options.get("control_after_generate")
+        if controlled and self._values and self._values[0] in CONTROL_VALUES:
+            self._values.pop(0)
+        if any(entry.options.get(upload) for upload in UPLOADS) and self._values:
+            self._values.pop(0)
+        return value
+
+
+def checked(entry: Input, value: object, where: str) -> object:
+    """The value as its input's type. An empty value of an older graph is the default.
+
+    where: names the node, for messages. Raises ValueError if the value does not fit.
+    """
+    if isinstance(entry.kind, list):
+        return _choice(entry, value, where)
+    if entry.kind not in CASTS or isinstance(value, list):
+        return value
+    if entry.kind != "STRING" and entry.kind != "BOOLEAN" and value in ("", None):
+        return entry.default
+    if value is None:
+        return entry.default
+    try:
+        value = CASTS[entry.kind](value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: '{entry.name}' must be {entry.kind}, not {value!r}.") from None
+    low, high = entry.options.get("min"), entry.options.get("max")
+    numeric = entry.kind in ("INT", "FLOAT")
+    if numeric and ((low is not None and value < low) or (high is not None and value > high)):
+        raise ValueError(f"{where}: '{entry.name}' must be between {low} and {high}, not {value}.")
+    return value
+
+
+def _choice(entry: Input, value: object, where: str) -> object:
+    for option in _spellings(entry, value):
+        if option in entry.kind:
+            return option
+    shown = ", ".join(str(choice) for choice in entry.kind[:SHOWN_CHOICES]) or "there is none"
+    more = ", ..." if len(entry.kind) > SHOWN_CHOICES else ""
+    raise ValueError(f"{where}: '{entry.name}' has no choice {value!r}; choices are: {shown}{more}.")
+
+
+def _spellings(entry: Input, value: object) -> Iterator[object]:
+    yield value
+    if isinstance(value, str):
+        yield value.replace("\\", "/")
+        yield value.replace("/", "\\")
+    if value in ("", None):
+        yield entry.default

@@ -1,0 +1,423 @@
+"""The sampler on a model whose velocity is known in closed form, and on a tiny transformer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from wanvideo_wrapper.enhance_a_video import EnhanceArgs
+from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
+from wanvideo_wrapper.multitalk.extension import AudioWindow
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage, ClipImageExtension
+from wanvideo_wrapper.wanvideo.latents import Inpainting, change_mask, condition_channels
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.payloads import ClipEmbeds, ImageEmbeds, TextEmbeds
+from wanvideo_wrapper.wanvideo.sampling import SampleRequest, prepare_start, sample
+from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, available, make_schedule
+
+SHAPE = (16, 3, 4, 6)
+MEAN, SPREAD = 0.8, 0.5
+
+
+class CancelledError(Exception):
+    """What the host raises."""
+
+
+class FakeProgress:
+    def __init__(self, log):
+        self.log = log
+
+    def __enter__(self):
+        self.log.append("open")
+        return self
+
+    def __exit__(self, *failure):
+        self.log.append("close")
+
+    def update(self, done, *, note="", preview=None):
+        self.log.append((done, preview.clone()))
+
+
+class FakeHost:
+    def __init__(self, cancel_at=None, device="cpu"):
+        self.log, self.asked, self.cancel_at, self.where = [], 0, cancel_at, device
+
+    def device(self):
+        return torch.device(self.where)
+
+    def progress(self, total, label=""):
+        self.log.append(total)
+        return FakeProgress(self.log)
+
+    def check_cancelled(self):
+        self.asked += 1
+        if self.asked == self.cancel_at:
+            raise CancelledError
+
+
+class GaussianTransformer:
+    """Exact velocity of the flow to N(MEAN, SPREAD**2), whatever the prompt."""
+
+    def __init__(self, config, extensions=()):
+        self.config, self.extensions = config, extensions
+        self.calls = []
+        self.bad_at = None
+
+    def __call__(self, inputs):
+        self.calls.append(inputs)
+        x = inputs.latents[:, : self.config.out_dim]
+        sigma = inputs.timestep.reshape(inputs.timestep.shape[0], 1, -1, 1, 1) / 1000
+        s2 = (1 - sigma) ** 2 * SPREAD**2 + sigma**2
+        velocity = -MEAN + (sigma - (1 - sigma) * SPREAD**2) / s2 * (x - (1 - sigma) * MEAN)
+        return velocity * float("nan") if len(self.calls) - 1 == self.bad_at else velocity
+
+
+class FakeModel:
+    def __init__(self, transformer=None, loras=()):
+        self.transformer = transformer or GaussianTransformer(config())
+        self.config, self.base_dtype, self.loras = self.transformer.config, torch.float32, loras
+        self.managed, self.events = self, []
+
+    def set_step(self, index):
+        self.events.append(index)
+
+    def release(self):
+        self.events.append("release")
+
+    @contextlib.contextmanager
+    def active(self):
+        self.events.append("enter")
+        try:
+            yield self.transformer
+        finally:
+            self.events.append("leave")
+
+
+def config(**changes):
+    sizes = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "text_dim": 8, "text_len": 6}
+    return WanConfig(**{**sizes, **changes})
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def schedule(name="euler", steps=6, **options):
+    return make_schedule(ScheduleSpec(**{"name": name, "steps": steps, "shift": 3.0, **options}))
+
+
+def request(model=None, **changes):
+    fields = {
+        "model": model or FakeModel(),
+        "text": TextEmbeds(positive=(rand(5, 8, seed=1),), negative=(rand(3, 8, seed=2),)),
+        "image": ImageEmbeds(latent_shape=SHAPE, num_frames=9),
+        "schedule": schedule(),
+        "cfg": 1.0,
+        "seed": 42,
+    }
+    return SampleRequest(**{**fields, **changes})
+
+
+def latents_of(result):
+    return result[0]["samples"][0]
+
+
+@pytest.mark.parametrize("name", [n for n in available() if n not in ("multitalk", "flowmatch_distill")])
+def test_every_sampler_runs_and_repeats_exactly(name):
+    runs = [latents_of(sample(request(schedule=schedule(name), seed=s), FakeHost())) for s in (42, 42, 43)]
+    assert torch.isfinite(runs[0]).all() and runs[0].dtype == torch.float32 and runs[0].shape == SHAPE
+    assert torch.equal(runs[0], runs[1])
+    assert (runs[0] - runs[2]).abs().max() > 0.1
+
+
+def test_a_request_can_be_sampled_twice():
+    asked = request(schedule=schedule("unipc"))
+    assert torch.equal(latents_of(sample(asked, FakeHost())), latents_of(sample(asked, FakeHost())))
+
+
+def test_result_is_the_exact_flow_of_the_seeds_noise():
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(42))
+    found, estimate = sample(request(schedule=schedule("dpm++", 300)), FakeHost())
+    torch.testing.assert_close(found["samples"][0], MEAN + SPREAD * noise, rtol=0, atol=0.02)
+    torch.testing.assert_close(estimate["samples"], found["samples"], rtol=0, atol=0.05)
+
+
+def test_host_is_told_every_step_and_the_model_released():
+    model, host = FakeModel(), FakeHost()
+    _, estimate = sample(request(model, schedule=schedule(steps=4)), host)
+    assert host.log[:2] == [4, "open"] and [entry[0] for entry in host.log[2:-1]] == [1, 2, 3, 4]
+    assert host.log[-1] == "close" and host.asked == 4
+    torch.testing.assert_close(host.log[-2][1], estimate["samples"][0])
+    assert model.events == ["enter", 0, 1, 2, 3, "leave", "release"]
+    model = FakeModel()
+    sample(request(model, force_offload=False), FakeHost())
+    assert model.events[-1] == "leave"
+
+
+@pytest.mark.parametrize("force_offload", [True, False])
+def test_cancelling_leaves_nothing_half_done(force_offload):
+    model, samples = FakeModel(), {"samples": rand(1, *SHAPE)}
+    asked = request(model, samples=samples, schedule=schedule("unipc"), force_offload=force_offload)
+    before = samples["samples"].clone()
+    host = FakeHost(cancel_at=3)
+    with pytest.raises(CancelledError):
+        sample(asked, host)
+    assert host.log[-1] == "close" and len(model.transformer.calls) == 2
+    assert model.events[-1] == ("release" if force_offload else "leave") and "leave" in model.events
+    assert torch.equal(samples["samples"], before)
+    fresh = latents_of(sample(request(samples=samples, schedule=schedule("unipc")), FakeHost()))
+    assert torch.equal(latents_of(sample(asked, FakeHost())), fresh)
+
+
+@pytest.mark.parametrize("name", ["euler", "lcm"])
+def test_two_models_continue_one_run(name):
+    whole = latents_of(sample(request(schedule=schedule(name)), FakeHost()))
+    first, _ = sample(request(schedule=schedule(name, end_step=2)), FakeHost())
+    second = request(schedule=schedule(name, start_step=2), samples=first, seed=7)
+    assert torch.equal(latents_of(sample(second, FakeHost())), whole)
+    steps = [call.step for call in second.model.transformer.calls]
+    assert [step.index for step in steps] == [2, 3, 4, 5] and steps[0].total == 6
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm++"])
+def test_multistep_samplers_continue_closely(name):
+    whole = latents_of(sample(request(schedule=schedule(name, 60)), FakeHost()))
+    first, _ = sample(request(schedule=schedule(name, 60, end_step=20)), FakeHost())
+    second = latents_of(sample(request(schedule=schedule(name, 60, start_step=20), samples=first), FakeHost()))
+    torch.testing.assert_close(second, whole, rtol=0, atol=0.03)
+
+
+def test_samples_start_noised_or_as_they_are():
+    clean, noise = rand(1, *SHAPE, seed=5), torch.randn(SHAPE, generator=torch.Generator().manual_seed(42))
+
+    def first_input(**changes):
+        asked = request(samples={"samples": clean}, **changes)
+        sample(asked, FakeHost())
+        return asked.model.transformer.calls[0].latents[0]
+
+    torch.testing.assert_close(first_input(), clean[0])
+    half = schedule(denoise_strength=0.5)
+    sigma = float(half.sigmas[0])
+    assert 0 < sigma < 1
+    torch.testing.assert_close(first_input(schedule=half), sigma * noise + (1 - sigma) * clean[0])
+    late = schedule(start_step=3)
+    sigma = float(late.sigmas[0])
+    torch.testing.assert_close(
+        first_input(schedule=late, add_noise_to_samples=True), sigma * noise + (1 - sigma) * clean[0]
+    )
+
+
+def test_shorter_samples_repeat_their_first_frame():
+    clean = rand(1, 16, 2, 4, 6, seed=5)
+    asked = request(samples={"samples": clean})
+    sample(asked, FakeHost())
+    want = torch.cat([clean[0, :, :1], clean[0]], dim=1)
+    torch.testing.assert_close(asked.model.transformer.calls[0].latents[0], want)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 4, 4, 6), (1, 16, 3, 4, 4), (1, 48, 3, 4, 6), (2, 16, 3, 4, 6)])
+def test_samples_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match="same width, height, frame count and VAE"):
+        sample(request(samples={"samples": rand(*shape)}), FakeHost())
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc", "lcm"])
+def test_mask_keeps_the_unmasked_latents(name):
+    original = rand(1, *SHAPE, seed=5)
+    mask = torch.zeros(3, 4, 6)
+    mask[1, :, 3:] = 1
+    samples = {"samples": original, "noise_mask": mask}
+    found, _ = sample(request(samples=samples, add_noise_to_samples=True, schedule=schedule(name, 20)), FakeHost())
+    painted = mask.bool().expand(SHAPE)
+    torch.testing.assert_close(found["samples"][0][~painted], original[0][~painted])
+    assert (found["samples"][0][painted] - original[0][painted]).abs().mean() > 0.3
+    torch.testing.assert_close(found["original_image"], original[0])
+
+
+def test_mask_values_are_times():
+    """A value of 0.5 keeps the original for half of the steps, at the noise level reached."""
+    plan = schedule(steps=10)
+    original, noise, latents = rand(*SHAPE, seed=1), rand(*SHAPE, seed=2), rand(*SHAPE, seed=3)
+    hook = Inpainting(original, noise, torch.full((1, *SHAPE[1:]), 0.5), plan)
+    for index in range(10):
+        sigma = float(plan.sigmas[index + 1])
+        want = (1 - sigma) * original + sigma * noise if index < 5 else latents
+        torch.testing.assert_close(hook.after(latents, index), want)
+
+
+def test_masks_are_brought_to_latent_size():
+    mask = change_mask(torch.ones(1, 1, 32, 48), SHAPE)
+    assert mask.shape == (1, 3, 4, 6) and bool((mask == 1).all())
+    frames = change_mask(torch.stack([torch.zeros(8, 8), torch.zeros(8, 8), torch.ones(8, 8)]), SHAPE)
+    assert frames[0].mean(dim=(1, 2)).tolist() == [0.0, 0.0, 1.0]
+
+
+def test_given_frames_of_the_5b_stay_at_timestep_zero():
+    transformer = GaussianTransformer(config(in_dim=48, out_dim=48))
+    first = rand(1, 48, 1, 4, 6, seed=5)
+    image = ImageEmbeds(latent_shape=(48, 3, 4, 6), num_frames=9, given_latents=((0, first),))
+    found, estimate = sample(request(FakeModel(transformer), image=image, schedule=schedule("unipc")), FakeHost())
+    for result in (found, estimate):
+        torch.testing.assert_close(result["samples"][0][:, :1], first[0])
+    for call, timestep in zip(transformer.calls, schedule("unipc").timesteps, strict=True):
+        torch.testing.assert_close(call.latents[0][:, :1], first[0])
+        torch.testing.assert_close(call.timestep, torch.tensor([[0.0, timestep, timestep]]))
+    free = request(FakeModel(GaussianTransformer(config(in_dim=48, out_dim=48))), schedule=schedule("unipc"))
+    alone = sample(replace(free, image=replace(image, given_latents=())), FakeHost())
+    torch.testing.assert_close(found["samples"][0][:, 1:], latents_of(alone)[:, 1:])
+
+
+def test_empty_embeds_fit_the_5b():
+    transformer = GaussianTransformer(config(in_dim=48, out_dim=48))
+    image = ImageEmbeds(latent_shape=(16, 3, 8, 12), num_frames=9)
+    assert latents_of(sample(request(FakeModel(transformer), image=image), FakeHost())).shape == (48, 3, 4, 6)
+
+
+def test_given_frames_of_other_models_only_start_the_noise():
+    last = rand(1, 16, 1, 4, 6, seed=5)
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, given_latents=((-1, last),))
+    asked = request(image=image)
+    found = latents_of(sample(asked, FakeHost()))
+    calls = asked.model.transformer.calls
+    torch.testing.assert_close(calls[0].latents[0][:, -1:], last[0])
+    assert calls[0].timestep.shape == (1,) and (found[:, -1:] - last[0]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="extra latents"):
+        sample(request(image=replace(image, given_latents=((0, rand(16, 1, 8, 6)),))), FakeHost())
+
+
+def test_flags_pass_on_to_the_decoder():
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, extra_end_frame=True, leading_latents=1)
+    for result in sample(request(image=image), FakeHost()):
+        assert result["extra_end_frame"] is True and result["has_ref"] == 1
+        assert result["samples"].shape == (1, *SHAPE)
+
+
+@pytest.mark.parametrize("bad_at", [0, 5])
+def test_nan_is_one_clear_error(bad_at):
+    transformer = GaussianTransformer(config())
+    transformer.bad_at = bad_at
+    model = FakeModel(transformer)
+    said = f"model's output was NaN or infinite at step {bad_at + 1} of 6.*base_precision"
+    with pytest.raises(ValueError, match=said):
+        sample(request(model), FakeHost())
+    assert len(transformer.calls) == bad_at + 1 and model.events[-1] == "release"
+
+
+def test_nan_in_the_samples_is_told_apart():
+    bad = rand(1, *SHAPE)
+    bad[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="step 1 of 6"):
+        sample(request(samples={"samples": bad}), FakeHost())
+
+
+def test_wrong_inputs_are_named():
+    with pytest.raises(ValueError, match="connect text_embeds"):
+        sample(request(text=None), FakeHost())
+    with pytest.raises(ValueError, match="only for long talking video"):
+        sample(request(schedule=schedule("multitalk")), FakeHost())
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, cond=rand(*SHAPE), mask=rand(4, *SHAPE[1:]))
+    with pytest.raises(ValueError, match="text-to-video model, but encoded images"):
+        sample(request(image=image), FakeHost())
+    i2v = FakeModel(GaussianTransformer(config(in_dim=36)))
+    with pytest.raises(ValueError, match="20 channels of encoded images.*none are connected"):
+        sample(request(i2v), FakeHost())
+    with pytest.raises(ValueError, match="give 16 channels.*model reads 20"):
+        sample(request(i2v, image=replace(image, mask=None)), FakeHost())
+    with pytest.raises(ValueError, match="48 latent channels but the model predicts 16"):
+        sample(request(image=ImageEmbeds(latent_shape=(48, 3, 4, 6), num_frames=9)), FakeHost())
+
+
+def test_channels_of_fun_models_have_no_mask():
+    cond, mask = rand(*SHAPE, seed=1), rand(4, *SHAPE[1:], seed=2)
+    plain = condition_channels(cond, mask, config(in_dim=36))
+    torch.testing.assert_close(plain, torch.cat([mask, cond]))
+    fun = condition_channels(cond, mask, config(in_dim=32))
+    torch.testing.assert_close(fun[:, :1], cond[:, :1])
+    assert bool((fun[:, 1:] == 0).all()) and cond[:, 1:].abs().max() > 0
+
+
+def test_payloads_reach_the_model(caplog):
+    clip = ClipEmbeds(positive=rand(1, 6, 4, seed=1), negative=rand(1, 6, 4, seed=2))
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, clip=clip)
+    speech = MultiTalkEmbeds(features=(rand(20, 2, 3),), scale=0.7, cfg_scale=[4.0, 1.0])
+    transformer = GaussianTransformer(config(), (ClipImageExtension(clip_dim=4),))
+    enhance = EnhanceArgs(2.0)
+    asked = request(FakeModel(transformer), image=image, multitalk=speech, feta=enhance, cfg=[5.0, 1.0], riflex_index=3)
+    sample(asked, FakeHost())
+    kinds = [[type(payload) for payload in call.payloads] for call in transformer.calls]
+    assert kinds == [[ClipImage, AudioWindow, EnhanceArgs]] * (3 + 5)
+    assert all(call.riflex_index == 3 and call.cache is not None for call in transformer.calls)
+    audio = transformer.calls[0].payloads[1]
+    assert audio.audio.shape == (1, 1, 9, 5, 2, 3) and float(audio.scale) == pytest.approx(0.7)
+    assert bool((transformer.calls[2].payloads[1].audio == 0).all())
+
+    bare = request(image=replace(image, latent_shape=(16, 1, 4, 6)), feta=enhance)
+    sample(bare, FakeHost())
+    assert all(not call.payloads for call in bare.model.transformer.calls)
+    assert "no image cross-attention" in caplog.text
+
+
+def test_several_prompts_share_the_frames_of_positive_passes():
+    text = TextEmbeds(positive=(rand(5, 8, seed=1), rand(4, 8, seed=3)), negative=(rand(3, 8, seed=2),))
+    asked = request(text=text, cfg=5.0, batched_cfg=True, schedule=schedule(steps=1))
+    sample(asked, FakeHost())
+    positive, negative = asked.model.transformer.calls
+    torch.testing.assert_close(positive.text[0], text.positive[0])
+    torch.testing.assert_close(positive.payloads[0].prompts[0], text.positive[1])
+    torch.testing.assert_close(negative.text[0], text.negative[0])
+    assert negative.payloads[0].prompts == ()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [n for n in available() if n not in ("multitalk", "flowmatch_distill")])
+def test_every_sampler_gives_the_same_on_the_gpu(name):
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, given_latents=((0, rand(16, 1, 4, 6, seed=5)),))
+    mask = torch.zeros(3, 4, 6)
+    mask[..., 3:] = 1
+    samples = {"samples": rand(1, *SHAPE, seed=5), "noise_mask": mask}
+    asked = request(image=image, samples=samples, add_noise_to_samples=True, schedule=schedule(name), cfg=3.0)
+    found = latents_of(sample(asked, FakeHost(device="cuda")))
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, latents_of(sample(asked, FakeHost())), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_kept_where_loras_change_with_the_step():
+    lora = type("Lora", (), {"strength": (1.0, 0.5)})()
+    model = FakeModel(loras=(lora,))
+    sample(request(model), FakeHost())
+    assert all(call.cache is None for call in model.transformer.calls)
+
+
+def test_tiny_transformer_end_to_end():
+    model = WanModel(config(in_dim=36), (ClipImageExtension(clip_dim=4),)).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.1)
+    image = ImageEmbeds(
+        latent_shape=SHAPE,
+        num_frames=9,
+        cond=rand(*SHAPE, seed=1),
+        mask=torch.ones(4, *SHAPE[1:]),
+        clip=ClipEmbeds(positive=rand(1, 6, 4, seed=2)),
+    )
+    asked = request(FakeModel(model), image=image, cfg=4.0, schedule=schedule("unipc"))
+    results = [latents_of(sample(replace(asked, batched_cfg=b), FakeHost())) for b in (False, True)]
+    assert torch.isfinite(results[0]).all() and math.isfinite(float(results[0].std())) and results[0].std() > 0.1
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
+    other = replace(asked, image=replace(image, cond=rand(*SHAPE, seed=9)))
+    changed = latents_of(sample(other, FakeHost()))
+    assert (changed - results[0]).abs().max() > 1e-3
+
+
+def test_start_draws_the_noise_before_it_restores_the_generator():
+    state = torch.Generator().manual_seed(99).get_state()
+    plan = schedule(start_step=2)
+    generator = torch.Generator().manual_seed(42)
+    samples = {"samples": rand(1, *SHAPE), "generator_state": state}
+    start = prepare_start(request(samples=samples, schedule=plan), plan, generator)
+    torch.testing.assert_close(start.latents, samples["samples"][0])
+    assert torch.equal(generator.get_state(), state)
