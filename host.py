@@ -255,13 +255,21 @@ class ComfyHost:
         model_management.soft_empty_cache()
 
 
+class _Held(nn.Module):
+    """What ComfyUI manages: it writes attributes of its own, some of which models have as read-only properties."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
 class ComfyManaged:
     """Managed through a ModelPatcher that ComfyUI can evict."""
 
     def __init__(self, module: nn.Module, host: ComfyHost, place: Place | None) -> None:
         self.module = module
         self._host = host
-        self._patcher = whole_model_patcher()(module, host.device(), host.offload_device())
+        self._patcher = whole_model_patcher()(_Held(module), host.device(), host.offload_device())
         self._patcher.place = place or module.to
 
     def acquire(self) -> torch.device:

@@ -69,9 +69,9 @@ def transformer(
     return Tiny(tensors=dict(model.state_dict()), metadata={"wanvideo.num_heads": "2"})
 
 
-def image_to_video(seed: int = 0) -> Tiny:
+def image_to_video(seed: int = 0, clip_dim: int = CLIP_DIM) -> Tiny:
     """Wan 2.1 image to video: CLIP image cross-attention, 36 channels in."""
-    return transformer(in_dim=36, extensions=(ClipImageExtension(clip_dim=CLIP_DIM),), seed=seed)
+    return transformer(in_dim=36, extensions=(ClipImageExtension(clip_dim=clip_dim),), seed=seed)
 
 
 def speech_module(seed: int = 1) -> Tiny:
@@ -196,7 +196,7 @@ def lora(of: Tiny, rank: int = 4, seed: int = 6) -> Tiny:
     tensors = {}
     for key, value in of.tensors.items():
         layer = key.removesuffix(".weight")
-        if value.dim() == 2 and key.endswith(".weight") and "attn" in key or ".ffn." in key and value.dim() == 2:
+        if value.dim() == 2 and key.endswith(".weight") and ("_attn." in key or ".ffn." in key):
             down = torch.randn(rank, value.shape[1], generator=generator) * 0.02
             up = torch.randn(value.shape[0], rank, generator=generator) * 0.02
             tensors |= {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up}

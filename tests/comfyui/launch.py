@@ -1,0 +1,23 @@
+"""Starts ComfyUI's server where torch is a CPU build: torchvision's compiled operators are declared if they are missing.
+
+    python launch.py COMFYUI_PATH [options of main.py]
+"""
+
+import runpy
+import sys
+
+import torch
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    for module in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[module]
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+root = sys.argv[1]
+sys.argv = [f"{root}/main.py", *sys.argv[2:]]
+sys.path.insert(0, root)
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,123 @@
+"""`wanvideo demo` end to end, and the files that it ships with."""
+
+import json
+import os
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from safetensors import safe_open
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS
+from wanvideo_wrapper.demo import INPUT, MODELS, ROOT, WORKFLOW
+from wanvideo_wrapper.demo.build import FILES
+from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+from wanvideo_wrapper.headless.graph import load
+
+GIB = 1024**3
+FRAMES = 42
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The demo with fewer frames and steps, in a process of its own: (path, what it printed, peak memory in bytes)."""
+    out = tmp_path_factory.mktemp("demo")
+    edits = (f"MultiTalkWav2VecEmbeds.num_frames={FRAMES}", "WanVideoSampler.steps=2")
+    options = [part for edit in edits for part in ("--set", edit)]
+    code = "import sys; from wanvideo_wrapper.headless.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "demo", "--device", "cpu", "--out", str(out), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        printed = process.stdout.read()
+        peak = None
+        if hasattr(os, "wait4"):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert process.returncode == 0
+    (path,) = out.glob("*.mp4")
+    return path, printed, peak
+
+
+@pytest.fixture(scope="module")
+def frames(made):
+    with av.open(str(made[0])) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.slow
+def test_prints_the_path_of_the_video(made):
+    path, printed, _ = made
+    assert printed.split() == [str(path)]
+
+
+@pytest.mark.slow
+def test_video_has_picture_sound_and_workflow(made, frames):
+    with av.open(str(made[0])) as container:
+        video, sound = container.streams.video[0], container.streams.audio[0]
+        assert (video.codec_context.name, sound.codec_context.name) == ("h264", "aac")
+        assert video.average_rate == 25
+        samples = np.concatenate([part.to_ndarray() for part in container.decode(sound)], axis=1)
+        assert samples.shape[1] / sound.rate == pytest.approx(FRAMES / 25, abs=0.1)
+        assert np.abs(samples).max() > 0.05
+        stored = json.loads(container.metadata["workflow"])
+    assert stored == json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    assert frames.shape == (FRAMES, 128, 128, 3)
+
+
+@pytest.mark.slow
+def test_picture_moves_and_is_not_flat(frames):
+    pixels = frames.astype(np.float64)
+    assert pixels.std(axis=(1, 2, 3)).min() > 3
+    assert np.abs(np.diff(pixels, axis=0)).mean(axis=(1, 2, 3)).max() > 1
+
+
+@pytest.mark.slow
+def test_memory(made):
+    if made[2] is None:
+        pytest.skip("the operating system does not tell the peak memory of a process")
+    assert made[2] < 4 * GIB
+
+
+def test_models_are_what_the_builder_makes():
+    for name, make in FILES.items():
+        tiny = make()
+        with safe_open(ROOT / name, framework="pt") as file:
+            assert {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} == {  # noqa: SIM118
+                key: tuple(value.shape) for key, value in tiny.tensors.items()
+            }, name
+            assert (file.metadata() or {}) == tiny.metadata, name
+
+
+def test_files_are_small():
+    sizes = [path.stat().st_size for folder in (MODELS, INPUT) for path in folder.rglob("*") if path.is_file()]
+    assert 0 < sum(sizes) < 10e6
+
+
+def test_workflow_names_known_nodes_and_present_files():
+    classes = {**STAND_INS, **NODE_CLASS_MAPPINGS}
+    saved = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    notes = {"Note", "MarkdownNote"}
+    assert {node["type"] for node in saved["nodes"]} <= classes.keys() | notes
+    prompt = load(WORKFLOW, classes)
+    assert any(getattr(classes[node.type], "OUTPUT_NODE", False) for node in prompt.nodes.values())
+    present = {path.name for folder in (MODELS, INPUT) for path in folder.rglob("*")}
+    named = {
+        value
+        for node in prompt.nodes.values()
+        for value in node.inputs.values()
+        if isinstance(value, str) and value.endswith((".safetensors", ".png", ".wav"))
+    }
+    assert named
+    assert named <= present
+
+
+def test_links_of_the_workflow_agree_with_its_sockets():
+    saved = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in saved["nodes"]}
+    for link, source, output, target, entry, kind in saved["links"]:
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert nodes[source]["outputs"][output]["type"] == kind
+        assert nodes[target]["inputs"][entry]["link"] == link
+    linked = {entry["link"] for node in nodes.values() for entry in node.get("inputs", ()) if entry["link"]}
+    assert linked == {link[0] for link in saved["links"]}

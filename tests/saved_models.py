@@ -1,0 +1,122 @@
+"""Tiny models saved in the file formats, and under the file names, that saved graphs use."""
+
+import os
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from PIL import Image
+from safetensors.torch import save_file
+from wanvideo_wrapper.demo import INPUT, tiny
+from wanvideo_wrapper.fp8_optimization import keeps_precision, quantise_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+GRAPHS = Path(os.environ.get("WANVIDEO_GRAPHS", ROOT.parent / "shared" / "workflows"))
+LIGHTX = "WanVideo/Lightx2v/lightx2v_{}_14B{}_cfg_step_distill_{}rank64_bf16{}.safetensors"
+Q8_0 = GGMLQuantizationType.Q8_0
+
+# The graph of each test, what makes it small, and the frames of the video it must make. Only attention_mode, size,
+# frames and steps may be set; MelBandRoFormer is bypassed.
+GRAPH_RUNS = {
+    "infinitetalk": (
+        "*I2V_InfiniteTalk*03*.json",
+        (
+            "245.value=64", "246.value=64", "270.value=40", "WanVideoModelLoader.attention_mode=sdpa",
+            "WanVideoSampler.steps=2", "WanVideoImageToVideoMultiTalk.frame_window_size=25",
+        ),
+        ("MelBandRoFormerSampler",),
+        40,
+    ),
+    "image_to_video": (
+        "*I2V_example_03*.json",
+        (
+            "ImageResizeKJv2.width=64", "ImageResizeKJv2.height=64", "WanVideoImageToVideoEncode.num_frames=9",
+            "WanVideoSampler.steps=2",
+        ),
+        (),
+        9,
+    ),
+    "text_to_video": (
+        "*T2V_example_03*.json",
+        (
+            "WanVideoEmptyEmbeds.width=64", "WanVideoEmptyEmbeds.height=64", "WanVideoEmptyEmbeds.num_frames=9",
+            "WanVideoSampler.steps=2",
+        ),
+        (),
+        9,
+    ),
+    "two_models_of_wan_2_2": (
+        "*2_2_I2V_A14B*.json",
+        (
+            "22.attention_mode=sdpa", "71.attention_mode=sdpa", "68.width=64", "68.height=64",
+            "WanVideoImageToVideoEncode.num_frames=9", "94.value=2", "91.value=1",
+        ),
+        (),
+        9,
+    ),
+}  # fmt: skip
+
+
+def save_gguf(model, path):
+    """Q8_0 where rows fill blocks of 32, else float32; tensors of five dimensions as city96's converter has them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = GGUFWriter(path, "wan")
+    for name, value in model.tensors.items():
+        array = value.float().numpy()
+        if array.ndim > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(array.shape))
+            array = array.reshape(array.shape[0], -1)
+            writer.add_tensor(name, array)
+        elif array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(name, quants.quantize(array, Q8_0), raw_dtype=Q8_0)
+        else:
+            writer.add_tensor(name, array)
+    for field, value in model.metadata.items():
+        writer.add_string(field, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def save_fp8(model, path, *, scaled):
+    """FP8 linears as published: plain, or with one scale a layer."""
+    tensors = {}
+    for name, value in model.tensors.items():
+        layer = name.removesuffix(".weight")
+        if name.startswith("blocks.") and value.dim() == 2 and not keeps_precision(layer):
+            largest = quantise_rows(value, torch.float8_e4m3fn)[1].max() if scaled else torch.ones(())
+            tensors[name] = (value / largest).to(torch.float8_e4m3fn)
+            if scaled:
+                tensors[f"{layer}.scale_weight"] = largest.reshape(1)
+        else:
+            tensors[name] = value.float() if "norm" in name or "modulation" in name else value.half()
+    if scaled:
+        tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=model.metadata)
+
+
+def fill(models, inputs, *, clip_dim=tiny.CLIP_DIM):
+    """Everything that the graphs name, but for the CLIP vision encoder."""
+    diffusion = models / "diffusion_models" / "WanVideo"
+    i2v, t2v = tiny.image_to_video(clip_dim=clip_dim), tiny.transformer(in_dim=16)
+    save_gguf(i2v, diffusion / "wan2.1-i2v-14b-480p-Q8_0.gguf")
+    save_gguf(tiny.speech_module(), diffusion / "InfiniteTalk" / "Wan2_1-InfiniteTalk_Single_Q8.gguf")
+    save_fp8(i2v, diffusion / "Wan2_1-I2V-14B-480P_fp8_e4m3fn.safetensors", scaled=False)
+    save_fp8(t2v, diffusion / "fp8_scaled_kj/T2V/Wan2_1-T2V-14B_fp8_e4m3fn_scaled_KJ.safetensors", scaled=True)
+    for seed, noise in enumerate(("HIGH", "LOW")):
+        model = tiny.transformer(in_dim=36, seed=seed)
+        save_fp8(model, diffusion / f"2_2/Wan2_2-I2V-A14B-{noise}_fp8_e4m3fn_scaled_KJ.safetensors", scaled=True)
+    tiny.vae().save(models / "vae/wanvideo/Wan2_1_VAE_bf16.safetensors")
+    tiny.text_encoder().save(models / "text_encoders/umt5-xxl-enc-bf16.safetensors")
+    tiny.wav2vec().save(models / "wav2vec2/wav2vec2-chinese-base_fp16.safetensors", torch.float16)
+    downloaded = models / "transformers/TencentGameMate/chinese-wav2vec2-base/model.safetensors"
+    tiny.wav2vec().save(downloaded, torch.float16)
+    tiny.lora(i2v).save(models / "loras" / LIGHTX.format("I2V", "_480p", "", ""))
+    tiny.lora(t2v).save(models / "loras" / LIGHTX.format("T2V", "", "v2_lora_", "_"))
+    inputs.mkdir(exist_ok=True)
+    with Image.open(INPUT / "portrait.png") as portrait:
+        for name in ("woman.png", "oldman_upscaled.png"):
+            portrait.save(inputs / name)
+    (inputs / "hush.mp3").write_bytes((INPUT / "speech.wav").read_bytes())
