@@ -1,4 +1,4 @@
-"""Starts ComfyUI's server where torch is a CPU build: torchvision's compiled operators are declared if they are missing.
+"""Starts ComfyUI's server where torch is a CPU build: declares torchvision's operators if its compiled part is missing.
 
     python launch.py COMFYUI_PATH [options of main.py]
 """

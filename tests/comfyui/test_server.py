@@ -1,6 +1,6 @@
 """The nodes in a real ComfyUI server on CPU: their interfaces, and graphs posted over its HTTP API.
 
-Needs ComfyUI at COMFYUI_PATH (default: ~/comfy/ComfyUI) and, in COMFYUI_PYTHON (default: this interpreter), what ComfyUI
+Needs ComfyUI at COMFYUI_PATH (default ~/comfy/ComfyUI) and, in COMFYUI_PYTHON (default this interpreter), what ComfyUI
 and this pack import. Nodes of other packs come from this pack's stand-ins.
 """
 

@@ -1,26 +1,50 @@
-"""Published key names of the Wan VAEs -> diffusers' AutoencoderKLWan, and its sizes from the tensor shapes.
+"""Published key names of the Wan VAEs -> those of diffusers' AutoencoderKLWan, and its sizes from the tensor shapes.
 
-Sources: Wan-Video/Wan2.1 (flat lists of blocks) and Wan-Video/Wan2.2 (one list a stage); key names are facts of both.
+Sources: Wan-Video/Wan2.1 (one flat list of units a side), Wan-Video/Wan2.2 (one list a stage), huggingface/diffusers.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from ..payloads import VAE_TIME_STRIDE
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-RESIDUAL = {"0.gamma": "norm1.gamma", "2.": "conv1.", "3.gamma": "norm2.gamma", "6.": "conv2."}
-MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
-TOP = {"conv1.": "quant_conv.", "conv2.": "post_quant_conv."}
-ENDS = {"conv1.": "conv_in.", "head.0.": "norm_out.", "head.2.": "conv_out."}
-STAGE_22 = re.compile(r"^(encoder|decoder)\.(?:down|up)samples\.\d+\.(?:down|up)samples\.")
+PREFIX = "model."
+
+_TOP = {"conv1.": "quant_conv.", "conv2.": "post_quant_conv."}
+_SIDE = {
+    "conv1.": "conv_in.",
+    "head.0.": "norm_out.",
+    "head.2.": "conv_out.",
+    "middle.0.": "mid_block.resnets.0.",
+    "middle.1.": "mid_block.attentions.0.",
+    "middle.2.": "mid_block.resnets.1.",
+}
+_BLOCK = {
+    "residual.0.": "norm1.",
+    "residual.2.": "conv1.",
+    "residual.3.": "norm2.",
+    "residual.6.": "conv2.",
+    "shortcut.": "conv_shortcut.",
+}
+_UNIT = re.compile(r"^(encoder\.down|decoder\.up)samples\.(\d+)\.(?:(?:down|up)samples\.(\d+)\.)?(.+)$")
+_SAMPLER = re.compile(r"^encoder\.downsamples\.(\d+)\.resample\.")
+_SAMPLER_LEAVES = ("resample.", "time_conv.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeLayout:
-    """Sizes of a Wan VAE. stages: width multiples; nested: 2.2 form (residual stages, 2x2 patches of pixels)."""
+    """Sizes of a Wan VAE.
+
+    base_dim, decoder_base_dim: widths that `stages` multiplies; z_dim: latent channels; res_blocks: residual blocks of
+    an encoder stage (a decoder stage has one more); temporal: whether each encoder stage but the last halves the frame
+    rate; channels: of a pixel, those of its patch included; nested: the 2.2 form, with shortcuts around the stages.
+    """
 
     base_dim: int
     decoder_base_dim: int
@@ -32,95 +56,83 @@ class VaeLayout:
     nested: bool
 
     @property
-    def patch(self) -> int | None:
-        """Pixels a side that are folded into channels before the first convolution."""
-        return 2 if self.nested else None
+    def patch(self) -> int:
+        """Pixels a side that are folded into channels before the first convolution: 1 (2.1) or 2 (2.2)."""
+        return 2 if self.nested else 1
 
     @property
     def spatial_factor(self) -> int:
         """Pixels a side behind one latent."""
-        return 2 ** (len(self.stages) - 1) * (self.patch or 1)
+        return 2 ** (len(self.stages) - 1) * self.patch
+
+
+def to_diffusers(key: str, layout: VaeLayout) -> str:
+    """The diffusers name of a published key; any other key stays as it is."""
+    return _renamed(key, layout.res_blocks)
+
+
+def file_names(keys: Iterable[str]) -> dict[str, str]:
+    """diffusers name -> the file's key, for a file with published names, with `model.` in front, or diffusers' names."""
+    plain = {key.removeprefix(PREFIX): key for key in keys}
+    samplers = [int(found[1]) for found in map(_SAMPLER.match, plain) if found]
+    return {_renamed(key, min(samplers, default=0)): original for key, original in plain.items()}
 
 
 def read_layout(shapes: Shapes) -> VaeLayout:
-    """The sizes of a VAE with these tensors under published names. Raises KeyError if it is no Wan VAE."""
-    nested = any(STAGE_22.match(key) for key in shapes)
-    base = shapes["encoder.conv1.bias"][0]
-    widths, temporal, blocks = _encoder_stages(shapes, nested)
+    """The sizes of the VAE with these tensor shapes, by diffusers name.
+
+    Raises KeyError if it is no Wan VAE, ValueError if it compresses time by another factor than 4.
+    """
+    base, channels = shapes["encoder.conv_in.weight"][:2]
+    nested = "encoder.down_blocks.0.resnets.0.conv2.weight" in shapes
+    first = shapes[f"encoder.down_blocks.0.{'resnets.0.' if nested else ''}conv2.weight"][0] // base
+    sampler = "upsampler" if nested else "upsamplers.0"
+    widths = [shapes[name][0] for name in _present(shapes, "decoder.up_blocks.{}.resnets.0.conv2.weight")]
+    if not widths or not first:
+        raise KeyError("decoder.up_blocks.0.resnets.0.conv2.weight")
+    faster = [f"decoder.up_blocks.{i}.{sampler}.time_conv.weight" in shapes for i in range(len(widths) - 1)]
+    if 2 ** sum(faster) != VAE_TIME_STRIDE:
+        raise ValueError(f"it compresses time {2 ** sum(faster)} times, where Wan has {VAE_TIME_STRIDE}")
+    decoder_base = widths[-1] // first
     return VaeLayout(
         base_dim=base,
-        decoder_base_dim=shapes["decoder.head.0.gamma"][0] * base // widths[0],
-        z_dim=shapes["conv2.weight"][0],
-        stages=tuple(width // base for width in widths),
-        res_blocks=blocks,
-        temporal=tuple(temporal),
-        channels=shapes["encoder.conv1.weight"][1],
+        decoder_base_dim=decoder_base,
+        z_dim=shapes["post_quant_conv.weight"][0],
+        stages=tuple(width // decoder_base for width in reversed(widths)),
+        res_blocks=len(_present(shapes, "decoder.up_blocks.0.resnets.{}.conv2.weight")) - 1,
+        temporal=tuple(reversed(faster)),
+        channels=channels,
         nested=nested,
     )
 
 
-def _encoder_stages(shapes: Shapes, nested: bool) -> tuple[list[int], list[bool], int]:
-    pattern = r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)" if nested else r"encoder\.downsamples\.()(\d+)"
-    units: dict[tuple[int, int], str] = {}
-    for key in shapes:
-        found = re.match(pattern + r"\.", key)
-        if found:
-            units[int(found[1] or 0), int(found[2])] = found[0]
-    widths: list[int] = []
-    temporal: list[bool] = []
-    blocks, fresh, stage = 0, True, 0
-    for (unit_stage, _), prefix in sorted(units.items()):
-        if nested and unit_stage != stage:
-            fresh, stage = True, unit_stage
-        if prefix + "resample.1.weight" in shapes:
-            temporal.append(prefix + "time_conv.weight" in shapes)
-            fresh = True
-            continue
-        if fresh:
-            widths.append(shapes[prefix + "residual.6.weight"][0])
-            fresh = False
-        blocks += len(widths) == 1
-    return widths, temporal, blocks
+def _present(shapes: Shapes, pattern: str) -> list[str]:
+    """The names that the pattern gives for 0, 1, ... as long as they are there."""
+    names = [pattern.format(i) for i in range(len(shapes))]
+    absent = next((i for i, name in enumerate(names) if name not in shapes), len(names))
+    return names[:absent]
 
 
-def to_diffusers(key: str, layout: VaeLayout) -> str:
-    """The diffusers name of a published key."""
-    for old, new in TOP.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    side, _, rest = key.partition(".")
-    for old, new in ENDS.items():
-        if rest.startswith(old):
-            return f"{side}.{new}{rest.removeprefix(old)}"
-    if rest.startswith("middle."):
-        _, unit, tail = rest.split(".", 2)
-        return f"{side}.mid_block.{MIDDLE[unit]}.{_inside(tail)}"
-    return f"{side}.{_stage(side, rest, layout)}"
+def _renamed(key: str, res_blocks: int) -> str:
+    unit = _UNIT.match(key)
+    if unit is not None:
+        return _unit_name(unit, res_blocks)
+    side, dot, rest = key.partition(".")
+    if side in ("encoder", "decoder"):
+        return side + dot + _inside(_replace_head(rest, _SIDE))
+    return _replace_head(key, _TOP)
 
 
-def _stage(side: str, rest: str, layout: VaeLayout) -> str:
-    parts = rest.split(".")
-    blocks = layout.res_blocks + (side == "decoder")
-    if layout.nested:
-        stage, unit, tail = int(parts[1]), int(parts[3]), ".".join(parts[4:])
-    else:
-        stage, unit = divmod(int(parts[1]), blocks + 1)
-        tail = ".".join(parts[2:])
-    if side == "encoder" and not layout.nested:
-        return f"down_blocks.{parts[1]}.{_inside(tail)}"
-    lists = {"encoder": ("down_blocks", "downsampler"), "decoder": ("up_blocks", "upsampler")}
-    name, sampler = lists[side]
-    if unit < blocks:
-        return f"{name}.{stage}.resnets.{unit}.{_inside(tail)}"
-    return f"{name}.{stage}.{sampler if layout.nested else 'upsamplers.0'}.{tail}"
-
-
-def _inside(tail: str) -> str:
-    if tail.startswith("shortcut."):
-        return "conv_" + tail
-    if tail.startswith("residual."):
-        inner = tail.removeprefix("residual.")
-        for old, new in RESIDUAL.items():
-            if inner.startswith(old):
-                return new + inner.removeprefix(old)
-    return tail
+def _unit_name(unit: re.Match[str], res_blocks: int) -> str:
+    side, first, second, leaf = unit.groups()
+    sampler = leaf.startswith(_SAMPLER_LEAVES)
+    leaf = _replace_head(leaf, _BLOCK)
+    if second is not None:
+        return f"{side}_blocks.{first}.{side.rpartition('.')[2]}sampler.{leaf}" if sampler else (
+            f"{side}_blocks.{first}.resnets.{second}.{leaf}"
+        )
+    if side.startswith("encoder"):
+        return f"{side}_blocks.{first}.{leaf}"
+    # A decoder stage of the flat list has one residual block more than an encoder stage, then a sampler.
+    stage, block = divmod(int(first), res_blocks + 2)
+    return f"{side}_blocks.{stage}.{'upsamplers.0' if sampler else f'resnets.{block}'}.{leaf}"
