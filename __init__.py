@@ -11,7 +11,15 @@ import logging
 
 log = logging.getLogger("wanvideo")
 
-FAMILIES = (".nodes", ".nodes_model_loading", ".nodes_sampler", ".nodes_utility", ".multitalk.nodes")
+FAMILIES = (
+    ".nodes",
+    ".nodes_text",
+    ".nodes_model_loading",
+    ".nodes_model_options",
+    ".nodes_sampler",
+    ".nodes_utility",
+    ".multitalk.nodes",
+)
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 WEB_DIRECTORY = "./web"

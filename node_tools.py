@@ -40,3 +40,8 @@ def round_size(width: int, height: int) -> tuple[int, int]:
     if rounded != (width, height):
         log.info("%dx%d is rounded to %dx%d: sides must divide by %d.", width, height, *rounded, SIZE_STEP)
     return rounded
+
+
+def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
+    """What ComfyUI reads of a node module: classes and display names, by class name."""
+    return {node.__name__: node for node in nodes}, {node.__name__: node.DISPLAY_NAME for node in nodes}

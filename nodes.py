@@ -1,207 +1,31 @@
-"""Conditioning nodes: text, pictures, latents in; embeds for the sampler out; latents back to pictures."""
+"""Conditioning nodes: pictures and latents in, embeds for the sampler out; latents back to pictures."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .enhance_a_video import EnhanceArgs
-from .host import get_host
-from .node_tools import CATEGORY, DTYPES, files, reject, round_size
+from .node_tools import CATEGORY, mappings, reject, round_size
 from .wanvideo.i2v import GivenFrames, encode_given
 from .wanvideo.images import resize_images, to_images, to_video
-from .wanvideo.loading import WanVideoModel
-from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
 from .wanvideo.modules.vae import Tile, WanVAE
-from .wanvideo.payloads import ClipEmbeds, ImageEmbeds, TextEmbeds, latent_frames, round_frames
-from .wanvideo.text_cache import TextCache
+from .wanvideo.payloads import ClipEmbeds, ImageEmbeds, latent_frames, round_frames
 
 log = logging.getLogger("wanvideo")
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
-PROMPT = ("STRING", {"default": "", "multiline": True})
-ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu"})
 LATENT_CHANNELS = 16
 LATENT_FACTOR = 8
-
-
-def _encode_prompts(
-    prompts: Sequence[str], name: str, encode: Callable[[list[str]], list[Tensor]] | None, cache: TextCache | None
-) -> tuple[Tensor, ...]:
-    """Embeddings of the prompts, from the cache where they are there. encode: None if there is no encoder."""
-    found = [None if cache is None else cache.load(prompt, name) for prompt in prompts]
-    absent = [prompt for prompt, tensor in zip(prompts, found, strict=True) if tensor is None]
-    if absent and encode is None:
-        raise ValueError("The prompt is not in the cache on disk: connect a text encoder to 't5'.")
-    fresh = iter(encode(absent) if absent else [])
-    result = []
-    for prompt, tensor in zip(prompts, found, strict=True):
-        value = next(fresh) if tensor is None else tensor
-        if tensor is None and cache is not None:
-            cache.save(prompt, name, value)
-        result.append(value)
-    return tuple(result)
-
-
-def _split(prompt: str) -> list[str]:
-    return [part.strip() for part in prompt.split("|")]
-
-
-def _cache(wanted: bool) -> TextCache | None:
-    return TextCache(get_host().models_dir("text_encoders") / "text_embed_cache") if wanted else None
-
-
-def _compute_device(device: str) -> torch.device | None:
-    return torch.device("cpu") if device == "cpu" else None
-
-
-class WanVideoTextEncode:
-    """Encodes the prompts. Several, separated by '|', follow each other over the video's windows."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS",)
-    RETURN_NAMES = ("text_embeds",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {
-            "required": {"positive_prompt": PROMPT, "negative_prompt": PROMPT},
-            "optional": {
-                "t5": ("WANTEXTENCODER",),
-                "force_offload": ("BOOLEAN", {"default": True, "tooltip": "Free the GPU afterwards"}),
-                "model_to_offload": ("WANVIDEOMODEL", {"tooltip": "A model that leaves the GPU first"}),
-                "use_disk_cache": ("BOOLEAN", {"default": False, "tooltip": "Keep embeddings on disk"}),
-                "device": ENCODE_DEVICES,
-            },
-        }
-
-    def process(
-        self,
-        positive_prompt: str,
-        negative_prompt: str,
-        t5: TextEncoder | None = None,
-        force_offload: bool = True,
-        model_to_offload: WanVideoModel | None = None,
-        use_disk_cache: bool = False,
-        device: str = "gpu",
-    ) -> tuple[TextEmbeds]:
-        """Embeds of both prompts."""
-        if model_to_offload is not None:
-            model_to_offload.managed.release()
-        name = "any" if t5 is None else t5.path.name
-        encode = None if t5 is None else lambda prompts: t5.encode(prompts, device=_compute_device(device))
-        parts = _split(positive_prompt)
-        both = _encode_prompts([*parts, negative_prompt], name, encode, _cache(use_disk_cache))
-        if t5 is not None and force_offload:
-            t5.managed.release()
-        return (TextEmbeds(positive=both[:-1], negative=both[-1:]),)
-
-
-class WanVideoTextEncodeSingle:
-    """Encodes one prompt."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS",)
-    RETURN_NAMES = ("text_embeds",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"prompt": PROMPT}, "optional": WanVideoTextEncode.INPUT_TYPES()["optional"]}
-
-    def process(
-        self,
-        prompt: str,
-        t5: TextEncoder | None = None,
-        force_offload: bool = True,
-        model_to_offload: WanVideoModel | None = None,
-        use_disk_cache: bool = False,
-        device: str = "gpu",
-    ) -> tuple[TextEmbeds]:
-        """Embeds without a negative prompt."""
-        both = WanVideoTextEncode().process(
-            prompt, "", t5, force_offload, model_to_offload, use_disk_cache, device
-        )[0]
-        return (TextEmbeds(positive=both.positive),)
-
-
-class WanVideoTextEncodeCached:
-    """Loads the text encoder only for prompts that are not on disk yet, and frees it at once."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS", "WANVIDEOTEXTEMBEDS", "STRING")
-    RETURN_NAMES = ("text_embeds", "negative_text_embeds", "positive_prompt")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {
-            "required": {
-                "model_name": (files("text_encoders"), {"tooltip": "A umt5-xxl encoder in models/text_encoders"}),
-                "precision": (["fp32", "bf16"], {"default": "bf16"}),
-                "positive_prompt": PROMPT,
-                "negative_prompt": PROMPT,
-                "quantization": (["disabled", "fp8_e4m3fn"], {"default": "disabled"}),
-                "use_disk_cache": ("BOOLEAN", {"default": True, "tooltip": "Keep embeddings on disk"}),
-                "device": ENCODE_DEVICES,
-            },
-            "optional": {"extender_args": ("WANVIDEOPROMPTEXTENDER_ARGS",)},
-        }
-
-    def process(
-        self,
-        model_name: str,
-        precision: str,
-        positive_prompt: str,
-        negative_prompt: str,
-        quantization: str = "disabled",
-        use_disk_cache: bool = True,
-        device: str = "gpu",
-        extender_args: object = None,
-    ) -> tuple[TextEmbeds, TextEmbeds, str]:
-        """Both embeds, the negative ones alone, and the prompt."""
-        reject("WanVideo TextEncode Cached", {"extender_args": extender_args})
-        host = get_host()
-        path = host.find_file("text_encoders", model_name)
-
-        def encode(prompts: list[str]) -> list[Tensor]:
-            encoder = load_text_encoder(path, dtype=DTYPES[precision], quantization=quantization, host=host)
-            result = encoder.encode(prompts, device=_compute_device(device))
-            encoder.managed.release()
-            return result
-
-        prompts = [*_split(positive_prompt), negative_prompt]
-        both = _encode_prompts(prompts, f"{path.name} {precision}", encode, _cache(use_disk_cache))
-        negative = TextEmbeds(positive=both[-1:])
-        return TextEmbeds(positive=both[:-1], negative=both[-1:]), negative, positive_prompt
-
-
-class WanVideoTextEmbedBridge:
-    """Takes prompts that ComfyUI's own CLIPTextEncode encoded with a Wan text encoder."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS",)
-    RETURN_NAMES = ("text_embeds",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"positive": ("CONDITIONING",)}, "optional": {"negative": ("CONDITIONING",)}}
-
-    def process(self, positive: list[list[object]], negative: list[list[object]] | None = None) -> tuple[TextEmbeds]:
-        """The same embeddings as text embeds."""
-        tensors = [None if c is None else (c[0][0][0].float().cpu(),) for c in (positive, negative)]
-        return (TextEmbeds(positive=tensors[0], negative=tensors[1] or ()),)
 
 
 class WanVideoClipVisionEncode:
     """CLIP features of one or two pictures, for image-to-video models."""
 
+    DISPLAY_NAME = "WanVideo ClipVision Encode"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("WANVIDIMAGE_CLIPEMBEDS",)
@@ -268,6 +92,7 @@ def _clip_features(clip_vision: object, image: Tensor, crop: str) -> Tensor:
 class WanVideoImageToVideoEncode:
     """Encodes start and end pictures as the condition of an image-to-video model."""
 
+    DISPLAY_NAME = "WanVideo ImageToVideo Encode"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("WANVIDIMAGE_EMBEDS",)
@@ -380,6 +205,7 @@ def _whole_frames(num_frames: int) -> int:
 class WanVideoEmptyEmbeds:
     """Size and length of a video that starts from text alone."""
 
+    DISPLAY_NAME = "WanVideo Empty Embeds"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("WANVIDIMAGE_EMBEDS",)
@@ -423,6 +249,7 @@ TILE_TIP = "Less memory; seams fade where tiles overlap"
 class WanVideoEncode:
     """Encodes pictures as latents."""
 
+    DISPLAY_NAME = "WanVideo Encode"
     CATEGORY = CATEGORY
     FUNCTION = "encode"
     RETURN_TYPES = ("LATENT",)
@@ -478,6 +305,7 @@ class WanVideoEncode:
 class WanVideoDecode:
     """Decodes latents to pictures, frame by frame."""
 
+    DISPLAY_NAME = "WanVideo Decode"
     CATEGORY = CATEGORY
     FUNCTION = "decode"
     RETURN_TYPES = ("IMAGE",)
@@ -548,6 +376,7 @@ class WanVideoDecode:
 class WanVideoEnhanceAVideo:
     """Amplifies self-attention where frames agree, for more detail and consistency."""
 
+    DISPLAY_NAME = "WanVideo Enhance-A-Video"
     CATEGORY = CATEGORY
     FUNCTION = "setargs"
     RETURN_TYPES = ("FETAARGS",)
@@ -569,27 +398,11 @@ class WanVideoEnhanceAVideo:
         return (EnhanceArgs(weight, start_percent, end_percent),)
 
 
-NODE_CLASS_MAPPINGS = {
-    "WanVideoTextEncode": WanVideoTextEncode,
-    "WanVideoTextEncodeSingle": WanVideoTextEncodeSingle,
-    "WanVideoTextEncodeCached": WanVideoTextEncodeCached,
-    "WanVideoTextEmbedBridge": WanVideoTextEmbedBridge,
-    "WanVideoClipVisionEncode": WanVideoClipVisionEncode,
-    "WanVideoImageToVideoEncode": WanVideoImageToVideoEncode,
-    "WanVideoEmptyEmbeds": WanVideoEmptyEmbeds,
-    "WanVideoEncode": WanVideoEncode,
-    "WanVideoDecode": WanVideoDecode,
-    "WanVideoEnhanceAVideo": WanVideoEnhanceAVideo,
-}
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "WanVideoTextEncode": "WanVideo TextEncode",
-    "WanVideoTextEncodeSingle": "WanVideo TextEncodeSingle",
-    "WanVideoTextEncodeCached": "WanVideo TextEncode Cached",
-    "WanVideoTextEmbedBridge": "WanVideo TextEmbed Bridge",
-    "WanVideoClipVisionEncode": "WanVideo ClipVision Encode",
-    "WanVideoImageToVideoEncode": "WanVideo ImageToVideo Encode",
-    "WanVideoEmptyEmbeds": "WanVideo Empty Embeds",
-    "WanVideoEncode": "WanVideo Encode",
-    "WanVideoDecode": "WanVideo Decode",
-    "WanVideoEnhanceAVideo": "WanVideo Enhance-A-Video",
-}
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    WanVideoClipVisionEncode,
+    WanVideoImageToVideoEncode,
+    WanVideoEmptyEmbeds,
+    WanVideoEncode,
+    WanVideoDecode,
+    WanVideoEnhanceAVideo,
+)

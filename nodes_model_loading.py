@@ -1,19 +1,17 @@
-"""Loader nodes: transformer, VAE, text and vision encoders, LoRA, block swap, compilation."""
+"""Loader nodes: transformer, VAE, text and vision encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 from .attention import ATTENTION_MODES
 from .host import get_host
 from .multitalk.nodes import MultiTalkFile
-from .node_tools import CATEGORY, DTYPES, files, reject
+from .node_tools import CATEGORY, DTYPES, files, mappings, reject
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
-from .wanvideo.loading import QUANTIZATIONS, LoadOptions, WanVideoModel, load_wan_model, with_loras
+from .wanvideo.loading import QUANTIZATIONS, LoadOptions, WanVideoModel, load_wan_model
 from .wanvideo.lora import LoraFile
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
@@ -26,6 +24,7 @@ LOAD_DEVICES = ["main_device", "offload_device"]
 class WanVideoModelLoader:
     """Loads a Wan transformer from models/diffusion_models."""
 
+    DISPLAY_NAME = "WanVideo Model Loader"
     CATEGORY = CATEGORY
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("WANVIDEOMODEL",)
@@ -113,6 +112,7 @@ def find_model(name: str) -> Path:
 class WanVideoVAELoader:
     """Loads a Wan VAE from models/vae."""
 
+    DISPLAY_NAME = "WanVideo VAE Loader"
     CATEGORY = CATEGORY
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("WANVAE",)
@@ -153,6 +153,7 @@ class WanVideoVAELoader:
 class LoadWanVideoT5TextEncoder:
     """Loads a UMT5 text encoder from models/text_encoders."""
 
+    DISPLAY_NAME = "WanVideo T5 Text Encoder Loader"
     CATEGORY = CATEGORY
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("WANTEXTENCODER",)
@@ -186,6 +187,7 @@ class LoadWanVideoT5TextEncoder:
 class LoadWanVideoClipTextEncoder:
     """Loads the CLIP vision encoder of Wan's image-to-video models. The name is the original's."""
 
+    DISPLAY_NAME = "WanVideo CLIP Text Encoder Loader"
     CATEGORY = CATEGORY
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("CLIP_VISION",)
@@ -211,278 +213,9 @@ class LoadWanVideoClipTextEncoder:
         return (encoder,)
 
 
-class WanVideoTorchCompileSettings:
-    """Settings of torch.compile for the transformer's blocks."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "set_args"
-    RETURN_TYPES = ("WANCOMPILEARGS",)
-    RETURN_NAMES = ("torch_compile_args",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        modes = ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"]
-        size = {"min": 0, "max": 1024, "step": 1}
-        return {
-            "required": {
-                "backend": (["inductor", "cudagraphs"], {"default": "inductor"}),
-                "fullgraph": ("BOOLEAN", {"default": False, "tooltip": "Blocks compile as one graph either way"}),
-                "mode": (modes, {"default": "default"}),
-                "dynamic": ("BOOLEAN", {"default": False, "tooltip": "One graph for all sizes, a little slower"}),
-                "dynamo_cache_size_limit": ("INT", {"default": 64, **size}),
-                "compile_transformer_blocks_only": ("BOOLEAN", {"default": True}),
-            },
-            "optional": {
-                "dynamo_recompile_limit": ("INT", {"default": 128, **size}),
-                "force_parameter_static_shapes": ("BOOLEAN", {"default": False}),
-                "allow_unmerged_lora_compile": ("BOOLEAN", {"default": False, "tooltip": "Always works here"}),
-            },
-        }
-
-    def set_args(
-        self,
-        backend: str,
-        fullgraph: bool,
-        mode: str,
-        dynamic: bool,
-        dynamo_cache_size_limit: int,
-        compile_transformer_blocks_only: bool,
-        dynamo_recompile_limit: int = 128,
-        force_parameter_static_shapes: bool = False,
-        allow_unmerged_lora_compile: bool = False,
-    ) -> tuple[CompileArgs]:
-        """Collect the settings."""
-        args = CompileArgs(
-            backend=backend,
-            fullgraph=fullgraph,
-            mode=mode,
-            dynamic=dynamic,
-            dynamo_cache_size_limit=dynamo_cache_size_limit,
-            dynamo_recompile_limit=dynamo_recompile_limit,
-            compile_transformer_blocks_only=compile_transformer_blocks_only,
-            force_parameter_static_shapes=force_parameter_static_shapes,
-            allow_unmerged_lora_compile=allow_unmerged_lora_compile,
-        )
-        return (args,)
-
-
-class WanVideoBlockSwap:
-    """Keeps blocks in main memory and brings each to the GPU for its turn."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "setargs"
-    RETURN_TYPES = ("BLOCKSWAPARGS",)
-    RETURN_NAMES = ("block_swap_args",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {
-            "required": {
-                "blocks_to_swap": (
-                    "INT",
-                    {"default": 20, "min": 0, "max": 48, "step": 1, "tooltip": "Blocks that wait in main memory"},
-                ),
-                "offload_img_emb": ("BOOLEAN", {"default": False, "tooltip": "The CLIP image embedding waits too"}),
-                "offload_txt_emb": ("BOOLEAN", {"default": False, "tooltip": "The text embedding waits too"}),
-            },
-            "optional": {
-                "use_non_blocking": ("BOOLEAN", {"default": False}),
-                "vace_blocks_to_swap": ("INT", {"default": 0, "min": 0, "max": 15, "step": 1}),
-                "prefetch_blocks": ("INT", {"default": 0, "min": 0, "max": 40, "step": 1}),
-                "block_swap_debug": ("BOOLEAN", {"default": False}),
-            },
-        }
-
-    def setargs(
-        self,
-        blocks_to_swap: int,
-        offload_img_emb: bool,
-        offload_txt_emb: bool,
-        use_non_blocking: bool = False,
-        vace_blocks_to_swap: int = 0,
-        prefetch_blocks: int = 0,
-        block_swap_debug: bool = False,
-    ) -> tuple[BlockSwapArgs]:
-        """Collect the settings."""
-        args = BlockSwapArgs(
-            blocks_to_swap=blocks_to_swap,
-            offload_img_emb=offload_img_emb,
-            offload_txt_emb=offload_txt_emb,
-            use_non_blocking=use_non_blocking,
-            vace_blocks_to_swap=vace_blocks_to_swap,
-            prefetch_blocks=prefetch_blocks,
-            block_swap_debug=block_swap_debug,
-        )
-        return (args,)
-
-
-class WanVideoLoraSelect:
-    """Chooses a LoRA from models/loras."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "getlorapath"
-    RETURN_TYPES = ("WANVIDLORA",)
-    RETURN_NAMES = ("lora",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {
-            "required": {
-                "lora": (files("loras"), {"tooltip": "A LoRA in models/loras"}),
-                "strength": ("FLOAT", {"default": 1.0, "min": -1000.0, "max": 1000.0, "step": 0.0001}),
-            },
-            "optional": {
-                "prev_lora": ("WANVIDLORA", {"default": None, "tooltip": "LoRAs that come before"}),
-                "blocks": ("SELECTEDBLOCKS",),
-                "low_mem_load": ("BOOLEAN", {"default": False, "tooltip": "Merging always uses little memory here"}),
-                "merge_loras": ("BOOLEAN", {"default": True, "tooltip": "Into the weights at load, or beside them"}),
-            },
-            "hidden": {"unique_id": "UNIQUE_ID"},
-        }
-
-    def getlorapath(
-        self,
-        lora: str,
-        strength: float | Sequence[float],
-        prev_lora: Sequence[LoraFile] | None = None,
-        blocks: dict[str, object] | None = None,
-        low_mem_load: bool = False,
-        merge_loras: bool = True,
-        unique_id: str | None = None,
-    ) -> tuple[tuple[LoraFile, ...]]:
-        """Add it to the LoRAs before; strength 0 adds nothing."""
-        before = tuple(prev_lora or ())
-        value = strength if isinstance(strength, int | float) else tuple(strength)
-        if value == 0:
-            return (before,)
-        return ((*before, _lora_file(lora, value, blocks, merge_loras)),)
-
-
-def _lora_file(
-    name: str, strength: float | tuple[float, ...], blocks: dict[str, object] | None, merge: bool
-) -> LoraFile:
-    chosen = blocks or {}
-    skipped = str(chosen.get("layer_filter", "")).split(",")
-    return LoraFile(
-        path=get_host().find_file("loras", name),
-        strength=strength,
-        blocks=tuple(chosen.get("selected_blocks", {})),
-        skip_layers=tuple(part.strip() for part in skipped if part.strip()),
-        merge=bool(merge),
-    )
-
-
-class WanVideoLoraSelectMulti:
-    """Chooses up to five LoRAs."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "getlorapath"
-    RETURN_TYPES = ("WANVIDLORA",)
-    RETURN_NAMES = ("lora",)
-    SLOTS: ClassVar[range] = range(5)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        names = ["none", *files("loras")]
-        required: dict[str, tuple[object, ...]] = {}
-        for slot in cls.SLOTS:
-            required[f"lora_{slot}"] = (names, {"default": "none"})
-            required[f"strength_{slot}"] = ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.0001})
-        return {
-            "required": required,
-            "optional": {
-                "prev_lora": ("WANVIDLORA", {"default": None, "tooltip": "LoRAs that come before"}),
-                "blocks": ("SELECTEDBLOCKS",),
-                "low_mem_load": ("BOOLEAN", {"default": False, "tooltip": "Merging always uses little memory here"}),
-                "merge_loras": ("BOOLEAN", {"default": True, "tooltip": "Into the weights at load, or beside them"}),
-            },
-        }
-
-    def getlorapath(
-        self,
-        lora_0: str,
-        strength_0: float,
-        lora_1: str,
-        strength_1: float,
-        lora_2: str,
-        strength_2: float,
-        lora_3: str,
-        strength_3: float,
-        lora_4: str,
-        strength_4: float,
-        prev_lora: Sequence[LoraFile] | None = None,
-        blocks: dict[str, object] | None = None,
-        low_mem_load: bool = False,
-        merge_loras: bool = True,
-    ) -> tuple[tuple[LoraFile, ...]]:
-        """All that are chosen and have a strength."""
-        names = (lora_0, lora_1, lora_2, lora_3, lora_4)
-        strengths = (strength_0, strength_1, strength_2, strength_3, strength_4)
-        chosen = [
-            _lora_file(name, strength, blocks, merge_loras)
-            for name, strength in zip(names, strengths, strict=True)
-            if name and name != "none" and strength != 0
-        ]
-        return ((*(prev_lora or ()), *chosen),)
-
-
-class WanVideoSetLoRAs:
-    """Runs LoRAs beside the weights of a loaded model; needs merge_loras off."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "setlora"
-    RETURN_TYPES = ("WANVIDEOMODEL",)
-    RETURN_NAMES = ("model",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"model": ("WANVIDEOMODEL",)}, "optional": {"lora": ("WANVIDLORA",)}}
-
-    def setlora(self, model: WanVideoModel, lora: Sequence[LoraFile] | None = None) -> tuple[WanVideoModel]:
-        """The same model with these LoRAs."""
-        return (model if lora is None else with_loras(model, lora),)
-
-
-class WanVideoSetBlockSwap:
-    """Sets block swap on a loaded model."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "loadmodel"
-    RETURN_TYPES = ("WANVIDEOMODEL",)
-    RETURN_NAMES = ("model",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"model": ("WANVIDEOMODEL",)}, "optional": {"block_swap_args": ("BLOCKSWAPARGS",)}}
-
-    def loadmodel(
-        self, model: WanVideoModel, block_swap_args: BlockSwapArgs | None = None
-    ) -> tuple[WanVideoModel]:
-        """The same model with these settings."""
-        return (model if block_swap_args is None else replace(model, block_swap=block_swap_args),)
-
-
-NODE_CLASS_MAPPINGS = {
-    "WanVideoModelLoader": WanVideoModelLoader,
-    "WanVideoVAELoader": WanVideoVAELoader,
-    "LoadWanVideoT5TextEncoder": LoadWanVideoT5TextEncoder,
-    "LoadWanVideoClipTextEncoder": LoadWanVideoClipTextEncoder,
-    "WanVideoTorchCompileSettings": WanVideoTorchCompileSettings,
-    "WanVideoBlockSwap": WanVideoBlockSwap,
-    "WanVideoSetBlockSwap": WanVideoSetBlockSwap,
-    "WanVideoLoraSelect": WanVideoLoraSelect,
-    "WanVideoLoraSelectMulti": WanVideoLoraSelectMulti,
-    "WanVideoSetLoRAs": WanVideoSetLoRAs,
-}
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "WanVideoModelLoader": "WanVideo Model Loader",
-    "WanVideoVAELoader": "WanVideo VAE Loader",
-    "LoadWanVideoT5TextEncoder": "WanVideo T5 Text Encoder Loader",
-    "LoadWanVideoClipTextEncoder": "WanVideo CLIP Text Encoder Loader",
-    "WanVideoTorchCompileSettings": "WanVideo Torch Compile Settings",
-    "WanVideoBlockSwap": "WanVideo Block Swap",
-    "WanVideoSetBlockSwap": "WanVideo Set BlockSwap",
-    "WanVideoLoraSelect": "WanVideo Lora Select",
-    "WanVideoLoraSelectMulti": "WanVideo Lora Select Multi",
-    "WanVideoSetLoRAs": "WanVideo Set LoRAs",
-}
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    WanVideoModelLoader,
+    WanVideoVAELoader,
+    LoadWanVideoT5TextEncoder,
+    LoadWanVideoClipTextEncoder,
+)

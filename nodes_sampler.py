@@ -11,7 +11,7 @@ from torch import Tensor
 from .enhance_a_video import EnhanceArgs
 from .host import get_host
 from .multitalk.audio import MultiTalkEmbeds
-from .node_tools import CATEGORY, reject
+from .node_tools import CATEGORY, mappings, reject
 from .wanvideo.loading import WanVideoModel
 from .wanvideo.payloads import ImageEmbeds, TextEmbeds
 from .wanvideo.sampling import SampleRequest, sample
@@ -42,6 +42,7 @@ ADVANCED = {
 class WanVideoSampler:
     """Samples latents, or a whole talking video where the image embeds come from the Multi/InfiniteTalk node."""
 
+    DISPLAY_NAME = "WanVideo Sampler"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("LATENT", "LATENT")
@@ -92,7 +93,7 @@ class WanVideoSampler:
         shift: float,
         seed: int,
         force_offload: bool,
-        scheduler: str,
+        scheduler: str | Schedule,
         riflex_freq_index: int,
         text_embeds: TextEmbeds | None = None,
         samples: Latent | None = None,
@@ -133,20 +134,23 @@ class WanVideoSampler:
                 "freeinit_args": freeinit_args,
             },
         )
-        spec = ScheduleSpec(
-            name=scheduler,
-            steps=steps,
-            shift=shift,
-            sigmas=sigmas,
-            denoise_strength=denoise_strength,
-            start_step=start_step,
-            end_step=end_step,
-        )
+        schedule = scheduler
+        if isinstance(scheduler, str):
+            spec = ScheduleSpec(
+                name=scheduler,
+                steps=steps,
+                shift=shift,
+                sigmas=sigmas,
+                denoise_strength=denoise_strength,
+                start_step=start_step,
+                end_step=end_step,
+            )
+            schedule = make_schedule(spec)
         request = SampleRequest(
             model=model,
             text=text_embeds,
             image=image_embeds,
-            schedule=make_schedule(spec),
+            schedule=schedule,
             cfg=cfg,
             seed=seed,
             samples=samples,
@@ -170,6 +174,7 @@ def _reject_unbuilt(node: str, options: SamplerArgs) -> None:
 class WanVideoSamplerSettings(WanVideoSampler):
     """Collects all sampler inputs for WanVideoSamplerFromSettings."""
 
+    DISPLAY_NAME = "WanVideo Sampler Settings"
     RETURN_TYPES = ("SAMPLER_ARGS",)
     RETURN_NAMES = ("sampler_inputs",)
 
@@ -183,6 +188,7 @@ class WanVideoSamplerSettings(WanVideoSampler):
 class WanVideoSamplerFromSettings:
     """Runs the sampler with collected inputs."""
 
+    DISPLAY_NAME = "WanVideo Sampler From Settings"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("LATENT", "LATENT")
@@ -200,6 +206,7 @@ class WanVideoSamplerFromSettings:
 class WanVideoSamplerExtraArgs:
     """Options of WanVideoSamplerv2 that are seldom needed."""
 
+    DISPLAY_NAME = "WanVideoSampler v2 Extra Args"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("WANVIDSAMPLEREXTRAARGS",)
@@ -258,6 +265,7 @@ class WanVideoSamplerExtraArgs:
 class WanVideoSamplerv2:
     """The sampler with its schedule and seldom used options from nodes of their own."""
 
+    DISPLAY_NAME = "WanVideo Sampler v2"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("LATENT", "LATENT")
@@ -314,6 +322,7 @@ class WanVideoSamplerv2:
 class WanVideoScheduler:
     """Makes the sigmas of a scheduler, and passes its settings on."""
 
+    DISPLAY_NAME = "WanVideo Scheduler"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("SIGMAS", "INT", "FLOAT", SCHEDULER[0], "INT", "INT")
@@ -346,8 +355,8 @@ class WanVideoScheduler:
         sigmas: Tensor | None = None,
         enhance_hf: bool = False,
         unique_id: str | None = None,
-    ) -> tuple[Tensor, int, float, str, int, int]:
-        """All sigmas of the schedule and the settings."""
+    ) -> tuple[Tensor, int, float, Schedule, int, int]:
+        """All sigmas, the settings, and the schedule itself where a sampler takes a scheduler's name."""
         spec = ScheduleSpec(
             name=scheduler,
             steps=steps,
@@ -358,12 +367,13 @@ class WanVideoScheduler:
             enhance_hf=bool(enhance_hf),
         )
         schedule = make_schedule(spec)
-        return schedule.all_sigmas, schedule.total, shift, scheduler, start_step, end_step
+        return schedule.all_sigmas, schedule.total, shift, schedule, start_step, end_step
 
 
 class WanVideoSchedulerv2(WanVideoScheduler):
     """Makes a schedule for WanVideoSamplerv2."""
 
+    DISPLAY_NAME = "WanVideo Scheduler v2"
     RETURN_TYPES = ("WANVIDEOSCHEDULER",)
     RETURN_NAMES = ("scheduler",)
     OUTPUT_NODE: ClassVar[bool] = False
@@ -392,21 +402,12 @@ class WanVideoSchedulerv2(WanVideoScheduler):
         return (make_schedule(spec),)
 
 
-NODE_CLASS_MAPPINGS = {
-    "WanVideoSampler": WanVideoSampler,
-    "WanVideoSamplerSettings": WanVideoSamplerSettings,
-    "WanVideoSamplerFromSettings": WanVideoSamplerFromSettings,
-    "WanVideoSamplerExtraArgs": WanVideoSamplerExtraArgs,
-    "WanVideoSamplerv2": WanVideoSamplerv2,
-    "WanVideoScheduler": WanVideoScheduler,
-    "WanVideoSchedulerv2": WanVideoSchedulerv2,
-}
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "WanVideoSampler": "WanVideo Sampler",
-    "WanVideoSamplerSettings": "WanVideo Sampler Settings",
-    "WanVideoSamplerFromSettings": "WanVideo Sampler From Settings",
-    "WanVideoSamplerExtraArgs": "WanVideoSampler v2 Extra Args",
-    "WanVideoSamplerv2": "WanVideo Sampler v2",
-    "WanVideoScheduler": "WanVideo Scheduler",
-    "WanVideoSchedulerv2": "WanVideo Scheduler v2",
-}
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    WanVideoSampler,
+    WanVideoSamplerSettings,
+    WanVideoSamplerFromSettings,
+    WanVideoSamplerExtraArgs,
+    WanVideoSamplerv2,
+    WanVideoScheduler,
+    WanVideoSchedulerv2,
+)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .node_tools import CATEGORY
+from .node_tools import CATEGORY, mappings
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 
@@ -20,6 +20,7 @@ EASES: dict[str, Callable[[float], float]] = {
 class CreateCFGScheduleFloatList:
     """A cfg value for every step: from start to end inside the range, 1.0 outside it."""
 
+    DISPLAY_NAME = "Create CFG Schedule Float List"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("FLOAT",)
@@ -65,6 +66,7 @@ class CreateCFGScheduleFloatList:
 class WanVideoPassImagesFromSamples:
     """The frames, or the folder of frames, that the talking-video loop made."""
 
+    DISPLAY_NAME = "WanVideo Pass Images From Samples"
     CATEGORY = CATEGORY
     FUNCTION = "decode"
     RETURN_TYPES = ("IMAGE", "STRING")
@@ -85,11 +87,7 @@ class WanVideoPassImagesFromSamples:
         return video.float().clamp(-1, 1).add(1).div(2), str(samples.get("output_path", ""))
 
 
-NODE_CLASS_MAPPINGS = {
-    "CreateCFGScheduleFloatList": CreateCFGScheduleFloatList,
-    "WanVideoPassImagesFromSamples": WanVideoPassImagesFromSamples,
-}
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "CreateCFGScheduleFloatList": "Create CFG Schedule Float List",
-    "WanVideoPassImagesFromSamples": "WanVideo Pass Images From Samples",
-}
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    CreateCFGScheduleFloatList,
+    WanVideoPassImagesFromSamples,
+)

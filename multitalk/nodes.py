@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..host import get_host
-from ..node_tools import CATEGORY, DTYPES, files, round_size
+from ..node_tools import CATEGORY, DTYPES, files, mappings, round_size
 from ..wanvideo.images import to_video
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.payloads import ClipEmbeds, ImageEmbeds, LoopSettings, latent_frames
@@ -47,6 +47,7 @@ class MultiTalkFile:
 class MultiTalkModelLoader:
     """Chooses the MultiTalk or InfiniteTalk weights; the model loader reads them."""
 
+    DISPLAY_NAME = "Multi/InfiniteTalk Model Loader"
     CATEGORY = CATEGORY
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("MULTITALKMODEL",)
@@ -72,6 +73,7 @@ class MultiTalkModelLoader:
 class Wav2VecModelLoader:
     """Loads a Wav2Vec2 encoder from models/wav2vec2."""
 
+    DISPLAY_NAME = "Wav2vec2 Model Loader"
     CATEGORY = CATEGORY
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("WAV2VECMODEL",)
@@ -96,6 +98,7 @@ class Wav2VecModelLoader:
 class DownloadAndLoadWav2VecModel:
     """Loads a Wav2Vec2 encoder, downloading its safetensors file the first time."""
 
+    DISPLAY_NAME = "(Down)load Wav2Vec Model"
     CATEGORY = CATEGORY
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("WAV2VECMODEL",)
@@ -138,6 +141,7 @@ def _download(model: str, folder: Path) -> None:
 class MultiTalkWav2VecEmbeds:
     """Encodes the speech of one to four people."""
 
+    DISPLAY_NAME = "Multi/InfiniteTalk Wav2vec2 Embeds"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("MULTITALK_EMBEDS", "AUDIO", "INT")
@@ -209,6 +213,7 @@ class MultiTalkWav2VecEmbeds:
 class MultiTalkSilentEmbeds:
     """Speech features of silence, for a video with a shut mouth."""
 
+    DISPLAY_NAME = "MultiTalk Silent Embeds"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("MULTITALK_EMBEDS",)
@@ -236,6 +241,7 @@ class MultiTalkSilentEmbeds:
 class WanVideoImageToVideoMultiTalk:
     """Settings of a talking video of any length, made in windows that share frames."""
 
+    DISPLAY_NAME = "WanVideo Long I2V Multi/InfiniteTalk"
     CATEGORY = CATEGORY
     FUNCTION = "process"
     RETURN_TYPES = ("WANVIDIMAGE_EMBEDS", "STRING")
@@ -311,19 +317,11 @@ def _output_folder(path: str, mode: str) -> str:
     return str(get_host().writable_folder(path) / f"{stamp}_{mode}_output")
 
 
-NODE_CLASS_MAPPINGS = {
-    "MultiTalkModelLoader": MultiTalkModelLoader,
-    "Wav2VecModelLoader": Wav2VecModelLoader,
-    "DownloadAndLoadWav2VecModel": DownloadAndLoadWav2VecModel,
-    "MultiTalkWav2VecEmbeds": MultiTalkWav2VecEmbeds,
-    "MultiTalkSilentEmbeds": MultiTalkSilentEmbeds,
-    "WanVideoImageToVideoMultiTalk": WanVideoImageToVideoMultiTalk,
-}
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "MultiTalkModelLoader": "Multi/InfiniteTalk Model Loader",
-    "Wav2VecModelLoader": "Wav2vec2 Model Loader",
-    "DownloadAndLoadWav2VecModel": "(Down)load Wav2Vec Model",
-    "MultiTalkWav2VecEmbeds": "Multi/InfiniteTalk Wav2vec2 Embeds",
-    "MultiTalkSilentEmbeds": "MultiTalk Silent Embeds",
-    "WanVideoImageToVideoMultiTalk": "WanVideo Long I2V Multi/InfiniteTalk",
-}
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    MultiTalkModelLoader,
+    Wav2VecModelLoader,
+    DownloadAndLoadWav2VecModel,
+    MultiTalkWav2VecEmbeds,
+    MultiTalkSilentEmbeds,
+    WanVideoImageToVideoMultiTalk,
+)

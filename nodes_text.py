@@ -1,0 +1,198 @@
+"""Text nodes: prompts in, text embeds out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .host import get_host
+from .node_tools import CATEGORY, DTYPES, files, mappings, reject
+from .wanvideo.loading import WanVideoModel
+from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
+from .wanvideo.payloads import TextEmbeds
+from .wanvideo.text_cache import TextCache
+
+Inputs = dict[str, dict[str, tuple[object, ...]]]
+PROMPT = ("STRING", {"default": "", "multiline": True})
+ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu"})
+
+
+def _encode_prompts(
+    prompts: Sequence[str], name: str, encode: Callable[[list[str]], list[Tensor]] | None, cache: TextCache | None
+) -> tuple[Tensor, ...]:
+    """Embeddings of the prompts, from the cache where they are there. encode: None if there is no encoder."""
+    found = [None if cache is None else cache.load(prompt, name) for prompt in prompts]
+    absent = [prompt for prompt, tensor in zip(prompts, found, strict=True) if tensor is None]
+    if absent and encode is None:
+        raise ValueError("The prompt is not in the cache on disk: connect a text encoder to 't5'.")
+    fresh = iter(encode(absent) if absent else [])
+    result = []
+    for prompt, tensor in zip(prompts, found, strict=True):
+        value = next(fresh) if tensor is None else tensor
+        if tensor is None and cache is not None:
+            cache.save(prompt, name, value)
+        result.append(value)
+    return tuple(result)
+
+
+def _split(prompt: str) -> list[str]:
+    return [part.strip() for part in prompt.split("|")]
+
+
+def _cache(wanted: bool) -> TextCache | None:
+    return TextCache(get_host().models_dir("text_encoders") / "text_embed_cache") if wanted else None
+
+
+def _compute_device(device: str) -> torch.device | None:
+    return torch.device("cpu") if device == "cpu" else None
+
+
+class WanVideoTextEncode:
+    """Encodes the prompts. Several, separated by '|', follow each other over the video's windows."""
+
+    DISPLAY_NAME = "WanVideo TextEncode"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS",)
+    RETURN_NAMES = ("text_embeds",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {"positive_prompt": PROMPT, "negative_prompt": PROMPT},
+            "optional": {
+                "t5": ("WANTEXTENCODER",),
+                "force_offload": ("BOOLEAN", {"default": True, "tooltip": "Free the GPU afterwards"}),
+                "model_to_offload": ("WANVIDEOMODEL", {"tooltip": "A model that leaves the GPU first"}),
+                "use_disk_cache": ("BOOLEAN", {"default": False, "tooltip": "Keep embeddings on disk"}),
+                "device": ENCODE_DEVICES,
+            },
+        }
+
+    def process(
+        self,
+        positive_prompt: str,
+        negative_prompt: str,
+        t5: TextEncoder | None = None,
+        force_offload: bool = True,
+        model_to_offload: WanVideoModel | None = None,
+        use_disk_cache: bool = False,
+        device: str = "gpu",
+    ) -> tuple[TextEmbeds]:
+        """Embeds of both prompts."""
+        if model_to_offload is not None:
+            model_to_offload.managed.release()
+        name = "any" if t5 is None else t5.path.name
+        encode = None if t5 is None else lambda prompts: t5.encode(prompts, device=_compute_device(device))
+        parts = _split(positive_prompt)
+        both = _encode_prompts([*parts, negative_prompt], name, encode, _cache(use_disk_cache))
+        if t5 is not None and force_offload:
+            t5.managed.release()
+        return (TextEmbeds(positive=both[:-1], negative=both[-1:]),)
+
+
+class WanVideoTextEncodeSingle:
+    """Encodes one prompt."""
+
+    DISPLAY_NAME = "WanVideo TextEncodeSingle"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS",)
+    RETURN_NAMES = ("text_embeds",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"prompt": PROMPT}, "optional": WanVideoTextEncode.INPUT_TYPES()["optional"]}
+
+    def process(
+        self,
+        prompt: str,
+        t5: TextEncoder | None = None,
+        force_offload: bool = True,
+        model_to_offload: WanVideoModel | None = None,
+        use_disk_cache: bool = False,
+        device: str = "gpu",
+    ) -> tuple[TextEmbeds]:
+        """Embeds without a negative prompt."""
+        both = WanVideoTextEncode().process(
+            prompt, "", t5, force_offload, model_to_offload, use_disk_cache, device
+        )[0]
+        return (TextEmbeds(positive=both.positive),)
+
+
+class WanVideoTextEncodeCached:
+    """Loads the text encoder only for prompts that are not on disk yet, and frees it at once."""
+
+    DISPLAY_NAME = "WanVideo TextEncode Cached"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS", "WANVIDEOTEXTEMBEDS", "STRING")
+    RETURN_NAMES = ("text_embeds", "negative_text_embeds", "positive_prompt")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model_name": (files("text_encoders"), {"tooltip": "A umt5-xxl encoder in models/text_encoders"}),
+                "precision": (["fp32", "bf16"], {"default": "bf16"}),
+                "positive_prompt": PROMPT,
+                "negative_prompt": PROMPT,
+                "quantization": (["disabled", "fp8_e4m3fn"], {"default": "disabled"}),
+                "use_disk_cache": ("BOOLEAN", {"default": True, "tooltip": "Keep embeddings on disk"}),
+                "device": ENCODE_DEVICES,
+            },
+            "optional": {"extender_args": ("WANVIDEOPROMPTEXTENDER_ARGS",)},
+        }
+
+    def process(
+        self,
+        model_name: str,
+        precision: str,
+        positive_prompt: str,
+        negative_prompt: str,
+        quantization: str = "disabled",
+        use_disk_cache: bool = True,
+        device: str = "gpu",
+        extender_args: object = None,
+    ) -> tuple[TextEmbeds, TextEmbeds, str]:
+        """Both embeds, the negative ones alone, and the prompt."""
+        reject("WanVideo TextEncode Cached", {"extender_args": extender_args})
+        host = get_host()
+        path = host.find_file("text_encoders", model_name)
+
+        def encode(prompts: list[str]) -> list[Tensor]:
+            encoder = load_text_encoder(path, dtype=DTYPES[precision], quantization=quantization, host=host)
+            result = encoder.encode(prompts, device=_compute_device(device))
+            encoder.managed.release()
+            return result
+
+        prompts = [*_split(positive_prompt), negative_prompt]
+        both = _encode_prompts(prompts, f"{path.name} {precision}", encode, _cache(use_disk_cache))
+        negative = TextEmbeds(positive=both[-1:])
+        return TextEmbeds(positive=both[:-1], negative=both[-1:]), negative, positive_prompt
+
+
+class WanVideoTextEmbedBridge:
+    """Takes prompts that ComfyUI's own CLIPTextEncode encoded with a Wan text encoder."""
+
+    DISPLAY_NAME = "WanVideo TextEmbed Bridge"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDEOTEXTEMBEDS",)
+    RETURN_NAMES = ("text_embeds",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"positive": ("CONDITIONING",)}, "optional": {"negative": ("CONDITIONING",)}}
+
+    def process(self, positive: list[list[object]], negative: list[list[object]] | None = None) -> tuple[TextEmbeds]:
+        """The same embeddings as text embeds."""
+        tensors = [None if c is None else (c[0][0][0].float().cpu(),) for c in (positive, negative)]
+        return (TextEmbeds(positive=tensors[0], negative=tensors[1] or ()),)
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    WanVideoTextEncode, WanVideoTextEncodeSingle, WanVideoTextEncodeCached, WanVideoTextEmbedBridge
+)
