@@ -145,7 +145,7 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     """
     main = open_checkpoint(path)
     config = config_of(main)
-    checkpoint = _with_aliases(main).joined([_with_aliases(open_checkpoint(module)) for module in options.modules])
+    checkpoint = with_aliases(main).joined([with_aliases(open_checkpoint(module)) for module in options.modules])
     plan = _Quantization.of(options.quantization, checkpoint)
     backend = attention.resolve(options.attention_mode, device=host.device(), head_dim=config.head_dim)
     log.info("Self-attention runs on '%s', cross-attention on 'sdpa'.", backend.name)
@@ -173,7 +173,8 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     )
 
 
-def _with_aliases(checkpoint: Checkpoint) -> Checkpoint:
+def with_aliases(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with older key prefixes of the extensions replaced by the published ones."""
     aliases = [pair for kind in registry.EXTENSIONS for pair in kind.aliases.items()]
 
     def rename(name: str) -> str:

@@ -92,10 +92,11 @@ class Change(NamedTuple):
 
 def canonical_layer(key: str) -> tuple[str, str] | None:
     """A LoRA key -> (canonical layer name, part), or None if it is no part of a change."""
+    key = key.replace(".default.", ".")
     part = next((p for p in sorted(PARTS, key=len, reverse=True) if key.endswith("." + p)), None)
     if part is None:
         return None
-    layer = key.removesuffix("." + part).replace(".default", "")
+    layer = key.removesuffix("." + part)
     if layer.startswith(KOHYA):
         return _kohya_layer(layer.removeprefix(KOHYA)), PARTS[part]
     stripped = True

@@ -1,0 +1,146 @@
+"""Every published key and shape of the base families is what the model is built with; other systems are named."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from wanvideo_wrapper.wanvideo import registry
+from wanvideo_wrapper.wanvideo.architecture import config_of
+from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
+from wanvideo_wrapper.wanvideo.inspect import describe
+from wanvideo_wrapper.wanvideo.loading import with_aliases
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+
+FACTS = Path(__file__).parents[1] / "data" / "checkpoints"
+BASE = {
+    "wan21_t2v_1_3B": (1536, 30, 12, 16, ()),
+    "wan21_t2v_14B": (5120, 40, 40, 16, ()),
+    "wan21_i2v_14B": (5120, 40, 40, 36, ("ClipImageExtension",)),
+    "wan21_flf2v_14B": (5120, 40, 40, 36, ("ClipImageExtension",)),
+    "wan21_fun_inp_1_3B": (1536, 30, 12, 36, ("ClipImageExtension",)),
+    "wan22_t2v_A14B": (5120, 40, 40, 16, ()),
+    "wan22_i2v_A14B": (5120, 40, 40, 36, ()),
+    "wan22_ti2v_5B": (3072, 30, 24, 48, ()),
+    "skyreels_v3_talking_avatar_14B": (5120, 40, 40, 36, ("ClipImageExtension", "MultiTalk")),
+}
+WITH_WEIGHTS = ("ClipImageExtension", "MultiTalk")
+REFUSED = {
+    "vace_14B": "VACE",
+    "vace_1_3B": "VACE",
+    "s2v_14B": "S2V",
+    "wananimate_14B": "WanAnimate",
+    "humo_17B": "HuMo",
+    "recammaster_1_3B": "ReCamMaster",
+    "mtvcrafter_14B_merged": "MTVCrafter",
+    "wan21_fun_control_camera_14B": "Fun camera control adapter",
+    "wan22_fun_control_A14B": "Fun reference convolution",
+    "steadydancer_14B": "SteadyDancer",
+}
+
+
+def keys_of(name):
+    """Every key of a published file with its shape."""
+    found = {}
+    for key, value in json.loads((FACTS / f"{name}.json").read_text()).items():
+        if key == "_meta":
+            continue
+        if isinstance(value, dict):
+            found |= {key.replace("{i}", str(i)): tuple(value["shape"]) for i in range(value["count"])}
+        else:
+            found[key] = tuple(value)
+    return found
+
+
+def sparse_file(path, shapes, metadata=None):
+    """A safetensors file of the right length whose tensors are holes in the file."""
+    header, offset = {"__metadata__": metadata} if metadata else {}, 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    return path
+
+
+@pytest.mark.parametrize("name", BASE)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_base_families(name, prefix, tmp_path):
+    dim, layers, heads, in_dim, systems = BASE[name]
+    shapes = keys_of(name)
+    checkpoint = with_aliases(
+        open_checkpoint(sparse_file(tmp_path / f"{name}.safetensors", {prefix + k: v for k, v in shapes.items()}))
+    )
+    config = config_of(checkpoint)
+    assert (config.dim, config.num_layers, config.num_heads, config.in_dim) == (dim, layers, heads, in_dim)
+    found = registry.detect(checkpoint.shapes)
+    assert tuple(type(e).__name__ for e in found if type(e).__name__ in WITH_WEIGHTS) == systems
+    with torch.device("meta"):
+        model = WanModel(config, found)
+    built = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    published = {key.replace("audio_proj.", "multitalk_audio_proj."): shape for key, shape in shapes.items()}
+    published = {key: shape for key, shape in published.items() if not key.startswith("model_type.")}
+    assert built == published
+
+
+@pytest.mark.parametrize("module", ["infinitetalk_module", "multitalk_module"])
+def test_module_joins_its_base(module, tmp_path):
+    base = open_checkpoint(sparse_file(tmp_path / "base.safetensors", keys_of("wan21_i2v_14B")))
+    speech = open_checkpoint(sparse_file(tmp_path / "speech.safetensors", keys_of(module)))
+    whole = with_aliases(base).joined([with_aliases(speech)])
+    with torch.device("meta"):
+        model = WanModel(config_of(base), registry.detect(whole.shapes))
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == dict(whole.shapes)
+
+
+@pytest.mark.parametrize(("name", "system"), REFUSED.items())
+def test_systems_that_are_not_built_are_named(name, system, tmp_path):
+    checkpoint = open_checkpoint(sparse_file(tmp_path / f"{name}.safetensors", keys_of(name)))
+    with pytest.raises(ValueError, match=system):
+        config_of(with_aliases(checkpoint))
+    assert system in str(describe(checkpoint.path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("wan21_vae", "Wan VAE"),
+        ("umt5_xxl_encoder_wan", "UMT5 text encoder"),
+        ("umt5_xxl_encoder_hf", "UMT5 text encoder"),
+        ("clip_xlm_roberta_vit_h_14_visual", "CLIP vision encoder"),
+        ("wav2vec2_base", "wav2vec2 speech encoder"),
+        ("infinitetalk_module", "MultiTalk or InfiniteTalk module"),
+        ("vace_module_only_14B", "VACE module"),
+    ],
+)
+def test_other_kinds_of_files_are_named(name, kind, tmp_path):
+    path = sparse_file(tmp_path / f"{name}.safetensors", keys_of(name))
+    assert kind in str(describe(path))
+    with pytest.raises(ValueError, match=kind):
+        config_of(open_checkpoint(path))
+
+
+def test_files_that_cannot_be_read_get_one_sentence(tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    whole = sparse_file(tmp_path / "whole.safetensors", {"patch_embedding.weight": (64, 16, 1, 2, 2)})
+    cut.write_bytes(whole.read_bytes()[:-10])
+    pickled = tmp_path / "model.pt"
+    torch.save({}, pickled)
+    text = tmp_path / "page.safetensors"
+    text.write_text("<html>not found</html>")
+    gguf = tmp_path / "cut.gguf"
+    gguf.write_bytes(b"GGUF\x03\x00")
+    key, shape = "patch_embedding.weight", (8, 16, 1, 2, 2)
+    two = sparse_file(tmp_path / "two.safetensors", {key: shape, f"model.diffusion_model.{key}": shape})
+    for path, says in [(cut, "truncated"), (pickled, "pickle"), (text, "truncated or is no safetensors"),
+                       (gguf, "truncated or is no GGUF"), (two, "under")]:  # fmt: skip
+        with pytest.raises(ValueError, match=says) as error:
+            open_checkpoint(path)
+        assert path.name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        open_checkpoint(tmp_path / "absent.safetensors")

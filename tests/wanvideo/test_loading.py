@@ -1,0 +1,302 @@
+"""A loaded model computes what its file says: formats, namings, LoRA, block swap, compilation."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from saved_models import save_fp8, save_gguf
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.fp8_optimization import Fp8Linear, quantise_rows
+from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
+from wanvideo_wrapper.wanvideo.compilation import CompileArgs
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
+from wanvideo_wrapper.wanvideo.lora import LoraFile, canonical_layer
+from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+
+HOST = StandaloneHost(device="cpu")
+FP32 = LoadOptions(base_dtype=torch.float32)
+
+
+def inputs(in_dim=16):
+    generator = torch.Generator().manual_seed(1)
+    return ModelInputs(
+        latents=torch.randn(1, in_dim, 2, 4, 4, generator=generator), timestep=torch.tensor([700.0]),
+        text=(torch.randn(5, tiny.TEXT_DIM, generator=generator),),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def run(model, step=None):
+    with model.active() as transformer:
+        if step is not None:
+            model.set_step(step)
+        return transformer(inputs(model.config.in_dim))
+
+
+@torch.no_grad()
+def reference(tensors, in_dim=16):
+    """The model with these tensors, assigned without the loader."""
+    config = WanConfig(
+        dim=128, ffn_dim=256, num_heads=2, num_layers=3, in_dim=in_dim, text_dim=tiny.TEXT_DIM
+    )
+    model = WanModel(config)
+    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return model(inputs(in_dim))
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def t2v():
+    return tiny.transformer(in_dim=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_precisions(t2v, dtype, tmp_path):
+    t2v.save(tmp_path / "model.safetensors", dtype)
+    model = load_wan_model(tmp_path / "model.safetensors", FP32, HOST)
+    want = reference({k: v.to(dtype) for k, v in t2v.tensors.items()})
+    assert relative(run(model), want) < 1e-6
+    assert model.report.unused == ()
+
+
+def test_odd_tensors_in_front_leave_the_rest_aligned(t2v, tmp_path):
+    # A tensor of odd length shifts all that follow it in the file.
+    tensors = {"aaa_odd": torch.ones(3, dtype=torch.uint8), **t2v.tensors}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "m.safetensors", metadata=t2v.metadata)
+    model = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    assert all(p.data_ptr() % 16 == 0 for p in model.transformer.parameters())
+    assert relative(run(model), reference(t2v.tensors)) < 1e-6
+    assert model.report.unused == ("aaa_odd",)
+
+
+def test_gguf(t2v, tmp_path):
+    from gguf import GGMLQuantizationType, quants
+
+    save_gguf(t2v, tmp_path / "model.gguf")
+    kind = GGMLQuantizationType.Q8_0
+    expected = {}
+    for name, value in t2v.tensors.items():
+        quantised = value.dim() == 2 and value.shape[1] % 32 == 0
+        rounded = quants.dequantize(quants.quantize(value.float().numpy(), kind), kind) if quantised else value
+        expected[name] = torch.as_tensor(rounded)
+    model = load_wan_model(tmp_path / "model.gguf", FP32, HOST)
+    assert relative(run(model), reference(expected)) < 1e-5
+
+
+def test_gguf_of_another_type_is_named(tmp_path):
+    from gguf import GGMLQuantizationType, GGUFWriter, quants
+
+    model = tiny.transformer(in_dim=16)
+    writer = GGUFWriter(tmp_path / "q4.gguf", "wan")
+    kind = GGMLQuantizationType.Q4_0
+    for name, value in model.tensors.items():
+        array = value.float().numpy()
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(name, quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            shape = array.reshape(array.shape[0], -1) if array.ndim > 4 else array
+            if array.ndim > 4:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(array.shape))
+            writer.add_tensor(name, shape)
+    for call in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, call)()
+    with pytest.raises(ValueError, match="Q4_0"):
+        load_wan_model(tmp_path / "q4.gguf", FP32, HOST)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("option", ["disabled", "fp8_e4m3fn", "fp8_e4m3fn_scaled"])
+def test_fp8_files_keep_their_bytes(t2v, scaled, option, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_fp8(t2v, path, scaled=scaled)
+    options = replace(FP32, quantization=option)
+    if option.endswith("scaled") and not scaled:
+        with pytest.raises(ValueError, match="has none: choose 'fp8_e4m3fn'"):
+            load_wan_model(path, options, HOST)
+        return
+    model = load_wan_model(path, options, HOST)
+    assert isinstance(model.transformer.blocks[0].self_attn.q, Fp8Linear)
+    expected = {}
+    stored = load_file(path)
+    for name in t2v.tensors:
+        scale = stored.get(name.replace(".weight", ".scale_weight"), torch.ones(1))
+        expected[name] = stored[name].float() * (scale if name.endswith(".weight") else 1)
+    assert relative(run(model), reference(expected)) < 1e-5
+
+
+def test_fp8_made_at_load_has_a_scale_a_row(t2v, tmp_path):
+    t2v.save(tmp_path / "model.safetensors", torch.float32)
+    model = load_wan_model(tmp_path / "model.safetensors", replace(FP32, quantization="fp8_e4m3fn"), HOST)
+    layer = model.transformer.blocks[1].ffn[0]
+    weight, scale = quantise_rows(t2v.tensors["blocks.1.ffn.0.weight"], torch.float8_e4m3fn)
+    assert torch.equal(layer.weight.float(), weight.float()) and torch.equal(layer.scale_weight, scale)
+    assert 0 < relative(run(model), reference(t2v.tensors)) < 0.05
+
+
+@pytest.mark.parametrize("option", ["fp8_e4m3fn_fast", "fp8_e5m2_scaled_fast", "int4"])
+def test_quantizations_that_are_not_there_are_named(t2v, option, tmp_path):
+    t2v.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"'{option}' is not available"):
+        load_wan_model(tmp_path / "model.safetensors", replace(FP32, quantization=option), HOST)
+
+
+def test_missing_and_mismatched_tensors_are_named(t2v, tmp_path):
+    path = tmp_path / "model.safetensors"
+    rest = {k: v for k, v in t2v.tensors.items() if k != "blocks.1.ffn.2.bias"}
+    replace(t2v, tensors=rest).save(path)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors .*'blocks\.1\.ffn\.2\.bias'"):
+        load_wan_model(path, FP32, HOST)
+    replace(t2v, tensors={**t2v.tensors, "blocks.1.ffn.2.bias": torch.randn(7)}).save(path)
+    with pytest.raises(ValueError, match=r"'blocks\.1\.ffn\.2\.bias' has the shape \(7,\)"):
+        load_wan_model(path, FP32, HOST)
+
+
+@torch.no_grad()
+def test_diffusers_names(tmp_path):
+    torch.manual_seed(2)
+    other = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, in_channels=16, out_channels=16, text_dim=tiny.TEXT_DIM,
+        freq_dim=256, ffn_dim=96, num_layers=2,
+    ).eval()  # fmt: skip
+    save_file(other.state_dict(), tmp_path / "d.safetensors", metadata={"wanvideo.num_heads": "2"})
+    model = load_wan_model(tmp_path / "d.safetensors", FP32, HOST)
+    given = inputs()
+    text = torch.nn.functional.pad(given.text[0], (0, 0, 0, 512 - 5))[None]
+    want = other(given.latents, given.timestep, text, return_dict=False)[0]
+    assert relative(run(model), want) < 1e-5
+
+
+def lora_files(t2v, tmp_path, **options):
+    tiny.lora(t2v).save(tmp_path / "lora.safetensors", torch.float32)
+    return (LoraFile(path=tmp_path / "lora.safetensors", **options),)
+
+
+def merged_by_hand(t2v, lora, strength):
+    tensors = {k: v.double() for k, v in t2v.tensors.items()}
+    for key, down in lora.tensors.items():
+        if key.endswith("lora_A.weight"):
+            up = lora.tensors[key.replace("lora_A", "lora_B")]
+            name = key.removeprefix("diffusion_model.").replace("lora_A.weight", "weight")
+            tensors[name] = tensors[name] + strength * up.double() @ down.double()
+    return tensors
+
+
+def test_lora_merged_and_beside_equal_the_formula(t2v, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    want = reference(merged_by_hand(t2v, tiny.lora(t2v), 0.7))
+    merged = load_wan_model(
+        tmp_path / "m.safetensors", replace(FP32, loras=lora_files(t2v, tmp_path, strength=0.7)), HOST
+    )
+    assert relative(run(merged), want) < 1e-5
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    beside = with_loras(plain, lora_files(t2v, tmp_path, strength=0.7, merge=False))
+    assert relative(run(beside), want) < 1e-5
+    assert relative(run(plain), reference(t2v.tensors)) < 1e-6
+
+
+def test_lora_strength_by_step_and_by_block(t2v, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    steps = with_loras(plain, lora_files(t2v, tmp_path, strength=(0.0, 0.7), merge=False))
+    assert relative(run(steps, step=0), reference(t2v.tensors)) < 1e-6
+    assert relative(run(steps, step=5), reference(merged_by_hand(t2v, tiny.lora(t2v), 0.7))) < 1e-5
+    only = with_loras(plain, lora_files(t2v, tmp_path, blocks=("blocks.1.",), merge=False))
+    lora = tiny.lora(t2v)
+    some = replace(lora, tensors={k: v for k, v in lora.tensors.items() if ".blocks.1." in k})
+    assert relative(run(only), reference(merged_by_hand(t2v, some, 1.0))) < 1e-5
+    with pytest.raises(ValueError, match="merge_loras"):
+        with_loras(plain, lora_files(t2v, tmp_path))
+
+
+def test_lora_on_fp8(t2v, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    options = replace(FP32, quantization="fp8_e4m3fn")
+    base = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    beside = with_loras(base, lora_files(t2v, tmp_path, strength=3.0, merge=False))
+    merged = load_wan_model(
+        tmp_path / "m.safetensors", replace(options, loras=lora_files(t2v, tmp_path, strength=3.0)), HOST
+    )
+    want = reference(merged_by_hand(t2v, tiny.lora(t2v), 3.0))
+    for model in (beside, merged):
+        assert relative(run(model), want) < 0.06
+        assert relative(run(model), run(base)) > relative(run(model), want)
+
+
+def test_lora_for_another_model_is_named(t2v, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    save_file({"transformer.single.lora_A.weight": torch.randn(4, 8), "transformer.single.lora_B.weight":
+               torch.randn(8, 4)}, tmp_path / "lora.safetensors")  # fmt: skip
+    options = replace(FP32, loras=(LoraFile(path=tmp_path / "lora.safetensors"),))
+    with pytest.raises(ValueError, match="fits no layer"):
+        load_wan_model(tmp_path / "m.safetensors", options, HOST)
+
+
+@pytest.mark.parametrize(
+    ("key", "layer", "part"),
+    [
+        ("diffusion_model.blocks.3.self_attn.q.lora_A.weight", "blocks.3.self_attn.q", "down"),
+        ("blocks.3.cross_attn.k_img.lora_up.weight", "blocks.3.cross_attn.k_img", "up"),
+        ("transformer.blocks.2.attn1.to_out.0.lora_B.weight", "blocks.2.self_attn.o", "up"),
+        ("transformer.blocks.2.attn2.to_k.lora_A.weight", "blocks.2.cross_attn.k", "down"),
+        ("transformer.blocks.2.ffn.net.0.proj.lora_A.weight", "blocks.2.ffn.0", "down"),
+        ("base_model.model.blocks.0.ffn.2.lora_A.default.weight", "blocks.0.ffn.2", "down"),
+        ("lora_unet__blocks_12_cross_attn_v_img.lora_down.weight", "blocks.12.cross_attn.v_img", "down"),
+        ("lora_unet__blocks_12_ffn_2.alpha", "blocks.12.ffn.2", "alpha"),
+        ("diffusion_model.blocks.1.norm3.diff_b", "blocks.1.norm3", "diff_b"),
+        ("diffusion_model.time_projection.1.diff", "time_projection.1", "diff"),
+    ],
+)
+def test_lora_namings(key, layer, part):
+    assert canonical_layer(key) == (layer, part)
+
+
+def test_block_swap_names_the_last_blocks_and_rests_on_one_device(t2v, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    swapped = replace(plain, block_swap=BlockSwapArgs(blocks_to_swap=2, offload_txt_emb=True))
+    want = run(plain)
+    assert torch.equal(run(swapped), want)
+    assert list(swapped.placement.units()) == [1, 2]
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+@pytest.mark.parametrize(("blocks", "embeddings"), list(itertools.product([0, 1, 3, 40], [False, True])))
+def test_block_swap_changes_nothing(t2v, blocks, embeddings, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    host = StandaloneHost(device="cuda")
+    model = load_wan_model(tmp_path / "m.safetensors", FP32, host)
+    given = inputs()
+    given = replace(given, latents=given.latents.cuda(), timestep=given.timestep.cuda(),
+                    text=tuple(t.cuda() for t in given.text))  # fmt: skip
+    with model.active() as transformer:
+        want = transformer(given)
+    swap = BlockSwapArgs(
+        blocks_to_swap=blocks, offload_txt_emb=embeddings, offload_img_emb=embeddings, use_non_blocking=True
+    )
+    swapped = replace(model, block_swap=swap)
+    with swapped.active() as transformer:
+        waiting = [i for i, block in enumerate(transformer.blocks) if not next(block.parameters()).is_cuda]
+        assert len(waiting) == min(blocks, 3)
+        assert torch.equal(transformer(given), want)
+        assert not any(next(transformer.blocks[i].parameters()).is_cuda for i in waiting)
+
+
+def test_compiled_blocks_equal_eager_and_are_plain_afterwards(t2v, tmp_path):
+    torch._dynamo.reset()
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    want, keys = run(plain), list(plain.transformer.state_dict())
+    args = CompileArgs(backend="eager", fullgraph=True)
+    compiled = replace(plain, options=replace(FP32, compile=args))
+    assert relative(run(compiled), want) < 1e-6
+    assert list(plain.transformer.state_dict()) == keys
+    assert all(block._compiled_call_impl is None for block in plain.transformer.blocks)
