@@ -60,7 +60,8 @@ def umt5_float64(p, ids, layers, heads):
         h = rms(x, p[f"blocks.{i}.norm1.weight"])
         q, k, v = ((h @ p[f"blocks.{i}.attn.{n}.weight"].T).view(count, heads, -1) for n in "qkv")
         table = p[f"blocks.{i}.pos_embedding.embedding.weight"]
-        bias = torch.stack([torch.stack([table[bucket(b - a, len(table))] for b in range(count)]) for a in range(count)])
+        rows = [[table[bucket(b - a, len(table))] for b in range(count)] for a in range(count)]
+        bias = torch.stack([torch.stack(row) for row in rows])
         weights = (torch.einsum("qhd,khd->hqk", q, k) + bias.permute(2, 0, 1)).softmax(-1)
         out = torch.einsum("hqk,khd->qhd", weights, v).reshape(count, -1)
         x = x + out @ p[f"blocks.{i}.attn.o.weight"].T
