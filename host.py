@@ -150,8 +150,6 @@ class ComfyProgress:
 
         self._bar = ProgressBar(total)
         self._total = total
-        if label:
-            log.info(label)
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """`wanvideo demo` end to end, and the files that it ships with."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -121,3 +122,13 @@ def test_links_of_the_workflow_agree_with_its_sockets():
         assert nodes[target]["inputs"][entry]["link"] == link
     linked = {entry["link"] for node in nodes.values() for entry in node.get("inputs", ()) if entry["link"]}
     assert linked == {link[0] for link in saved["links"]}
+
+
+def test_nodes_of_the_workflow_do_not_overlap():
+    title_height = 30
+    saved = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    for a, b in itertools.combinations(saved["nodes"], 2):
+        (ax, ay), (bx, by), (aw, ah), (bw, bh) = a["pos"], b["pos"], a["size"], b["size"]
+        beside = ax + aw <= bx or bx + bw <= ax
+        below = ay + ah <= by - title_height or by + bh <= ay - title_height
+        assert beside or below, (a["type"], b["type"])

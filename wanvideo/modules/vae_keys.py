@@ -5,7 +5,6 @@ Sources: Wan-Video/Wan2.1 (one flat list of units a side), Wan-Video/Wan2.2 (one
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,14 +16,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 PREFIX = "model."
 
 _TOP = {"conv1.": "quant_conv.", "conv2.": "post_quant_conv."}
-_SIDE = {
-    "conv1.": "conv_in.",
-    "head.0.": "norm_out.",
-    "head.2.": "conv_out.",
-    "middle.0.": "mid_block.resnets.0.",
-    "middle.1.": "mid_block.attentions.0.",
-    "middle.2.": "mid_block.resnets.1.",
-}
+_ENDS = {"conv1.": "conv_in.", "head.0.": "norm_out.", "head.2.": "conv_out."}
+_MIDDLE_UNITS = ("resnets.0", "attentions.0", "resnets.1")
 _BLOCK = {
     "residual.0.": "norm1.",
     "residual.2.": "conv1.",
@@ -33,6 +26,7 @@ _BLOCK = {
     "shortcut.": "conv_shortcut.",
 }
 _UNIT = re.compile(r"^(encoder\.down|decoder\.up)samples\.(\d+)\.(?:(?:down|up)samples\.(\d+)\.)?(.+)$")
+_MIDDLE = re.compile(r"^(encoder|decoder)\.middle\.([012])\.(.+)$")
 _SAMPLER = re.compile(r"^encoder\.downsamples\.(\d+)\.resample\.")
 _SAMPLER_LEAVES = ("resample.", "time_conv.")
 
@@ -72,7 +66,7 @@ def to_diffusers(key: str, layout: VaeLayout) -> str:
 
 
 def file_names(keys: Iterable[str]) -> dict[str, str]:
-    """diffusers name -> the file's key, for a file with published names, with `model.` in front, or diffusers' names."""
+    """diffusers name -> the file's key, which is a published one, `model.` and a published one, or diffusers' own."""
     plain = {key.removeprefix(PREFIX): key for key in keys}
     samplers = [int(found[1]) for found in map(_SAMPLER.match, plain) if found]
     return {_renamed(key, min(samplers, default=0)): original for key, original in plain.items()}
@@ -81,7 +75,7 @@ def file_names(keys: Iterable[str]) -> dict[str, str]:
 def read_layout(shapes: Shapes) -> VaeLayout:
     """The sizes of the VAE with these tensor shapes, by diffusers name.
 
-    Raises KeyError if it is no Wan VAE, ValueError if it compresses time by another factor than 4.
+    Raises KeyError, naming a missing tensor, if it is no Wan VAE.
     """
     base, channels = shapes["encoder.conv_in.weight"][:2]
     nested = "encoder.down_blocks.0.resnets.0.conv2.weight" in shapes
@@ -92,7 +86,7 @@ def read_layout(shapes: Shapes) -> VaeLayout:
         raise KeyError("decoder.up_blocks.0.resnets.0.conv2.weight")
     faster = [f"decoder.up_blocks.{i}.{sampler}.time_conv.weight" in shapes for i in range(len(widths) - 1)]
     if 2 ** sum(faster) != VAE_TIME_STRIDE:
-        raise ValueError(f"it compresses time {2 ** sum(faster)} times, where Wan has {VAE_TIME_STRIDE}")
+        raise KeyError(f"time compression by {VAE_TIME_STRIDE}")
     decoder_base = widths[-1] // first
     return VaeLayout(
         base_dim=base,
@@ -114,25 +108,34 @@ def _present(shapes: Shapes, pattern: str) -> list[str]:
 
 
 def _renamed(key: str, res_blocks: int) -> str:
-    unit = _UNIT.match(key)
+    unit, middle = _UNIT.match(key), _MIDDLE.match(key)
     if unit is not None:
-        return _unit_name(unit, res_blocks)
-    side, dot, rest = key.partition(".")
+        return _unit_name(*unit.groups(), res_blocks=res_blocks)
+    if middle is not None:
+        side, index, leaf = middle.groups()
+        return f"{side}.mid_block.{_MIDDLE_UNITS[int(index)]}.{_replace_head(leaf, _BLOCK)}"
+    side, _, rest = key.partition(".")
     if side in ("encoder", "decoder"):
-        return side + dot + _inside(_replace_head(rest, _SIDE))
+        return f"{side}.{_replace_head(rest, _ENDS)}"
     return _replace_head(key, _TOP)
 
 
-def _unit_name(unit: re.Match[str], res_blocks: int) -> str:
-    side, first, second, leaf = unit.groups()
-    sampler = leaf.startswith(_SAMPLER_LEAVES)
+def _unit_name(side: str, first: str, second: str | None, leaf: str, *, res_blocks: int) -> str:
+    """The name of a residual block or sampler: unit `first` of the flat list, or `second` of stage `first`."""
     leaf = _replace_head(leaf, _BLOCK)
     if second is not None:
-        return f"{side}_blocks.{first}.{side.rpartition('.')[2]}sampler.{leaf}" if sampler else (
-            f"{side}_blocks.{first}.resnets.{second}.{leaf}"
-        )
-    if side.startswith("encoder"):
+        unit = f"{side.partition('.')[2]}sampler" if leaf.startswith(_SAMPLER_LEAVES) else f"resnets.{second}"
+        return f"{side}_blocks.{first}.{unit}.{leaf}"
+    if side == "encoder.down":
         return f"{side}_blocks.{first}.{leaf}"
-    # A decoder stage of the flat list has one residual block more than an encoder stage, then a sampler.
+    # A decoder stage has one residual block more than an encoder stage, then a sampler.
     stage, block = divmod(int(first), res_blocks + 2)
-    return f"{side}_blocks.{stage}.{'upsamplers.0' if sampler else f'resnets.{block}'}.{leaf}"
+    unit = "upsamplers.0" if block == res_blocks + 1 else f"resnets.{block}"
+    return f"{side}_blocks.{stage}.{unit}.{leaf}"
+
+
+def _replace_head(key: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key

@@ -1,0 +1,100 @@
+"""Folders, names and the one module that knows ComfyUI."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from wanvideo_wrapper.host import CancelledError, inside
+from wanvideo_wrapper.standalone_host import StandaloneHost
+
+ROOT = Path(__file__).parents[1]
+COMFYUI = {"comfy", "folder_paths", "comfy_extras", "comfy_execution", "latent_preview", "server", "execution"}
+
+
+def modules():
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    return [ROOT / name for name in listed if not name.startswith("tests/")]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+def test_only_the_host_knows_comfyui():
+    files = modules()
+    assert len(files) > 40
+    using = {p.name for p in files if any(name.split(".")[0] in COMFYUI for name in imported(p))}
+    assert using == {"host.py"}
+
+
+def test_imports_inside_the_package_are_relative():
+    absolute = {p.name for p in modules() if any(n.startswith("wanvideo_wrapper") for n in imported(p))}
+    assert absolute <= {"forward.py"}
+
+
+def test_import_is_light_and_needs_no_network():
+    code = (
+        "import sys, wanvideo_wrapper as w; assert len(w.NODE_CLASS_MAPPINGS) == 35;"
+        "heavy = {'diffusers', 'transformers', 'av', 'gguf', 'skimage', 'pyloudnorm'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_a_family_that_fails_hides_no_other(monkeypatch, caplog):
+    code = (
+        "import sys, logging; logging.basicConfig(); sys.modules['wanvideo_wrapper.multitalk.nodes'] = None;"
+        "import wanvideo_wrapper as w; print(sorted(w.NODE_CLASS_MAPPINGS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/")
+    assert "WanVideoSampler" in done.stdout and "MultiTalkWav2VecEmbeds" not in done.stdout
+    assert "multitalk.nodes are not available" in done.stderr
+
+
+def test_files_are_listed_and_found(tmp_path):
+    names = ("diffusion_models/sub/a.safetensors", "diffusion_models/b.gguf", "diffusion_models/c.txt", "vae/v.sft")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    host = StandaloneHost(models=tmp_path, device="cpu")
+    assert host.list_files("diffusion_models") == ["sub/a.safetensors"]
+    assert host.list_files("unet_gguf") == ["b.gguf"] and host.list_files("loras") == []
+    assert host.find_file("diffusion_models", "sub\\a.safetensors") == tmp_path / "diffusion_models/sub/a.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no model file 'x\.safetensors' for 'vae': put it into"):
+        host.find_file("vae", "x.safetensors")
+    with pytest.raises(ValueError, match="lies outside"):
+        host.find_file("vae", "../diffusion_models/b.gguf")
+
+
+def test_inside():
+    assert inside(Path("/a/b"), "c\\d.txt") == Path("/a/b/c/d.txt")
+    for name in ("../x", "/etc/passwd", "c/../../x"):
+        with pytest.raises(ValueError, match="lies outside"):
+            inside(Path("/a/b"), name)
+
+
+def test_models_move_and_runs_stop():
+    host, moves = StandaloneHost(device="cpu"), []
+    managed = host.manage(torch.nn.Linear(2, 2), place=moves.append)
+    assert managed.acquire() == torch.device("cpu")
+    managed.release()
+    assert moves == [torch.device("cpu")] * 2
+    host.check_cancelled()
+    host.cancel.set()
+    with pytest.raises(CancelledError):
+        host.check_cancelled()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        StandaloneHost(device="cuda")
