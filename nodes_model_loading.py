@@ -129,7 +129,7 @@ class WanVideoVAELoader:
                     "BOOLEAN",
                     {"default": False, "tooltip": "Not needed: frames always stream, and the cache does not grow"},
                 ),
-                "verbose": ("BOOLEAN", {"default": False}),
+                "verbose": ("BOOLEAN", {"default": False, "tooltip": "The log always says what was loaded"}),
             },
         }
 
@@ -144,7 +144,7 @@ class WanVideoVAELoader:
         """Load it."""
         reject(
             "WanVideo VAE Loader",
-            {"compile_args": compile_args, "use_cpu_cache": use_cpu_cache or None, "verbose": verbose or None},
+            {"compile_args": compile_args, "use_cpu_cache": use_cpu_cache or None},
         )
         host = get_host()
         return (load_vae(host.find_file("vae", model_name), dtype=DTYPES[precision], host=host),)

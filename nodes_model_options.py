@@ -36,7 +36,7 @@ class WanVideoTorchCompileSettings:
                 "mode": (modes, {"default": "default"}),
                 "dynamic": ("BOOLEAN", {"default": False, "tooltip": "One graph for all sizes, a little slower"}),
                 "dynamo_cache_size_limit": ("INT", {"default": 64, **size}),
-                "compile_transformer_blocks_only": ("BOOLEAN", {"default": True}),
+                "compile_transformer_blocks_only": ("BOOLEAN", {"default": True, "tooltip": "Always so here"}),
             },
             "optional": {
                 "dynamo_recompile_limit": ("INT", {"default": 128, **size}),

@@ -5,6 +5,7 @@ Weights are read only, so nothing is ever copied back: leaving the device means 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,15 @@ from torch.utils.hooks import RemovableHandle
 if TYPE_CHECKING:
     from .modules.model import WanModel
 
+log = logging.getLogger("wanvideo")
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSwapArgs:
-    """Settings of WanVideoBlockSwap (socket BLOCKSWAPARGS): how many blocks wait, and whether the embeddings do too."""
+    """Settings of WanVideoBlockSwap (socket BLOCKSWAPARGS).
+
+    blocks_to_swap: blocks that wait; prefetch_blocks: how many are brought ahead of time; block_swap_debug: log each.
+    vace_blocks_to_swap: of VACE models, which this version refuses to load.
+    """
 
     blocks_to_swap: int = 20
     offload_img_emb: bool = False
@@ -79,24 +85,69 @@ class Placement:
         if self.swap is None or device == self._offload:
             yield
             return
-        units, non_blocking = self.units(), self.swap.use_non_blocking
+        swapper = Swapper(self.units(), device, self.swap)
 
         @contextmanager
         def around(index: int) -> Iterator[None]:
-            waiting = _move(units.get(index, ()), device, non_blocking)
-            yield
-            for parameter, value in waiting:
-                parameter.data = value
+            swapper.arrive(index)
+            try:
+                yield
+            finally:
+                swapper.leave(index)
 
         before = self._model.around_block
         self._model.around_block = around
-        hooks = [hook for m in self._embeddings() for hook in _visit(m, device, non_blocking)]
+        hooks = [hook for m in self._embeddings() for hook in _visit(m, device, self.swap.use_non_blocking)]
         try:
             yield
         finally:
             self._model.around_block = before
+            swapper.leave_all()
             for hook in hooks:
                 hook.remove()
+
+
+class Swapper:
+    """Brings waiting units to the device for their turn, the next ones ahead of time on a stream of their own."""
+
+    def __init__(self, units: dict[int, tuple[nn.Module, ...]], device: torch.device, args: BlockSwapArgs) -> None:
+        self._units = units
+        self._device = device
+        self._args = args
+        self._here: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        ahead = args.prefetch_blocks > 0 and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if ahead else None
+
+    def arrive(self, index: int) -> None:
+        """Unit `index` is ready to run, and the units after it are on their way."""
+        self._bring(index)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            for later in range(index + 1, index + 1 + self._args.prefetch_blocks):
+                self._bring(later)
+
+    def leave(self, index: int) -> None:
+        """Unit `index` points at its waiting weights again."""
+        for parameter, value in self._here.pop(index, ()):
+            if self._stream is not None:
+                # Made on the copy stream, read on this one: the memory is free only once this stream is done.
+                parameter.data.record_stream(torch.cuda.current_stream(self._device))
+            parameter.data = value
+
+    def leave_all(self) -> None:
+        """After a run that stopped in the middle, too."""
+        for index in list(self._here):
+            self.leave(index)
+
+    def _bring(self, index: int) -> None:
+        if index in self._here or index not in self._units:
+            return
+        with torch.cuda.stream(self._stream):
+            moved = _move(self._units[index], self._device, self._args.use_non_blocking)
+        self._here[index] = moved
+        if self._args.block_swap_debug:
+            size = sum(value.nbytes for _, value in moved) / 2**20
+            log.info("Block %d: %.1f MB to the GPU.", index, size)
 
 
 def _visit(module: nn.Module, device: torch.device, non_blocking: bool) -> tuple[RemovableHandle, RemovableHandle]:

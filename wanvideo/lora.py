@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .key_names import from_diffusers
 
 log = logging.getLogger("wanvideo")
+
+# What unmerged LoRAs change in a model, kept as long as the model: a long video attaches them anew at every window.
+_attached: WeakKeyDictionary[nn.Module, dict[LoraFile, dict[str, Change]]] = WeakKeyDictionary()
 
 PREFIXES = (
     "base_model.model.", "diffusion_model.", "diffusion.model.", "transformer.", "pipe.dit.", "model.",
@@ -168,6 +172,13 @@ def changes_for(file: LoraFile, model: nn.Module) -> dict[str, Change]:
     return matched
 
 
+def _kept_changes(file: LoraFile, model: nn.Module) -> dict[str, Change]:
+    kept = _attached.setdefault(model, {})
+    if file not in kept:
+        kept[file] = changes_for(file, model)
+    return kept[file]
+
+
 class _Beside:
     """Runs unmerged LoRAs beside their layers through forward hooks; strengths are tensors, so that graphs stay."""
 
@@ -188,7 +199,7 @@ def beside(model: nn.Module, files: Sequence[LoraFile], device: torch.device, dt
     handles = []
     try:
         for file, strength in zip(files, state.strengths, strict=True):
-            for name, change in changes_for(file, model).items():
+            for name, change in _kept_changes(file, model).items():
                 hook = _hook(change, strength, layers[name], (device, dtype))
                 handles.append(layers[name].register_forward_hook(hook))
         yield state

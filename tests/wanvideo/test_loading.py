@@ -269,8 +269,8 @@ def test_block_swap_names_the_last_blocks_and_rests_on_one_device(t2v, tmp_path)
 
 @pytest.mark.cuda
 @torch.no_grad()
-@pytest.mark.parametrize(("blocks", "embeddings"), list(itertools.product([0, 1, 3, 40], [False, True])))
-def test_block_swap_changes_nothing(t2v, blocks, embeddings, tmp_path):
+@pytest.mark.parametrize(("blocks", "ahead", "debug"), list(itertools.product([0, 1, 3, 40], [0, 1, 2], [False, True])))
+def test_block_swap_changes_nothing(t2v, blocks, ahead, debug, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     host = StandaloneHost(device="cuda")
     model = load_wan_model(tmp_path / "m.safetensors", FP32, host)
@@ -280,8 +280,9 @@ def test_block_swap_changes_nothing(t2v, blocks, embeddings, tmp_path):
     with model.active() as transformer:
         want = transformer(given)
     swap = BlockSwapArgs(
-        blocks_to_swap=blocks, offload_txt_emb=embeddings, offload_img_emb=embeddings, use_non_blocking=True
-    )
+        blocks_to_swap=blocks, offload_txt_emb=debug, offload_img_emb=debug, use_non_blocking=True,
+        prefetch_blocks=ahead, block_swap_debug=debug,
+    )  # fmt: skip
     swapped = replace(model, block_swap=swap)
     with swapped.active() as transformer:
         waiting = [i for i, block in enumerate(transformer.blocks) if not next(block.parameters()).is_cuda]
