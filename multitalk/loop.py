@@ -155,6 +155,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[dict[str, object], dic
                 footage.add(fresh)
                 log.info("Window %d of %d is finished.", window.index + 1, len(windows))
     finally:
+        loop.vae.managed.release()
         if request.force_offload:
             request.model.managed.release()
     result = {"samples": maker.latents[None], "video": footage.video(), "output_path": loop.output_path}
@@ -194,34 +195,36 @@ class WindowMaker:
         return to_images(self._picture(window))[0]
 
     def _sample(self, window: Window, watcher: RunWatcher) -> Tensor:
+        """The window's video [3, F, H, W]."""
         request, loop = self.request, self.loop
-        vae = loop.vae
-        picture = self._picture(window)
-        motion = picture if self.tail is None else self.tail
-        keeps = loop.mode == "infinitetalk" or self.tail is None
-        cond, mask = self._condition(picture if loop.mode == "infinitetalk" else motion)
-        motion_latents = vae.encode(motion, tile=self.tile)
         schedule = request.schedule.fresh()
-        hook: LatentHook = (
-            KeptMotion(motion_latents) if keeps else NoisedMotion(motion_latents, schedule, self.generator)
-        )
-        hooks = (hook,) if loop.mode == "infinitetalk" or self.tail is not None else ()
+        cond, mask, hooks = self._given(window, schedule)
         latents = self._start(window, cond.shape[1:], schedule)
         with request.model.active() as transformer:
+            channels = condition_channels(cond, mask, transformer.config)
+            conditions = self._conditions(window, transformer, channels)
             result = denoise(
-                make_denoiser(request, transformer, host=self.host, conditions=self._conditions(
-                    window, transformer, condition_channels(cond, mask, transformer.config)
-                )),
+                make_denoiser(request, transformer, host=self.host, conditions=conditions),
                 schedule,
                 latents=latents,
                 generator=self.generator,
                 hooks=hooks,
                 watcher=watcher,
-            )  # fmt: skip
+            )
         if loop.offload_between_windows:
             request.model.managed.release()
         self.latents = result.latents.float().cpu()
-        return vae.decode(self.latents, tile=self.tile)
+        return loop.vae.decode(self.latents, tile=self.tile)
+
+    def _given(self, window: Window, schedule: Schedule) -> tuple[Tensor, Tensor, tuple[LatentHook, ...]]:
+        """Condition latents, their mask, and the hook that holds the motion frames."""
+        picture, tail = self._picture(window), self.tail
+        motion = picture if tail is None else tail
+        encoded = self.loop.vae.encode(motion, tile=self.tile)
+        if self.loop.mode == "infinitetalk":
+            return *self._condition(picture), (KeptMotion(encoded),)
+        hooks = () if tail is None else (NoisedMotion(encoded, schedule, self.generator),)
+        return *self._condition(motion), hooks
 
     def _condition(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Encoded frames [z, F, h, w] of the given ones and grey, and their mask [4, F, h, w]."""
