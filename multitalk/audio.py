@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("wanvideo")
 
 SAMPLE_RATE = 16000
+SILENCE_SECONDS = 4
 LOUDNESS = -23.0
 LOUDNESS_BLOCK = 0.4
 NOISE_FLOOR_DB = -45.0
@@ -36,6 +37,8 @@ HEAD_SIZE = 64
 CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 RECEPTIVE_FIELD = 400
 PREFIX = "wav2vec2."
+# Rounding error of times in floating point, far below one sample.
+SLACK = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +183,7 @@ def _build(checkpoint: Checkpoint, prefix: str) -> nn.Module:
 def prepare_sound(audio: dict[str, object], seconds: float, options: AudioOptions) -> NDArray[np.float64]:
     """AUDIO -> the first `seconds` as mono at 16 kHz, prepared as the options say.
 
+    Not brought to unit variance: the encoder's first group norm takes the volume out, up to its epsilon.
     Raises ValueError if the audio is empty.
     """
     waveform, rate = audio["waveform"], int(audio["sample_rate"])
@@ -190,7 +194,8 @@ def prepare_sound(audio: dict[str, object], seconds: float, options: AudioOption
         import soxr
 
         sound = soxr.resample(sound, rate, SAMPLE_RATE)
-    sound = sound[: max(int(seconds * SAMPLE_RATE), 1)]
+    # Rounded up: with one sample less, the last frame of the time asked for would be lost.
+    sound = sound[: math.ceil(seconds * SAMPLE_RATE - SLACK)]
     if options.normalize_loudness:
         sound = normalise_loudness(sound)
     if options.add_noise_floor:
@@ -198,6 +203,11 @@ def prepare_sound(audio: dict[str, object], seconds: float, options: AudioOption
     if options.smooth_transients:
         sound = _low_pass(sound)
     return sound
+
+
+def frame_count(samples: int, fps: float) -> int:
+    """Whole video frames that so many samples at 16 kHz last."""
+    return int(samples * fps / SAMPLE_RATE + SLACK)
 
 
 def normalise_loudness(sound: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -228,7 +238,7 @@ def encode_speech(
     """
     features = []
     for sound in sounds:
-        frames = int(len(sound) / SAMPLE_RATE * fps)
+        frames = frame_count(len(sound), fps)
         if frames < 1:
             raise ValueError(f"The audio is shorter than one video frame at {fps} fps: choose a longer one.")
         features.append(wav2vec.encode(sound, frames))
@@ -248,9 +258,16 @@ def _placed(feature: Tensor, start: int, total: int) -> Tensor:
     return whole
 
 
-def encode_silence(wav2vec: Wav2Vec, *, fps: float, seconds: float = 4.0) -> Tensor:
-    """Features [frames, layers, channels] of digital silence."""
-    return wav2vec.encode(np.zeros(int(seconds * SAMPLE_RATE)), max(int(seconds * fps), 1))
+def encode_silence(wav2vec: Wav2Vec, *, fps: float) -> Tensor:
+    """Features [frames, layers, channels] of a few seconds of digital silence, to be repeated as needed."""
+    samples = SILENCE_SECONDS * SAMPLE_RATE
+    return wav2vec.encode(np.zeros(samples), frame_count(samples, fps))
+
+
+def silent_speech(silence: Tensor, frames: int) -> MultiTalkEmbeds:
+    """Speech of `frames` frames that is all silence."""
+    repeats = math.ceil(frames / len(silence))
+    return MultiTalkEmbeds(features=(silence.repeat(repeats, 1, 1)[:frames],), silence=silence)
 
 
 def mix(sounds: Sequence[NDArray[np.float64]], *, sequential: bool) -> dict[str, object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..wanvideo.guidance import Conditions
 from ..wanvideo.images import to_images
-from ..wanvideo.latents import add_noise, condition_channels, start_noise
+from ..wanvideo.latents import Inpainting, add_noise, change_mask, condition_channels, start_noise
 from ..wanvideo.modules.vae import Tile
 from ..wanvideo.payloads import VAE_TIME_STRIDE, LoopSettings, latent_frames, round_frames
 from ..wanvideo.sampling import (
@@ -199,7 +199,7 @@ class WindowMaker:
         request, loop = self.request, self.loop
         schedule = request.schedule.fresh()
         cond, mask, hooks = self._given(window, schedule)
-        latents = self._start(window, cond.shape[1:], schedule)
+        latents, inpainting = self._start(window, cond.shape[1:], schedule)
         with request.model.active() as transformer:
             channels = condition_channels(cond, mask, transformer.config)
             conditions = self._conditions(window, transformer, channels)
@@ -208,7 +208,8 @@ class WindowMaker:
                 schedule,
                 latents=latents,
                 generator=self.generator,
-                hooks=hooks,
+                # Motion frames last: they hold also where a mask keeps the source video.
+                hooks=(*inpainting, *hooks),
                 watcher=watcher,
             )
         if loop.offload_between_windows:
@@ -235,11 +236,13 @@ class WindowMaker:
         mask[:, : latent_frames(given.shape[1])] = 1
         return cond, mask
 
-    def _start(self, window: Window, size: torch.Size, schedule: Schedule) -> Tensor:
+    def _start(self, window: Window, size: torch.Size, schedule: Schedule) -> tuple[Tensor, tuple[LatentHook, ...]]:
+        """Latents that the window begins with, and the hook that keeps the source video outside a noise mask."""
         noise = start_noise((self.loop.vae.latent_channels, *size), self.generator)
-        samples = (self.request.samples or {}).get("samples")
+        source = self.request.samples or {}
+        samples = source.get("samples")
         if samples is None:
-            return noise
+            return noise, ()
         given = samples[0].float()
         if (given.shape[0], *given.shape[2:]) != (noise.shape[0], *noise.shape[2:]):
             raise ValueError(
@@ -249,7 +252,11 @@ class WindowMaker:
         first = window.frames.start // VAE_TIME_STRIDE
         index = torch.arange(first, first + noise.shape[1]).clamp(max=given.shape[1] - 1)
         clean = given[:, index]
-        return add_noise(clean, noise, schedule.sigmas[0]) if self.request.noises_samples else clean
+        latents = add_noise(clean, noise, schedule.sigmas[0]) if self.request.noises_samples else clean
+        if source.get("noise_mask") is None:
+            return latents, ()
+        change = change_mask(_masks_of(source["noise_mask"], window.frames), noise.shape)
+        return latents, (Inpainting(clean, noise, change, schedule),)
 
     def _conditions(self, window: Window, transformer: WanModel, channels: Tensor | None) -> Conditions:
         text = self.request.text
@@ -259,6 +266,12 @@ class WindowMaker:
             channels=channels,
             conditionings=conditionings(self.request, transformer, self.speech.window(window.frames)),
         )
+
+
+def _masks_of(masks: Tensor, frames: range) -> Tensor:
+    """A noise mask's frames [n, H, W] for a window; a mask shorter than the video starts over."""
+    flat = masks.reshape(-1, *masks.shape[-2:])
+    return flat[torch.arange(frames.start, frames.stop) % flat.shape[0]]
 
 
 def loop_settings(settings: LoopSettings, kind: str) -> LoopSettings:

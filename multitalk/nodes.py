@@ -16,7 +16,6 @@ from ..wanvideo.images import to_video
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.payloads import ClipEmbeds, ImageEmbeds, LoopSettings, latent_frames
 from .audio import (
-    SAMPLE_RATE,
     AudioOptions,
     MultiTalkEmbeds,
     Wav2Vec,
@@ -25,6 +24,7 @@ from .audio import (
     load_wav2vec,
     mix,
     prepare_sound,
+    silent_speech,
 )
 
 log = logging.getLogger("wanvideo")
@@ -206,8 +206,7 @@ class MultiTalkWav2VecEmbeds:
         wav2vec_model.managed.release()
         embeds = replace(embeds, scale=audio_scale, cfg_scale=audio_cfg_scale, masks=ref_target_masks)
         sound = mix(sounds, sequential=sequential)
-        seconds = sound["waveform"].shape[-1] / SAMPLE_RATE
-        return embeds, sound, min(num_frames, int(seconds * fps))
+        return embeds, sound, min(num_frames, embeds.num_frames)
 
 
 class MultiTalkSilentEmbeds:
@@ -233,9 +232,9 @@ class MultiTalkSilentEmbeds:
                 "Silence is encoded by the speech encoder: connect Wav2VecModelLoader to 'wav2vec_model' of "
                 "'MultiTalk Silent Embeds'."
             )
-        silence = encode_silence(wav2vec_model, fps=TRAINED_FPS, seconds=num_frames / TRAINED_FPS)
+        silence = encode_silence(wav2vec_model, fps=TRAINED_FPS)
         wav2vec_model.managed.release()
-        return (MultiTalkEmbeds(features=(silence,), silence=silence),)
+        return (silent_speech(silence, num_frames),)
 
 
 class WanVideoImageToVideoMultiTalk:
