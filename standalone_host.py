@@ -118,10 +118,19 @@ class StandaloneHost:
 
         Raises ValueError outside them, FileNotFoundError where there is none.
         """
-        path = self._confined(self._inputs, name)
+        base, name = self._folder_named_in(name)
+        path = self._confined(base, name)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no file '{name}' in {self._inputs}; put it there, or give another name.")
+            raise FileNotFoundError(f"There is no file '{name}' in {base}; put it there, or give another name.")
         return path
+
+    def _folder_named_in(self, name: str) -> tuple[Path, str]:
+        """ComfyUI writes "name [output]" for a file that is not in the input folder."""
+        folders = {" [input]": self._inputs, " [output]": self._outputs, " [temp]": self.temp_dir()}
+        for ending, folder in folders.items():
+            if name.endswith(ending):
+                return folder, name.removesuffix(ending)
+        return self._inputs, name
 
     def writable_folder(self, name: str) -> Path:
         """Below the output folder, or in one that is allowed."""

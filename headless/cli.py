@@ -13,7 +13,7 @@ from pathlib import Path
 from ..host import CancelledError, set_host
 from ..standalone_host import StandaloneHost
 
-USER_ERRORS = (ValueError, FileNotFoundError, RuntimeError, ImportError)
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 FAILED, CANCELLED = 2, 130
 
 
@@ -26,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CancelledError, KeyboardInterrupt):
         sys.stderr.write("Cancelled.\n")
         return CANCELLED
-    except USER_ERRORS as error:
+    except Exception as error:
         if options.debug:
             traceback.print_exc()
-        sys.stderr.write(f"{error}\n")
+        expected = isinstance(error, USER_ERRORS)
+        sys.stderr.write(f"{error}\n" if expected else f"{error!r} was not expected; --debug shows where it arose.\n")
         return FAILED
     return 0
 
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="assignments")
     demo.set_defaults(command=_demo)
     for command in (run, demo):
+        # Only where it is given, so that it does not undo one before the command's name.
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_argument("--out", type=Path, help="folder for results (default: ./output)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
@@ -83,7 +86,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _execute(workflow: Path, host: StandaloneHost, options: argparse.Namespace) -> None:
     set_host(host)
-    signal.signal(signal.SIGINT, lambda *_: host.cancel.set())
+    interrupt = signal.signal(signal.SIGINT, lambda *_: _interrupt(host))
+    try:
+        _run_prompt(workflow, host, options)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def _run_prompt(workflow: Path, host: StandaloneHost, options: argparse.Namespace) -> None:
     from .. import NODE_CLASS_MAPPINGS
     from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
     from .graph import load
@@ -97,6 +107,13 @@ def _execute(workflow: Path, host: StandaloneHost, options: argparse.Namespace) 
         for values in shown.values():
             for value in values:
                 sys.stdout.write(f"{value}\n")
+
+
+def _interrupt(host: StandaloneHost) -> None:
+    """The first Ctrl-C stops at the next step; another one stops what takes too long to get there."""
+    if host.cancel.is_set():
+        raise KeyboardInterrupt
+    host.cancel.set()
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .ui_graph import convert
-from .widgets import checked, inputs_of
+from .ui_graph import BYPASSED, MUTED, convert
+from .widgets import Input, from_text, inputs_of
 
 
 class Link(NamedTuple):
@@ -73,27 +73,38 @@ class Prompt:
         if node.type not in classes:
             raise ValueError(f"The inputs of {node.label} are unknown, so '{input_name}' cannot be set.")
         entries = {entry.name: entry for entry in inputs_of(classes[node.type])}
+        # VHS_VideoCombine's widgets that depend on the format are declared nowhere; their saved values tell the type.
+        entries |= {n: Input(n, _kind(v), {}, False) for n, v in node.inputs.items() if n not in entries}
         if input_name not in entries:
             raise ValueError(f"{node.label} has no input '{input_name}'; it has: {', '.join(entries)}.")
-        value = text.lower() in ("1", "true", "yes", "on") if entries[input_name].kind == "BOOLEAN" else text
-        node.inputs[input_name] = checked(entries[input_name], value, node.label)
+        node.inputs[input_name] = from_text(entries[input_name], text, node.label)
 
 
-def load(
-    path: Path, classes: Mapping[str, type], *, bypass: Sequence[str] = (), mute: Sequence[str] = ()
-) -> Prompt:
+def _kind(value: object) -> str:
+    kinds = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}
+    return kinds.get(type(value), "*")
+
+
+def load(path: Path, classes: Mapping[str, type], *, bypass: Sequence[str] = (), mute: Sequence[str] = ()) -> Prompt:
     """Read a workflow file. bypass, mute: nodes to switch off, by id, title or class (UI form only).
 
-    Raises ValueError if the file is no workflow.
+    Nodes inside subgraphs are switched by title or class, in every use of the subgraph.
+
+    Raises ValueError if the file is no workflow, FileNotFoundError if there is none.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no workflow file {path}.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no workflow file {path}.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path.name} is no workflow: it is not JSON ({error}).") from error
     if isinstance(data, dict) and isinstance(data.get("nodes"), list):
-        return _from_ui(data, classes, bypass, mute)
+        try:
+            return _from_ui(data, classes, bypass, mute)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{path.name} is a damaged workflow ({error!r}); save it in ComfyUI again.") from error
+        except RecursionError as error:
+            raise ValueError(f"Subgraphs, or Set, Get or Reroute nodes, of {path.name} form a loop; cut it.") from error
     if isinstance(data, dict) and data and all(isinstance(n, dict) and "class_type" in n for n in data.values()):
         if bypass or mute:
             raise ValueError(f"{path.name} is in API form, where nodes cannot be bypassed or muted; use the UI form.")
@@ -107,7 +118,8 @@ def _from_api(data: Mapping[str, Mapping[str, object]]) -> Prompt:
         inputs = {name: _value(value) for name, value in entry.get("inputs", {}).items()}
         title = str(entry.get("_meta", {}).get("title", ""))
         nodes[key] = Node(id=key, type=str(entry["class_type"]), title=title, inputs=inputs)
-    return Prompt(nodes, data)
+    # The API form is all that was saved: there is no editor's workflow to store in results.
+    return Prompt(nodes, {})
 
 
 def _value(value: object) -> object:
@@ -119,8 +131,10 @@ def _from_ui(
     data: Mapping[str, object], classes: Mapping[str, type], bypass: Sequence[str], mute: Sequence[str]
 ) -> Prompt:
     data = json.loads(json.dumps(data))
-    _switch(data["nodes"], bypass, 4)
-    _switch(data["nodes"], mute, 2)
+    definitions = (data.get("definitions") or {}).get("subgraphs") or ()
+    inside = [node for subgraph in definitions for node in subgraph["nodes"]]
+    _switch(data["nodes"], inside, bypass, BYPASSED)
+    _switch(data["nodes"], inside, mute, MUTED)
     nodes = {}
     for entry in convert(data, classes):
         inputs = {name: Link(*v) if isinstance(v, tuple) else v for name, v in entry.inputs.items()}
@@ -128,10 +142,12 @@ def _from_ui(
     return Prompt(nodes, data)
 
 
-def _switch(nodes: Iterable[dict[str, object]], names: Sequence[str], mode: int) -> None:
-    nodes = list(nodes)
+def _switch(
+    nodes: Sequence[dict[str, object]], inside: Sequence[dict[str, object]], names: Sequence[str], mode: int
+) -> None:
     for name in names:
-        found = [n for n in nodes if name in (str(n["id"]), n.get("title"), n["type"])]
+        found = [n for n in nodes if name == str(n["id"])]
+        found = found or [n for n in (*nodes, *inside) if name in (n.get("title"), n["type"])]
         if not found:
             raise ValueError(f"There is no node '{name}' in the workflow: give its id, title or class name.")
         for node in found:

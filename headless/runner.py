@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -39,7 +40,9 @@ class Runner:
         """
         outputs = [node for node in self._prompt.nodes.values() if self._is_output(node)]
         if not outputs:
-            raise ValueError("The workflow has no node that saves or shows a result, so there is nothing to run.")
+            unknown = [f"{n.label} of {pack_of(n.type, n.pack)}" for n in self._unknown_ends()]
+            known = f" that is known here, only {', '.join(unknown)}" if unknown else ""
+            raise ValueError(f"The workflow has no node that saves or shows a result{known}: add VHS_VideoCombine.")
         needed: dict[str, Node] = {}
         for node in outputs:
             self._collect(node, needed, ())
@@ -48,6 +51,12 @@ class Runner:
         for node in needed.values():
             self._execute(node)
         return self._shown
+
+    def _unknown_ends(self) -> list[Node]:
+        """Unknown nodes whose outputs nobody takes: they may be what saves the result."""
+        nodes = self._prompt.nodes.values()
+        used = {value.node for node in nodes for value in node.inputs.values() if isinstance(value, Link)}
+        return [node for node in nodes if node.type not in self._classes and node.id not in used]
 
     def _is_output(self, node: Node) -> bool:
         return bool(getattr(self._classes.get(node.type), "OUTPUT_NODE", False))
@@ -77,16 +86,18 @@ class Runner:
         validate = getattr(cls, "VALIDATE_INPUTS", None)
         if validate is None:
             return
-        names = validate.__code__.co_varnames[1 : validate.__code__.co_argcount]
-        constants = {name: node.inputs[name] for name in names if not isinstance(node.inputs.get(name), Link)}
-        if len(constants) == len(names):
-            verdict = validate(**constants)
+        parameters = inspect.signature(validate).parameters.values()
+        given = {p.name: node.inputs.get(p.name, p.default) for p in parameters}
+        # A value that another node will make is not known yet, and an absent one without a default cannot be judged.
+        if not any(isinstance(value, Link) or value is inspect.Parameter.empty for value in given.values()):
+            verdict = validate(**given)
             if verdict is not True:
                 raise ValueError(f"{node.label}: {verdict}")
 
     def _check_input(self, node: Node, entry: Input) -> None:
         value = node.inputs.get(entry.name)
         if isinstance(value, Link):
+            self._check_link(node, entry, value)
             return
         if value is None and not entry.is_widget:
             if entry.required:
@@ -96,6 +107,18 @@ class Runner:
             node.inputs[entry.name] = checked(entry, value, node.label)
         elif entry.required:
             node.inputs[entry.name] = checked(entry, entry.default, node.label)
+
+    def _check_link(self, node: Node, entry: Input, link: Link) -> None:
+        maker = self._prompt.nodes[link.node]
+        made = self._classes[maker.type].RETURN_TYPES
+        if link.slot >= len(made):
+            raise ValueError(
+                f"{maker.label} has no output {link.slot}; the workflow was saved with another version of it."
+            )
+        if not _fits(made[link.slot], entry.kind):
+            raise ValueError(
+                f"{node.label}: '{entry.name}' takes {entry.kind}, but is linked to {made[link.slot]} of {maker.label}."
+            )
 
     def _execute(self, node: Node) -> None:
         self._host.check_cancelled()
@@ -115,11 +138,7 @@ class Runner:
     def _argument(self, value: object) -> object:
         if not isinstance(value, Link):
             return value
-        outputs = self._results[self._signatures[value.node]]
-        if value.slot >= len(outputs):
-            label = self._prompt.nodes[value.node].label
-            raise ValueError(f"{label} has no output {value.slot}; the workflow was saved with another version of it.")
-        return outputs[value.slot]
+        return self._results[self._signatures[value.node]][value.slot]
 
     def _accepted(self, cls: type, node: Node, arguments: dict[str, object]) -> dict[str, object]:
         declared = {entry.name for entry in inputs_of(cls)}
@@ -128,7 +147,7 @@ class Runner:
         hidden = {
             "UNIQUE_ID": node.id,
             "PROMPT": as_api(self._prompt),
-            "EXTRA_PNGINFO": {"workflow": self._prompt.workflow},
+            "EXTRA_PNGINFO": {"workflow": self._prompt.workflow} if self._prompt.workflow else {},
         }
         for name, kind in cls.INPUT_TYPES().get("hidden", {}).items():
             if kind in hidden:
@@ -143,3 +162,11 @@ class Runner:
         }
         text = json.dumps([node.type, inputs], sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fits(made: object, wanted: object) -> bool:
+    """Whether an output type may go to an input type: "*" is any, "A,B" is either, and a whole number is a number."""
+    if not isinstance(made, str) or not isinstance(wanted, str) or "*" in (made, wanted):
+        return True
+    makes, takes = set(made.split(",")), set(wanted.split(","))
+    return bool(makes & takes) or ("INT" in makes and "FLOAT" in takes)

@@ -14,7 +14,8 @@ from .widgets import inputs_of, values_by_name
 MUTED, BYPASSED = 2, 4
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 NOTES = ("Note", "MarkdownNote")
-EDITOR_ONLY = ("Reroute", "PrimitiveNode", "GetNode", "SetNode", *NOTES)
+REROUTES = ("Reroute", "Reroute (rgthree)")
+EDITOR_ONLY = (*REROUTES, "PrimitiveNode", "GetNode", "SetNode", *NOTES)
 
 
 @dataclass
@@ -35,7 +36,12 @@ class Literal:
     value: object
 
 
-Source = tuple[str, int] | Literal | None
+@dataclass(frozen=True)
+class Untouched:
+    """A link to an input of the subgraph that is not connected and holds no value: the node keeps its own value."""
+
+
+Source = tuple[str, int] | Literal | Untouched | None
 
 
 class Scope:
@@ -73,7 +79,7 @@ class Scope:
             return self._bypassed(node, slot)
         if origin in self.inner:
             return self.inner[origin].result(slot)
-        if node["type"] in ("Reroute", "SetNode"):
+        if node["type"] in (*REROUTES, "SetNode"):
             return self._first_input(node)
         if node["type"] == "GetNode":
             return self._variable(_saved_name(node))
@@ -94,23 +100,23 @@ class Scope:
 
     def _outer_input(self, slot: int) -> Source:
         scope, node = self.outer.scope, self.outer.node
-        inputs = node.get("inputs", [])
+        inputs = node.get("inputs") or []
         if slot >= len(inputs):
-            return None
+            return Untouched()
         if inputs[slot].get("link") is not None:
             return scope.source(inputs[slot]["link"])
         widgets = [i for i, entry in enumerate(inputs) if entry.get("widget")]
         values = node.get("widgets_values") or []
         if slot in widgets and widgets.index(slot) < len(values):
             return Literal(values[widgets.index(slot)])
-        return None
+        return Untouched()
 
     def _bypassed(self, node: Mapping[str, object], slot: int) -> Source:
-        outputs, inputs = node.get("outputs", []), node.get("inputs", [])
+        outputs, inputs = node.get("outputs") or [], node.get("inputs") or []
         kind = outputs[slot]["type"] if slot < len(outputs) else None
-        same_place = inputs[slot : slot + 1] if slot < len(inputs) else []
-        for entry in [*same_place, *inputs]:
-            if entry.get("type") == kind and not entry.get("widget"):
+        for entry in [*inputs[slot : slot + 1], *inputs]:
+            unlinked_widget = entry.get("widget") and entry.get("link") is None
+            if entry.get("type") == kind and not unlinked_widget:
                 return self.source(entry.get("link"))
         return None
 
@@ -165,6 +171,8 @@ def _node(scope: Scope, node: Mapping[str, object], classes: Mapping[str, type])
         source = scope.source(entry.get("link"))
         if isinstance(source, Literal):
             result.inputs[entry["name"]] = source.value
+        elif isinstance(source, Untouched):
+            continue
         elif source is not None:
             result.inputs[entry["name"]] = source
         elif entry.get("link") is not None:
@@ -183,7 +191,10 @@ def _saved_name(node: Mapping[str, object]) -> object:
 
 def _links(links: object) -> Iterator[tuple[object, tuple[object, int, object, int]]]:
     """(link id, (origin, origin slot, target, target slot)) of both forms that links are saved in."""
-    for link in links:
+    for link in links or ():
+        if link is None:
+            # Old editors left a null where a link was deleted.
+            continue
         if isinstance(link, Mapping):
             ends = (link["origin_id"], link["origin_slot"], link["target_id"], link["target_slot"])
             yield link["id"], ends

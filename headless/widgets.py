@@ -12,6 +12,7 @@ CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
 SEEDS = ("seed", "noise_seed")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 CASTS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
+BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 SHOWN_CHOICES = 8
 
 
@@ -103,10 +104,31 @@ def checked(entry: Input, value: object, where: str) -> object:
     except (TypeError, ValueError):
         raise ValueError(f"{where}: '{entry.name}' must be {entry.kind}, not {value!r}.") from None
     low, high = entry.options.get("min"), entry.options.get("max")
-    numeric = entry.kind in ("INT", "FLOAT")
-    if numeric and ((low is not None and value < low) or (high is not None and value > high)):
-        raise ValueError(f"{where}: '{entry.name}' must be between {low} and {high}, not {value}.")
+    if entry.kind not in ("INT", "FLOAT"):
+        return value
+    # "Not at least" instead of "less than", so that NaN fails too.
+    if (low is not None and not value >= low) or (high is not None and not value <= high) or value != value:
+        raise ValueError(f"{where}: '{entry.name}' must be {_limits(low, high)}, not {value}.")
     return value
+
+
+def from_text(entry: Input, text: str, where: str) -> object:
+    """A value typed by the user as its input's type. Raises ValueError if it does not fit or the input needs a link."""
+    if not isinstance(entry.kind, list) and entry.kind not in CASTS:
+        raise ValueError(f"{where}: '{entry.name}' takes a link ({entry.kind}), not a value.")
+    if entry.kind == "BOOLEAN":
+        if text.lower() not in BOOLEANS:
+            raise ValueError(f"{where}: '{entry.name}' must be true or false, not {text!r}.")
+        return BOOLEANS[text.lower()]
+    return checked(entry, text, where)
+
+
+def _limits(low: object, high: object) -> str:
+    if low is not None and high is not None:
+        return f"between {low} and {high}"
+    if low is None and high is None:
+        return "a number"
+    return f"at most {high}" if low is None else f"at least {low}"
 
 
 def _choice(entry: Input, value: object, where: str) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from ...host import get_host
 from ...wanvideo.images import resize_images
-from ...wanvideo.payloads import round_frames
 from ..media import Encoding, VideoInfo, read_audio, read_frames, write_video
-from .pictures import next_file
+from .pictures import fit, next_file
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Audio = dict[str, object]
@@ -21,6 +21,16 @@ Audio = dict[str, object]
 LARGEST = 8192
 MANY = 2**53 - 1
 WRITTEN_FORMAT = "video/h264-mp4"
+# What a model wants: sides divide by the first number, frames are a multiple of the second and the third more.
+LOAD_FORMATS = {
+    "None": (1, 1, 0),
+    "AnimateDiff": (8, 1, 0),
+    "Mochi": (16, 6, 1),
+    "LTXV": (32, 8, 1),
+    "Hunyuan": (16, 4, 1),
+    "Cosmos": (16, 8, 1),
+    "Wan": (8, 4, 1),
+}
 
 
 class LoadAudio:
@@ -50,7 +60,7 @@ class LoadVideo:
         count = {"min": 0, "max": MANY, "step": 1}
         return {
             "required": {
-                "video": ("STRING", {"video_upload": True}),
+                "video": ("STRING", {}),
                 "force_rate": ("FLOAT", {"default": 0, "min": 0, "max": 60, "step": 1}),
                 "custom_width": ("INT", side),
                 "custom_height": ("INT", side),
@@ -61,7 +71,7 @@ class LoadVideo:
             "optional": {
                 "meta_batch": ("VHS_BatchManager",),
                 "vae": ("VAE",),
-                "format": ("STRING", {"default": "AnimateDiff"}),
+                "format": (list(LOAD_FORMATS), {"default": "AnimateDiff"}),
             },
         }
 
@@ -78,20 +88,24 @@ class LoadVideo:
         vae: object = None,
         format: str = "AnimateDiff",
     ) -> tuple[Tensor, int, Audio | None, dict[str, object]]:
-        """Frames at the rate and size asked for, their number, the sound, and both rates."""
+        """Frames at the rate and size asked for, their number, their sound, and both rates.
+
+        One side given keeps the proportions; both cut the middle out. Sides and frames are then made to fit `format`.
+        """
         if meta_batch is not None or vae is not None:
             raise ValueError("VHS_LoadVideo with meta_batch or vae runs in ComfyUI only; disconnect them.")
         path = get_host().readable_file(video)
         info, frames = read_frames(path)
         rate = force_rate or info.fps
         chosen = _chosen(frames, info.fps, rate, (skip_first_frames, select_every_nth, frame_load_cap))
-        images = [_sized(frame, custom_width, custom_height) for frame in chosen]
+        step, group, extra = LOAD_FORMATS[format]
+        images = [_sized(frame, (custom_width, custom_height), step) for frame in chosen]
         if not images:
             raise ValueError(f"{path.name} has no frames after skipping {skip_first_frames}; skip fewer.")
-        if format == "Wan":
-            images = images[: round_frames(len(images))]
-        batch = torch.cat(images)
-        return batch, len(batch), _sound_of(path), _details(info, batch, rate / select_every_nth)
+        batch = torch.cat(images[: (len(images) - extra) // group * group + extra])
+        fps = rate / select_every_nth
+        sound = _sound_of(path, skip_first_frames / rate, frame_load_cap / fps)
+        return batch, len(batch), sound, _details(info, batch, fps)
 
 
 def _chosen(
@@ -111,17 +125,20 @@ def _chosen(
                     return
 
 
-def _sized(frame: np.ndarray, width: int, height: int) -> Tensor:
+def _sized(frame: np.ndarray, goal: tuple[int, int], step: int) -> Tensor:
+    """[1, H, W, 3] in 0..1. goal: (width, height), 0 keeps the proportions; sides are rounded to multiples of step."""
     image = torch.from_numpy(frame).float().div(255)[None]
-    if not width and not height:
-        return image
-    ratio = image.shape[2] / image.shape[1]
-    return resize_images(image, width or round(height * ratio), height or round(width / ratio))
+    source = (image.shape[2], image.shape[1])
+    ratios = [wanted / side for wanted, side in zip(goal, source, strict=True) if wanted] or [1.0]
+    exact = [wanted or side * ratios[0] for wanted, side in zip(goal, source, strict=True)]
+    width, height = (max(int(side / step + 0.5), 1) * step for side in exact)
+    left, top, wide, high = fit(source, (width, height), "crop", "center").crop
+    return resize_images(image[:, top : top + high, left : left + wide], width, height)
 
 
-def _sound_of(path: object) -> Audio | None:
+def _sound_of(path: Path, start: float, seconds: float) -> Audio | None:
     try:
-        return read_audio(path)
+        return read_audio(path, start=start, seconds=seconds)
     except ValueError:
         # A silent video is a video all the same.
         return None
@@ -176,7 +193,7 @@ class VideoCombine:
         extra_pnginfo: dict[str, object] | None = None,
         **options: object,
     ) -> dict[str, object]:
-        """The path of the file."""
+        """The path of the file. As VideoHelperSuite does, sound that is longer than the picture is cut off."""
         if format != WRITTEN_FORMAT:
             raise ValueError(f"The format '{format}' is written by ComfyUI only; choose {WRITTEN_FORMAT}.")
         if options.get("meta_batch") is not None or options.get("vae") is not None:
@@ -186,12 +203,18 @@ class VideoCombine:
         if audio is not None and options.get("trim_to_audio"):
             seconds = audio["waveform"].shape[-1] / audio["sample_rate"]
             images = images[: max(round(seconds * frame_rate), 1)]
+        if loop_count:
+            images = images.repeat(loop_count + 1, 1, 1, 1)
+        if audio is not None:
+            samples = round(len(images) / frame_rate * audio["sample_rate"])
+            audio = {**audio, "waveform": audio["waveform"][..., :samples]}
         host = get_host()
         base = host.output_dir() if save_output else host.temp_dir()
         path = next_file(base, filename_prefix, ".mp4")
-        metadata = None
+        metadata = {}
         if options.get("save_metadata", True):
-            metadata = {"prompt": json.dumps(prompt), "workflow": json.dumps((extra_pnginfo or {}).get("workflow"))}
+            saved = {"prompt": prompt, **(extra_pnginfo or {})}
+            metadata = {name: json.dumps(value) for name, value in saved.items() if value}
         encoding = Encoding(
             fps=frame_rate,
             crf=int(options.get("crf", 19)),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +15,19 @@ from torch import Tensor
 from ...host import get_host
 from ...wanvideo.images import METHODS, resize_images
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Shown = dict[str, object]
 
 LARGEST = 16384
 PROPORTIONS = ["stretch", "resize", "pad", "pad_edge", "pad_edge_pixel", "crop", "pillarbox_blur", "total_pixels"]
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PLACEHOLDER_MASK = (64, 64)
+# What file name prefixes may hold between percent signs, and strftime's names for the same.
+DATE_PARTS = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "M": "%m", "dd": "%d", "d": "%d"}
+TIME_PARTS = {"hh": "%H", "h": "%H", "mm": "%M", "m": "%M", "ss": "%S", "s": "%S"}
+TIME_WORDS = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 
 
 class LoadImage:
@@ -31,19 +41,33 @@ class LoadImage:
         return {"required": {"image": ("STRING", {"image_upload": True})}}
 
     def load_image(self, image: str) -> tuple[Tensor, Tensor]:
-        """IMAGE [1, H, W, 3] and MASK [1, H, W], 1 where the picture is transparent."""
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        """IMAGE [frames, H, W, 3] and MASK [frames, H, W], 1 where the picture is transparent."""
+        from PIL import Image, ImageSequence, UnidentifiedImageError
 
         path = get_host().readable_file(image)
         try:
             with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened)
-                alpha = "A" in picture.getbands() or "transparency" in picture.info
-                pixels = torch.from_numpy(np.array(picture.convert("RGBA"))).float() / 255
-        except UnidentifiedImageError as error:
+                # The further pictures of an MPO are the same view again, from another angle or in another size.
+                pages = [opened] if opened.format == "MPO" else ImageSequence.Iterator(opened)
+                pictures = [_pixels(page) for page in pages]
+        except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path.name} is no picture that can be read; choose a PNG, JPEG or WebP file.") from error
-        mask = 1 - pixels[..., 3] if alpha else torch.zeros(64, 64)
-        return pixels[None, ..., :3], mask[None]
+        pictures = [pair for pair in pictures if pair[0].shape == pictures[0][0].shape]
+        images, masks = (torch.stack(part) for part in zip(*pictures, strict=True))
+        return images, masks
+
+
+def _pixels(picture: Picture) -> tuple[Tensor, Tensor]:
+    """Colours [H, W, 3] and transparency [H, W]; ComfyUI's small empty mask where there is no transparency."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        # Pillow cuts 16-bit grey off at 255 instead of scaling it.
+        picture = Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+    pixels = torch.from_numpy(np.array(picture.convert("RGBA"))).float() / 255
+    transparent = "A" in picture.getbands() or "transparency" in picture.info
+    return pixels[..., :3], 1 - pixels[..., 3] if transparent else torch.zeros(PLACEHOLDER_MASK)
 
 
 class SaveImage:
@@ -81,13 +105,30 @@ class PreviewImage(SaveImage):
     KEEP = False
 
 
-def next_file(base: object, prefix: str, suffix: str) -> object:
-    """The next free numbered file base/prefix_00001suffix. Raises ValueError if the prefix leaves the folder."""
-    folder_and_stem = get_host().writable_folder(str(base / prefix))
+def next_file(base: Path, prefix: str, suffix: str) -> Path:
+    """The next free numbered file base/prefix_00001suffix; %date:yyyy-MM-dd%, %year% and so on stand for the time.
+
+    Raises ValueError if the prefix leaves the folder or names no file.
+    """
+    name = _dated(prefix).replace("\\", "/")
+    if Path(name).name in ("", ".."):
+        raise ValueError(f"The filename_prefix '{prefix}' names no file; write a name such as 'video'.")
+    folder_and_stem = get_host().writable_folder(str(base / name))
     folder, stem = folder_and_stem.parent, folder_and_stem.name
-    taken = [path.stem.removeprefix(f"{stem}_") for path in folder.glob(f"{stem}_*{suffix}")]
-    number = 1 + max((int(text) for text in taken if text.isdigit()), default=0)
+    numbered = re.compile(rf"{re.escape(stem)}_(\d+){re.escape(suffix)}")
+    matches = [numbered.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())]
+    number = 1 + max((int(match[1]) for match in matches if match), default=0)
     return folder / f"{stem}_{number:05d}{suffix}"
+
+
+def _dated(prefix: str) -> str:
+    parts = {**DATE_PARTS, **TIME_PARTS}
+    for layout in re.findall(r"%date:(.*?)%", prefix):
+        letters = re.sub("|".join(sorted(parts, key=len, reverse=True)), lambda part: parts[part[0]], layout)
+        prefix = prefix.replace(f"%date:{layout}%", time.strftime(letters))
+    for word, code in TIME_WORDS.items():
+        prefix = prefix.replace(f"%{word}%", time.strftime(code))
+    return prefix
 
 
 class Fit(NamedTuple):
@@ -178,26 +219,38 @@ class ImageResizeKJv2:
         plan = fit(source, (width, height), keep_proportion, crop_position)
         step = max(divisible_by, 1)
         size = (max(plan.size[0] // step, 1) * step, max(plan.size[1] // step, 1) * step)
-        if any(plan.pad):
-            size = plan.size
+        pad = _filled_up(plan.pad, size, step)
         left, top, wide, high = plan.crop
         cut = image[:, top : top + high, left : left + wide]
         result = resize_images(cut, *size, upscale_method)
-        if mask is None or mask.shape[-2:] != image.shape[1:3]:
+        if mask is None or (mask.shape[-2:] == PLACEHOLDER_MASK and source != PLACEHOLDER_MASK):
             masks = torch.zeros(result.shape[:3])
         else:
-            part = mask[:, top : top + high, left : left + wide, None]
-            masks = resize_images(part, *size, "bilinear")[..., 0]
-        if any(plan.pad):
-            result, masks = _padded(result, plan.pad, pad_color), _padded_mask(masks, plan.pad)
+            whole = resize_images(mask[..., None], *source, "bilinear")
+            masks = resize_images(whole[:, top : top + high, left : left + wide], *size, "bilinear")[..., 0]
+        if any(pad):
+            result, masks = _padded(result, pad, pad_color), _padded_mask(masks, pad)
         return result, result.shape[2], result.shape[1], masks
+
+
+def _filled_up(pad: tuple[int, int, int, int], size: tuple[int, int], step: int) -> tuple[int, int, int, int]:
+    """The borders, with the right and the lower one grown until both sides divide by `step`."""
+    if not any(pad):
+        return pad
+    left, right, top, bottom = pad
+    return left, right + -(size[0] + left + right) % step, top, bottom + -(size[1] + top + bottom) % step
 
 
 def _padded(images: Tensor, pad: tuple[int, int, int, int], color: str) -> Tensor:
     left, right, top, bottom = pad
-    values = torch.tensor([float(part) for part in color.split(",")]) / 255
     count, height, width, channels = images.shape
-    canvas = values[:channels].expand(count, height + top + bottom, width + left + right, -1).clone()
+    try:
+        values = torch.tensor([float(part) for part in color.split(",")])[:channels] / 255
+    except ValueError:
+        values = torch.empty(0)
+    if len(values) not in (1, channels):
+        raise ValueError(f"'{color}' is no pad_color; write {channels} numbers from 0 to 255, such as '0, 0, 0'.")
+    canvas = values.expand(count, height + top + bottom, width + left + right, -1).clone()
     canvas[:, top : top + height, left : left + width] = images
     return canvas
 
