@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,6 +115,8 @@ class Footage:
     def _write(self, frames: Tensor) -> None:
         from PIL import Image
 
+        if self._count == 0:
+            self._set_aside_earlier()
         self._folder.mkdir(parents=True, exist_ok=True)
         for frame in frames.numpy():
             path = self._folder / f"frame_{self._count:05d}.png"
@@ -121,6 +124,15 @@ class Footage:
             Image.fromarray(frame).save(partial, format="PNG")
             partial.replace(path)
             self._count += 1
+
+    def _set_aside_earlier(self) -> None:
+        """Give an earlier run's folder another name: ComfyUI keeps the path of a node whose inputs did not change."""
+        if not any(self._folder.glob("frame_*.png")):
+            return
+        names = (self._folder.with_name(f"{self._folder.name}_{number}") for number in count(1))
+        earlier = next(name for name in names if not name.exists())
+        self._folder.rename(earlier)
+        log.info("The frames of the run before are now in %s.", earlier)
 
     def video(self) -> Tensor:
         """All frames [n, H, W, 3] in -1..1; one black frame where they went to a folder."""
@@ -174,6 +186,7 @@ class WindowMaker:
         self.tile = Tile() if self.loop.tiled_vae else None
         self.tail: Tensor | None = None
         self.latents: Tensor = torch.empty(0)
+        self._conditions_of: dict[int, tuple[Tensor, Tensor]] = {}
 
     def windows(self, windows: list[Window], watcher: RunWatcher) -> Iterator[tuple[Window, Tensor]]:
         """Each window with its new frames [n, H, W, 3] in 0..1."""
@@ -185,11 +198,14 @@ class WindowMaker:
             self.tail = images[-self.loop.motion_frames :].movedim(-1, 0) * 2 - 1
             yield window, images[repeated:]
 
+    def _picture_index(self, window: Window) -> int:
+        """InfiniteTalk takes the next one of several pictures at every window."""
+        return min(window.index, self.loop.start_images.shape[1] - 1) if self.loop.mode == "infinitetalk" else 0
+
     def _picture(self, window: Window) -> Tensor:
-        """The start picture of a window [3, 1, H, W]: InfiniteTalk takes the next one of several at every window."""
-        pictures = self.loop.start_images
-        index = min(window.index, pictures.shape[1] - 1) if self.loop.mode == "infinitetalk" else 0
-        return pictures[:, index : index + 1]
+        """The start picture of a window [3, 1, H, W]."""
+        index = self._picture_index(window)
+        return self.loop.start_images[:, index : index + 1]
 
     def _reference(self, window: Window) -> Tensor:
         return to_images(self._picture(window))[0]
@@ -223,9 +239,15 @@ class WindowMaker:
         motion = picture if tail is None else tail
         encoded = self.loop.vae.encode(motion, tile=self.tile)
         if self.loop.mode == "infinitetalk":
-            return *self._condition(picture), (KeptMotion(encoded),)
+            return *self._condition_of(self._picture_index(window), picture), (KeptMotion(encoded),)
         hooks = () if tail is None else (NoisedMotion(encoded, schedule, self.generator),)
         return *self._condition(motion), hooks
+
+    def _condition_of(self, index: int, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """The condition of a picture, which windows share; only the latest is kept."""
+        if index not in self._conditions_of:
+            self._conditions_of = {index: self._condition(picture)}
+        return self._conditions_of[index]
 
     def _condition(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Encoded frames [z, F, h, w] of the given ones and grey, and their mask [4, F, h, w]."""

@@ -123,6 +123,28 @@ def test_frames_go_to_disk_as_windows_finish(parts, tmp_path):
         assert np.array_equal(np.asarray(Image.open(files[frame])), want)
 
 
+def test_earlier_frames_are_set_aside(parts, tmp_path):
+    folder = tmp_path / "frames"
+    for total, others in ((26, []), (9, [26]), (17, [9, 26])):
+        sample(request(parts, total=total, output_path=str(folder)), parts[2])
+        assert len(list(folder.glob("*.png"))) == total
+        aside = [len(list(path.glob("*.png"))) for path in tmp_path.iterdir() if path != folder]
+        assert sorted(aside) == others
+
+
+def test_windows_share_the_encoded_picture(parts, monkeypatch):
+    asked = request(parts, total=30)
+    encode, lengths = asked.image.loop.vae.encode, []
+
+    def seen(video, **options):
+        lengths.append(video.shape[1])
+        return encode(video, **options)
+
+    monkeypatch.setattr(asked.image.loop.vae, "encode", seen)
+    sample(asked, parts[2])
+    assert len(lengths) > 2 and lengths.count(asked.image.loop.window_frames) == 1
+
+
 def test_cancel_in_the_middle_leaves_whole_windows(parts, tmp_path):
     class Impatient(StandaloneHost):
         steps = 0
