@@ -108,9 +108,7 @@ def attend(attention: Attention, call: AttentionCall) -> Tensor:
     """Run `attention` over the whole call, or span by span: each query range sees its own key range only."""
     if not call.spans:
         return attention(call.q, call.k, call.v)
-    parts = [
-        attention(call.q[:, q0:q1], call.k[:, k0:k1], call.v[:, k0:k1]) for (q0, q1), (k0, k1) in call.spans
-    ]
+    parts = [attention(call.q[:, q0:q1], call.k[:, k0:k1], call.v[:, k0:k1]) for (q0, q1), (k0, k1) in call.spans]
     return torch.cat(parts, dim=1)
 
 

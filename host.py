@@ -127,9 +127,7 @@ def names_in(folders: Iterable[Path], suffixes: tuple[str, ...]) -> list[str]:
     found = set()
     for folder in folders:
         for parent, _, files in os.walk(folder, followlinks=True):
-            found |= {
-                (Path(parent) / f).relative_to(folder).as_posix() for f in files if f.lower().endswith(suffixes)
-            }
+            found |= {(Path(parent) / f).relative_to(folder).as_posix() for f in files if f.lower().endswith(suffixes)}
     return sorted(found)
 
 

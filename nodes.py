@@ -154,9 +154,7 @@ class WanVideoImageToVideoEncode:
         empty_frame_pad_image: Tensor | None = None,
     ) -> tuple[ImageEmbeds]:
         """Condition latents, mask and CLIP features."""
-        reject(
-            "WanVideo ImageToVideo Encode", {"control_embeds": control_embeds, "add_cond_latents": add_cond_latents}
-        )
+        reject("WanVideo ImageToVideo Encode", {"control_embeds": control_embeds, "add_cond_latents": add_cond_latents})
         if vae is None:
             raise ValueError("Pictures are encoded by the VAE: connect WanVideoVAELoader to 'vae'.")
         width, height = round_size(width, height)
@@ -329,9 +327,7 @@ class WanVideoDecode:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(
-        cls, tile_x: int, tile_y: int, tile_stride_x: int, tile_stride_y: int
-    ) -> bool | str:
+    def VALIDATE_INPUTS(cls, tile_x: int, tile_y: int, tile_stride_x: int, tile_stride_y: int) -> bool | str:
         """Tiles must overlap."""
         if tile_x <= tile_stride_x or tile_y <= tile_stride_y:
             return "tile_x and tile_y must be larger than their strides, so that tiles overlap."

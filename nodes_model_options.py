@@ -266,9 +266,7 @@ class WanVideoSetBlockSwap:
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"model": ("WANVIDEOMODEL",)}, "optional": {"block_swap_args": ("BLOCKSWAPARGS",)}}
 
-    def loadmodel(
-        self, model: WanVideoModel, block_swap_args: BlockSwapArgs | None = None
-    ) -> tuple[WanVideoModel]:
+    def loadmodel(self, model: WanVideoModel, block_swap_args: BlockSwapArgs | None = None) -> tuple[WanVideoModel]:
         """The same model with these settings."""
         return (model if block_swap_args is None else replace(model, block_swap=block_swap_args),)
 

@@ -116,9 +116,7 @@ class WanVideoTextEncodeSingle:
         device: str = "gpu",
     ) -> tuple[TextEmbeds]:
         """Embeds without a negative prompt."""
-        both = WanVideoTextEncode().process(
-            prompt, "", t5, force_offload, model_to_offload, use_disk_cache, device
-        )[0]
+        both = WanVideoTextEncode().process(prompt, "", t5, force_offload, model_to_offload, use_disk_cache, device)[0]
         return (TextEmbeds(positive=both.positive),)
 
 

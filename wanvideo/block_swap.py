@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanvideo")
 
+
 @dataclass(frozen=True, kw_only=True)
 class BlockSwapArgs:
     """Settings of WanVideoBlockSwap (socket BLOCKSWAPARGS).
@@ -165,9 +166,7 @@ def _visit(module: nn.Module, device: torch.device, non_blocking: bool) -> tuple
     return module.register_forward_pre_hook(arrive), module.register_forward_hook(leave)
 
 
-def _move(
-    modules: tuple[nn.Module, ...], device: torch.device, non_blocking: bool
-) -> list[tuple[Tensor, Tensor]]:
+def _move(modules: tuple[nn.Module, ...], device: torch.device, non_blocking: bool) -> list[tuple[Tensor, Tensor]]:
     """Put the parameters on `device`; returns each with its waiting value."""
     waiting = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
     for parameter, value in waiting:

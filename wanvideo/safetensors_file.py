@@ -46,8 +46,7 @@ class SafetensorsFile:
             self.metadata: Mapping[str, str] = header.pop(METADATA, {})
             self._places = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
             self.tensors: Mapping[str, StoredTensor] = {
-                name: StoredTensor(shape=tuple(entry["shape"]), format=entry["dtype"])
-                for name, entry in header.items()
+                name: StoredTensor(shape=tuple(entry["shape"]), format=entry["dtype"]) for name, entry in header.items()
             }
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise unreadable(path, "safetensors", error) from error

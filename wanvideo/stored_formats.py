@@ -80,18 +80,14 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, str]) -> Weight:
         if scale is None or second is None or stored.format != "U8":
             raise ValueError(f"{file.path.name}: layer '{layer}' is marked as NVFP4 but lacks its scales.")
         shape = (*stored.shape[:-1], stored.shape[-1] * CODES_PER_BYTE)
-        return Weight(
-            name=name, shape=shape, format="NVFP4", dtype=torch.float32, scale=scale, global_scale=second
-        )
+        return Weight(name=name, shape=shape, format="NVFP4", dtype=torch.float32, scale=scale, global_scale=second)
     if name.endswith(".weight") and (stored.format == "U8" or (stored.format == "I8" and scale is None)):
         raise ValueError(
             f"{file.path.name}: '{name}' is quantised in a way this version cannot read ({stored.format}, without a "
             "comfy_quant mark); use a bf16, fp16, FP8 or GGUF file of the model."
         )
     if scale is not None:
-        return Weight(
-            name=name, shape=stored.shape, format=f"{stored.format} scaled", dtype=torch.float32, scale=scale
-        )
+        return Weight(name=name, shape=stored.shape, format=f"{stored.format} scaled", dtype=torch.float32, scale=scale)
     dtype = DTYPES.get(stored.format, torch.float32)
     return Weight(name=name, shape=stored.shape, format=stored.format, dtype=dtype)
 

@@ -1,6 +1,6 @@
 """Starts ComfyUI's server where torch is a CPU build: declares torchvision's operators if its compiled part is missing.
 
-    python launch.py COMFYUI_PATH [options of main.py]
+python launch.py COMFYUI_PATH [options of main.py]
 """
 
 import runpy

@@ -173,9 +173,7 @@ def test_payloads_with_several_tensors_are_compared_by_all_of_them():
     model = LinearModel()
     pair = Conditioning(Texts((rand(2), rand(3))), no_text=Texts(()))
     conditions = Conditions(positive=rand(5, 8), negative=rand(3, 8), conditionings=(pair,))
-    guided = Denoiser(
-        model, conditions, guidance=Guidance(cfg=(5.0,), batched=True), device=CPU, dtype=torch.float32
-    )
+    guided = Denoiser(model, conditions, guidance=Guidance(cfg=(5.0,), batched=True), device=CPU, dtype=torch.float32)
     guided(rand(*SHAPE), torch.tensor(1.0), Step(), 0)
     assert model.batches == [1, 1]
 

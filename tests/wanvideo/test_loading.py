@@ -41,9 +41,7 @@ def run(model, step=None):
 @torch.no_grad()
 def reference(tensors, in_dim=16):
     """The model with these tensors, assigned without the loader."""
-    config = WanConfig(
-        dim=128, ffn_dim=256, num_heads=2, num_layers=3, in_dim=in_dim, text_dim=tiny.TEXT_DIM
-    )
+    config = WanConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=3, in_dim=in_dim, text_dim=tiny.TEXT_DIM)
     model = WanModel(config)
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     return model(inputs(in_dim))

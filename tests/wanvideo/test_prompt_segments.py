@@ -32,9 +32,7 @@ def prompt(seed, tokens=3):
 
 def inputs(text, *payloads, frames=5, batch=1):
     latents = torch.randn(1, 16, frames, 4, 4, generator=torch.Generator().manual_seed(5)).expand(batch, -1, -1, -1, -1)
-    return ModelInputs(
-        latents=latents, timestep=torch.full((batch,), 500.0), text=(text,) * batch, payloads=payloads
-    )
+    return ModelInputs(latents=latents, timestep=torch.full((batch,), 500.0), text=(text,) * batch, payloads=payloads)
 
 
 @pytest.mark.parametrize(

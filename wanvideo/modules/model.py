@@ -60,9 +60,7 @@ class WanSelfAttention(nn.Module):
         """Heads [B, L, H, D] through the output projection: [B, L, C]."""
         return self.o(out.flatten(2).contiguous())
 
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
-    ) -> tuple[Tensor, Hooks]:
+    def forward(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock) -> tuple[Tensor, Hooks]:
         """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
         q = apply_rope(self.split(self.norm_q(self.q(x))), inputs.rope)
         k = apply_rope(self.split(self.norm_k(self.k(x))), inputs.rope)
@@ -77,9 +75,7 @@ class WanSelfAttention(nn.Module):
 class WanT2VCrossAttention(WanSelfAttention):
     """Attention of video tokens to the text."""
 
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
-    ) -> tuple[Tensor, Hooks]:
+    def forward(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock) -> tuple[Tensor, Hooks]:
         """x [B, L, C], inputs.text [B, T, C] -> [B, L, C]."""
         q = self.split(self.norm_q(self.q(x)))
         k = self.split(self.norm_k(self.k(inputs.text)))
@@ -174,17 +170,13 @@ class WanModel(nn.Module):
         self.config = config
         self.extensions = tuple(extensions)
         self.around_block: Callable[[int], AbstractContextManager[None]] = lambda index: contextlib.nullcontext()
-        self.patch_embedding = nn.Conv3d(
-            config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(
-            WanAttentionBlock(config, attention or sdpa()) for _ in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(WanAttentionBlock(config, attention or sdpa()) for _ in range(config.num_layers))
         patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.head = Head(dim, config.out_dim * patch_volume, config.eps)
         for extension in self.extensions:
@@ -260,9 +252,7 @@ class WanModel(nn.Module):
             raise ValueError(unread[0].needs)
         return tuple(active), tokens
 
-    def _conds(
-        self, index: int, active: Sequence[Active], cache: RunCache | None
-    ) -> tuple[NamedTuple | None, ...]:
+    def _conds(self, index: int, active: Sequence[Active], cache: RunCache | None) -> tuple[NamedTuple | None, ...]:
         block = self.blocks[index]
         conds: list[NamedTuple | None] = [None] * len(self.extensions)
         for entry in active:

@@ -94,9 +94,7 @@ def _occurrences(ids: Sequence[int], part: Sequence[int]) -> list[int]:
     return [i for i in range(len(ids) - size + 1) if size and list(ids[i : i + size]) == list(part)]
 
 
-def load_text_encoder(
-    path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled"
-) -> TextEncoder:
+def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled") -> TextEncoder:
     """Load a UMT5 encoder of any size, under Wan's or Hugging Face's names; scaled FP8 files are expanded.
 
     Raises ValueError for another kind of file or a quantization that is not available, FileNotFoundError without a
