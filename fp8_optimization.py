@@ -42,6 +42,12 @@ class Fp8Linear(nn.Module):
         """From a weight in any precision, with a scale per row."""
         return cls(*quantise_rows(weight, dtype), bias)
 
+    def add(self, difference: Tensor) -> None:
+        """Change the weight by [N, K] float32; the scales become new ones, a row each."""
+        weight, scale = quantise_rows(self.expanded(torch.float32) + difference, self.weight.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale_weight = nn.Parameter(scale, requires_grad=False)
+
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight's values; the product with the scale is rounded once."""
         return (self.weight.float() * self.scale_weight).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,12 @@ def files(*kinds: str) -> list[str]:
     """Names of the model files of these kinds, for a widget."""
     host = get_host()
     return [name for kind in kinds for name in host.list_files(kind)]
+
+
+def find_model(name: str) -> Path:
+    """A transformer or module file by its widget name."""
+    kind = "unet_gguf" if name.lower().endswith(".gguf") else "diffusion_models"
+    return get_host().find_file(kind, name)
 
 
 def reject(node: str, options: Mapping[str, object]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from .attention import ATTENTION_MODES
 from .host import get_host
 from .multitalk.nodes import MultiTalkFile
-from .node_tools import CATEGORY, DTYPES, files, mappings, reject
+from .node_tools import CATEGORY, DTYPES, files, find_model, mappings, reject
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
 from .wanvideo.loading import QUANTIZATIONS, LoadOptions, WanVideoModel, load_wan_model
@@ -101,12 +100,6 @@ class WanVideoModelLoader:
             keep_on_device=load_device == "main_device",
         )
         return (load_wan_model(find_model(model), options, get_host()),)
-
-
-def find_model(name: str) -> Path:
-    """A transformer or module file by its widget name."""
-    kind = "unet_gguf" if name.lower().endswith(".gguf") else "diffusion_models"
-    return get_host().find_file(kind, name)
 
 
 class WanVideoVAELoader:

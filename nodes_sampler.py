@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -376,30 +375,10 @@ class WanVideoSchedulerv2(WanVideoScheduler):
     DISPLAY_NAME = "WanVideo Scheduler v2"
     RETURN_TYPES = ("WANVIDEOSCHEDULER",)
     RETURN_NAMES = ("scheduler",)
-    OUTPUT_NODE: ClassVar[bool] = False
 
-    def process(
-        self,
-        scheduler: str,
-        steps: int,
-        shift: float,
-        start_step: int,
-        end_step: int,
-        sigmas: Tensor | None = None,
-        enhance_hf: bool = False,
-        unique_id: str | None = None,
-    ) -> tuple[Schedule]:
+    def process(self, *args: object, **kwargs: object) -> tuple[Schedule]:
         """The schedule."""
-        spec = ScheduleSpec(
-            name=scheduler,
-            steps=steps,
-            shift=shift,
-            sigmas=sigmas,
-            start_step=start_step,
-            end_step=end_step,
-            enhance_hf=bool(enhance_hf),
-        )
-        return (make_schedule(spec),)
+        return (super().process(*args, **kwargs)[3],)
 
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .host import get_host
 from .node_tools import CATEGORY, DTYPES, files, mappings, reject
 from .wanvideo.loading import WanVideoModel
-from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
+from .wanvideo.modules.t5 import TextEncoder, encoder_name, load_text_encoder
 from .wanvideo.payloads import TextEmbeds
 from .wanvideo.text_cache import TextCache
 
@@ -20,9 +20,12 @@ ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu"})
 
 
 def _encode_prompts(
-    prompts: Sequence[str], name: str, encode: Callable[[list[str]], list[Tensor]] | None, cache: TextCache | None
+    prompts: Sequence[str],
+    name: str | None,
+    encode: Callable[[list[str]], list[Tensor]] | None,
+    cache: TextCache | None,
 ) -> tuple[Tensor, ...]:
-    """Embeddings of the prompts, from the cache where they are there. encode: None if there is no encoder."""
+    """Embeddings of the prompts, from the cache where they are there. name, encode: None if there is no encoder."""
     found = [None if cache is None else cache.load(prompt, name) for prompt in prompts]
     absent = [prompt for prompt, tensor in zip(prompts, found, strict=True) if tensor is None]
     if absent and encode is None:
@@ -84,7 +87,7 @@ class WanVideoTextEncode:
         """Embeds of both prompts."""
         if model_to_offload is not None:
             model_to_offload.managed.release()
-        name = "any" if t5 is None else t5.path.name
+        name = None if t5 is None else t5.name
         encode = None if t5 is None else lambda prompts: t5.encode(prompts, device=_compute_device(device))
         parts = _split(positive_prompt)
         both = _encode_prompts([*parts, negative_prompt], name, encode, _cache(use_disk_cache))
@@ -167,7 +170,7 @@ class WanVideoTextEncodeCached:
             return result
 
         prompts = [*_split(positive_prompt), negative_prompt]
-        both = _encode_prompts(prompts, f"{path.name} {precision}", encode, _cache(use_disk_cache))
+        both = _encode_prompts(prompts, encoder_name(path, DTYPES[precision]), encode, _cache(use_disk_cache))
         negative = TextEmbeds(positive=both[-1:])
         return TextEmbeds(positive=both[:-1], negative=both[-1:]), negative, positive_prompt
 

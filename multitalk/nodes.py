@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..host import get_host
-from ..node_tools import CATEGORY, DTYPES, files, mappings, round_size
+from ..node_tools import CATEGORY, DTYPES, files, find_model, mappings, round_size
 from ..wanvideo.images import to_video
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.payloads import ClipEmbeds, ImageEmbeds, LoopSettings, latent_frames
@@ -35,6 +35,13 @@ Inputs = dict[str, dict[str, tuple[object, ...]]]
 SPEECH_MODELS = {"TencentGameMate/chinese-wav2vec2-base": "refs/pr/1", "facebook/wav2vec2-base-960h": "main"}
 COLOR_METHODS = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
 TRAINED_FPS = 25.0
+SPEECH_WIDGETS = {
+    "base_precision": (["fp32", "bf16", "fp16"], {"default": "fp16"}),
+    "load_device": (
+        ["main_device", "offload_device"],
+        {"default": "main_device", "tooltip": "On the GPU only while it encodes, either way"},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,7 @@ class MultiTalkModelLoader:
 
     def loadmodel(self, model: str) -> tuple[MultiTalkFile]:
         """Find it."""
-        kind = "unet_gguf" if model.lower().endswith(".gguf") else "diffusion_models"
-        return (MultiTalkFile(get_host().find_file(kind, model)),)
+        return (MultiTalkFile(find_model(model)),)
 
 
 class Wav2VecModelLoader:
@@ -84,8 +90,7 @@ class Wav2VecModelLoader:
         return {
             "required": {
                 "model": (files("wav2vec2"), {"tooltip": "A Wav2Vec2 base encoder in models/wav2vec2"}),
-                "base_precision": (["fp32", "bf16", "fp16"], {"default": "fp16"}),
-                "load_device": (["main_device", "offload_device"], {"default": "main_device"}),
+                **SPEECH_WIDGETS,
             }
         }
 
@@ -109,8 +114,7 @@ class DownloadAndLoadWav2VecModel:
         return {
             "required": {
                 "model": (list(SPEECH_MODELS), {}),
-                "base_precision": (["fp32", "bf16", "fp16"], {"default": "fp16"}),
-                "load_device": (["main_device", "offload_device"], {"default": "main_device"}),
+                **SPEECH_WIDGETS,
             }
         }
 

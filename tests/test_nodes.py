@@ -205,10 +205,19 @@ def test_text_nodes_and_the_disk_cache(host, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(direct.positive, both.positive, strict=True))
     (single,) = N["WanVideoTextEncodeSingle"]().process("a person", t5, use_disk_cache=True)
     assert torch.equal(single.positive[0], both.positive[0]) and single.negative == ()
+    (direct_encoder,) = N["LoadWanVideoT5TextEncoder"]().loadmodel("t5.safetensors", "fp32")
     calls = []
     monkeypatch.setattr(t5, "encode", lambda prompts, **o: calls.append(prompts))
     (again,) = N["WanVideoTextEncodeSingle"]().process("a person", t5, use_disk_cache=True)
     assert torch.equal(again.positive[0], single.positive[0]) and calls == []
+    N["WanVideoTextEncode"]().process("a person", "bad", direct_encoder, use_disk_cache=True)
+    (offline,) = N["WanVideoTextEncode"]().process("a person", "bad", None, use_disk_cache=True)
+    assert torch.equal(offline.positive[0], single.positive[0])
+    assert torch.equal(offline.negative[0], both.negative[0])
+    cached = N["WanVideoTextEncodeCached"]()
+    monkeypatch.setattr("wanvideo_wrapper.nodes_text.load_text_encoder", lambda *a, **o: pytest.fail("loaded again"))
+    again = cached.process("t5.safetensors", "fp32", "a person", "bad")[0]
+    assert torch.equal(again.positive[0], single.positive[0])
     with pytest.raises(ValueError, match="connect a text encoder"):
         N["WanVideoTextEncode"]().process("never seen", "", None, use_disk_cache=True)
 

@@ -163,7 +163,7 @@ def _visit(module: nn.Module, device: torch.device, non_blocking: bool) -> tuple
             parameter.data = value
         waiting.clear()
 
-    return module.register_forward_pre_hook(arrive), module.register_forward_hook(leave)
+    return module.register_forward_pre_hook(arrive), module.register_forward_hook(leave, always_call=True)
 
 
 def _move(modules: tuple[nn.Module, ...], device: torch.device, non_blocking: bool) -> list[tuple[Tensor, Tensor]]:

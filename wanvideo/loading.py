@@ -23,7 +23,7 @@ from .block_swap import BlockSwapArgs, Placement
 from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
 from .config import WanConfig
-from .lora import LoraFile, beside, changes_for
+from .lora import LoraFile, beside, changes_for, differences
 from .modules.model import WanModel
 
 if TYPE_CHECKING:
@@ -114,12 +114,12 @@ class WanVideoModel:
         self.placement.swap = self.block_swap
         device = self.managed.acquire()
         with ExitStack() as stack:
-            stack.enter_context(self.placement.swapping(device))
             stack.enter_context(_fp16_accumulation(self.options.fp16_accumulation))
             if self.loras:
                 listener = stack.enter_context(beside(self.transformer, self.loras, device, self.base_dtype))
                 self._listeners.append(listener)
                 stack.callback(self._listeners.remove, listener)
+            stack.enter_context(self.placement.swapping(device))
             stack.enter_context(compiled(self.transformer.blocks, self.options.compile))
             yield self.transformer
 
@@ -278,18 +278,13 @@ def _merge(model: WanModel, file: LoraFile) -> None:
         raise ValueError(
             f"The LoRA {file.path.name} has a strength for every step, so it cannot be merged: turn merge_loras off."
         )
-    layers = dict(model.named_modules())
+    layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name, change in changes_for(file, model).items():
-        layer = layers[name]
-        delta = change.weight(layer.weight.shape)
-        if isinstance(layer, Fp8Linear):
-            wide = layer.weight.float() * layer.scale_weight + file.strength * delta
-            _replace(model, name, Fp8Linear.quantise(wide, layer.bias, layer.weight.dtype))
-        elif delta is not None:
-            layer.weight.data = (layer.weight.float() + file.strength * delta).to(layer.weight.dtype)
-        bias = layer.bias
-        if change.diff_b is not None and bias is not None:
-            bias.data = (bias.float() + file.strength * change.diff_b.float()).to(bias.dtype)
+        for parameter, difference in differences(name, change, parameters):
+            if parameter.dtype in FP8_DTYPES.values():
+                layers[name].add(file.strength * difference)
+            else:
+                parameter.data = (parameter.float() + file.strength * difference).to(parameter.dtype)
 
 
 def with_loras(model: WanVideoModel, files: Sequence[LoraFile]) -> WanVideoModel:

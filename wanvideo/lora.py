@@ -1,12 +1,14 @@
 """LoRA: low-rank changes of linear layers, merged into the weights or run beside them.
 
 Source: Hu et al. 2021; key names of Kijai's, ComfyUI's, diffusers', PEFT's and kohya's files are facts.
-A change is strength * (alpha / rank) * up @ down, or a full difference (`diff`, and `diff_b` for the bias).
+A change is strength * (alpha / rank) * up @ down, or a full difference (`diff`, `diff_b` of the bias, `diff_m` of the
+modulation).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +42,9 @@ PARTS = {
     "alpha": "alpha",
     "diff": "diff",
     "diff_b": "diff_b",
+    "diff_m": "diff",
 }
+MODULATION = "diff_m"
 KOHYA = "lora_unet__"
 KOHYA_LAYERS = {
     "self_attn_": "self_attn.", "cross_attn_": "cross_attn.", "ffn_": "ffn.", "time_embedding_": "time_embedding.",
@@ -85,6 +89,13 @@ class Change(NamedTuple):
     diff: Tensor | None
     diff_b: Tensor | None
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape can take it."""
+        size, rows = math.prod(shape), shape[0]
+        if self.down is None:
+            return self.diff is None or self.diff.numel() == size
+        return self.up.shape[0] == rows and rows * self.down[0].numel() == size
+
     def weight(self, shape: Sequence[int]) -> Tensor | None:
         """The change of a weight of this shape, None where only the bias changes."""
         total = None if self.diff is None else self.diff.float().reshape(shape)
@@ -108,7 +119,8 @@ def canonical_layer(key: str) -> tuple[str, str] | None:
         prefix = next((p for p in PREFIXES if layer.startswith(p)), None)
         stripped = prefix is not None
         layer = layer.removeprefix(prefix or "")
-    return from_diffusers(layer), PARTS[part]
+    layer = from_diffusers(layer)
+    return (f"{layer}.modulation", "diff") if part == MODULATION else (layer, PARTS[part])
 
 
 def _kohya_layer(name: str) -> str:
@@ -147,29 +159,46 @@ def _change(layer: str, parts: Mapping[str, Tensor], checkpoint: Checkpoint, sta
 
 
 def changes_for(file: LoraFile, model: nn.Module) -> dict[str, Change]:
-    """The changes that fit layers of `model`; logs how many did.
+    """The changes that fit layers, or parameters outside layers, of `model`; logs how many did.
 
     Raises ValueError if none does, or one has the wrong size.
     """
-    layers = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
     found = read_changes(file)
-    matched = {layer: change for layer, change in found.items() if hasattr(layers.get(layer), "weight")}
+    matched = {name: change for name, change in found.items() if name in parameters or f"{name}.weight" in parameters}
     if not matched:
         example = next(iter(found), "nothing")
         raise ValueError(
             f"The LoRA {file.path.name} fits no layer of this model (it has {len(found)}, first '{example}'): it was "
             "made for another model, or the block selection leaves nothing."
         )
-    for layer, change in matched.items():
-        weight = layers[layer].weight
-        if change.down is not None and change.up.shape[0] != weight.shape[0]:
+    for name, change in matched.items():
+        weight = parameters.get(name, parameters.get(f"{name}.weight"))
+        if not change.fits(weight.shape):
             raise ValueError(
-                f"The LoRA {file.path.name} was made for another size of model: '{layer}' has {weight.shape[0]} rows, "
-                f"the LoRA {change.up.shape[0]}."
+                f"The LoRA {file.path.name} was made for another size of model: its change of '{name}' does not fit "
+                f"{tuple(weight.shape)}."
             )
     unmatched = len(found) - len(matched)
     log.info("LoRA %s: %d layers matched, %d not in this model.", file.path.name, len(matched), unmatched)
     return matched
+
+
+def differences(
+    name: str, change: Change, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Every one of a model's parameters that the change of `name` concerns, with its difference at strength 1, float32.
+
+    Raises ValueError for a bias that the layer does not have.
+    """
+    weight = parameters.get(name, parameters.get(f"{name}.weight"))
+    delta = change.weight(weight.shape)
+    if delta is not None:
+        yield weight, delta
+    if change.diff_b is not None:
+        if f"{name}.bias" not in parameters:
+            raise ValueError(f"A LoRA changes the bias of '{name}', which has none: it was made for another model.")
+        yield parameters[f"{name}.bias"], change.diff_b.float()
 
 
 def _kept_changes(file: LoraFile, model: nn.Module) -> dict[str, Change]:
@@ -179,31 +208,69 @@ def _kept_changes(file: LoraFile, model: nn.Module) -> dict[str, Change]:
     return kept[file]
 
 
-class _Beside:
-    """Runs unmerged LoRAs beside their layers through forward hooks; strengths are tensors, so that graphs stay."""
+class _Shifted(NamedTuple):
+    """A small parameter (norm, modulation) that holds its changed value meanwhile; differences by file."""
+
+    parameter: nn.Parameter
+    value: Tensor
+    differences: dict[int, Tensor]
+
+
+class Beside:
+    """Unmerged LoRAs at work: strengths of products are tensors, so that graphs stay; small parameters are changed."""
 
     def __init__(self, files: Sequence[LoraFile], device: torch.device) -> None:
         self.strengths = [torch.tensor(file.at(0), device=device) for file in files]
         self._files = files
+        self._shifted: dict[int, _Shifted] = {}
+        self._now: tuple[float, ...] = ()
+
+    def shift(self, file: int, parameter: nn.Parameter, difference: Tensor) -> None:
+        """Change a small parameter too, from the next `set_step` on."""
+        entry = self._shifted.setdefault(id(parameter), _Shifted(parameter, parameter.data, {}))
+        entry.differences[file] = difference.to(parameter.device)
 
     def set_step(self, step: int) -> None:
-        for file, strength in zip(self._files, self.strengths, strict=True):
-            strength.fill_(file.at(step))
+        """Strengths of this step; called between forwards."""
+        wanted = tuple(file.at(step) for file in self._files)
+        if wanted == self._now:
+            return
+        self._now = wanted
+        for strength, value in zip(self.strengths, wanted, strict=True):
+            strength.fill_(value)
+        for parameter, value, changes in self._shifted.values():
+            total = sum(wanted[file] * difference for file, difference in changes.items())
+            parameter.data = (value.float() + total).to(value.dtype)
+
+    def restore(self) -> None:
+        """Small parameters as they were."""
+        for parameter, value, _ in self._shifted.values():
+            parameter.data = value
 
 
 @contextmanager
-def beside(model: nn.Module, files: Sequence[LoraFile], device: torch.device, dtype: torch.dtype) -> Iterator[_Beside]:
-    """Inside, every layer adds strength * (x @ down.T) @ up.T of each unmerged LoRA, computed in `dtype`."""
-    state = _Beside(files, device)
-    layers = dict(model.named_modules())
+def beside(model: nn.Module, files: Sequence[LoraFile], device: torch.device, dtype: torch.dtype) -> Iterator[Beside]:
+    """Inside, the unmerged LoRAs work: layers add strength * (x @ down.T) @ up.T, computed in `dtype`.
+
+    Norms and modulation, which are small, are changed themselves. Enter it outside of block swap, which holds values.
+    """
+    state = Beside(files, device)
+    layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
     handles = []
     try:
-        for file, strength in zip(files, state.strengths, strict=True):
+        for index, (file, strength) in enumerate(zip(files, state.strengths, strict=True)):
             for name, change in _kept_changes(file, model).items():
-                hook = _hook(change, strength, layers[name], (device, dtype))
-                handles.append(layers[name].register_forward_hook(hook))
+                layer = layers.get(name)
+                if layer is not None and layer.weight.dim() > 1:
+                    hook = _hook(change, strength, layer, (device, dtype))
+                    handles.append(layer.register_forward_hook(hook))
+                    continue
+                for parameter, difference in differences(name, change, parameters):
+                    state.shift(index, parameter, difference)
+        state.set_step(0)
         yield state
     finally:
+        state.restore()
         for handle in handles:
             handle.remove()
 
@@ -223,21 +290,15 @@ def _hook(change: Change, strength: Tensor, layer: nn.Module, place: tuple[torch
     difference = None if weight is None else weight.to(*place)
 
     def full(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        delta = 0 if difference is None else _apply(layer, inputs[0].to(difference.dtype), difference)
+        delta = 0 if difference is None else _product(layer, inputs[0].to(difference.dtype), difference)
         if bias is not None:
-            delta = delta + bias.view(-1, *(1 for _ in range(difference.dim() - 2 if _is_conv(layer) else 0)))
+            delta = delta + bias.view(-1, *(1,) * (layer.weight.dim() - 2))
         return output + (strength * delta).to(output.dtype)
 
     return full
 
 
-def _is_conv(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv3d)
-
-
-def _apply(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    if _is_conv(layer):
+def _product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv3d):
         return F.conv3d(x, weight, stride=layer.stride)
-    if weight.dim() == 2:
-        return F.linear(x, weight)
-    raise ValueError(f"An unmerged LoRA cannot change a layer of kind {type(layer).__name__}; set merge_loras.")
+    return F.linear(x, weight)

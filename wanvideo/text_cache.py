@@ -15,15 +15,18 @@ class TextCache:
         self._folder = folder
 
     def _path(self, prompt: str, encoder: str) -> Path:
-        name = hashlib.sha256(f"{encoder}\n{prompt}".encode()).hexdigest()[:32]
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"{_digest(prompt)}_{_digest(encoder)}.safetensors"
 
-    def load(self, prompt: str, encoder: str) -> Tensor | None:
-        """The kept embedding [tokens, dim], or None."""
+    def load(self, prompt: str, encoder: str | None) -> Tensor | None:
+        """The kept embedding [tokens, dim], or None. encoder None: the latest that any encoder made."""
         from safetensors.torch import load_file
 
-        path = self._path(prompt, encoder)
-        return load_file(path)["embedding"].clone() if path.is_file() else None
+        if encoder is None:
+            kept = list(self._folder.glob(f"{_digest(prompt)}_*.safetensors"))
+        else:
+            kept = [path for path in (self._path(prompt, encoder),) if path.is_file()]
+        latest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
+        return None if latest is None else load_file(latest)["embedding"].clone()
 
     def save(self, prompt: str, encoder: str, embedding: Tensor) -> None:
         """Keep an embedding; the file appears complete or not at all."""
@@ -34,3 +37,7 @@ class TextCache:
         partial = path.with_suffix(".part")
         save_file({"embedding": embedding.contiguous()}, partial)
         partial.replace(path)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

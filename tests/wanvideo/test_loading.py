@@ -228,6 +228,76 @@ def test_lora_on_fp8(t2v, tmp_path):
         assert relative(run(model), run(base)) > relative(run(model), want)
 
 
+DIFFERENCES = {
+    "blocks.0.ffn.0": ("diff_b",), "blocks.1.self_attn.q": ("diff", "diff_b"), "blocks.1.self_attn.norm_q": ("diff",),
+    "blocks.2.norm3": ("diff", "diff_b"), "blocks.2": ("diff_m",), "head": ("diff_m",), "patch_embedding": ("diff_b",),
+    "time_projection.1": ("diff", "diff_b"),
+}  # fmt: skip
+TARGETS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
+
+
+def difference_lora(t2v, path, strength):
+    """A LoRA of whole differences at `path`, beside products for the patch embedding; the tensors it makes."""
+    changed, saved = {k: v.double() for k, v in t2v.tensors.items()}, {}
+    for layer, parts in DIFFERENCES.items():
+        for part in parts:
+            name = layer + TARGETS[part]
+            saved[f"diffusion_model.{layer}.{part}"] = difference = torch.randn(changed[name].shape) * 0.1
+            changed[name] = changed[name] + strength * difference
+    weight = changed["patch_embedding.weight"]
+    down, up = torch.randn(4, *weight.shape[1:]) * 0.1, torch.randn(weight.shape[0], 4, 1, 1, 1) * 0.1
+    saved["diffusion_model.patch_embedding.lora_A.weight"] = down
+    saved["diffusion_model.patch_embedding.lora_B.weight"] = up
+    product = (up.flatten(1).double() @ down.flatten(1).double()).reshape(weight.shape)
+    changed["patch_embedding.weight"] = weight + strength * product
+    save_file(saved, path)
+    return changed
+
+
+@pytest.mark.parametrize("swapped", [0, 2])
+def test_lora_of_differences(t2v, swapped, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    want = reference(difference_lora(t2v, tmp_path / "d.safetensors", 0.7))
+    options = replace(FP32, block_swap=BlockSwapArgs(blocks_to_swap=swapped))
+    merge, beside = (LoraFile(path=tmp_path / "d.safetensors", strength=0.7, merge=m) for m in (True, False))
+    merged = load_wan_model(tmp_path / "m.safetensors", replace(options, loras=(merge,)), HOST)
+    assert relative(run(merged), want) < 1e-5
+    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    assert relative(run(with_loras(plain, (beside,))), want) < 1e-5
+    steps = with_loras(plain, (replace(beside, strength=(0.0, 0.7)),))
+    assert relative(run(steps, step=0), reference(t2v.tensors)) < 1e-6
+    assert relative(run(steps, step=1), want) < 1e-5
+    assert relative(run(plain), reference(t2v.tensors)) < 1e-6
+
+
+def test_lora_of_differences_on_fp8(t2v, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    difference_lora(t2v, tmp_path / "d.safetensors", 0.7)
+    options = replace(FP32, quantization="fp8_e4m3fn")
+    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    merged, beside = (LoraFile(path=tmp_path / "d.safetensors", strength=0.7, merge=m) for m in (True, False))
+    want = run(with_loras(plain, (beside,)))
+    got = run(load_wan_model(tmp_path / "m.safetensors", replace(options, loras=(merged,)), HOST))
+    assert relative(got, want) < 0.02 < relative(run(plain), want)
+
+
+def test_lora_of_another_size_is_named(t2v, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    options = replace(FP32, loras=(LoraFile(path=tmp_path / "d.safetensors"),))
+    q = "diffusion_model.blocks.0.self_attn.q"
+    for tensors in (
+        {f"{q}.lora_A.weight": torch.randn(4, 64), f"{q}.lora_B.weight": torch.randn(128, 4)},
+        {f"{q}.lora_A.weight": torch.randn(4, 128), f"{q}.lora_B.weight": torch.randn(64, 4)},
+        {f"{q}.diff": torch.randn(128, 64)},
+    ):
+        save_file(tensors, tmp_path / "d.safetensors")
+        with pytest.raises(ValueError, match=r"another size of model: its change of 'blocks\.0\.self_attn\.q'"):
+            load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    save_file({"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.randn(128)}, tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match="has none"):
+        load_wan_model(tmp_path / "m.safetensors", options, HOST)
+
+
 def test_lora_for_another_model_is_named(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     save_file({"transformer.single.lora_A.weight": torch.randn(4, 8), "transformer.single.lora_B.weight":
@@ -250,6 +320,7 @@ def test_lora_for_another_model_is_named(t2v, tmp_path):
         ("lora_unet__blocks_12_ffn_2.alpha", "blocks.12.ffn.2", "alpha"),
         ("diffusion_model.blocks.1.norm3.diff_b", "blocks.1.norm3", "diff_b"),
         ("diffusion_model.time_projection.1.diff", "time_projection.1", "diff"),
+        ("diffusion_model.blocks.1.diff_m", "blocks.1.modulation", "diff"),
     ],
 )
 def test_lora_namings(key, layer, part):

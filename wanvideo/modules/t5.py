@@ -65,6 +65,11 @@ class TextEncoder:
         self._model = model
         self._tokenizer = tokenizer
 
+    @property
+    def name(self) -> str:
+        """The file and its precision: what an embedding was made with."""
+        return encoder_name(self.path, self._model.dtype)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, device: torch.device | None = None) -> list[Tensor]:
         """One tensor [tokens, dim] per prompt on the CPU, without padding. device: where to compute, None: the host's.
@@ -92,6 +97,11 @@ class TextEncoder:
 def _occurrences(ids: Sequence[int], part: Sequence[int]) -> list[int]:
     size = len(part)
     return [i for i in range(len(ids) - size + 1) if size and list(ids[i : i + size]) == list(part)]
+
+
+def encoder_name(path: Path, dtype: torch.dtype) -> str:
+    """`TextEncoder.name` of a file that need not be loaded."""
+    return f"{path.name} {dtype}"
 
 
 def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled") -> TextEncoder:
