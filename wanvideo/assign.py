@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,14 +16,33 @@ log = logging.getLogger("wanvideo")
 DtypeOf = Callable[[str], torch.dtype]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """How many tensors of the files were used, and the names of those that were not."""
+
+    matched: int
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rest = f"{len(self.unused)} unused (first '{self.unused[0]}')" if self.unused else "none unused"
+        return f"{self.matched} tensors matched, none missing, {rest}"
+
+
 def assign(
-    model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype: torch.dtype | DtypeOf, what: str
-) -> None:
+    model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype: torch.dtype, what: str
+) -> LoadReport:
     """Fill every parameter of `model`, in place, and log one line of what matched.
 
     names: parameter -> tensor of the checkpoint. Shapes may differ by dimensions of size 1. what: the kind of model,
     for messages. Raises ValueError, naming the first, if tensors are missing or do not fit.
     """
+    report = check(model, checkpoint, names, what=what)
+    fill(model, checkpoint, names, dtype_of=lambda name: dtype)
+    return report
+
+
+def check(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, what: str) -> LoadReport:
+    """The first half of `assign`: whether the tensors are there and fit, from the header alone, with the log line."""
     wanted = dict(model.named_parameters())
     missing = sorted(name for name in wanted if names.get(name) not in checkpoint.shapes)
     if missing:
@@ -30,20 +50,28 @@ def assign(
             f"{checkpoint.path.name} lacks {len(missing)} of the {len(wanted)} tensors of a {what}, first "
             f"'{missing[0]}': it is another kind of file or incomplete; choose a {what} file."
         )
-    state = {}
     for name, parameter in wanted.items():
-        value = checkpoint.tensor(names[name])
-        if [s for s in value.shape if s != 1] != [s for s in parameter.shape if s != 1]:
+        shape = checkpoint.shapes[names[name]]
+        if [s for s in shape if s != 1] != [s for s in parameter.shape if s != 1]:
             raise ValueError(
-                f"{checkpoint.path.name}: '{names[name]}' has the shape {tuple(value.shape)} where a {what} has "
+                f"{checkpoint.path.name}: '{names[name]}' has the shape {tuple(shape)} where a {what} has "
                 f"{tuple(parameter.shape)}; choose another file."
             )
-        target = dtype if isinstance(dtype, torch.dtype) else dtype(name)
-        state[name] = value.reshape(parameter.shape).to(target)
+    used = {names[name] for name in wanted}
+    report = LoadReport(matched=len(wanted), unused=tuple(sorted(set(checkpoint.shapes) - used)))
+    log.info("%s: %s, %s.", checkpoint.path.name, what, report)
+    return report
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype_of: DtypeOf) -> None:
+    """The second half of `assign`: read the tensors of all parameters that are still on the meta device."""
+    state = {
+        name: checkpoint.tensor(names[name]).reshape(parameter.shape).to(dtype_of(name))
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta
+    }
     model.load_state_dict(state, assign=True, strict=False)
     model.eval().requires_grad_(False)
-    unused = len(set(checkpoint.shapes) - {names[name] for name in wanted})
-    log.info("%s: %s, %d tensors matched, %d unused.", checkpoint.path.name, what, len(wanted), unused)
 
 
 def layer_count(keys: Mapping[str, object], prefix: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -37,12 +38,12 @@ class Checkpoint:
         self._entries = dict(entries)
         self.shapes: Mapping[str, tuple[int, ...]] = {n: e.weight.shape for n, e in self._entries.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> Mapping[str, torch.dtype]:
         """What `tensor` returns: the stored type, or float32 where a scale or a block format is expanded."""
         return {name: entry.weight.dtype for name, entry in self._entries.items()}
 
-    @property
+    @cached_property
     def formats(self) -> Mapping[str, str]:
         """How the file stores each tensor, e.g. "BF16", "F8_E4M3 scaled", "NVFP4", "Q8_0"."""
         return {name: entry.weight.format for name, entry in self._entries.items()}

@@ -52,7 +52,7 @@ KINDS = (
         "WanVideo T5 Text Encoder Loader",
         (r"^(shared|encoder\.embed_tokens)\.weight$", r"^encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$"),
     ),
-    Kind("CLIP vision encoder", "Load WanVideo Clip Encoder", (r"^visual\.transformer\.0\.", r"^log_scale$")),
+    Kind("CLIP vision encoder", "WanVideo CLIP Text Encoder Loader", (r"^visual\.transformer\.0\.", r"^log_scale$")),
     Kind("CLIP vision encoder", "Load CLIP Vision", (r"vision_model\.encoder\.layers\.0\.",)),
     Kind("wav2vec2 speech encoder", "Wav2vec2 Model Loader", (r"^(wav2vec2\.)?feature_extractor\.conv_layers\.0\.",)),
     Kind("Whisper speech encoder", "", (r"^(model\.)?encoder\.embed_positions\.weight$", r"encoder\.conv1\.weight$")),
@@ -63,7 +63,7 @@ KINDS = (
 
 
 class Unbuilt(NamedTuple):
-    """A system that a key gives away, and whether one key suffices to say so."""
+    """A pattern of keys, one of which gives a system away, and the system's name."""
 
     pattern: str
     system: str

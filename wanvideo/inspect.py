@@ -49,5 +49,5 @@ def describe(path: Path) -> Description:
     formats = Counter(checkpoint.formats.values()).most_common()
     facts["tensors"] = f"{len(checkpoint.shapes)}, {checkpoint.parameters:,} values"
     facts["stored as"] = ", ".join(f"{form} ({count})" for form, count in formats)
-    facts["loaded by"] = kind.loader or "nothing in this version"
+    facts["loaded by"] = "nothing in this version" if missing or not kind.loader else kind.loader
     return Description(facts=facts)

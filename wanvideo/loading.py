@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import attention
 from ..fp8_optimization import FP8_DTYPES, Fp8Linear, keeps_precision
 from . import registry
 from .architecture import config_of
+from .assign import LoadReport, check, fill
 from .block_swap import BlockSwapArgs, Placement
 from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
 from .config import WanConfig
+from .families import TRANSFORMER
 from .lora import LoraFile, beside, changes_for, differences
 from .modules.model import WanModel
 
@@ -59,18 +61,6 @@ class LoadOptions:
     compile: CompileArgs | None = None
     fp16_accumulation: bool = False
     keep_on_device: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    """How many tensors of the files were used, and the names of those that were not."""
-
-    matched: int
-    unused: tuple[str, ...]
-
-    def __str__(self) -> str:
-        rest = f", {len(self.unused)} unused (first '{self.unused[0]}')" if self.unused else ", none unused"
-        return f"{self.matched} tensors matched, none missing{rest}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +145,6 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     report = _fill(model, checkpoint, plan, options.base_dtype)
     for file in merged:
         _merge(model, file)
-    log.info("%s: %s.", path.name, report)
     placement = Placement(model, host.offload_device())
     placement.swap = options.block_swap
     managed = host.manage(model, place=placement)
@@ -210,30 +199,17 @@ class _Quantization:
 
 
 def _fill(model: WanModel, checkpoint: Checkpoint, plan: _Quantization, base: torch.dtype) -> LoadReport:
-    wanted = dict(model.named_parameters())
-    missing = [name for name in wanted if name not in checkpoint.shapes]
-    if missing:
-        raise ValueError(
-            f"{checkpoint.path.name} lacks {len(missing)} tensors that its other tensors call for, first "
-            f"'{missing[0]}'; the file is incomplete, download it again."
-        )
-    for name, parameter in wanted.items():
-        if checkpoint.shapes[name] != tuple(parameter.shape):
-            raise ValueError(
-                f"{checkpoint.path.name}: '{name}' has the shape {checkpoint.shapes[name]} where the model needs "
-                f"{tuple(parameter.shape)}; the file mixes two models."
-            )
-    quantised = {name for name, layer in model.named_modules() if _is_quantised(name, layer, checkpoint, plan)}
+    names = {name: name for name, _ in model.named_parameters()}
+    report = check(model, checkpoint, names, what=TRANSFORMER)
+    quantised = [name for name, layer in model.named_modules() if _is_quantised(name, layer, checkpoint, plan)]
     with torch.no_grad():
         for name in quantised:
-            _replace(model, name, _fp8_linear(checkpoint, name, plan, base))
-        for name in wanted:
-            if name.rpartition(".")[0] not in quantised:
-                _assign(model, name, checkpoint.tensor(name).to(_dtype(name, checkpoint, base)))
-    model.eval().requires_grad_(False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _fp8_linear(checkpoint, name, plan, base))
+        fill(model, checkpoint, names, dtype_of=lambda name: _dtype(name, checkpoint, base))
     if quantised:
         log.info("%d linear layers are stored in FP8 and expanded to %s for their product.", len(quantised), base)
-    return LoadReport(matched=len(wanted), unused=tuple(sorted(set(checkpoint.shapes) - set(wanted))))
+    return report
 
 
 def _is_quantised(name: str, layer: nn.Module, checkpoint: Checkpoint, plan: _Quantization) -> bool:
@@ -259,16 +235,6 @@ def _dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:
     if any(part in name for part in KEPT_PRECISION) and stored == torch.float32:
         return torch.float32
     return base
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 @torch.no_grad()

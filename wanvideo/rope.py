@@ -27,7 +27,7 @@ def _axis_angles(length: int, size: int, riflex_index: int = 0) -> Tensor:
     return torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def rope_table(
     grid: tuple[int, int, int], head_dim: int, *, riflex_index: int = 0, device: torch.device | None = None
 ) -> Tensor:

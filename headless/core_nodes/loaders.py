@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,14 @@ class CLIPVisionLoader:
         return (load_clip_vision(host.find_file("clip_vision", clip_name), dtype=dtype, host=host),)
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A text encoder and where it computes (None: the host's device)."""
+
+    encoder: TextEncoder
+    device: torch.device | None
+
+
 class CLIPLoader:
     """A text encoder from models/text_encoders; only Wan's UMT5."""
 
@@ -47,13 +57,15 @@ class CLIPLoader:
             "optional": {"device": (["default", "cpu"], {"advanced": True})},
         }
 
-    def load_clip(self, clip_name: str, type: str = "stable_diffusion", device: str = "default") -> tuple[TextEncoder]:
+    def load_clip(self, clip_name: str, type: str = "stable_diffusion", device: str = "default") -> tuple[Clip]:
         """Load it."""
         if type != "wan":
             raise ValueError(f"CLIPLoader of type '{type}' runs in ComfyUI only; Wan workflows use type 'wan'.")
         host = get_host()
-        dtype = torch.float32 if host.device().type == "cpu" else torch.bfloat16
-        return (load_text_encoder(host.find_file("text_encoders", clip_name), dtype=dtype, host=host),)
+        chosen = torch.device("cpu") if device == "cpu" else None
+        dtype = torch.float32 if "cpu" in (device, host.device().type) else torch.bfloat16
+        encoder = load_text_encoder(host.find_file("text_encoders", clip_name), dtype=dtype, host=host)
+        return (Clip(encoder, chosen),)
 
 
 class CLIPTextEncode:
@@ -66,9 +78,10 @@ class CLIPTextEncode:
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"text": ("STRING", {"multiline": True}), "clip": ("CLIP",)}}
 
-    def encode(self, text: str, clip: TextEncoder) -> tuple[list[list[object]]]:
-        """CONDITIONING."""
-        embedding: Tensor = clip.encode([text])[0].float()
+    def encode(self, text: str, clip: Clip) -> tuple[list[list[object]]]:
+        """CONDITIONING; the encoder then makes room for the models that follow."""
+        embedding: Tensor = clip.encoder.encode([text], device=clip.device)[0].float()
+        clip.encoder.managed.release()
         padded = torch.nn.functional.pad(embedding, (0, 0, 0, max(TEXT_LENGTH - len(embedding), 0)))
         return ([[padded[None], {}]],)
 

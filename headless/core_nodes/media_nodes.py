@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ...host import get_host
 from ...wanvideo.images import resize_images
 from ..media import Encoding, VideoInfo, read_audio, read_frames, write_video
 from .pictures import fit, next_file
+
+log = logging.getLogger("wanvideo")
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Audio = dict[str, object]
@@ -139,8 +142,8 @@ def _sized(frame: np.ndarray, goal: tuple[int, int], step: int) -> Tensor:
 def _sound_of(path: Path, start: float, seconds: float) -> Audio | None:
     try:
         return read_audio(path, start=start, seconds=seconds)
-    except ValueError:
-        # A silent video is a video all the same.
+    except ValueError as error:
+        log.info("The frames come without sound: %s", error)
         return None
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from wanvideo_wrapper import NODE_DISPLAY_NAME_MAPPINGS
 from wanvideo_wrapper.wanvideo import registry
 from wanvideo_wrapper.wanvideo.architecture import config_of
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
+from wanvideo_wrapper.wanvideo.families import KINDS
 from wanvideo_wrapper.wanvideo.inspect import describe
 from wanvideo_wrapper.wanvideo.loading import with_aliases
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
@@ -144,3 +146,8 @@ def test_files_that_cannot_be_read_get_one_sentence(tmp_path):
         assert path.name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="There is no file"):
         open_checkpoint(tmp_path / "absent.safetensors")
+
+
+def test_loaders_that_messages_name_exist():
+    known = {*NODE_DISPLAY_NAME_MAPPINGS.values(), "Load CLIP Vision"}
+    assert {kind.loader for kind in KINDS if kind.loader} <= known

@@ -30,6 +30,11 @@ def inputs(in_dim=16):
     )  # fmt: skip
 
 
+def on_cuda(given):
+    text = tuple(t.cuda() for t in given.text)
+    return replace(given, latents=given.latents.cuda(), timestep=given.timestep.cuda(), text=text)
+
+
 @torch.no_grad()
 def run(model, step=None):
     with model.active() as transformer:
@@ -150,7 +155,7 @@ def test_missing_and_mismatched_tensors_are_named(t2v, tmp_path):
     path = tmp_path / "model.safetensors"
     rest = {k: v for k, v in t2v.tensors.items() if k != "blocks.1.ffn.2.bias"}
     replace(t2v, tensors=rest).save(path)
-    with pytest.raises(ValueError, match=r"lacks 1 tensors .*'blocks\.1\.ffn\.2\.bias'"):
+    with pytest.raises(ValueError, match=r"lacks 1 of .*'blocks\.1\.ffn\.2\.bias'"):
         load_wan_model(path, FP32, HOST)
     replace(t2v, tensors={**t2v.tensors, "blocks.1.ffn.2.bias": torch.randn(7)}).save(path)
     with pytest.raises(ValueError, match=r"'blocks\.1\.ffn\.2\.bias' has the shape \(7,\)"):
@@ -270,6 +275,41 @@ def test_lora_of_differences(t2v, swapped, tmp_path):
     assert relative(run(plain), reference(t2v.tensors)) < 1e-6
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_lora_of_differences_under_block_swap(t2v, ahead, tmp_path):
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    want = reference(difference_lora(t2v, tmp_path / "d.safetensors", 0.7))
+    swap = BlockSwapArgs(blocks_to_swap=2, offload_txt_emb=True, prefetch_blocks=ahead)
+    host = StandaloneHost(device="cuda")
+    plain = load_wan_model(tmp_path / "m.safetensors", replace(FP32, block_swap=swap), host)
+    lora = LoraFile(path=tmp_path / "d.safetensors", strength=(0.0, 0.7), merge=False)
+    with with_loras(plain, (lora,)).active() as transformer:
+        assert relative(transformer(on_cuda(inputs())).cpu(), reference(t2v.tensors)) < 1e-4
+    steps = with_loras(plain, (lora,))
+    with steps.active() as transformer:
+        steps.set_step(1)
+        assert relative(transformer(on_cuda(inputs())).cpu(), want) < 1e-4
+    with plain.active() as transformer:
+        assert relative(transformer(on_cuda(inputs())).cpu(), reference(t2v.tensors)) < 1e-4
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_lora_beside_compiled_blocks(t2v, fp8, tmp_path):
+    torch._dynamo.reset()
+    t2v.save(tmp_path / "m.safetensors", torch.float32)
+    difference_lora(t2v, tmp_path / "d.safetensors", 0.7)
+    options = replace(FP32, quantization="fp8_e4m3fn" if fp8 else "disabled")
+    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    files = (
+        *lora_files(t2v, tmp_path, strength=0.7, merge=False),
+        LoraFile(path=tmp_path / "d.safetensors", strength=0.7, merge=False),
+    )
+    eager = with_loras(plain, files)
+    compiled = replace(eager, options=replace(options, compile=CompileArgs(backend="eager", fullgraph=True)))
+    assert relative(run(compiled), run(eager)) < 1e-6 < relative(run(eager), run(plain))
+
+
 def test_lora_of_differences_on_fp8(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     difference_lora(t2v, tmp_path / "d.safetensors", 0.7)
@@ -343,9 +383,7 @@ def test_block_swap_changes_nothing(t2v, blocks, ahead, debug, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     host = StandaloneHost(device="cuda")
     model = load_wan_model(tmp_path / "m.safetensors", FP32, host)
-    given = inputs()
-    given = replace(given, latents=given.latents.cuda(), timestep=given.timestep.cuda(),
-                    text=tuple(t.cuda() for t in given.text))  # fmt: skip
+    given = on_cuda(inputs())
     with model.active() as transformer:
         want = transformer(given)
     swap = BlockSwapArgs(

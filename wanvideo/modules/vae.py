@@ -127,13 +127,10 @@ class WanVAE:
             )
         return torch.cat((self.encode(video[:, :-1], tile=tile), self.encode(video[:, -1:], tile=tile)), dim=1)
 
-    def decode(
-        self, latents: Tensor, *, tile: Tile | None = None, on_frames: Callable[[Tensor], None] | None = None
-    ) -> Tensor:
+    def decode(self, latents: Tensor, *, tile: Tile | None = None) -> Tensor:
         """Normalised latents [z, F, h, w] -> video [3, 4 (F - 1) + 1, H, W] in about -1..1, float32 on the CPU.
 
-        on_frames is given the frames [3, f, H, W] as they are made (with tiles: once all tiles are). Raises ValueError
-        if the latents are not this VAE's.
+        Raises ValueError if the latents are not this VAE's.
         """
         chunks = self.decode_chunks(latents, tile=tile)
         factor = self.spatial_factor
@@ -143,13 +140,7 @@ class WanVAE:
         for chunk in chunks:
             video[:, done : done + chunk.shape[1]] = chunk
             done += chunk.shape[1]
-            if on_frames is not None:
-                on_frames(chunk)
         return video
-
-    def decode_with_end(self, latents: Tensor, *, tile: Tile | None = None) -> Tensor:
-        """Undoes `encode_with_end`: n+2 latent frames -> 4n+2 frames, the last latent decoded on its own."""
-        return torch.cat((self.decode(latents[:, :-1], tile=tile), self.decode(latents[:, -1:], tile=tile)), dim=1)
 
     def decode_chunks(self, latents: Tensor, *, tile: Tile | None = None) -> Iterator[Tensor]:
         """As `decode`, but yields the frames [3, f, H, W] as they are made, and keeps none."""
