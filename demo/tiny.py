@@ -82,7 +82,7 @@ def speech_module(seed: int = 1) -> Tiny:
 
 
 def vae(seed: int = 2, base_dim: int = 8) -> Tiny:
-    """A Wan 2.1 VAE of small widths; latents of 16 channels with the published statistics."""
+    """A Wan 2.1 VAE of small widths with random weights."""
     layout = VaeLayout(
         base_dim=base_dim,
         decoder_base_dim=base_dim,
@@ -94,7 +94,11 @@ def vae(seed: int = 2, base_dim: int = 8) -> Tiny:
         nested=False,
     )
     torch.manual_seed(seed)
-    model = build_vae(layout)
+    return vae_file(build_vae(layout), layout)
+
+
+def vae_file(model: nn.Module, layout: VaeLayout) -> Tiny:
+    """A VAE under published names."""
     parameters = dict(model.named_parameters())
     named = {}
     for key in vae_names():
@@ -121,8 +125,8 @@ def vae_names(units: int = 16) -> Iterable[str]:
             yield from (f"{side}.{stages}.{unit}.{leaf}" for leaf in [*block, *sampler])
 
 
-def text_encoder(seed: int = 3, *, wan_names: bool = True) -> Tiny:
-    """A UMT5 encoder of two layers with its tokenizer inside."""
+def text_encoder(seed: int = 3, *, wan_names: bool = True, sentences: Sequence[str] = SENTENCES) -> Tiny:
+    """A UMT5 encoder of two layers with its tokenizer, trained on the sentences, inside."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
@@ -133,16 +137,16 @@ def text_encoder(seed: int = 3, *, wan_names: bool = True) -> Tiny:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     parameters = {k: v.detach() for k, v in model.named_parameters()}
     tensors = {wan_name(k): v for k, v in parameters.items()} if wan_names else parameters
-    return Tiny(tensors={**tensors, "spiece_model": tokenizer()})
+    return Tiny(tensors={**tensors, "spiece_model": tokenizer(sentences)})
 
 
-def tokenizer() -> Tensor:
+def tokenizer(sentences: Sequence[str] = SENTENCES) -> Tensor:
     """A sentencepiece model trained on a few sentences, as bytes."""
     from sentencepiece import SentencePieceTrainer
 
     written = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
+        sentence_iterator=iter((*sentences,) * 20),
         model_writer=written,
         vocab_size=VOCABULARY,
         model_type="unigram",
@@ -157,14 +161,14 @@ def tokenizer() -> Tensor:
     return torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8).clone()
 
 
-def clip_vision(seed: int = 4) -> Tiny:
-    """A CLIP vision tower of two layers with 257 tokens, under ComfyUI's names."""
+def clip_vision(seed: int = 4, patch: int = 14) -> Tiny:
+    """A CLIP vision tower of two layers under ComfyUI's names; patches of 14 pixels give 257 tokens."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
         hidden_size=CLIP_DIM, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        image_size=224, patch_size=14, hidden_act="gelu",
+        image_size=224, patch_size=patch, hidden_act="gelu",
     )  # fmt: skip
     model = CLIPVisionModel(config)
     tensors = {f"vision_model.{k.removeprefix('vision_model.')}": v.detach() for k, v in model.named_parameters()}
@@ -172,7 +176,12 @@ def clip_vision(seed: int = 4) -> Tiny:
 
 
 def wav2vec(seed: int = 5) -> Tiny:
-    """A Wav2Vec2 encoder of two layers, under the published names."""
+    """A Wav2Vec2 encoder of two layers with random weights."""
+    return wav2vec_file(wav2vec_model(seed))
+
+
+def wav2vec_model(seed: int) -> nn.Module:
+    """An untrained Wav2Vec2 encoder of two layers."""
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     torch.manual_seed(seed)
@@ -180,7 +189,11 @@ def wav2vec(seed: int = 5) -> Tiny:
         hidden_size=SPEECH_DIM, num_hidden_layers=SPEECH_LAYERS, num_attention_heads=2, intermediate_size=128,
         conv_dim=(32,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
     )  # fmt: skip
-    model = Wav2Vec2Model(config)
+    return Wav2Vec2Model(config)
+
+
+def wav2vec_file(model: nn.Module) -> Tiny:
+    """A Wav2Vec2 encoder under the published names."""
     old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     tensors = {}
     for name, parameter in model.named_parameters():

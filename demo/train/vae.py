@@ -1,0 +1,132 @@
+"""Trains the demo's VAE on drawn clips of 17 frames."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...wanvideo.modules.vae import MEAN_21, STD_21, build_vae, channels_last
+from ..faces import Characters, Dice, draw_characters, draw_motions, mouth_boxes, render, to_device
+from . import sizes
+from .speech import Take
+from .trainer import Trainer
+from .whole_clip import Z_DIM, WholeClip
+
+RATE = 2e-3
+CLIPS, CLIP_FRAMES = 12, 17
+PAIR_SHARE = 0.3
+MOUTH_WEIGHT, FIRST_WEIGHT = 6.0, 2.0
+KL_WEIGHT = 3e-4
+SHAPE_SHARE = 0.15
+PLACES = torch.tensor([[-0.5, -0.02], [0.5, -0.02]])
+STATISTICS_CLIPS = 16
+
+
+class Pictures:
+    """Endless drawn clips in -1..1 with a weight for every pixel."""
+
+    def __init__(self, takes: list[Take], device: torch.device, seed: int = 0) -> None:
+        self.mouths = torch.cat([torch.from_numpy(take.mouth).float() for take in takes])
+        self.device, self.dice = device, Dice(seed)
+
+    def draw(self, count: int, frames: int, people: int) -> tuple[Tensor, Tensor]:
+        """Clips [count, 3, frames, 128, 128] in -1..1 and weights [count, 1, 1, 128, 128]."""
+        dice = self.dice
+        start = dice.choice(len(self.mouths) - frames, count, people)
+        mouth = self.mouths[start[..., None] + torch.arange(frames)]
+        characters = draw_characters(dice, count, PLACES if people == 2 else None)
+        poses, _ = draw_motions(dice, mouth)
+        with torch.no_grad():
+            clips = render(characters.to(self.device), to_device(poses, self.device))
+            clips = self._with_shapes(clips.movedim(2, 1) * 2 - 1)
+        return clips, self._weights(characters, clips.shape[-1])
+
+    def _with_shapes(self, clips: Tensor) -> Tensor:
+        """Some clips get random ellipses in front, so that the VAE can do more than faces."""
+        count, _, frames, size, _ = clips.shape
+        axis = (torch.arange(size, device=self.device) + 0.5) * 2 / size - 1
+        for _ in range(2):
+            numbers = self.dice.between(-1, 1, count, 10).to(self.device)
+            centre, speed, radius, color, chosen = numbers.split((2, 2, 2, 3, 1), dim=1)
+            time = torch.arange(frames, device=self.device) / frames
+            place = centre[:, :, None] + 0.3 * speed[:, :, None] * time
+            u = (axis - place[:, 0, :, None]) / (0.1 + 0.2 * radius[:, 0, None, None].abs())
+            v = (axis - place[:, 1, :, None]) / (0.1 + 0.2 * radius[:, 1, None, None].abs())
+            inside = (8 * (1 - u[:, :, None, :] ** 2 - v[..., None] ** 2)).clamp(0, 1)
+            inside = inside * (chosen < 2 * SHAPE_SHARE - 1)[:, :, None, None]
+            clips = clips + inside[:, None] * (color[:, :, None, None, None] - clips)
+        return clips
+
+    def _weights(self, characters: Characters, size: int) -> Tensor:
+        axis = (torch.arange(size) + 0.5) * 2 / size - 1
+        left, top, right, bottom = mouth_boxes(characters)[..., None].unbind(-2)
+        inside = ((axis > left) & (axis < right))[..., None, :] & ((axis > top) & (axis < bottom))[..., None]
+        return (1 + (MOUTH_WEIGHT - 1) * inside.any(1).float())[:, None, None].to(self.device)
+
+
+def loss(vae: WholeClip, clips: Tensor, weights: Tensor) -> Tensor:
+    """Reconstruction of values and of their differences between neighbours, and a weak pull to unit variance."""
+    with torch.autocast(clips.device.type, dtype=torch.bfloat16):
+        mean, logvar = vae.encode(clips).float().chunk(2, dim=1)
+        logvar = logvar.clamp(-20, 4)
+        made = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
+    first = torch.ones(clips.shape[2], device=clips.device)
+    first[0] = FIRST_WEIGHT
+    scale = weights * first[:, None, None]
+    error = made - clips
+    values = (scale * (error.abs() + 5 * error**2)).mean()
+    edges = sum((scale.narrow(d, 1, scale.shape[d] - 1) * error.diff(dim=d).abs()).mean() for d in (-1, -2))
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return values + 0.5 * edges + KL_WEIGHT * kl
+
+
+def train(takes: list[Take], path: Path, *, seconds: float, device: torch.device, compiled: bool) -> nn.Module:
+    """The trained VAE, its latents brought to the published mean and deviation."""
+    torch.manual_seed(0)
+    model = build_vae(sizes.VAE).to(device)
+    channels_last(model)
+    whole = WholeClip(model, compiled)
+    pictures = Pictures(takes, device)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        people = 2 if float(pictures.dice.between(0, 1)) < PAIR_SHARE else 1
+        clips, weights = pictures.draw(CLIPS, CLIP_FRAMES, people)
+        return clips.contiguous(memory_format=torch.channels_last_3d), weights
+
+    # Drawing is bound by the host, a step by the device: the next clips are drawn meanwhile.
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(draw)]
+
+        def step(progress: float) -> Tensor:
+            clips, weights = coming.pop().result()
+            coming.append(pool.submit(draw))
+            return loss(whole, clips, weights)
+
+        trained = Trainer(model, path, seconds=seconds, rate=RATE).run(step)
+    normalise(trained, Pictures(takes, device, seed=1))
+    return trained
+
+
+@torch.no_grad()
+def normalise(vae: nn.Module, pictures: Pictures) -> None:
+    """Scale the latents to the published VAE's mean and deviation; the 1x1 convolutions next to them take it up."""
+    batches = [WholeClip(vae).encode(pictures.draw(STATISTICS_CLIPS, CLIP_FRAMES, 1)[0]) for _ in range(4)]
+    latents = torch.cat(batches)[:, :Z_DIM].movedim(1, 0).flatten(1).double()
+    mean, deviation = latents.mean(1), latents.std(1)
+    wanted_mean, wanted = (torch.tensor(t, dtype=torch.float64, device=mean.device) for t in (MEAN_21, STD_21))
+    scale = wanted / deviation
+    out, back = vae.quant_conv, vae.post_quant_conv
+    weight, bias = out.weight.double(), out.bias.double()
+    weight[:Z_DIM] *= scale.view(-1, 1, 1, 1, 1)
+    bias[:Z_DIM] = (bias[:Z_DIM] - mean) * scale + wanted_mean
+    bias[Z_DIM:] += 2 * scale.log()
+    inverse = back.weight.double() / scale.view(1, -1, 1, 1, 1)
+    shift = F.conv3d((mean * scale - wanted_mean).view(1, -1, 1, 1, 1), inverse)
+    back.bias.copy_(back.bias.double() + shift.flatten())
+    back.weight.copy_(inverse)
+    out.weight.copy_(weight)
+    out.bias.copy_(bias)
