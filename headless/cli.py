@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..demo.quality import command as quality_command
 from ..host import CancelledError, set_host
 from ..standalone_host import StandaloneHost
 
@@ -52,8 +53,14 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="make the demo's talking video")
     demo.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="assignments")
+    demo.add_argument("--speech", type=Path, metavar="FILE", help="your own speech, in any sound format")
+    demo.add_argument("--portrait", type=Path, metavar="FILE", help="your own drawn frontal face (demo/MODEL_CARD.md)")
     demo.set_defaults(command=_demo)
-    for command in (run, demo):
+
+    quality = commands.add_parser("quality", help="measure lip-sync and fidelity of the demo's models by setting")
+    quality_command.add_arguments(quality)
+    quality.set_defaults(command=quality_command.run)
+    for command in (run, demo, quality):
         # Only where it is given, so that it does not undo one before the command's name.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_argument("--out", type=Path, help="folder for results (default: ./output)")
