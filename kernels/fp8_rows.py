@@ -70,7 +70,7 @@ def quantise_eager(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tenso
         values, scale = wide * (LARGEST / largest), largest * (1 / LARGEST)
     else:
         values = (wide * (1 / static_scale)).clamp(-LARGEST, LARGEST)
-        scale = static_scale.expand(*x.shape[:-1], 1).contiguous()
+        scale = static_scale.expand(*x.shape[:-1], 1).clone(memory_format=torch.contiguous_format)
     return F.pad(values, (0, padded_size(x.shape[-1]) - x.shape[-1])).to(ROWS_DTYPE), scale
 
 
