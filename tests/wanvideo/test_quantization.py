@@ -9,6 +9,7 @@ import torch
 from layouts import relative
 from safetensors.torch import load_file, save_file
 from saved_models import save_fp8, save_gguf
+from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.multitalk.extension import AudioWindow
@@ -238,6 +239,16 @@ def test_old_gpus_are_refused_at_load(t2v, option, tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "runs_fp8", lambda device: "it has compute capability 8.6")
     with pytest.raises(ValueError, match=rf"8\.6. Choose '{option.removesuffix('_fast')}'"):
         load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_kernel_argument_is_ready(t2v, option, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
+    save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
+    file = lora(t2v, tmp_path / "l.safetensors", merge=True)
+    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option, loras=(file,)), HOST)
+    assert all(tensor_layout.is_kernel_ready(p, strided=False) for p in model.transformer.parameters())
+    assert run(model).isfinite().all()
 
 
 def lora(t2v, path, **options):
