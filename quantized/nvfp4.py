@@ -25,6 +25,7 @@ from .fp8 import rows_product
 from .linear import ROW_MULTIPLE, QuantisedLinear, frozen, padded
 
 TINY = 1e-30
+SMALLEST_SCALE = 2**-9
 BLACKWELL = (10, 0)
 
 
@@ -40,8 +41,9 @@ def quantise_nvfp4(t: Tensor, scale: Tensor | None = None) -> Nvfp4:
     """A matrix [N, K] of any precision in NVFP4; without `scale` one that fits its largest value, measured here."""
     if scale is None:
         scale = largest_scale(t)
-    t = F.pad(t, (0, padded_size(t.shape[1]) - t.shape[1], 0, -t.shape[0] % ROW_MULTIPLE))
-    return Nvfp4(*comfy_kitchen.quantize_nvfp4(kernel_ready(t, strided=False), scale), scale)
+    if padded_size(t.shape[1]) != t.shape[1]:
+        t = F.pad(t, (0, padded_size(t.shape[1]) - t.shape[1]))
+    return Nvfp4(*comfy_kitchen.quantize_nvfp4(kernel_ready(t, strided=False), scale, pad_16x=True), scale)
 
 
 def largest_scale(t: Tensor) -> Tensor:
@@ -104,10 +106,10 @@ class Nvfp4Fp8Linear(Nvfp4Linear):
 
     def _store(self, q: Nvfp4) -> None:
         super()._store(q)
-        wide = values_of(q._replace(scale=torch.ones_like(q.scale)))
-        largest = F.pad(wide.abs().amax(dim=1, keepdim=True), (0, 0, 0, self.weight.shape[0] - wide.shape[0]))
-        # A power of two: dividing by it is exact, and the result stays as precise as FP8 can say it.
-        factor = torch.exp2(torch.floor(torch.log2(LARGEST / largest.clamp(min=2**-9))))
+        rows, columns = self.weight.shape[0], self.weight.shape[1] * CODES_PER_BYTE
+        largest = unswizzled(self.weight_scale, rows, columns).amax(dim=1, keepdim=True) * LARGEST_CODE
+        # A power of two: multiplying by it is exact, and the result stays as precise as FP8 can say it.
+        factor = torch.exp2(torch.floor(torch.log2(LARGEST / largest.clamp(min=SMALLEST_SCALE))))
         self.factor = frozen(factor)
         self.row_scale = frozen(self.weight_scale_2 / factor)
 

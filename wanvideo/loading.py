@@ -134,7 +134,7 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     merged = [file for file in options.loras if file.merge]
     report = _fill(model, checkpoint, plan)
     for file in merged:
-        _merge(model, file)
+        _merge(model, file, host.device())
     watch(model)
     placement = Placement(model, host.offload_device())
     placement.swap = options.block_swap
@@ -190,8 +190,11 @@ def _dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def _merge(model: WanModel, file: LoraFile) -> None:
-    """Add a LoRA to the weights, in float32. Raises ValueError if its strength changes by the step."""
+def _merge(model: WanModel, file: LoraFile, device: torch.device) -> None:
+    """Add a LoRA to the weights, in float32; quantised ones are stored anew on `device`.
+
+    Raises ValueError if its strength changes by the step.
+    """
     if not isinstance(file.strength, float | int):
         raise ValueError(
             f"The LoRA {file.path.name} has a strength for every step, so it cannot be merged: turn merge_loras off."
@@ -201,7 +204,9 @@ def _merge(model: WanModel, file: LoraFile) -> None:
         for target, difference in differences(name, change, shapes):
             layer, parameter = layers.get(name), model.get_parameter(target)
             if isinstance(layer, QuantisedLinear) and parameter is layer.weight:
-                layer.add(file.strength * difference)
+                home = parameter.device
+                layer.to(device).add((file.strength * difference).to(device))
+                layer.to(home)
             else:
                 parameter.data = (parameter.float() + file.strength * difference).to(parameter.dtype)
 
