@@ -23,7 +23,7 @@ def triton_kernels(name: str) -> ModuleType:
     """
     if importlib.util.find_spec("triton") is None:
         raise ImportError(
-            "FP8 matrix products on a GPU need Triton, which is not installed: install it (package 'triton', on "
-            "Windows 'triton-windows'), or choose a quantization without '_fast'."
+            "FP8 matrix products on a GPU need the package 'triton' (on Windows 'triton-windows'), which is not "
+            "installed; a quantization without '_fast' needs none."
         )
     return importlib.import_module(f".{name}", __package__)

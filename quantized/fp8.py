@@ -108,7 +108,10 @@ def rows_product(rows: Fp8Rows, weight: Tensor, weight_scale: Tensor, bias: Tens
 
 
 def runs_fp8(device: torch.device) -> str | None:
-    """Why FP8 matrix products cannot run on the device; None where they can (the CPU computes them, slowly)."""
+    """Why FP8 matrix products cannot run on the device; None where they can (the CPU computes them, slowly).
+
+    On a GPU a small one is run, and waited for.
+    """
     if device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -118,11 +121,12 @@ def runs_fp8(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, and they need 8.9 (RTX 40, L4, Hopper)"
     try:
-        ones = torch.ones(16, 32, device=device).to(torch.float8_e4m3fn)
-        _multiply(ones, torch.ones(16, 1, device=device), ones, torch.ones(16, 1, device=device), None)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        return f"torch {torch.__version__} cannot multiply FP8 with a scale a row on this GPU ({reason})"
+        ones = torch.ones(16, 32, device=device)
+        Fp8MatmulLinear.quantise(ones, None, torch.float8_e4m3fn)(ones)
+        torch.cuda.synchronize(device)
+    # Whatever stops a first small product (Triton missing or without a compiler, a torch that lacks it) is the reason.
+    except Exception as error:
+        return f"a first product failed with {type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}"
     return None
 
 

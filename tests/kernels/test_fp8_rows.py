@@ -110,7 +110,7 @@ def test_expand_is_exact_where_fp8_can_be():
 
 def test_missing_triton_is_said(monkeypatch):
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"need Triton.*without '_fast'"):
+    with pytest.raises(ImportError, match=r"need the package 'triton'.*without '_fast'"):
         kernels.triton_kernels("fp8_rows_triton")
 
 

@@ -1,12 +1,14 @@
 """Every quantised linear layer computes its formula, for all shapes and dtypes, and changes nothing it is given."""
 
+import re
+
 import pytest
 import torch
 from layouts import bits, relative
 from torch import nn
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
-from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows, runs_fp8
 from wanvideo_wrapper.quantized.linear import shared_input
 from wanvideo_wrapper.quantized.nvfp4 import (
     Nvfp4,
@@ -59,6 +61,21 @@ def test_full_graph(kind):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
     x = torch.randn(2, 5, 70)
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.cuda
+@pytest.mark.sm89
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_host_synchronisation(kind):
+    layer = KINDS[kind][0](torch.randn(50, 70), torch.randn(50)).cuda()
+    x = torch.randn(2, 5, 70, device="cuda", dtype=torch.bfloat16)
+    layer(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = layer(x[:, ::2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,3 +202,26 @@ def test_nvfp4_fills_up_odd_columns_of_files():
     assert layer.weight.shape == (32, 32)
     x = torch.randn(4, 48)
     assert relative(layer(x), x.double() @ values_of(q)[:, :48].double().t()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "match"),
+    [
+        ((8, 6), None, r"compute capability 8\.6, and they need 8\.9"),
+        ((9, 0), ImportError("they need the package 'triton'."), r"ImportError: they need the package 'triton'$"),
+        ((9, 0), RuntimeError("not supported\nmore"), r"RuntimeError: not supported$"),
+    ],
+)
+def test_why_fp8_does_not_run(capability, error, match, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch, "ones", fails)
+    assert re.search(match, runs_fp8(torch.device("cuda")))
+
+
+def test_where_fp8_runs():
+    assert runs_fp8(torch.device("cpu")) is None
+    assert "mps" in runs_fp8(torch.device("mps"))
