@@ -41,9 +41,9 @@ def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -
     if isinstance(cls, QuantisedLinear):
         return _first(cls(ready))
     if cls.weight.dtype not in FP8_DTYPES.values():
-        plain = getattr(cls, "original_forward", None)
-        return _first(nn.functional.linear(ready, cls.weight.to(base_dtype), _bias(cls, base_dtype))
-                      if plain is None else plain(ready))  # fmt: skip
+        if hasattr(cls, "original_forward"):
+            return _first(cls.original_forward(ready))
+        return nn.functional.linear(ready, cls.weight.to(base_dtype), _bias(cls, base_dtype))
     features, columns = cls.weight.shape
     weight = padded(cls.weight, padded_size(features, ROW_MULTIPLE), padded_size(columns))
     scale = row_scales(getattr(cls, "scale_weight", None), features).to(weight.device, non_blocking=True)
@@ -71,7 +71,8 @@ def convert_fp8_linear(
             continue
         if layer.weight.dtype in FP8_DTYPES.values():
             scale = scales.get(f"{name}.scale_weight", getattr(layer, "scale_weight", None))
-            _adopt(layer, scale, _measured(scales.get(f"{name}.scale_input")), base_dtype)
+            static = scales.get(f"{name}.scale_input", getattr(layer, "scale_input", None))
+            _adopt(layer, scale, _measured(static), base_dtype)
             converted += 1
     log.info("FP8 matrix products: %d linear layers.", converted)
 
@@ -83,8 +84,9 @@ def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: 
     static = None if static is None else static.to(weight.device)
     quantised = Fp8MatmulLinear(weight, None if scale is None else scale.to(weight.device), bias, static)
     hooks = {key: value for key, value in vars(layer).items() if "hooks" in key}
-    # A plain attribute would hide the parameter of that name.
-    vars(layer).pop("scale_weight", None)
+    # Plain attributes would hide the parameters of these names.
+    for name in ("scale_weight", "scale_input"):
+        vars(layer).pop(name, None)
     layer.__class__ = Fp8MatmulLinear
     vars(layer).update(vars(quantised) | hooks)
 

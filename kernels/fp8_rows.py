@@ -86,8 +86,8 @@ def norm_quantise_eager(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> t
 
 @torch.library.custom_op(op_name("fp8_quantise"), mutates_args=())
 def _quantise_op(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not x.is_cuda or x.numel() == 0:
-        return _empty_rows(x) if x.numel() == 0 else quantise_eager(x, static_scale)
+    if not x.is_cuda:
+        return quantise_eager(x, static_scale)
     rows = _rows(x)
     check_entry("fp8_quantise", x=rows, static_scale=static_scale)
     values, scale = _empty_rows(x)
@@ -97,8 +97,8 @@ def _quantise_op(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor
 
 @torch.library.custom_op(op_name("fp8_gelu_quantise"), mutates_args=())
 def _gelu_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    if not x.is_cuda or x.numel() == 0:
-        return _empty_rows(x) if x.numel() == 0 else gelu_quantise_eager(x)
+    if not x.is_cuda:
+        return gelu_quantise_eager(x)
     rows = _rows(x)
     check_entry("fp8_gelu_quantise", x=rows)
     values, scale = _empty_rows(x)
@@ -108,8 +108,8 @@ def _gelu_op(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(op_name("fp8_norm_quantise"), mutates_args=())
 def _norm_op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if not x.is_cuda or x.numel() == 0:
-        return _empty_rows(x) if x.numel() == 0 else norm_quantise_eager(x, gain, shift, eps)
+    if not x.is_cuda:
+        return norm_quantise_eager(x, gain, shift, eps)
     x, gain, shift = kernel_ready(x), kernel_ready(gain), kernel_ready(shift)
     check_entry("fp8_norm_quantise", x=x, gain=gain, shift=shift)
     values, scale = _empty_rows(x)

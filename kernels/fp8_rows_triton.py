@@ -63,6 +63,8 @@ def _launch_options(columns: int) -> dict[str, int]:
 
 def quantise(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tensor, *, gelu: bool) -> None:
     """x [M, C], last dimension dense, -> values [..., P] and scale [..., 1], both contiguous."""
+    if x.shape[0] == 0:
+        return
     options = _launch_options(values.shape[-1])
     static = scale if static_scale is None else static_scale
     with torch.cuda.device_of(x):
@@ -74,6 +76,8 @@ def quantise(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tens
 
 def norm_quantise(x: Tensor, gain: Tensor, shift: Tensor, values: Tensor, scale: Tensor, *, eps: float) -> None:
     """x [B, L, C]; gain and shift float32, [C] or [B, 1 or L, C], last dimension dense."""
+    if x.numel() == 0:
+        return
     gain, shift = gain.expand(x.shape), shift.expand(x.shape)
     with torch.cuda.device_of(x):
         _norm_quantise[(x.shape[0] * x.shape[1],)](

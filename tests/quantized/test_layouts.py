@@ -3,6 +3,7 @@
 WAN_LAYOUT_EXAMPLES sets how many layouts are generated for each entry point.
 """
 
+import functools
 import os
 
 import pytest
@@ -53,11 +54,16 @@ def weights(dtype):
     return torch.randn(FEATURES, COLUMNS, generator=generator), torch.randn(FEATURES, generator=generator).to(dtype)
 
 
+@functools.cache
+def in_nvfp4():
+    return quantise_nvfp4(weights(torch.float32)[0])
+
+
 def entry_points(device, dtype, lay):
     """Name -> function of x; weights, scales and biases lie as `lay` puts them."""
     weight, bias = weights(dtype)
     (e4, s4), (e5, s5) = (quantise_rows(weight, kind) for kind in (E4M3, E5M2))
-    q, shape = quantise_nvfp4(weight), (FEATURES, COLUMNS)
+    q, shape = in_nvfp4(), (FEATURES, COLUMNS)
     e4, s4, e5, s5, bias = (lay(t.to(device)) for t in (e4, s4, e5, s5, bias))
     q = Nvfp4(*(lay(t.to(device)) for t in q))
     measured = lay(torch.full((1,), 0.05, device=device))[0]

@@ -16,6 +16,7 @@ from wanvideo_wrapper.quantized.nvfp4 import (
     Nvfp4Linear,
     Nvfp4MatmulLinear,
     quantise_nvfp4,
+    runs_fp4,
     values_of,
 )
 
@@ -67,6 +68,8 @@ def test_full_graph(kind):
 @pytest.mark.sm89
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_host_synchronisation(kind):
+    if kind == "nvfp4 fast" and not runs_fp4(torch.device("cuda")):
+        pytest.skip("needs Blackwell; the stand-in elsewhere is for comparison only")
     layer = KINDS[kind][0](torch.randn(50, 70), torch.randn(50)).cuda()
     x = torch.randn(2, 5, 70, device="cuda", dtype=torch.bfloat16)
     layer(x)
