@@ -37,9 +37,9 @@ FP32 = LoadOptions(base_dtype=torch.float32)
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])]
 FAST4 = Nvfp4MatmulLinear if torch.cuda.is_available() and runs_fp4(torch.device("cuda")) else Nvfp4Fp8Linear
 # Option -> layer made of a bf16 file, and how far the model's output may be from the file's. The tiny model has
-# random weights, no outliers, and three blocks.
+# random weights, no outliers, and three blocks; a GPU's convolution of the patches rounds to TF32.
 FROM_BF16 = {
-    "disabled": (torch.nn.Linear, 1e-5),
+    "disabled": (torch.nn.Linear, 1e-3),
     "fp8_e4m3fn": (Fp8Linear, 0.05), "fp8_e4m3fn_fast": (Fp8MatmulLinear, 0.06),
     "fp8_e5m2": (Fp8Linear, 0.08), "fp8_e5m2_fast": (Fp8MatmulLinear, 0.08),
     "fp4_experimental": (Nvfp4Linear, 0.15), "fp4_scaled": (Nvfp4Linear, 0.15), "fp4_scaled_fast": (FAST4, 0.2),
