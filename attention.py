@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import op_name
-from .tensor_layout import kernel_ready
+from .tensor_layout import check_entry, kernel_ready
 from .wanvideo.extension import AttentionCall
 
 ATTENTION_MODES = (
@@ -48,7 +48,9 @@ def _sdpa_bshd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 @torch.library.custom_op(op_name("sdpa"), mutates_args=())
 def _sdpa_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
-    out = _sdpa_bshd(q, k, v, mask if mask is None else kernel_ready(mask))
+    mask = mask if mask is None else kernel_ready(mask)
+    check_entry("sdpa", q=q, k=k, v=v, mask=mask)
+    out = _sdpa_bshd(q, k, v, mask)
     # An operator may not return one of its inputs, which a zero-copy transpose of v could be for a single key.
     return out if out.data_ptr() not in {q.data_ptr(), k.data_ptr(), v.data_ptr()} else out.clone()
 

@@ -10,11 +10,12 @@ from .multitalk.nodes import MultiTalkFile
 from .node_tools import CATEGORY, DTYPES, files, find_model, mappings, reject
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
-from .wanvideo.loading import QUANTIZATIONS, LoadOptions, WanVideoModel, load_wan_model
+from .wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model
 from .wanvideo.lora import LoraFile
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
 from .wanvideo.modules.vae import WanVAE, load_vae
+from .wanvideo.quantization import QUANTIZATIONS
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 LOAD_DEVICES = ["main_device", "offload_device"]

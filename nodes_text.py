@@ -170,7 +170,8 @@ class WanVideoTextEncodeCached:
             return result
 
         prompts = [*_split(positive_prompt), negative_prompt]
-        both = _encode_prompts(prompts, encoder_name(path, DTYPES[precision]), encode, _cache(use_disk_cache))
+        name = encoder_name(path, DTYPES[precision], quantization)
+        both = _encode_prompts(prompts, name, encode, _cache(use_disk_cache))
         negative = TextEmbeds(positive=both[-1:])
         return TextEmbeds(positive=both[:-1], negative=both[-1:]), negative, positive_prompt
 

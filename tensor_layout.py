@@ -6,15 +6,22 @@ contiguous). `.contiguous()` is not that rule: a contiguous view that starts one
 unchanged, and the kernel then fails with "CUDA error: misaligned address".
 
 Addresses do not exist while a graph is traced, so `kernel_ready` runs inside opaque ops and at load; `dense` is for
-traced code.
+traced code. With the environment variable WAN_LAYOUT_CHECK=1 every kernel entry asserts the rule on what it hands to
+the kernel, and names the module and the argument that breaks it.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALIGNMENT = 16
+CHECKING = os.environ.get("WAN_LAYOUT_CHECK", "0") == "1"
+
+# Names of the modules that are running, outermost first; kept only in checking mode.
+_running: list[str] = []
 
 
 def is_kernel_ready(t: Tensor, strided: bool = True) -> bool:
@@ -52,3 +59,32 @@ def kernel_ready(t: Tensor, strided: bool = True) -> Tensor:
 def dense(t: Tensor) -> Tensor:
     """`t` with a dense last dimension, decided from shape and strides alone (safe while a graph is traced)."""
     return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def check_entry(kernel: str, *, strided: bool = True, **arguments: Tensor | None) -> None:
+    """In checking mode, assert the rule for the arguments of a kernel that is about to run.
+
+    Raises AssertionError that names the kernel, the module it runs for (see `watch`) and the argument.
+    """
+    if not CHECKING:
+        return
+    for name, t in arguments.items():
+        if t is not None and not is_kernel_ready(t, strided):
+            module = _running[-1] if _running else "no watched module"
+            raise AssertionError(
+                f"{kernel} in {module}: argument '{name}' is not kernel-ready: shape {tuple(t.shape)}, strides "
+                f"{t.stride()}, {t.dtype}, address % {ALIGNMENT} = {t.data_ptr() % ALIGNMENT}."
+            )
+
+
+def watch(model: nn.Module) -> None:
+    """In checking mode, let `check_entry` know the names of the model's modules. Blocks must run uncompiled for it."""
+    if not CHECKING:
+        return
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: _running.append(name or "the model"))
+        module.register_forward_hook(lambda *_: _leave(), always_call=True)
+
+
+def _leave() -> None:
+    _running.pop()

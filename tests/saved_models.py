@@ -8,7 +8,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from PIL import Image
 from safetensors.torch import save_file
 from wanvideo_wrapper.demo import INPUT, tiny
-from wanvideo_wrapper.fp8_optimization import keeps_precision, quantise_rows
+from wanvideo_wrapper.fp8_optimization import keeps_precision
+from wanvideo_wrapper.quantized.fp8 import quantise_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = Path(os.environ.get("WANVIDEO_GRAPHS", ROOT.parent / "shared" / "workflows"))

@@ -13,6 +13,7 @@ NODES = wanvideo_wrapper.NODE_CLASS_MAPPINGS
 LIMITS = ("default", "min", "max", "step", "round", "multiline", "advanced")
 # Inputs that come after the original's, so that saved graphs stay valid.
 APPENDED = {"MultiTalkSilentEmbeds": {"optional": ["wav2vec_model"]}}
+APPENDED_OPTIONS = {("WanVideoModelLoader", "quantization"): ["fp4_experimental", "fp4_scaled", "fp4_scaled_fast"]}
 
 
 @pytest.fixture
@@ -50,10 +51,10 @@ def test_inputs(name, files):
                 assert got[entry[0]] == entry[1]
                 continue
             kind, *options = got[entry[0]]
-            want = files(entry[1])
+            want, appended = files(entry[1]), APPENDED_OPTIONS.get((name, entry[0]))
             if isinstance(want, list):
                 want = [part for item in want for part in (files(item) if item.startswith("<files:") else [item])]
-            assert kind == want, entry[0]
+            assert kind == (want if appended is None else want + appended), entry[0]
             given = options[0] if options else {}
             published = entry[2] if len(entry) > 2 else {}
             assert {k: v for k, v in given.items() if k in LIMITS} == {

@@ -1,9 +1,17 @@
 """The layout contract, checked against its own definition on generated views."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from wanvideo_wrapper import tensor_layout
+from wanvideo_wrapper.quantized import fp8
+from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.tensor_layout import dense, is_kernel_ready, kernel_ready
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float8_e4m3fn]
@@ -72,3 +80,56 @@ def test_dense_copies_only_what_is_not():
     assert dense(t) is t
     assert dense(t.transpose(1, 2)).stride(-1) == 1
     assert dense(t[:, :, :1]).stride(-1) == t.stride(-1)
+
+
+class Broken(nn.Module):
+    """Hands its input to a kernel as it is."""
+
+    def forward(self, x):
+        tensor_layout.check_entry("kernel", weight=None, x=x)
+        return x
+
+
+@pytest.fixture
+def checking(monkeypatch):
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
+
+
+def test_checking_names_kernel_module_and_argument(checking):
+    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"o": Broken()})["o"])
+    tensor_layout.watch(model)
+    model(torch.randn(8, 8))
+    for bad in (torch.randn(65)[1:].view(8, 8), torch.randn(8, 16)[:, ::2], torch.randn(1, 8).expand(4, 8)):
+        with pytest.raises(AssertionError, match=r"^kernel in 1: argument 'x' is not kernel-ready: shape \(\d, 8\)"):
+            model(bad)
+    assert tensor_layout._running == []
+
+
+def test_checking_catches_a_kernel_that_skips_the_rule(checking, monkeypatch):
+    model = nn.ModuleDict({"q": Fp8MatmulLinear.quantise(torch.randn(16, 32), None, torch.float8_e4m3fn)})
+    tensor_layout.watch(model)
+    weight = model["q"].weight
+    weight.data = torch.empty(weight.numel() + 1, dtype=weight.dtype)[1:].view(weight.shape).copy_(weight.data)
+    x = torch.randn(3, 32)
+    assert model["q"](x).isfinite().all()
+    monkeypatch.setattr(fp8, "kernel_ready", lambda t, strided=True: t)
+    with pytest.raises(AssertionError, match=r"torch\._scaled_mm in q: argument 'weight'.*address % 16 = 1"):
+        model["q"](x)
+
+
+def test_without_checking_nothing_is_watched():
+    model = nn.Sequential(Broken())
+    tensor_layout.watch(model)
+    assert not model[0]._forward_hooks
+    model(torch.randn(65)[1:].view(8, 8))
+
+
+@pytest.mark.slow
+def test_the_environment_turns_checking_on(tmp_path):
+    program = (
+        "import torch; from wanvideo_wrapper import tensor_layout; assert tensor_layout.CHECKING; "
+        "tensor_layout.check_entry('kernel', x=torch.randn(65)[1:])"
+    )
+    env = {**os.environ, "WAN_LAYOUT_CHECK": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert "AssertionError: kernel in no watched module: argument 'x'" in done.stderr

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..tensor_layout import kernel_ready
 from .checkpoint import Checkpoint
 
 log = logging.getLogger("wanvideo")
@@ -66,7 +67,7 @@ def check(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *,
 def fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype_of: DtypeOf) -> None:
     """The second half of `assign`: read the tensors of all parameters that are still on the meta device."""
     state = {
-        name: checkpoint.tensor(names[name]).reshape(parameter.shape).to(dtype_of(name))
+        name: kernel_ready(checkpoint.tensor(names[name]).reshape(parameter.shape).to(dtype_of(name)), strided=False)
         for name, parameter in model.named_parameters()
         if parameter.is_meta
     }

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..tensor_layout import kernel_ready
+
 if TYPE_CHECKING:
     from .modules.model import WanModel
 
@@ -170,5 +172,5 @@ def _move(modules: tuple[nn.Module, ...], device: torch.device, non_blocking: bo
     """Put the parameters on `device`; returns each with its waiting value."""
     waiting = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
     for parameter, value in waiting:
-        parameter.data = value.to(device, non_blocking=non_blocking)
+        parameter.data = kernel_ready(value.to(device, non_blocking=non_blocking), strided=False)
     return waiting

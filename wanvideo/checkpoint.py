@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .key_names import Naming, naming_of
-from .stored_formats import Weight, read_weight, weights_of
+from .stored_formats import Stored, Weight, read_stored, read_weight, weights_of
 from .tensor_file import TensorFile, open_files
 
 
@@ -63,10 +63,13 @@ class Checkpoint:
         entry = self._entries[name]
         return read_weight(entry.file, entry.weight)
 
-    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The tensor in its stored type, and the scale that multiplies it (None where there is none)."""
-        file, weight = self._entries[name]
-        return file.read(weight.name), None if weight.scale is None else file.read(weight.scale).float()
+    def stored(self, name: str) -> Stored:
+        """The tensor and its scales as the file holds them."""
+        return read_stored(*self._entries[name])
+
+    def full_precision(self, name: str) -> bool:
+        """Whether the file asks that products with this weight are computed in base precision."""
+        return self._entries[name].weight.full_precision
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same tensors under other names."""

@@ -204,15 +204,19 @@ class Extension:
 Hooks = tuple[tuple[Extension, NamedTuple], ...]
 
 
+def hooked(name: str, hooks: Hooks) -> bool:
+    """Whether an active extension overrides the hook `name`."""
+    return any(getattr(type(extension), name) is not getattr(Extension, name) for extension, _ in hooks)
+
+
 def run_hooks(name: str, block: WanAttentionBlock, value: object, hooks: Hooks) -> tuple[object, Hooks]:
     """Pass `value` through the hook `name` of every active extension, in registry order.
 
     Extensions that do not override the hook are skipped, and vanish from a traced graph.
     """
-    base = getattr(Extension, name)
     after = []
     for extension, cond in hooks:
-        if getattr(type(extension), name) is not base:
+        if hooked(name, ((extension, cond),)):
             value, cond = getattr(extension, name)(block, value, cond)
         after.append((extension, cond))
     return value, tuple(after)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .. import attention
-from ..fp8_optimization import FP8_DTYPES, Fp8Linear, keeps_precision
+from ..quantized.linear import QuantisedLinear
+from ..tensor_layout import watch
 from . import registry
 from .architecture import config_of
 from .assign import LoadReport, check, fill
@@ -25,25 +25,15 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
 from .config import WanConfig
 from .families import TRANSFORMER
-from .lora import LoraFile, beside, changes_for, differences
+from .lora import LoraFile, beside, changes_for, differences, parameter_shapes
 from .modules.model import WanModel
+from .quantization import Plan, describe, plan_of
 
 if TYPE_CHECKING:
     from ..host import Host, Managed
 
 log = logging.getLogger("wanvideo")
 
-QUANTIZATIONS = (
-    "disabled",
-    "fp8_e4m3fn",
-    "fp8_e4m3fn_fast",
-    "fp8_e4m3fn_scaled",
-    "fp8_e4m3fn_scaled_fast",
-    "fp8_e5m2",
-    "fp8_e5m2_fast",
-    "fp8_e5m2_scaled",
-    "fp8_e5m2_scaled_fast",
-)
 FULL_PRECISION = ("patch_embedding",)
 KEPT_PRECISION = ("modulation", "norm")
 
@@ -136,15 +126,16 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     main = open_checkpoint(path)
     config = config_of(main)
     checkpoint = with_aliases(main).joined([with_aliases(open_checkpoint(module)) for module in options.modules])
-    plan = _Quantization.of(options.quantization, checkpoint)
+    plan = plan_of(options.quantization, checkpoint, device=host.device(), base=options.base_dtype)
     backend = attention.resolve(options.attention_mode, device=host.device(), head_dim=config.head_dim)
     log.info("Self-attention runs on '%s', cross-attention on 'sdpa'.", backend.name)
     with torch.device("meta"):
         model = WanModel(config, registry.detect(checkpoint.shapes), backend)
     merged = [file for file in options.loras if file.merge]
-    report = _fill(model, checkpoint, plan, options.base_dtype)
+    report = _fill(model, checkpoint, plan)
     for file in merged:
-        _merge(model, file)
+        _merge(model, file, host.device())
+    watch(model)
     placement = Placement(model, host.offload_device())
     placement.swap = options.block_swap
     managed = host.manage(model, place=placement)
@@ -175,57 +166,18 @@ def with_aliases(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.renamed(rename)
 
 
-@dataclass(frozen=True)
-class _Quantization:
-    """Which FP8 type weights are converted to at load; None keeps what the file holds."""
-
-    convert: torch.dtype | None
-
-    @classmethod
-    def of(cls, option: str, checkpoint: Checkpoint) -> _Quantization:
-        """Check the option against the file."""
-        if option not in QUANTIZATIONS or option.endswith("_fast"):
-            works = ", ".join(name for name in QUANTIZATIONS if not name.endswith("_fast"))
-            raise ValueError(f"quantization '{option}' is not available in this version; choose one of: {works}.")
-        if option == "disabled":
-            return cls(None)
-        scaled = any("scaled" in form for form in checkpoint.formats.values())
-        if option.endswith("_scaled") and not scaled:
-            raise ValueError(
-                f"quantization '{option}' needs a file with scales, and {checkpoint.path.name} has none: choose "
-                f"'{option.removesuffix('_scaled')}' or 'disabled'."
-            )
-        return cls(None if scaled else FP8_DTYPES[option.removesuffix("_scaled")])
-
-
-def _fill(model: WanModel, checkpoint: Checkpoint, plan: _Quantization, base: torch.dtype) -> LoadReport:
+def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan) -> LoadReport:
     names = {name: name for name, _ in model.named_parameters()}
     report = check(model, checkpoint, names, what=TRANSFORMER)
-    quantised = [name for name, layer in model.named_modules() if _is_quantised(name, layer, checkpoint, plan)]
     with torch.no_grad():
-        for name in quantised:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _fp8_linear(checkpoint, name, plan, base))
-        fill(model, checkpoint, names, dtype_of=lambda name: _dtype(name, checkpoint, base))
-    if quantised:
-        log.info("%d linear layers are stored in FP8 and expanded to %s for their product.", len(quantised), base)
+        for name, plain in list(model.named_modules()):
+            layer = plan.layer(checkpoint, name, plain)
+            if layer is not None:
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, layer)
+        fill(model, checkpoint, names, dtype_of=lambda name: _dtype(name, checkpoint, plan.base))
+    describe(model)
     return report
-
-
-def _is_quantised(name: str, layer: nn.Module, checkpoint: Checkpoint, plan: _Quantization) -> bool:
-    if not isinstance(layer, nn.Linear) or not name.startswith("blocks.") or keeps_precision(name):
-        return False
-    return plan.convert is not None or checkpoint.formats[f"{name}.weight"].startswith("F8_")
-
-
-def _fp8_linear(checkpoint: Checkpoint, name: str, plan: _Quantization, base: torch.dtype) -> Fp8Linear:
-    bias = checkpoint.tensor(f"{name}.bias").to(base) if f"{name}.bias" in checkpoint.shapes else None
-    if checkpoint.formats[f"{name}.weight"].startswith("F8_"):
-        weight, scale = checkpoint.stored(f"{name}.weight")
-        scale = torch.ones(()) if scale is None else scale
-        rows = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
-        return Fp8Linear(weight, rows, bias)
-    return Fp8Linear.quantise(checkpoint.tensor(f"{name}.weight"), bias, plan.convert)
 
 
 def _dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:
@@ -238,17 +190,23 @@ def _dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def _merge(model: WanModel, file: LoraFile) -> None:
-    """Add a LoRA to the weights, in float32. Raises ValueError if its strength changes by the step."""
+def _merge(model: WanModel, file: LoraFile, device: torch.device) -> None:
+    """Add a LoRA to the weights, in float32; quantised ones are stored anew on `device`.
+
+    Raises ValueError if its strength changes by the step.
+    """
     if not isinstance(file.strength, float | int):
         raise ValueError(
             f"The LoRA {file.path.name} has a strength for every step, so it cannot be merged: turn merge_loras off."
         )
-    layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    layers, shapes = dict(model.named_modules()), parameter_shapes(model)
     for name, change in changes_for(file, model).items():
-        for parameter, difference in differences(name, change, parameters):
-            if parameter.dtype in FP8_DTYPES.values():
-                layers[name].add(file.strength * difference)
+        for target, difference in differences(name, change, shapes):
+            layer, parameter = layers.get(name), model.get_parameter(target)
+            if isinstance(layer, QuantisedLinear) and parameter is layer.weight:
+                home = parameter.device
+                layer.to(device).add((file.strength * difference).to(device))
+                layer.to(home)
             else:
                 parameter.data = (parameter.float() + file.strength * difference).to(parameter.dtype)
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..quantized.linear import QuantisedLinear, weight_shape
 from .checkpoint import Checkpoint, open_checkpoint
 from .key_names import from_diffusers
 
@@ -164,6 +165,7 @@ def changes_for(file: LoraFile, model: nn.Module) -> dict[str, Change]:
     Raises ValueError if none does, or one has the wrong size.
     """
     parameters = dict(model.named_parameters())
+    shapes = parameter_shapes(model)
     found = read_changes(file)
     matched = {name: change for name, change in found.items() if name in parameters or f"{name}.weight" in parameters}
     if not matched:
@@ -173,32 +175,39 @@ def changes_for(file: LoraFile, model: nn.Module) -> dict[str, Change]:
             "made for another model, or the block selection leaves nothing."
         )
     for name, change in matched.items():
-        weight = parameters.get(name, parameters.get(f"{name}.weight"))
-        if not change.fits(weight.shape):
+        shape = shapes.get(name, shapes.get(f"{name}.weight"))
+        if not change.fits(shape):
             raise ValueError(
                 f"The LoRA {file.path.name} was made for another size of model: its change of '{name}' does not fit "
-                f"{tuple(weight.shape)}."
+                f"{tuple(shape)}."
             )
     unmatched = len(found) - len(matched)
     log.info("LoRA %s: %d layers matched, %d not in this model.", file.path.name, len(matched), unmatched)
     return matched
 
 
-def differences(
-    name: str, change: Change, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Every one of a model's parameters that the change of `name` concerns, with its difference at strength 1, float32.
+def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of all parameters as the model has them: a quantised weight's values, not its storage."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            shapes[f"{name}.weight"] = weight_shape(layer)
+    return shapes
 
-    Raises ValueError for a bias that the layer does not have.
+
+def differences(name: str, change: Change, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """Names of the model's parameters that the change of `name` concerns, with the difference at strength 1, float32.
+
+    shapes: `parameter_shapes` of the model. Raises ValueError for a bias that the layer does not have.
     """
-    weight = parameters.get(name, parameters.get(f"{name}.weight"))
-    delta = change.weight(weight.shape)
+    parameter = name if name in shapes else f"{name}.weight"
+    delta = change.weight(shapes[parameter])
     if delta is not None:
-        yield weight, delta
+        yield parameter, delta
     if change.diff_b is not None:
-        if f"{name}.bias" not in parameters:
+        if f"{name}.bias" not in shapes:
             raise ValueError(f"A LoRA changes the bias of '{name}', which has none: it was made for another model.")
-        yield parameters[f"{name}.bias"], change.diff_b.float()
+        yield f"{name}.bias", change.diff_b.float()
 
 
 def _kept_changes(file: LoraFile, model: nn.Module) -> dict[str, Change]:
@@ -256,17 +265,17 @@ def beside(model: nn.Module, files: Sequence[LoraFile], device: torch.device, dt
     """
     state = Beside(files, device)
     layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    handles = []
+    shapes, handles = parameter_shapes(model), []
     try:
         for index, (file, strength) in enumerate(zip(files, state.strengths, strict=True)):
             for name, change in _kept_changes(file, model).items():
                 layer = layers.get(name)
-                if layer is not None and layer.weight.dim() > 1:
+                if layer is not None and len(weight_shape(layer)) > 1:
                     hook = _hook(change, strength, layer, (device, dtype))
                     handles.append(layer.register_forward_hook(hook))
                     continue
-                for parameter, difference in differences(name, change, parameters):
-                    state.shift(index, parameter, difference)
+                for parameter, difference in differences(name, change, shapes):
+                    state.shift(index, parameters[parameter], difference)
         state.set_step(0)
         yield state
     finally:
@@ -277,7 +286,8 @@ def beside(model: nn.Module, files: Sequence[LoraFile], device: torch.device, dt
 
 def _hook(change: Change, strength: Tensor, layer: nn.Module, place: tuple[torch.device, torch.dtype]) -> object:
     bias = None if change.diff_b is None else change.diff_b.to(*place)
-    if change.diff is None and change.down is not None and layer.weight.dim() == 2:
+    shape = weight_shape(layer)
+    if change.diff is None and change.down is not None and len(shape) == 2:
         down, up = change.down.to(*place).contiguous(), (change.up * change.factor).to(*place).contiguous()
 
         def low_rank(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -286,13 +296,13 @@ def _hook(change: Change, strength: Tensor, layer: nn.Module, place: tuple[torch
             return output + (strength * delta).to(output.dtype)
 
         return low_rank
-    weight = change.weight(layer.weight.shape)
+    weight = change.weight(shape)
     difference = None if weight is None else weight.to(*place)
 
     def full(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         delta = 0 if difference is None else _product(layer, inputs[0].to(difference.dtype), difference)
         if bias is not None:
-            delta = delta + bias.view(-1, *(1,) * (layer.weight.dim() - 2))
+            delta = delta + bias.view(-1, *(1,) * (len(shape) - 2))
         return output + (strength * delta).to(output.dtype)
 
     return full

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from .tensor_file import TensorFile
 
 SCALE_NAMES = ("weight_scale", "scale_weight")
 GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
-UNREAD_NAMES = ("input_scale", "scale_input", "comfy_quant")
+INPUT_SCALE_NAMES = ("input_scale", "scale_input")
+MARK = "comfy_quant"
 MARKER = "scaled_fp8"
 HEADER_FIELD = "_quantization_metadata"
 FP8_FORMATS = ("F8_E4M3", "F8_E5M2")
@@ -32,7 +34,8 @@ class Weight:
     """One tensor of a model as a file stores it.
 
     name: in the file; shape: of the values; format: stored type, with "scaled" where a scale belongs to it;
-    dtype: what `read_weight` returns; scale, global_scale: names of the tensors that multiply it.
+    dtype: what `read_weight` returns; scale, global_scale: names of the tensors that multiply it; input_scale: name of
+    the scale of activations; full_precision: the file asks for products in base precision.
     """
 
     name: str
@@ -41,11 +44,33 @@ class Weight:
     dtype: torch.dtype
     scale: str | None = None
     global_scale: str | None = None
+    input_scale: str | None = None
+    full_precision: bool = False
 
     @property
     def quantised(self) -> bool:
         """Whether the values are fewer bits than bfloat16."""
         return self.format.split()[0] in (*FP8_FORMATS, "I8", "NVFP4", "Q8_0")
+
+
+class Stored(NamedTuple):
+    """A weight as it is stored, with its scales as float32; None where the file has none.
+
+    values [N, K], or NVFP4 codes [N, K / 2]; scale: of the tensor, of its rows, or NVFP4's E4M3 block scales;
+    input_scale: None too where it is 1, which files write where none was measured.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+    global_scale: Tensor | None
+    input_scale: Tensor | None
+
+
+class Mark(NamedTuple):
+    """What a file says of a layer: its format, and whether products shall be in base precision."""
+
+    format: str = ""
+    full_precision: bool = False
 
 
 def weights_of(file: TensorFile) -> dict[str, Weight]:
@@ -71,32 +96,54 @@ def read_weight(file: TensorFile, weight: Weight) -> Tensor:
     return stored.float().mul_(_broadcast(file.read(weight.scale).float(), weight, file))
 
 
-def _weight(file: TensorFile, name: str, marks: Mapping[str, str]) -> Weight:
+def read_stored(file: TensorFile, weight: Weight) -> Stored:
+    """The tensors of a weight, nothing expanded."""
+    scale = None if weight.scale is None else file.read(weight.scale)
+    overall = None if weight.global_scale is None else file.read(weight.global_scale).float()
+    activations = None if weight.input_scale is None else file.read(weight.input_scale).float()
+    if activations is not None and (activations.numel() != 1 or activations.item() == 1):
+        activations = None
+    if scale is not None and weight.format != "NVFP4":
+        scale = scale.float()
+    return Stored(file.read(weight.name), scale, overall, activations)
+
+
+def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
     stored = file.tensors[name]
+    if not name.endswith(".weight"):
+        return Weight(
+            name=name, shape=stored.shape, format=stored.format, dtype=DTYPES.get(stored.format, torch.float32)
+        )
     layer = name.removesuffix(".weight")
-    scale = _sibling(file, layer, SCALE_NAMES) if name.endswith(".weight") else None
-    if marks.get(layer) == "nvfp4" and name.endswith(".weight"):
+    scale, mark = _sibling(file, layer, SCALE_NAMES), marks.get(layer, Mark())
+    activations = _sibling(file, layer, INPUT_SCALE_NAMES)
+    if mark.format == "nvfp4":
         second = _sibling(file, layer, GLOBAL_SCALE_NAMES)
         if scale is None or second is None or stored.format != "U8":
             raise ValueError(f"{file.path.name}: layer '{layer}' is marked as NVFP4 but lacks its scales.")
         shape = (*stored.shape[:-1], stored.shape[-1] * CODES_PER_BYTE)
-        return Weight(name=name, shape=shape, format="NVFP4", dtype=torch.float32, scale=scale, global_scale=second)
-    if name.endswith(".weight") and (stored.format == "U8" or (stored.format == "I8" and scale is None)):
+        return Weight(
+            name=name, shape=shape, format="NVFP4", dtype=torch.float32, scale=scale, global_scale=second,
+            input_scale=activations, full_precision=mark.full_precision,
+        )  # fmt: skip
+    if stored.format == "U8" or (stored.format == "I8" and scale is None):
         raise ValueError(
             f"{file.path.name}: '{name}' is quantised in a way this version cannot read ({stored.format}, without a "
             "comfy_quant mark); use a bf16, fp16, FP8 or GGUF file of the model."
         )
-    if scale is not None:
-        return Weight(name=name, shape=stored.shape, format=f"{stored.format} scaled", dtype=torch.float32, scale=scale)
-    dtype = DTYPES.get(stored.format, torch.float32)
-    return Weight(name=name, shape=stored.shape, format=stored.format, dtype=dtype)
+    form = stored.format if scale is None else f"{stored.format} scaled"
+    dtype = torch.float32 if scale is not None else DTYPES.get(stored.format, torch.float32)
+    return Weight(
+        name=name, shape=stored.shape, format=form, dtype=dtype, scale=scale, input_scale=activations,
+        full_precision=mark.full_precision,
+    )  # fmt: skip
 
 
 def _is_auxiliary(name: str, file: TensorFile) -> bool:
     layer, _, leaf = name.rpartition(".")
     if leaf == MARKER:
         return True
-    if leaf not in (*SCALE_NAMES, *GLOBAL_SCALE_NAMES, *UNREAD_NAMES):
+    if leaf not in (*SCALE_NAMES, *GLOBAL_SCALE_NAMES, *INPUT_SCALE_NAMES, MARK):
         return False
     return f"{layer}.weight" in file.tensors
 
@@ -105,22 +152,25 @@ def _sibling(file: TensorFile, layer: str, leaves: tuple[str, ...]) -> str | Non
     return next((f"{layer}.{leaf}" for leaf in leaves if f"{layer}.{leaf}" in file.tensors), None)
 
 
-def _marks(file: TensorFile) -> dict[str, str]:
-    marks = {}
+def _marks(file: TensorFile) -> dict[str, Mark]:
     header = json.loads(file.metadata.get(HEADER_FIELD, "{}")).get("layers", {})
-    for layer, entry in header.items():
-        marks[layer] = entry if isinstance(entry, str) else entry.get("format", "")
+    marks = {layer: _mark(entry) for layer, entry in header.items()}
     for name in file.tensors:
-        if name.endswith(".comfy_quant"):
-            mark = json.loads(bytes(file.read(name).tolist()).decode())
-            marks[name.removesuffix(".comfy_quant")] = mark.get("format", "")
-    unread = sorted(set(marks.values()) - set(MARKED_FORMATS))
+        if name.endswith(f".{MARK}"):
+            marks[name.removesuffix(f".{MARK}")] = _mark(json.loads(bytes(file.read(name).tolist()).decode()))
+    unread = sorted({mark.format for mark in marks.values()} - set(MARKED_FORMATS))
     if unread:
         raise ValueError(
             f"{file.path.name} is quantised as {', '.join(unread)}, which this version cannot read; use a file in "
             f"{', '.join(MARKED_FORMATS)} or bf16."
         )
     return marks
+
+
+def _mark(entry: str | Mapping[str, object]) -> Mark:
+    if isinstance(entry, str):
+        return Mark(entry)
+    return Mark(str(entry.get("format", "")), bool(entry.get("full_precision_matrix_mult", False)))
 
 
 def _broadcast(scale: Tensor, weight: Weight, file: TensorFile) -> Tensor:

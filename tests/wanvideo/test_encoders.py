@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules import clip, t5
 from wanvideo_wrapper.wanvideo.modules.tokenizer import MAX_TOKENS, clean
@@ -98,7 +99,8 @@ def test_prompt_weights_scale_their_words(host, tmp_path):
     torch.testing.assert_close(weighted, want)
 
 
-def test_scaled_fp8_text_encoder(host, tmp_path):
+@pytest.mark.parametrize("quantization", t5.QUANTIZATIONS)
+def test_scaled_fp8_text_encoder(host, quantization, tmp_path):
     model = tiny.text_encoder(wan_names=False)
     tensors, expected = {}, {}
     for name, value in model.tensors.items():
@@ -111,7 +113,7 @@ def test_scaled_fp8_text_encoder(host, tmp_path):
             tensors[name] = expected[name] = value
     path = tmp_path / "text_encoders" / "fp8.safetensors"
     save_file({**tensors, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
-    encoder = t5.load_text_encoder(path, dtype=torch.float32, host=host)
+    encoder = t5.load_text_encoder(path, dtype=torch.float32, quantization=quantization, host=host)
     prompt = "a woman is singing a song"
     want = umt5_float64(
         {t5.wan_name(k): v for k, v in expected.items() if "." in k}, encoder._tokenizer.encode(prompt), 2, 4
@@ -237,6 +239,22 @@ def test_another_kind_of_file_is_named(load, host, tmp_path):
         load(tmp_path / "vae.safetensors", dtype=torch.float32, host=host)
 
 
-def test_fp8_storage_of_the_text_encoder_is_refused_by_name(host, tmp_path):
-    with pytest.raises(ValueError, match="'fp8_e4m3fn' of the text encoder is not available"):
-        t5.load_text_encoder(tmp_path / "x", dtype=torch.float32, quantization="fp8_e4m3fn", host=host)
+@pytest.mark.parametrize("wan_names", [True, False])
+def test_fp8_storage_of_the_text_encoder(host, wan_names, tmp_path):
+    path, model = tmp_path / "text_encoders" / "umt5.safetensors", tiny.text_encoder(wan_names=wan_names)
+    model.save(path, torch.float32)
+    encoder = t5.load_text_encoder(path, dtype=torch.float32, quantization="fp8_e4m3fn", host=host)
+    expected = {}
+    for key, value in model.tensors.items():
+        name = key if wan_names or "." not in key else t5.wan_name(key)
+        rounded = (
+            name.startswith("blocks.") and value.dim() == 2 and not name.endswith(("embedding.weight", "fc2.weight"))
+        )
+        kept = Fp8Linear.quantise(value, None, torch.float8_e4m3fn).expanded(torch.float32) if rounded else value
+        expected[name] = kept
+    prompt = "a woman is singing a song"
+    want = umt5_float64(expected, encoder._tokenizer.encode(prompt), 2, 4)
+    assert relative(encoder.encode([prompt])[0], want) < 1e-4
+    assert encoder.name.endswith("fp8_e4m3fn")
+    with pytest.raises(ValueError, match="'int4' of a text encoder does not exist; choose one of: disabled"):
+        t5.load_text_encoder(path, dtype=torch.float32, quantization="int4", host=host)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from comfy_kitchen import adaln
 from torch import Tensor, nn
+
+from ...kernels.fp8_rows import Fp8Rows, gelu_quantise, norm_quantise
+from ...quantized.linear import all_take_rows
 
 MAX_PERIOD = 10000.0
 
@@ -45,13 +51,50 @@ def per_token(rows_of: Tensor, rows: Tensor | None) -> Tensor:
     return rows_of if rows is None else rows_of[:, rows]
 
 
-def modulate(norm: WanLayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift, rounded once to x's dtype."""
+def modulate(
+    norm: WanLayerNorm, x: Tensor, shift: Tensor, scale: Tensor, readers: Sequence[nn.Module] = ()
+) -> Tensor | Fp8Rows:
+    """norm(x) * (1 + scale) + shift for a norm without weights; x [B, L, C], shift and scale [B, 1 or L, C] float32.
+
+    Rounded once: to FP8 rows where all `readers`, the linear layers that take it, read them; else to x's dtype.
+    """
+    if readers and all_take_rows(readers):
+        return norm_quantise(x, 1 + scale, shift, norm.eps)
+    if _runs_fused(x):
+        return adaln(x, scale, shift, norm.eps)
     return torch.addcmul(shift, norm.widened(x), 1 + scale).to(x.dtype)
+
+
+def normalise(norm: WanLayerNorm, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor | Fp8Rows:
+    """norm(x) for a norm with weights, rounded as in `modulate`."""
+    if readers and all_take_rows(readers):
+        return norm_quantise(x, norm.weight.float(), norm.bias.float(), norm.eps)
+    if _runs_fused(x):
+        return adaln(x, norm.weight.float() - 1, norm.bias.float(), norm.eps)
+    return norm(x)
+
+
+def _runs_fused(x: Tensor) -> bool:
+    """Whether fewer, larger kernels win: on a GPU, unless a compiler fuses or gradients are needed."""
+    return x.is_cuda and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear; the GELU gives FP8 rows where the second layer reads them."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
+
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        """[..., C] -> [..., C]."""
+        hidden = self[0](x)
+        return self[2](gelu_quantise(hidden) if all_take_rows((self[2],)) else self[1](hidden))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y * gate with a float32 gate, rounded once to x's dtype."""
+    if _runs_fused(x):
+        return torch.addcmul(x, y, gate, out=torch.empty_like(x))
     return torch.addcmul(x, y, gate).to(x.dtype)
 
 

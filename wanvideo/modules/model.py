@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import Attention, attend, sdpa
+from ...kernels.fp8_rows import Fp8Rows
+from ...quantized.linear import shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
 from ..extension import (
@@ -31,10 +33,21 @@ from ..extension import (
     RunCache,
     Step,
     Tokens,
+    hooked,
     run_hooks,
 )
 from ..rope import apply_rope, rope_table
-from .layers import Head, WanLayerNorm, WanRMSNorm, gated_residual, modulate, per_token, sinusoidal_embedding
+from .layers import (
+    FeedForward,
+    Head,
+    WanLayerNorm,
+    WanRMSNorm,
+    gated_residual,
+    modulate,
+    normalise,
+    per_token,
+    sinusoidal_embedding,
+)
 
 
 class WanSelfAttention(nn.Module):
@@ -60,8 +73,15 @@ class WanSelfAttention(nn.Module):
         """Heads [B, L, H, D] through the output projection: [B, L, C]."""
         return self.o(out.flatten(2).contiguous())
 
-    def forward(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock) -> tuple[Tensor, Hooks]:
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The linear layers that read the normalised video tokens."""
+        return self.q, self.k, self.v
+
+    def forward(
+        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
+    ) -> tuple[Tensor, Hooks]:
         """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
+        x = shared_input(x, *self.readers())
         q = apply_rope(self.split(self.norm_q(self.q(x))), inputs.rope)
         k = apply_rope(self.split(self.norm_k(self.k(x))), inputs.rope)
         call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
@@ -75,11 +95,18 @@ class WanSelfAttention(nn.Module):
 class WanT2VCrossAttention(WanSelfAttention):
     """Attention of video tokens to the text."""
 
-    def forward(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock) -> tuple[Tensor, Hooks]:
+    def readers(self) -> tuple[nn.Module, ...]:
+        """Only the queries are of the video tokens."""
+        return (self.q,)
+
+    def forward(
+        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
+    ) -> tuple[Tensor, Hooks]:
         """x [B, L, C], inputs.text [B, T, C] -> [B, L, C]."""
+        text = shared_input(inputs.text, self.k, self.v)
         q = self.split(self.norm_q(self.q(x)))
-        k = self.split(self.norm_k(self.k(inputs.text)))
-        out = self.attention(q, k, self.split(self.v(inputs.text)))
+        k = self.split(self.norm_k(self.k(text)))
+        out = self.attention(q, k, self.split(self.v(text)))
         heads, hooks = run_hooks("cross_attn", block, Heads(q, None, out), hooks)
         return self.project(heads.out), hooks
 
@@ -95,7 +122,8 @@ class WanI2VCrossAttention(WanT2VCrossAttention):
 
     def image_keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Image tokens [B, N, C] -> k, v [B, N, H, D]."""
-        return self.split(self.norm_k_img(self.k_img(tokens))), self.split(self.v_img(tokens))
+        shared = shared_input(tokens, self.k_img, self.v_img)
+        return self.split(self.norm_k_img(self.k_img(shared))), self.split(self.v_img(shared))
 
 
 class WanAttentionBlock(nn.Module):
@@ -109,9 +137,7 @@ class WanAttentionBlock(nn.Module):
         self.norm3 = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
         self.cross_attn = WanT2VCrossAttention(config, sdpa())
         self.norm2 = WanLayerNorm(config.dim, config.eps)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x: Tensor, inputs: BlockInputs, conds: tuple[NamedTuple | None, ...] = ()) -> Tensor:
@@ -120,15 +146,18 @@ class WanAttentionBlock(nn.Module):
         rows = (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (per_token(row, inputs.rows) for row in rows)
 
-        h, hooks = run_hooks("self_attn_input", self, modulate(self.norm1, x, shift, scale), hooks)
+        # A hook that reads the input of self-attention reads it in base precision.
+        readers = () if hooked("self_attn_input", hooks) else self.self_attn.readers()
+        h = modulate(self.norm1, x, shift, scale, readers)
+        h, hooks = run_hooks("self_attn_input", self, h, hooks)
         y, hooks = self.self_attn(h, inputs, hooks, self)
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
         x = gated_residual(x, y, gate)
 
-        y, hooks = self.cross_attn(self.norm3(x), inputs, hooks, self)
+        y, hooks = self.cross_attn(normalise(self.norm3, x, self.cross_attn.readers()), inputs, hooks, self)
         x, _ = run_hooks("after_cross_attn", self, x + y, hooks)
 
-        y = self.ffn(modulate(self.norm2, x, ffn_shift, ffn_scale))
+        y = self.ffn(modulate(self.norm2, x, ffn_shift, ffn_scale, (self.ffn[0],)))
         return gated_residual(x, y, ffn_gate)
 
 

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..assign import assign, layer_count
+from ...quantized.fp8 import Fp8Linear
+from ..assign import check, fill, layer_count
 from ..checkpoint import Checkpoint, open_checkpoint
 from .tokenizer import Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from ...host import Host
 
+QUANTIZATIONS = ("disabled", "fp8_e4m3fn")
 WEIGHTED = re.compile(r"\((.*?):(\d+(?:\.\d+)?)\)")
 
 # Hugging Face's name -> Wan's, inside a block.
@@ -57,18 +59,14 @@ def parse_weights(prompt: str) -> tuple[str, dict[str, float]]:
 
 
 class TextEncoder:
-    """A loaded UMT5 encoder and its tokenizer, under the host's memory management."""
+    """A loaded UMT5 encoder and its tokenizer, under the host's memory management. name: see `encoder_name`."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, path: Path, host: Host) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, path: Path, host: Host, name: str) -> None:
         self.path = path
+        self.name = name
         self.managed = host.manage(model)
         self._model = model
         self._tokenizer = tokenizer
-
-    @property
-    def name(self) -> str:
-        """The file and its precision: what an embedding was made with."""
-        return encoder_name(self.path, self._model.dtype)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, device: torch.device | None = None) -> list[Tensor]:
@@ -99,30 +97,51 @@ def _occurrences(ids: Sequence[int], part: Sequence[int]) -> list[int]:
     return [i for i in range(len(ids) - size + 1) if size and list(ids[i : i + size]) == list(part)]
 
 
-def encoder_name(path: Path, dtype: torch.dtype) -> str:
-    """`TextEncoder.name` of a file that need not be loaded."""
-    return f"{path.name} {dtype}"
+def encoder_name(path: Path, dtype: torch.dtype, quantization: str = "disabled") -> str:
+    """What an embedding was made with: file, precision, quantisation. The file need not be loaded."""
+    return f"{path.name} {dtype}" + (f" {quantization}" if quantization != "disabled" else "")
 
 
 def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled") -> TextEncoder:
-    """Load a UMT5 encoder of any size, under Wan's or Hugging Face's names; scaled FP8 files are expanded.
+    """Load a UMT5 encoder of any size, under Wan's or Hugging Face's names.
 
-    Raises ValueError for another kind of file or a quantization that is not available, FileNotFoundError without a
-    tokenizer.
+    quantization: "disabled" expands FP8 files, scaled or not, to `dtype`; "fp8_e4m3fn" keeps their bytes, and stores
+    layers of other files in FP8 too (half the memory, expanded for each product). Raises ValueError for another kind of
+    file or quantization, FileNotFoundError without a tokenizer.
     """
-    if quantization != "disabled":
+    if quantization not in QUANTIZATIONS:
         raise ValueError(
-            f"quantization '{quantization}' of the text encoder is not available in this version; choose 'disabled' "
-            "(an FP8 file loads with it too)."
+            f"quantization '{quantization}' of a text encoder does not exist; choose one of: "
+            f"{', '.join(QUANTIZATIONS)}."
         )
     checkpoint = open_checkpoint(path)
     names = _file_names(checkpoint)
     with torch.device("meta"):
         model = _build(checkpoint, names)
     model.encoder.embed_tokens = model.shared
-    assign(model, checkpoint, names, dtype=dtype, what="UMT5 text encoder")
+    check(model, checkpoint, names, what="UMT5 text encoder")
+    if quantization != "disabled":
+        _store_in_fp8(model, checkpoint, names)
+    fill(model, checkpoint, names, dtype_of=lambda name: dtype)
     tokenizer = find_tokenizer(checkpoint, [path.parent, host.models_dir("text_encoders")])
-    return TextEncoder(model, tokenizer, path=path, host=host)
+    name = encoder_name(path, dtype, quantization)
+    return TextEncoder(model, tokenizer, path=path, host=host, name=name)
+
+
+@torch.no_grad()
+def _store_in_fp8(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    for name, layer in list(model.named_modules()):
+        # transformers casts activations to the dtype of a `wo` layer's weight, so that one stays as it is.
+        if not isinstance(layer, nn.Linear) or name.endswith(".wo"):
+            continue
+        key = names[f"{name}.weight"]
+        if checkpoint.formats[key].startswith("F8_E4M3"):
+            found = checkpoint.stored(key)
+            quantised = Fp8Linear(found.values, found.scale, None)
+        else:
+            quantised = Fp8Linear.quantise(checkpoint.tensor(key), None, torch.float8_e4m3fn)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, quantised)
 
 
 class _Names(Mapping[str, str]):

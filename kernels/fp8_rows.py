@@ -1,0 +1,142 @@
+"""Activations in FP8 with one scale a row: quantising alone, behind a GELU, and behind a LayerNorm with modulation.
+
+Scales map each row's largest value to E4M3's largest (448), in float32; the rest of a row keeps its relative precision
+whatever other rows hold. Each operator is the eager PyTorch beside it on the CPU and one Triton kernel on a GPU.
+Shapes: C channels, P channels rounded up to a multiple of 32, which suits FP8 and NVFP4 tensor cores.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tensor_layout import check_entry, kernel_ready
+from . import op_name, triton_kernels
+
+ROWS_DTYPE = torch.float8_e4m3fn
+LARGEST = torch.finfo(ROWS_DTYPE).max
+TINY = 1e-12
+COLUMN_MULTIPLE = 32
+
+
+class Fp8Rows(NamedTuple):
+    """A quantised activation that several linear layers can read.
+
+    values [..., P] E4M3, zero behind the first `features`; scale [..., 1] float32, which multiplies them; dtype: that
+    of the activation it stands for, and of the layers' results.
+    """
+
+    values: Tensor
+    scale: Tensor
+    features: int
+    dtype: torch.dtype
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The activation [..., features], with the rounding that it went through."""
+        return (self.values[..., : self.features].float() * self.scale).to(dtype)
+
+
+def padded_size(size: int, multiple: int = COLUMN_MULTIPLE) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def quantise(x: Tensor, static_scale: Tensor | None = None) -> Fp8Rows:
+    """x [..., C] in FP8; with `static_scale`, 0-d, that one for all rows, and larger values saturate."""
+    values, scale = _quantise_op(x, static_scale)
+    return Fp8Rows(values, scale, x.shape[-1], x.dtype)
+
+
+def gelu_quantise(x: Tensor) -> Fp8Rows:
+    """GELU (tanh form) of x [..., C] in FP8, without rounding in between."""
+    values, scale = _gelu_op(x)
+    return Fp8Rows(values, scale, x.shape[-1], x.dtype)
+
+
+def norm_quantise(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Fp8Rows:
+    """LayerNorm(x) * gain + shift in FP8. x [B, L, C]; gain, shift float32, [C] or [B, 1 or L, C]."""
+    values, scale = _norm_op(x, gain, shift, eps)
+    return Fp8Rows(values, scale, x.shape[-1], x.dtype)
+
+
+def quantise_eager(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Values [..., P] and scales [..., 1] of x [..., C]: what the kernel must equal."""
+    wide = x.float()
+    if static_scale is None:
+        largest = wide.abs().amax(dim=-1, keepdim=True).clamp(min=TINY)
+        values, scale = wide * (LARGEST / largest), largest * (1 / LARGEST)
+    else:
+        values = (wide * (1 / static_scale)).clamp(-LARGEST, LARGEST)
+        scale = static_scale.expand(*x.shape[:-1], 1).clone(memory_format=torch.contiguous_format)
+    return F.pad(values, (0, padded_size(x.shape[-1]) - x.shape[-1])).to(ROWS_DTYPE), scale
+
+
+def gelu_quantise_eager(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of GELU(x)."""
+    return quantise_eager(F.gelu(x.float(), approximate="tanh"))
+
+
+def norm_quantise_eager(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same of LayerNorm(x) * gain + shift."""
+    return quantise_eager(torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), gain))
+
+
+@torch.library.custom_op(op_name("fp8_quantise"), mutates_args=())
+def _quantise_op(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        return quantise_eager(x, static_scale)
+    rows = _rows(x)
+    check_entry("fp8_quantise", x=rows, static_scale=static_scale)
+    values, scale = _empty_rows(x)
+    triton_kernels("fp8_rows_triton").quantise(rows, static_scale, values, scale, gelu=False)
+    return values, scale
+
+
+@torch.library.custom_op(op_name("fp8_gelu_quantise"), mutates_args=())
+def _gelu_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        return gelu_quantise_eager(x)
+    rows = _rows(x)
+    check_entry("fp8_gelu_quantise", x=rows)
+    values, scale = _empty_rows(x)
+    triton_kernels("fp8_rows_triton").quantise(rows, None, values, scale, gelu=True)
+    return values, scale
+
+
+@torch.library.custom_op(op_name("fp8_norm_quantise"), mutates_args=())
+def _norm_op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        return norm_quantise_eager(x, gain, shift, eps)
+    x, gain, shift = kernel_ready(x), kernel_ready(gain), kernel_ready(shift)
+    check_entry("fp8_norm_quantise", x=x, gain=gain, shift=shift)
+    values, scale = _empty_rows(x)
+    triton_kernels("fp8_rows_triton").norm_quantise(x, gain, shift, values, scale, eps=eps)
+    return values, scale
+
+
+@_quantise_op.register_fake
+def _(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x)
+
+
+@_gelu_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x)
+
+
+@_norm_op.register_fake
+def _(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., C] -> [M, C], kernel-ready."""
+    return kernel_ready(x.reshape(-1, x.shape[-1]))
+
+
+def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    values = torch.empty((*x.shape[:-1], padded_size(x.shape[-1])), dtype=ROWS_DTYPE, device=x.device)
+    return values, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)

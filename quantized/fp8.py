@@ -1,0 +1,191 @@
+"""Weights in FP8 (E4M3 or E5M2): value = weight * scale, a float32 scale for each output row.
+
+`Fp8Linear` expands the weight to the activation's type; `Fp8MatmulLinear` multiplies on FP8 tensor cores, activations
+in E4M3 with a scale for each row. Weights are stored [P, Q], N and K rounded up with zeros to multiples of 16 and 32,
+as tensor cores need. Those give bfloat16, whose rounding is 20 dB below that of the operands.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import op_name
+from ..kernels.fp8_rows import Fp8Rows, padded_size, quantise
+from ..tensor_layout import check_entry, kernel_ready
+from .linear import ROW_MULTIPLE, QuantisedLinear, frozen, padded
+
+FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+TINY = 1e-12
+LEAST_CAPABILITY = (8, 9)
+
+
+def quantise_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] -> FP8 [N, K] and float32 scales [N, 1] that map each row's largest value to the format's."""
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / torch.finfo(dtype).max
+    return (wide / scale).to(dtype), scale
+
+
+def row_scales(scale: Tensor | None, rows: int) -> Tensor:
+    """A scale of a tensor (any shape of one value), of its rows, or none -> float32 [rows, 1].
+
+    Raises ValueError for another number of values.
+    """
+    if scale is None:
+        return torch.ones(rows, 1)
+    if scale.numel() not in (1, rows):
+        raise ValueError(
+            f"A weight scale of shape {tuple(scale.shape)} fits no weight of {rows} rows: it must have one value, or "
+            "one a row; use another quantised file of the model."
+        )
+    return scale.detach().float().reshape(-1, 1).expand(rows, 1)
+
+
+class Fp8Linear(QuantisedLinear):
+    """FP8 weight [P, Q], scales [P, 1], bias [N]; the product is one of the activation's type."""
+
+    label = "FP8 weights, expanded for the product"
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__(*weight.shape, bias)
+        self._store(weight, row_scales(scale, weight.shape[0]).to(weight.device))
+
+    @classmethod
+    def quantise(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Self:
+        """From a weight in any precision."""
+        return cls(*quantise_rows(weight, dtype), bias)
+
+    def _store(self, weight: Tensor, scale: Tensor) -> None:
+        rows = padded_size(weight.shape[0], ROW_MULTIPLE)
+        self.weight = frozen(padded(weight, rows, padded_size(weight.shape[1])))
+        self.scale_weight = frozen(F.pad(scale, (0, 0, 0, rows - scale.shape[0])))
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """The weight's values; the product with the scale is rounded once."""
+        return _expanded(self.weight, self.scale_weight, dtype)[: self.out_features, : self.in_features]
+
+    def add(self, difference: Tensor) -> None:
+        """The scales become new ones."""
+        self._store(*quantise_rows(self.expanded(torch.float32) + difference, self.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        return _weight_only(x, self.weight, self.scale_weight, self.bias, self.out_features)
+
+
+class Fp8MatmulLinear(Fp8Linear):
+    """The same storage, multiplied on FP8 tensor cores.
+
+    input_scale: a scale of all activations, measured when the file was made; None measures every row as it comes.
+    """
+
+    label = "FP8 weights and FP8 products"
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, input_scale: Tensor | None = None
+    ) -> None:
+        super().__init__(weight, scale, bias)
+        self.scale_input = None if input_scale is None else frozen(input_scale.detach().float().reshape(()))
+
+    @property
+    def takes_rows(self) -> bool:
+        """Unless the file gives a scale of this layer's own."""
+        return self.scale_input is None
+
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        rows = quantise(x, self.scale_input) if isinstance(x, Tensor) else x
+        return rows_product(rows, self.weight, self.scale_weight, self.bias, self.out_features)
+
+
+def rows_product(rows: Fp8Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """rows [..., K] times weight [P, Q] transposed, plus bias [N]: [..., N] in the dtype that the rows stand for."""
+    return _product(rows.values, rows.scale, weight, weight_scale, bias, out_features, rows.dtype)
+
+
+def runs_fp8(device: torch.device) -> str | None:
+    """Why FP8 matrix products cannot run on the device; None where they can (the CPU computes them, slowly).
+
+    On a GPU a small one is run, and waited for.
+    """
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"'{device.type}' devices have none"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, and they need 8.9 (RTX 40, L4, Hopper)"
+    try:
+        ones = torch.ones(16, 32, device=device)
+        Fp8MatmulLinear.quantise(ones, None, torch.float8_e4m3fn)(ones)
+        torch.cuda.synchronize(device)
+    # Whatever stops a first small product (Triton missing or without a compiler, a torch that lacks it) is the reason.
+    except Exception as error:
+        return f"a first product failed with {type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}"
+    return None
+
+
+def _expanded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    # FP8 values are exact in every base precision, so that only the multiplication rounds.
+    return weight.to(dtype).mul_(scale)
+
+
+@torch.library.custom_op(op_name("fp8_weight_only"), mutates_args=())
+def _weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    rows = kernel_ready(x.reshape(-1, x.shape[-1]))
+    wide = _expanded(weight, scale, x.dtype)[:out_features, : x.shape[-1]]
+    bias = None if bias is None else kernel_ready(bias.to(x.dtype))
+    check_entry("fp8_weight_only", x=rows, weight=wide, bias=bias)
+    return F.linear(rows, wide, bias).view(*x.shape[:-1], out_features)
+
+
+@_weight_only.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _multiply(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows, row_scale, weight, weight_scale = (
+        kernel_ready(t, strided=False) for t in (rows, row_scale, weight, weight_scale)
+    )
+    bias = None if bias is None else kernel_ready(bias)
+    check_entry(
+        "torch._scaled_mm", strided=False, rows=rows, row_scale=row_scale, weight=weight, weight_scale=weight_scale,
+        bias=bias,
+    )  # fmt: skip
+    # Fast accumulation: with a scale a row, the exact one is 15 to 40 % slower than the fast one on Hopper.
+    out = torch._scaled_mm(
+        rows, weight.t(), scale_a=row_scale, scale_b=weight_scale.view(1, -1), bias=bias, out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out
+
+
+@torch.library.custom_op(op_name("fp8_product"), mutates_args=())
+def _product(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    shape = (*values.shape[:-1], out_features)
+    if values.numel() == 0:
+        return values.new_empty(shape, dtype=dtype)
+    fused = None
+    if bias is not None and dtype == torch.bfloat16:
+        fused = F.pad(bias.to(dtype), (0, weight.shape[0] - out_features))
+    rows, row_scale = values.reshape(-1, values.shape[-1]), scale.reshape(-1, 1)
+    product = _multiply(rows, row_scale, weight, weight_scale, fused)[:, :out_features].to(dtype)
+    product = product if bias is None or fused is not None else product + bias.to(dtype)
+    return product.contiguous().view(shape)
+
+
+@_product.register_fake
+def _(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return values.new_empty((*values.shape[:-1], out_features), dtype=dtype)

@@ -1,0 +1,72 @@
+"""What all quantised linear layers have in common.
+
+N output features, K input features. Their forward takes [..., K] and returns [..., N] in the input's dtype; the input
+is never changed, and nothing waits for the device. Weights, scales and biases are parameters, so that they travel with
+their block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.fp8_rows import Fp8Rows, quantise
+from ..tensor_layout import kernel_ready
+
+ROW_MULTIPLE = 16
+
+
+class QuantisedLinear(nn.Linear):
+    """A linear layer with a weight in few bits. takes_rows: whether it reads activations that are FP8 already.
+
+    label: what it stores and how it multiplies, for messages.
+    """
+
+    takes_rows = False
+    label: ClassVar[str]
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = out_features, in_features
+        self.bias = None if bias is None else frozen(bias)
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """The weight's values [N, K]."""
+        raise NotImplementedError
+
+    def add(self, difference: Tensor) -> None:
+        """Change the weight by [N, K] float32 and store it anew."""
+        raise NotImplementedError
+
+
+def frozen(t: Tensor) -> nn.Parameter:
+    """A parameter without gradient, contiguous in aligned storage."""
+    return nn.Parameter(kernel_ready(t.detach(), strided=False), requires_grad=False)
+
+
+def weight_shape(layer: nn.Module) -> torch.Size:
+    """Shape of the layer's weight as the model has it, whatever its storage."""
+    if isinstance(layer, QuantisedLinear):
+        return torch.Size((layer.out_features, layer.in_features))
+    return layer.weight.shape
+
+
+def all_take_rows(layers: Sequence[nn.Module]) -> bool:
+    """Whether one FP8 form of an activation serves all these layers."""
+    return all(getattr(layer, "takes_rows", False) for layer in layers)
+
+
+def shared_input(x: Tensor | Fp8Rows, *layers: nn.Module) -> Tensor | Fp8Rows:
+    """x as all these layers read it: quantised once where all of them take FP8 rows."""
+    return quantise(x) if isinstance(x, Tensor) and all_take_rows(layers) else x
+
+
+def padded(t: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix of one-byte values with zeros behind them, up to rows x columns."""
+    if t.shape == (rows, columns):
+        return t
+    return F.pad(t.view(torch.uint8), (0, columns - t.shape[1], 0, rows - t.shape[0])).view(t.dtype)

@@ -1,0 +1,204 @@
+"""Weights in NVFP4: value = E2M1 code * E4M3 scale of its 16 columns * one float32 scale.
+
+Storage and names are those of ComfyUI's files (`comfy_quant`: "nvfp4"): weight uint8 [P, Q / 2], weight_scale in
+cuBLAS' order of 128 x 4 tiles, weight_scale_2. `Nvfp4Linear` expands it to the activation's type (W4A16),
+`Nvfp4Fp8Linear` to FP8 for FP8 tensor cores (W4A8), `Nvfp4MatmulLinear` multiplies it by NVFP4 activations on Blackwell
+(W4A4).
+P, Q: N and K rounded up with zeros, to 16 and 32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+import comfy_kitchen
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.registry import registry
+from torch import Tensor
+
+from ..kernels import op_name
+from ..kernels.fp8_rows import LARGEST, Fp8Rows, padded_size, quantise
+from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, LARGEST_CODE, codes_to_values, expand, unswizzled
+from ..tensor_layout import check_entry, kernel_ready
+from .fp8 import rows_product
+from .linear import ROW_MULTIPLE, QuantisedLinear, frozen, padded
+
+TINY = 1e-30
+SMALLEST_SCALE = 2**-9
+BLACKWELL = (10, 0)
+
+
+class Nvfp4(NamedTuple):
+    """A matrix in NVFP4: codes uint8 [P, Q / 2]; block_scale E4M3 in cuBLAS' order; scale float32, 0-d."""
+
+    codes: Tensor
+    block_scale: Tensor
+    scale: Tensor
+
+
+def quantise_nvfp4(t: Tensor, scale: Tensor | None = None) -> Nvfp4:
+    """A matrix [N, K] of any precision in NVFP4; without `scale` one that fits its largest value, measured here."""
+    if scale is None:
+        scale = largest_scale(t)
+    if padded_size(t.shape[1]) != t.shape[1]:
+        t = F.pad(t, (0, padded_size(t.shape[1]) - t.shape[1]))
+    return Nvfp4(*comfy_kitchen.quantize_nvfp4(kernel_ready(t, strided=False), scale, pad_16x=True), scale)
+
+
+def largest_scale(t: Tensor) -> Tensor:
+    """The float32 scale, 0-d, with which the largest value of `t` is the largest that codes and scales can say."""
+    return t.abs().amax().float().clamp(min=TINY) / (LARGEST * LARGEST_CODE)
+
+
+def values_of(q: Nvfp4) -> Tensor:
+    """float32 [P, Q] in plain PyTorch."""
+    codes = codes_to_values(q.codes)
+    scale = unswizzled(q.block_scale, *codes.shape) * q.scale
+    return (codes.unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+class Nvfp4Linear(QuantisedLinear):
+    """NVFP4 weight, bias [N]; the product is one of the activation's type (W4A16)."""
+
+    label = "NVFP4 weights, expanded for the product"
+
+    def __init__(self, weight: Nvfp4, shape: tuple[int, int], bias: Tensor | None) -> None:
+        super().__init__(*shape, bias)
+        self._store(weight)
+
+    @classmethod
+    def quantise(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """From a weight [N, K] in any precision. In plain PyTorch, so that every machine makes the same bytes."""
+        with registry.use_backend("eager"):
+            return cls(quantise_nvfp4(weight.float()), tuple(weight.shape), bias)
+
+    def _store(self, q: Nvfp4) -> None:
+        columns = padded_size(q.codes.shape[1] * CODES_PER_BYTE) // CODES_PER_BYTE
+        self.weight = frozen(padded(q.codes, padded_size(q.codes.shape[0], ROW_MULTIPLE), columns))
+        self.weight_scale = frozen(q.block_scale)
+        self.weight_scale_2 = frozen(q.scale.float().reshape(()))
+
+    @property
+    def stored(self) -> Nvfp4:
+        """The weight as it is kept."""
+        return Nvfp4(self.weight, self.weight_scale, self.weight_scale_2)
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """The weight's values."""
+        return values_of(self.stored)[: self.out_features, : self.in_features].to(dtype)
+
+    def add(self, difference: Tensor) -> None:
+        """All scales become new ones."""
+        with registry.use_backend("eager"):
+            self._store(quantise_nvfp4(self.expanded(torch.float32) + difference))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        return _weight_only(x, *self.stored, self.bias, self.out_features)
+
+
+class Nvfp4Fp8Linear(Nvfp4Linear):
+    """NVFP4 weight, expanded to FP8 for an FP8 product (W4A8): half the weights' memory at nearly FP8's speed."""
+
+    label = "NVFP4 weights, expanded to FP8 for FP8 products"
+    takes_rows = True
+
+    def _store(self, q: Nvfp4) -> None:
+        super()._store(q)
+        rows, columns = self.weight.shape[0], self.weight.shape[1] * CODES_PER_BYTE
+        largest = unswizzled(self.weight_scale, rows, columns).amax(dim=1, keepdim=True) * LARGEST_CODE
+        # A power of two: multiplying by it is exact, and the result stays as precise as FP8 can say it.
+        factor = torch.exp2(torch.floor(torch.log2(LARGEST / largest.clamp(min=SMALLEST_SCALE))))
+        self.factor = frozen(factor)
+        self.row_scale = frozen(self.weight_scale_2 / factor)
+
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        rows = quantise(x) if isinstance(x, Tensor) else x
+        weight = expand(self.weight, self.weight_scale, self.factor)
+        return rows_product(rows, weight, self.row_scale, self.bias, self.out_features)
+
+
+class Nvfp4MatmulLinear(Nvfp4Linear):
+    """NVFP4 weight and activations (W4A4), on Blackwell tensor cores through comfy-kitchen.
+
+    input_scale: a scale of all activations from the file; None measures every activation as it comes.
+    """
+
+    label = "NVFP4 weights and NVFP4 products"
+
+    def __init__(
+        self, weight: Nvfp4, shape: tuple[int, int], bias: Tensor | None, input_scale: Tensor | None = None
+    ) -> None:
+        super().__init__(weight, shape, bias)
+        self.input_scale = None if input_scale is None else frozen(input_scale.detach().float().reshape(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        return _product(x, *self.stored, self.bias, self.input_scale, self.out_features)
+
+
+@torch.library.custom_op(op_name("nvfp4_weight_only"), mutates_args=())
+def _weight_only(
+    x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    codes, block_scale, scale = (kernel_ready(t, strided=False) for t in (codes, block_scale, scale))
+    rows = kernel_ready(x.reshape(-1, x.shape[-1]))
+    check_entry("dequantize_nvfp4", strided=False, codes=codes, block_scale=block_scale, scale=scale)
+    wide = comfy_kitchen.dequantize_nvfp4(codes, scale, block_scale, output_type=x.dtype)
+    wide = wide[:out_features, : x.shape[-1]]
+    bias = None if bias is None else kernel_ready(bias.to(x.dtype))
+    check_entry("nvfp4_weight_only", x=rows, weight=wide, bias=bias)
+    return F.linear(rows, wide, bias).view(*x.shape[:-1], out_features)
+
+
+@_weight_only.register_fake
+def _(x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op(op_name("nvfp4_product"), mutates_args=())
+def _product(
+    x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
+    out_features: int,
+) -> Tensor:  # fmt: skip
+    shape = (*x.shape[:-1], out_features)
+    if x.numel() == 0:
+        return x.new_empty(shape)
+    weight = Nvfp4(*(kernel_ready(t, strided=False) for t in (codes, block_scale, scale)))
+    rows = kernel_ready(x.reshape(-1, x.shape[-1]), strided=False)
+    check_entry("quantize_nvfp4", strided=False, x=rows, input_scale=input_scale)
+    product = _multiply(quantise_nvfp4(rows, input_scale), weight, bias)
+    return product[: rows.shape[0], :out_features].to(x.dtype).contiguous().view(shape)
+
+
+@_product.register_fake
+def _(
+    x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
+    out_features: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _multiply(rows: Nvfp4, weight: Nvfp4, bias: Tensor | None) -> Tensor:
+    """[M, Q] times [P, Q] transposed, plus bias; without FP4 tensor cores what they compute, in float32."""
+    if bias is not None:
+        bias = F.pad(bias, (0, weight.codes.shape[0] - bias.shape[0]))
+    if not runs_fp4(rows.codes.device):
+        product = values_of(rows) @ values_of(weight).t()
+        return product if bias is None else product + bias
+    bias = None if bias is None else kernel_ready(bias.to(torch.bfloat16))
+    check_entry(
+        "scaled_mm_nvfp4", strided=False, rows=rows.codes, weight=weight.codes, row_scale=rows.block_scale,
+        weight_scale=weight.block_scale, bias=bias,
+    )  # fmt: skip
+    return comfy_kitchen.scaled_mm_nvfp4(
+        rows.codes, weight.codes, rows.scale, weight.scale, rows.block_scale, weight.block_scale, bias=bias,
+        out_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def runs_fp4(device: torch.device) -> bool:
+    """Whether the device has FP4 tensor cores (Blackwell)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BLACKWELL

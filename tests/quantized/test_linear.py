@@ -1,0 +1,232 @@
+"""Every quantised linear layer computes its formula, for all shapes and dtypes, and changes nothing it is given."""
+
+import re
+
+import pytest
+import torch
+from layouts import bits, relative
+from torch import nn
+from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
+from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows, runs_fp8
+from wanvideo_wrapper.quantized.linear import shared_input
+from wanvideo_wrapper.quantized.nvfp4 import (
+    Nvfp4,
+    Nvfp4Fp8Linear,
+    Nvfp4Linear,
+    Nvfp4MatmulLinear,
+    quantise_nvfp4,
+    runs_fp4,
+    values_of,
+)
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# Kind -> layer of weight and bias, and how far its result may be from float64's with the weight it stores.
+KINDS = {
+    "e4m3": (lambda w, b: Fp8Linear.quantise(w, b, E4M3), 5e-3),
+    "e5m2": (lambda w, b: Fp8Linear.quantise(w, b, E5M2), 5e-3),
+    "e4m3 fast": (lambda w, b: Fp8MatmulLinear.quantise(w, b, E4M3), 0.06),
+    "e5m2 fast": (lambda w, b: Fp8MatmulLinear.quantise(w, b, E5M2), 0.06),
+    "nvfp4": (Nvfp4Linear.quantise, 1e-2),
+    "nvfp4 by fp8": (Nvfp4Fp8Linear.quantise, 0.07),
+    "nvfp4 fast": (Nvfp4MatmulLinear.quantise, 0.2),
+}
+SIZES = [(48, 64), (50, 70), (33, 47), (5, 3), (160, 2080)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("features", "columns"), SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_product(kind, features, columns, dtype):
+    make, tolerance = KINDS[kind]
+    # A sum of few products averages no rounding out: each operand may be off by half an FP8 step, 1/16.
+    tolerance = tolerance if columns > 40 else max(3 * tolerance, 0.14)
+    weight, bias = torch.randn(features, columns) * 0.1, torch.randn(features).to(dtype)
+    for given in (bias, None):
+        layer = make(weight, given)
+        stored = layer.expanded(torch.float64)
+        assert stored.shape == weight.shape and 0 < relative(stored, weight) < 0.2
+        for lead in ((), (1,), (7,), (2, 3), (2, 3, 4)):
+            x = torch.randn(*lead, columns).to(dtype)
+            before = bits(x)
+            got = layer(x)
+            want = x.double() @ stored.t() + (0 if given is None else given.double())
+            assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
+            assert relative(got, want) < tolerance
+            assert torch.equal(bits(x), before)
+        assert layer(torch.randn(0, columns).to(dtype)).shape == (0, features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_graph(kind):
+    layer = KINDS[kind][0](torch.randn(50, 70), torch.randn(50))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    x = torch.randn(2, 5, 70)
+    assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.cuda
+@pytest.mark.sm89
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_host_synchronisation(kind):
+    if kind == "nvfp4 fast" and not runs_fp4(torch.device("cuda")):
+        pytest.skip("needs Blackwell; the stand-in elsewhere is for comparison only")
+    layer = KINDS[kind][0](torch.randn(50, 70), torch.randn(50)).cuda()
+    x = torch.randn(2, 5, 70, device="cuda", dtype=torch.bfloat16)
+    layer(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = layer(x[:, ::2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_difference(kind):
+    weight, difference = torch.randn(50, 70), torch.randn(50, 70)
+    layer = KINDS[kind][0](weight, None)
+    once = layer.expanded(torch.float32)
+    layer.add(difference)
+    assert relative(layer.expanded(torch.float32), once + difference) < (0.05 if "e4m3" in kind else 0.12)
+    x = torch.randn(9, 70)
+    assert relative(layer(x), x @ layer.expanded(torch.float32).t()) < KINDS[kind][1]
+
+
+def test_rows_are_shared_where_all_read_them():
+    x = torch.randn(2, 5, 64)
+    weight = torch.randn(32, 64)
+    fast = [Fp8MatmulLinear.quantise(weight, None, E4M3), Nvfp4Fp8Linear.quantise(weight, None)]
+    rows = shared_input(x, *fast)
+    assert all(torch.equal(layer(rows), layer(x)) for layer in fast)
+    assert rows.to(torch.float32).shape == x.shape and relative(rows.to(torch.float32), x) < 0.04
+    measured = Fp8MatmulLinear(*quantise_rows(torch.randn(32, 64), E4M3), None, torch.tensor(0.02))
+    for other in (nn.Linear(64, 32), measured, Fp8Linear.quantise(torch.randn(32, 64), None, E4M3)):
+        assert shared_input(x, *fast, other) is x
+
+
+def test_a_scale_from_the_file_saturates():
+    weight, scale = torch.randn(32, 64), torch.tensor(0.01)
+    layer = Fp8MatmulLinear(*quantise_rows(weight, E4M3), None, scale)
+    x = torch.randn(9, 64)
+    x[0, 0], x[1, 1] = 100.0, -100.0
+    want = x.clamp(-4.48, 4.48).double() @ layer.expanded(torch.float64).t()
+    assert relative(layer(x), want) < 0.06
+
+
+def test_rows_keep_their_own_precision():
+    # One row a million times larger than another: a scale for the tensor would lose the small one.
+    x = torch.stack((torch.randn(64), torch.randn(64) * 1e6))
+    layer = Fp8MatmulLinear.quantise(torch.randn(32, 64), None, E4M3)
+    want = x.double() @ layer.expanded(torch.float64).t()
+    assert all(relative(got, row) < 0.06 for got, row in zip(layer(x), want, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_show(bad):
+    x = torch.randn(4, 64)
+    x[2, 7] = bad
+    layer = Fp8MatmulLinear.quantise(torch.randn(32, 64), None, E4M3)
+    got = layer(x)
+    assert got[2].isnan().any() and got[[0, 1, 3]].isfinite().all()
+
+
+def test_fused_forms_equal_their_steps():
+    x, gain, shift = torch.randn(2, 5, 64), torch.rand(2, 1, 64) + 0.5, torch.randn(2, 1, 64)
+    plain = quantise(torch.nn.functional.gelu(x, approximate="tanh"))
+    assert relative(gelu_quantise(x).to(torch.float32), plain.to(torch.float32)) < 1e-3
+    normed = torch.nn.functional.layer_norm(x.double(), (64,), eps=1e-6) * gain.double() + shift.double()
+    assert relative(norm_quantise(x, gain, shift, 1e-6).to(torch.float32), normed) < 0.04
+
+
+def plain_layer(features=24, columns=40, bias=True):
+    layer = nn.Linear(columns, features, bias=bias)
+    layer.weight = nn.Parameter(layer.weight.data.mul(50).to(E4M3), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.02), torch.rand(24) + 0.01, torch.rand(24, 1) + 0.01])
+@pytest.mark.parametrize("bias", [True, False])
+def test_public_functions_work_in_place(scale, bias):
+    layer = plain_layer(bias=bias)
+    module = nn.Sequential(layer, nn.Linear(24, 8))
+    if scale is not None:
+        layer.scale_weight = scale
+    x = torch.randn(2, 3, 40).transpose(0, 1)
+    weight = layer.weight.double() * (1 if scale is None else scale.double().reshape(-1, 1))
+    want = x.double() @ weight.t() + (layer.bias.double() if bias else 0)
+    before = bits(x)
+    direct = fp8_linear_forward(layer, torch.bfloat16, x)
+    assert relative(direct, want) < 0.06 and direct.dtype == torch.bfloat16
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    convert_fp8_linear(module, torch.bfloat16, {"head"}, None if scale is None else {"0.scale_weight": scale})
+    assert module[0] is layer and isinstance(layer, Fp8MatmulLinear) and type(module[1]) is nn.Linear
+    assert torch.equal(layer(x.bfloat16()), direct) and calls
+    assert torch.equal(fp8_linear_forward(layer, torch.bfloat16, x), direct)
+    assert torch.equal(bits(x), before)
+    convert_fp8_linear(module, torch.bfloat16)
+    assert torch.equal(layer(x.bfloat16()), direct)
+
+
+def test_public_functions_leave_other_layers():
+    module = nn.ModuleDict({"multitalk_audio_proj": plain_layer(), "ffn": plain_layer()})
+    convert_fp8_linear(module, torch.bfloat16, {"multitalk_audio_proj"}, {"ffn.scale_input": torch.tensor(0.5)})
+    assert type(module["multitalk_audio_proj"]) is nn.Linear
+    assert module["ffn"].scale_input == 0.5
+    convert_fp8_linear(nn.Sequential(plain := nn.Linear(8, 8)), torch.float32)
+    x = torch.randn(3, 8)
+    assert torch.equal(fp8_linear_forward(plain, torch.float32, x), plain(x))
+    plain.original_forward = lambda x: (x, "state")
+    assert torch.equal(fp8_linear_forward(plain, torch.float32, x), x)
+
+
+def test_older_products_give_tuples(monkeypatch):
+    layer, x = plain_layer(), torch.randn(3, 40)
+    want = fp8_linear_forward(layer, torch.bfloat16, x)
+    product = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **k: (product(*a, **k), torch.ones(())))
+    assert torch.equal(fp8_linear_forward(layer, torch.bfloat16, x), want)
+
+
+def test_nvfp4_bytes_are_comfy_kitchens():
+    from comfy_kitchen import dequantize_nvfp4
+
+    weight = torch.randn(144, 96)
+    q = quantise_nvfp4(weight)
+    want = dequantize_nvfp4(q.codes, q.scale, q.block_scale, output_type=torch.float32)
+    assert relative(values_of(q), want) < 1e-6
+    assert q.block_scale.shape == (256, 8) and q.codes.shape == (144, 48)
+
+
+def test_nvfp4_fills_up_odd_columns_of_files():
+    q = quantise_nvfp4(torch.randn(32, 64))
+    narrow = Nvfp4(q.codes[:, :24].contiguous(), q.block_scale, q.scale)
+    layer = Nvfp4MatmulLinear(narrow, (32, 48), None)
+    assert layer.weight.shape == (32, 32)
+    x = torch.randn(4, 48)
+    assert relative(layer(x), x.double() @ values_of(q)[:, :48].double().t()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "match"),
+    [
+        ((8, 6), None, r"compute capability 8\.6, and they need 8\.9"),
+        ((9, 0), ImportError("they need the package 'triton'."), r"ImportError: they need the package 'triton'$"),
+        ((9, 0), RuntimeError("not supported\nmore"), r"RuntimeError: not supported$"),
+    ],
+)
+def test_why_fp8_does_not_run(capability, error, match, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch, "ones", fails)
+    assert re.search(match, runs_fp8(torch.device("cuda")))
+
+
+def test_where_fp8_runs():
+    assert runs_fp8(torch.device("cpu")) is None
+    assert "mps" in runs_fp8(torch.device("mps"))

@@ -1,0 +1,310 @@
+"""The `quantization` option against every kind of file: what is loaded, what is refused, what the model computes."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from layouts import relative
+from safetensors.torch import load_file, save_file
+from saved_models import save_fp8, save_gguf
+from wanvideo_wrapper import tensor_layout
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.fp8_optimization import keeps_precision
+from wanvideo_wrapper.multitalk.extension import AudioWindow
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
+from wanvideo_wrapper.quantized.linear import QuantisedLinear
+from wanvideo_wrapper.quantized.nvfp4 import (
+    Nvfp4Fp8Linear,
+    Nvfp4Linear,
+    Nvfp4MatmulLinear,
+    quantise_nvfp4,
+    runs_fp4,
+    values_of,
+)
+from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.wanvideo import quantization
+from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
+from wanvideo_wrapper.wanvideo.compilation import CompileArgs
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
+from wanvideo_wrapper.wanvideo.lora import LoraFile
+from wanvideo_wrapper.wanvideo.modules.model import ModelInputs
+from wanvideo_wrapper.wanvideo.quantization import QUANTIZATIONS
+
+HOST = StandaloneHost(device="cpu")
+FP32 = LoadOptions(base_dtype=torch.float32)
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])]
+FAST4 = Nvfp4MatmulLinear if torch.cuda.is_available() and runs_fp4(torch.device("cuda")) else Nvfp4Fp8Linear
+# Option -> layer made of a bf16 file, and how far the model's output may be from the file's. The tiny model has
+# random weights, no outliers, and three blocks; a GPU's convolution of the patches rounds to TF32.
+FROM_BF16 = {
+    "disabled": (torch.nn.Linear, 1e-3),
+    "fp8_e4m3fn": (Fp8Linear, 0.05), "fp8_e4m3fn_fast": (Fp8MatmulLinear, 0.06),
+    "fp8_e5m2": (Fp8Linear, 0.08), "fp8_e5m2_fast": (Fp8MatmulLinear, 0.08),
+    "fp4_experimental": (Nvfp4Linear, 0.15), "fp4_scaled": (Nvfp4Linear, 0.15), "fp4_scaled_fast": (FAST4, 0.2),
+}  # fmt: skip
+OPTIONS = list(QUANTIZATIONS)
+
+
+def inputs(in_dim=16, device="cpu", payloads=()):
+    generator = torch.Generator().manual_seed(1)
+    return ModelInputs(
+        latents=torch.randn(1, in_dim, 2, 4, 4, generator=generator).to(device),
+        timestep=torch.tensor([700.0], device=device),
+        text=(torch.randn(5, tiny.TEXT_DIM, generator=generator).to(device),), payloads=payloads,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def run(model, device="cpu", payloads=()):
+    with model.active() as transformer:
+        return transformer(inputs(model.config.in_dim, device, payloads)).cpu()
+
+
+@pytest.fixture(scope="module")
+def t2v():
+    return tiny.transformer(in_dim=16)
+
+
+@pytest.fixture(scope="module")
+def plain(t2v, tmp_path_factory):
+    """A bf16 file and what it computes."""
+    path = tmp_path_factory.mktemp("plain") / "model.safetensors"
+    t2v.save(path, torch.bfloat16)
+    return path, run(load_wan_model(path, FP32, HOST))
+
+
+def quantisable(name, value):
+    return name.startswith("blocks.") and value.dim() == 2 and name.endswith(".weight") and not keeps_precision(name)
+
+
+def save_nvfp4(model, path, *, header=False, mark=None, input_scale=None):
+    """As ComfyUI saves it: marks as tensors, or in the header."""
+    tensors, layers = {}, {}
+    for name, value in model.tensors.items():
+        layer = name.removesuffix(".weight")
+        if not quantisable(name, value):
+            tensors[name] = value.bfloat16()
+            continue
+        q = quantise_nvfp4(value)
+        tensors |= {name: q.codes, f"{layer}.weight_scale": q.block_scale, f"{layer}.weight_scale_2": q.scale}
+        if input_scale is not None:
+            tensors[f"{layer}.input_scale"] = torch.tensor(input_scale)
+        layers[layer] = {"format": "nvfp4"} | (mark or {})
+        if not header:
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+    metadata = dict(model.metadata)
+    if header:
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata=metadata)
+
+
+def save_comfy_fp8(model, path, *, input_scale, mark=None, dtype=torch.float8_e4m3fn):
+    tensors = {}
+    for name, value in model.tensors.items():
+        layer = name.removesuffix(".weight")
+        if not quantisable(name, value):
+            tensors[name] = value.bfloat16()
+            continue
+        scale = value.abs().max() / torch.finfo(dtype).max
+        tensors |= {name: (value / scale).to(dtype), f"{layer}.weight_scale": scale,
+                    f"{layer}.input_scale": torch.tensor(input_scale)}  # fmt: skip
+        text = json.dumps({"format": str(dtype).removeprefix("torch.")} | (mark or {}))
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    save_file(tensors, path, metadata=model.metadata)
+
+
+def kinds(model):
+    """Classes of the layers that the options concern."""
+    return {
+        type(layer)
+        for name, layer in model.transformer.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name.startswith("blocks.") and not keeps_precision(name)
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("option", FROM_BF16)
+def test_from_bf16(plain, option, device):
+    path, want = plain
+    kind, tolerance = FROM_BF16[option]
+    model = load_wan_model(path, replace(FP32, quantization=option), StandaloneHost(device=device))
+    assert kinds(model) == {kind}
+    kept = [m for n, m in model.transformer.named_modules() if keeps_precision(n) or not n.startswith("blocks.")]
+    assert not any(isinstance(module, QuantisedLinear) for module in kept)
+    assert relative(run(model, device), want) < tolerance
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if "scaled" in o and o.startswith("fp8")])
+def test_scaled_options_need_scales(plain, option):
+    with pytest.raises(ValueError, match=f"has none: choose '{option.replace('_scaled', '')}' or 'disabled'"):
+        load_wan_model(plain[0], replace(FP32, quantization=option), HOST)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_scaled_fp8_file(t2v, plain, option, tmp_path, caplog):
+    path = tmp_path / "scaled.safetensors"
+    save_fp8(t2v, path, scaled=True)
+    with caplog.at_level(logging.INFO, "wanvideo"):
+        model = load_wan_model(path, replace(FP32, quantization=option), HOST)
+    row = QUANTIZATIONS[option]
+    if row.storage == "nvfp4":
+        assert kinds(model) == {Nvfp4Fp8Linear if row.fast else Nvfp4Linear} and "from FP8" in caplog.text
+    else:
+        assert kinds(model) == {Fp8MatmulLinear if row.fast else Fp8Linear}
+        stored = load_file(path)["blocks.0.ffn.0.weight"]
+        assert torch.equal(model.transformer.blocks[0].ffn[0].weight.view(torch.uint8), stored.view(torch.uint8))
+        assert ("its scaled form" in caplog.text) == (option in ("fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2",
+                                                                 "fp8_e5m2_fast"))  # fmt: skip
+        assert ("kept as it is" in caplog.text) == ("e5m2" in option)
+    assert relative(run(model), plain[1]) < 0.2
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_plain_fp8_file_keeps_its_bytes(t2v, option, tmp_path):
+    path = tmp_path / "plain.safetensors"
+    save_fp8(t2v, path, scaled=False)
+    options = replace(FP32, quantization=option)
+    if option.startswith("fp8") and "scaled" in option:
+        with pytest.raises(ValueError, match="has none"):
+            load_wan_model(path, options, HOST)
+        return
+    model = load_wan_model(path, options, HOST)
+    if not option.startswith("fp4"):
+        layer = model.transformer.blocks[1].cross_attn.k
+        assert torch.equal(layer.scale_weight, torch.ones(128, 1))
+    want = run(load_wan_model(path, FP32, HOST))
+    assert relative(run(model), want) < 0.2
+
+
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_nvfp4_file(t2v, option, header, tmp_path):
+    path = tmp_path / "nvfp4.safetensors"
+    save_nvfp4(t2v, path, header=header, input_scale=1.0)
+    options = replace(FP32, quantization=option)
+    if option.startswith("fp8"):
+        instead = "fp4_scaled_fast" if option.endswith("_fast") else "fp4_scaled"
+        with pytest.raises(ValueError, match=f"holds NVFP4 weights.*choose '{instead}'"):
+            load_wan_model(path, options, HOST)
+        return
+    model = load_wan_model(path, options, HOST)
+    assert kinds(model) == {Nvfp4Fp8Linear if option.endswith("fast") else Nvfp4Linear}
+    layer, stored = model.transformer.blocks[0].self_attn.o, load_file(path)
+    assert torch.equal(layer.weight, stored["blocks.0.self_attn.o.weight"])
+    tensors = {n: values_of(quantise_nvfp4(v)) if quantisable(n, v) else v for n, v in t2v.tensors.items()}
+    replace(t2v, tensors=tensors).save(tmp_path / "expanded.safetensors", torch.float32)
+    want = run(load_wan_model(tmp_path / "expanded.safetensors", FP32, HOST))
+    assert relative(run(model), want) < (0.06 if option.endswith("fast") else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_comfy_fp8_file(t2v, plain, scale, dtype, tmp_path):
+    path = tmp_path / "comfy.safetensors"
+    save_comfy_fp8(t2v, path, input_scale=scale, dtype=dtype)
+    option = "fp8_e4m3fn_scaled_fast" if dtype == torch.float8_e4m3fn else "fp8_e5m2_scaled_fast"
+    model = load_wan_model(path, replace(FP32, quantization=option), HOST)
+    layer = model.transformer.blocks[0].self_attn.q
+    assert layer.weight.dtype == dtype and layer.takes_rows == (scale == 1.0)
+    assert relative(run(model), plain[1]) < 0.12
+    assert kinds(load_wan_model(path, FP32, HOST)) == {Fp8Linear}
+
+
+def test_a_file_may_ask_for_full_precision(t2v, tmp_path):
+    mark = {"full_precision_matrix_mult": True}
+    save_comfy_fp8(t2v, tmp_path / "fp8.safetensors", input_scale=1.0, mark=mark)
+    save_nvfp4(t2v, tmp_path / "fp4.safetensors", mark=mark)
+    for name, option, kind in (
+        ("fp8.safetensors", "fp8_e4m3fn_scaled_fast", Fp8Linear), ("fp4.safetensors", "fp4_scaled_fast", Nvfp4Linear)
+    ):  # fmt: skip
+        assert kinds(load_wan_model(tmp_path / name, replace(FP32, quantization=option), HOST)) == {kind}
+
+
+def test_gguf_has_its_own(t2v, tmp_path):
+    save_gguf(t2v, tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="GGUF.*choose quantization 'disabled'"):
+        load_wan_model(tmp_path / "model.gguf", replace(FP32, quantization="fp8_e4m3fn"), HOST)
+
+
+def test_unknown_option(plain):
+    with pytest.raises(ValueError, match="'int4' does not exist; choose one of: disabled, fp8_e4m3fn"):
+        load_wan_model(plain[0], replace(FP32, quantization="int4"), HOST)
+
+
+@pytest.mark.parametrize("option", [o for o, row in QUANTIZATIONS.items() if row.fast])
+def test_old_gpus_are_refused_at_load(t2v, option, tmp_path, monkeypatch):
+    save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
+    monkeypatch.setattr(quantization, "runs_fp8", lambda device: "it has compute capability 8.6")
+    with pytest.raises(ValueError, match=rf"8\.6. Choose '{option.removesuffix('_fast')}'"):
+        load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_kernel_argument_is_ready(t2v, option, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
+    save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
+    file = lora(t2v, tmp_path / "l.safetensors", merge=True)
+    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option, loras=(file,)), HOST)
+    assert all(tensor_layout.is_kernel_ready(p, strided=False) for p in model.transformer.parameters())
+    assert run(model).isfinite().all()
+
+
+def lora(t2v, path, **options):
+    tiny.lora(t2v).save(path, torch.float32)
+    return LoraFile(path=path, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("option", [o for o in FROM_BF16 if o != "disabled"])
+def test_lora_merged_beside_and_compiled(t2v, plain, option, device, tmp_path):
+    torch._dynamo.reset()
+    options, host = replace(FP32, quantization=option), StandaloneHost(device=device)
+    file = lora(t2v, tmp_path / "l.safetensors", strength=3.0)
+    exact = run(load_wan_model(plain[0], replace(FP32, loras=(file,)), HOST))
+    base = load_wan_model(plain[0], options, host)
+    beside = with_loras(base, (replace(file, merge=False),))
+    merged = load_wan_model(plain[0], replace(options, loras=(file,)), host)
+    tolerance = FROM_BF16[option][1] * 1.3
+    for model in (beside, merged):
+        assert relative(run(model, device), exact) < tolerance
+    assert relative(run(base, device), exact) > relative(run(beside, device), exact)
+    compiled = replace(beside, options=replace(options, compile=CompileArgs(backend="aot_eager", fullgraph=True)))
+    assert relative(run(compiled, device), run(beside, device)) < 1e-5 or device == "cuda"
+
+
+@pytest.mark.cuda
+@pytest.mark.sm89
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("option", [o for o in FROM_BF16 if o != "disabled"])
+def test_block_swap_takes_the_scales_along(plain, option, ahead):
+    options = replace(FP32, base_dtype=torch.bfloat16, quantization=option)
+    model = load_wan_model(plain[0], options, StandaloneHost(device="cuda"))
+    want = run(model, "cuda")
+    swap = BlockSwapArgs(blocks_to_swap=3, use_non_blocking=True, prefetch_blocks=ahead)
+    swapped = replace(model, block_swap=swap)
+    assert torch.equal(run(swapped, "cuda"), want)
+    with swapped.active() as transformer:
+        assert not any(p.is_cuda for p in transformer.blocks[2].parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_talking_video(option, base, device, tmp_path):
+    """The matrix for a memory checker: every option through self-, cross-, image and audio attention."""
+    main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
+    save_fp8(tiny.image_to_video(), main, scaled=True)
+    tiny.speech_module().save(speech, torch.bfloat16)
+    options = LoadOptions(base_dtype=base, quantization=option, modules=(speech,))
+    model = load_wan_model(main, options, StandaloneHost(device=device))
+    features = [e for e in model.transformer.extensions if type(e).__name__ == "MultiTalk"][0].features
+    audio = torch.randn(1, 2, 5, 5, 1, features, generator=torch.Generator().manual_seed(3))
+    masks = torch.zeros(3, 4, 4)
+    masks[0, :, :2], masks[1, :, 2:] = 1, 1
+    payload = AudioWindow(audio, torch.tensor(1.0), masks).to(torch.device(device), base)
+    got = run(model, device, (payload,))
+    assert got.isfinite().all()
+    exact = load_wan_model(main, LoadOptions(base_dtype=torch.float32, modules=(speech,)), HOST)
+    assert relative(got, run(exact, payloads=(AudioWindow(audio, torch.tensor(1.0), masks),))) < 0.25

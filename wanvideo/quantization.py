@@ -1,0 +1,165 @@
+"""The `quantization` widget of the model loader: what each option stores, how it multiplies, and which files it takes.
+
+What a file holds wins over what an option would make of it. Which layers are concerned: linear layers in blocks whose
+names are not in the high-precision list (fp8_optimization.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..fp8_optimization import keeps_precision
+from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
+from ..quantized.linear import QuantisedLinear
+from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
+from .checkpoint import Checkpoint
+
+log = logging.getLogger("wanvideo")
+
+NVFP4 = "nvfp4"
+STORED_AS = {"F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2", "NVFP4": NVFP4}
+GGUF_SUFFIX = ".gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A row of the widget. storage: what weights are stored as, None for what the file holds.
+
+    scaled: the file must have scales; fast: products on FP8 or FP4 tensor cores.
+    """
+
+    storage: str | None = None
+    scaled: bool = False
+    fast: bool = False
+
+
+QUANTIZATIONS: Mapping[str, Option] = {
+    "disabled": Option(),
+    "fp8_e4m3fn": Option(storage="fp8_e4m3fn"),
+    "fp8_e4m3fn_fast": Option(storage="fp8_e4m3fn", fast=True),
+    "fp8_e4m3fn_scaled": Option(storage="fp8_e4m3fn", scaled=True),
+    "fp8_e4m3fn_scaled_fast": Option(storage="fp8_e4m3fn", scaled=True, fast=True),
+    "fp8_e5m2": Option(storage="fp8_e5m2"),
+    "fp8_e5m2_fast": Option(storage="fp8_e5m2", fast=True),
+    "fp8_e5m2_scaled": Option(storage="fp8_e5m2", scaled=True),
+    "fp8_e5m2_scaled_fast": Option(storage="fp8_e5m2", scaled=True, fast=True),
+    "fp4_experimental": Option(storage=NVFP4),
+    "fp4_scaled": Option(storage=NVFP4),
+    "fp4_scaled_fast": Option(storage=NVFP4, fast=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one model's linear layers are made.
+
+    convert: storage of weights that the file holds in base precision, None to leave them; fast: see Option; device:
+    where the model will run, and where weights are converted; base: precision of activations.
+    """
+
+    convert: str | None
+    fast: bool
+    device: torch.device
+    base: torch.dtype
+
+    def layer(self, checkpoint: Checkpoint, name: str, plain: nn.Module) -> QuantisedLinear | None:
+        """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain."""
+        if not isinstance(plain, nn.Linear) or not name.startswith("blocks.") or keeps_precision(name):
+            return None
+        weight = f"{name}.weight"
+        stored = STORED_AS.get(checkpoint.formats[weight].split()[0])
+        if stored is None and self.convert is None:
+            return None
+        bias = checkpoint.tensor(f"{name}.bias").to(self.base) if f"{name}.bias" in checkpoint.shapes else None
+        fast = self.fast and not checkpoint.full_precision(weight)
+        if stored == NVFP4:
+            return self._nvfp4_layer(checkpoint, weight, plain, bias, fast)
+        if stored is not None and self.convert != NVFP4:
+            found = checkpoint.stored(weight)
+            if fast:
+                return Fp8MatmulLinear(found.values, found.scale, bias, found.input_scale)
+            return Fp8Linear(found.values, found.scale, bias)
+        return self._converted(checkpoint.tensor(weight), bias)
+
+    def _nvfp4_layer(
+        self, checkpoint: Checkpoint, weight: str, plain: nn.Linear, bias: torch.Tensor | None, fast: bool
+    ) -> QuantisedLinear:
+        found = checkpoint.stored(weight)
+        kept, shape = Nvfp4(found.values, found.scale, found.global_scale), (plain.out_features, plain.in_features)
+        if not fast:
+            return Nvfp4Linear(kept, shape, bias)
+        if runs_fp4(self.device):
+            return Nvfp4MatmulLinear(kept, shape, bias, found.input_scale)
+        return Nvfp4Fp8Linear(kept, shape, bias)
+
+    def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantisedLinear:
+        weight, home = weight.to(self.device), weight.device
+        if self.convert != NVFP4:
+            kind = Fp8MatmulLinear if self.fast else Fp8Linear
+            return kind.quantise(weight, bias, FP8_DTYPES[self.convert]).to(home)
+        kind = Nvfp4Linear
+        if self.fast:
+            kind = Nvfp4MatmulLinear if runs_fp4(self.device) else Nvfp4Fp8Linear
+        return kind.quantise(weight, bias).to(home)
+
+
+def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: torch.dtype) -> Plan:
+    """The plan that the option `name` gives for this checkpoint on this device.
+
+    Raises ValueError, with what to choose instead, where the option cannot run or does not suit the file.
+    """
+    option = QUANTIZATIONS.get(name)
+    if option is None:
+        raise ValueError(f"quantization '{name}' does not exist; choose one of: {', '.join(QUANTIZATIONS)}.")
+    if option.storage is None:
+        return Plan(convert=None, fast=False, device=device, base=base)
+    file = checkpoint.path.name
+    if checkpoint.path.suffix.lower() == GGUF_SUFFIX:
+        raise ValueError(f"{file} is a GGUF file, whose own quantisation is used: choose quantization 'disabled'.")
+    forms = {form for key, form in checkpoint.formats.items() if key.startswith("blocks.")}
+    held = {STORED_AS[form.split()[0]] for form in forms if form.split()[0] in STORED_AS}
+    if NVFP4 in held and option.storage != NVFP4:
+        instead = "fp4_scaled_fast" if option.fast else "fp4_scaled"
+        raise ValueError(f"{file} holds NVFP4 weights, so quantization '{name}' does not fit: choose '{instead}'.")
+    scaled = any(form.startswith("F8_") and form.endswith("scaled") for form in forms)
+    if option.scaled and not scaled:
+        raise ValueError(
+            f"quantization '{name}' needs a file with scales, and {file} has none: choose "
+            f"'{name.replace('_scaled', '')}' or 'disabled'."
+        )
+    reason = runs_fp8(device) if option.fast else None
+    if reason is not None:
+        raise ValueError(
+            f"quantization '{name}' multiplies in FP8 or FP4, which this machine cannot: {reason}. Choose "
+            f"'{name.removesuffix('_fast')}', which expands the weights instead."
+        )
+    _say(name, option, held, scaled, file)
+    kept = NVFP4 in held if option.storage == NVFP4 else scaled
+    return Plan(convert=None if kept else option.storage, fast=option.fast, device=device, base=base)
+
+
+def _say(name: str, option: Option, held: set[str], scaled: bool, file: str) -> None:
+    """What happens that the option's name does not say."""
+    if option.storage == NVFP4:
+        if NVFP4 not in held:
+            worse = " from FP8, which loses a little more than from bf16" if held else ""
+            log.info("%s holds no NVFP4: its weights are quantised now%s.", file, worse)
+        return
+    if scaled and not option.scaled:
+        log.info("%s has scales, so quantization '%s' works as its scaled form.", file, name)
+    others = held - {option.storage}
+    if others:
+        log.info("%s holds %s, which is kept as it is.", file, ", ".join(sorted(others)))
+
+
+def describe(model: nn.Module) -> None:
+    """Log how many linear layers are quantised, and how."""
+    counts = Counter(layer.label for layer in model.modules() if isinstance(layer, QuantisedLinear))
+    for label, count in counts.items():
+        log.info("%d linear layers: %s.", count, label)
