@@ -84,10 +84,11 @@ def denoise(
 
     generator: CPU generator for solvers that draw noise. hooks run in order. clean_frames: latent frames that the model
     sees at timestep 0 (given images, 5B). The result is on the denoiser's device.
-    Raises ValueError if the model's output is not finite.
+    Raises NotFiniteError if the model's output is not finite.
     """
     latents = latents.to(denoiser.device, torch.float32)
     clean = latents
+    tripwire = _Tripwire(schedule)
     for index, timestep in enumerate(schedule.timesteps):
         if watcher is not None:
             watcher.begin(index)
@@ -100,8 +101,7 @@ def denoise(
         latents = schedule.step(velocity, index, latents, generator)
         for hook in hooks:
             latents = hook.after(latents, index)
-        if index in (0, len(schedule) - 1):
-            _check_finite(velocity, latents, index=index, schedule=schedule)
+        tripwire.look(velocity, latents)
         if watcher is not None:
             watcher.end(index, clean)
     return Denoised(latents, clean)
@@ -115,20 +115,35 @@ def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[i
     return timesteps
 
 
-def _check_finite(velocity: Tensor, latents: Tensor, *, index: int, schedule: Schedule) -> None:
-    """The tripwire against black videos: looks at the first and the last step, so that it costs two syncs a run."""
-    if bool(torch.isfinite(latents).all()):
-        return
-    at = f"step {index + 1} of {len(schedule)}"
-    if bool(torch.isfinite(velocity).all()):
-        raise ValueError(
-            f"The latents became NaN or infinite at {at} although the model's output was finite: check the samples and "
-            "sigmas that are connected, or choose another scheduler."
-        )
-    raise ValueError(
-        f"The model's output was NaN or infinite at {at}: choose base_precision bf16, another attention_mode or "
-        "another quantization in WanVideoModelLoader, and check that the model file is complete."
-    )
+class NotFiniteError(ValueError):
+    """The model, the solver or the VAE gave NaN or infinite values: the video would be black."""
+
+
+class _Tripwire:
+    """The guard against black videos. It looks at every step but asks the device after the first and the last one."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._steps: list[Tensor] = []
+
+    def look(self, velocity: Tensor, latents: Tensor) -> None:
+        """Raises NotFiniteError, naming the first step that went wrong."""
+        self._steps.append(torch.stack((torch.isfinite(velocity).all(), torch.isfinite(latents).all())))
+        if len(self._steps) not in (1, len(self._schedule)):
+            return
+        for index, (velocity_is, latents_are) in enumerate(torch.stack(self._steps).tolist()):
+            at = f"step {index + 1} of {len(self._schedule)}"
+            if not velocity_is:
+                raise NotFiniteError(
+                    f"The model's output was NaN or infinite at {at}: choose base_precision bf16, another "
+                    "attention_mode or another quantization in WanVideoModelLoader, and check that the model file is "
+                    "complete."
+                )
+            if not latents_are:
+                raise NotFiniteError(
+                    f"The latents became NaN or infinite at {at} although the model's output was finite: check the "
+                    "samples and sigmas that are connected, or choose another scheduler."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ import torch
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.multitalk import nodes
 from wanvideo_wrapper.multitalk.colormatch import METHODS
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
+
+LOOP_NODES = ("WanVideoImageToVideoMultiTalk", "WanVideoImageToVideoSkyreelsv3_audio")
 
 
 @pytest.fixture(scope="module")
@@ -130,4 +131,5 @@ def test_settings_of_the_loop(host):
 
 
 def test_colour_methods_on_the_widget_are_those_that_exist():
-    assert set(nodes.COLOR_METHODS) - {"disabled"} == set(METHODS)
+    options = [set(N[name].INPUT_TYPES()["required"]["colormatch"][0]) for name in LOOP_NODES]
+    assert options[0] | {"reinhard_torch"} == options[1] == set(METHODS) | {"disabled"}
