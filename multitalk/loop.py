@@ -107,7 +107,7 @@ def _broken_off(window: Window, windows: list[Window], footage: Footage, host: H
             folder = footage.rescue(host.output_dir() / f"{stamp}_unfinished_talk")
             kept = f"the {footage.frames} frames before are in {folder}"
         if isinstance(error, NotFiniteError):
-            raise NotFiniteError(f"{place}: {error} ({kept.capitalize()}.)") from error
+            raise NotFiniteError(f"{place}: {error} ({kept[0].upper()}{kept[1:]}.)") from error
         log.exception("%s ran out of memory; %s.", place, kept)
         raise
 

@@ -18,15 +18,15 @@ from ..wanvideo.payloads import ClipEmbeds, ImageEmbeds, LoopSettings, latent_fr
 from .audio import (
     AudioOptions,
     MultiTalkEmbeds,
-    Wav2Vec,
     encode_silence,
     encode_speech,
-    load_wav2vec,
     mix,
     prepare_sound,
     silent_speech,
 )
 from .colormatch import match_colors
+from .speakers import check_masks, check_painted
+from .wav2vec import Wav2Vec, load_wav2vec
 
 log = logging.getLogger("wanvideo")
 
@@ -204,11 +204,16 @@ class MultiTalkWav2VecEmbeds:
             add_noise_floor=add_noise_floor,
             smooth_transients=smooth_transients,
         )
-        audios = [audio for audio in (audio_1, audio_2, audio_3, audio_4) if audio is not None]
-        sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios]
+        given = {"audio_1": audio_1, "audio_2": audio_2, "audio_3": audio_3, "audio_4": audio_4}
+        audios = {name: audio for name, audio in given.items() if audio is not None}
+        check_masks(ref_target_masks, list(audios))
+        check_painted(ref_target_masks, list(audios))
+        sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios.values()]
         sequential = multi_audio_type == "add"
-        embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential)
-        wav2vec_model.managed.release()
+        try:
+            embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential)
+        finally:
+            wav2vec_model.managed.release()
         embeds = replace(embeds, scale=audio_scale, cfg_scale=audio_cfg_scale, masks=ref_target_masks)
         sound = mix(sounds, sequential=sequential)
         return embeds, sound, min(num_frames, embeds.num_frames)
@@ -237,8 +242,10 @@ class MultiTalkSilentEmbeds:
                 "Silence is encoded by the speech encoder: connect Wav2VecModelLoader to 'wav2vec_model' of "
                 "'MultiTalk Silent Embeds'."
             )
-        silence = encode_silence(wav2vec_model, fps=TRAINED_FPS)
-        wav2vec_model.managed.release()
+        try:
+            silence = encode_silence(wav2vec_model, fps=TRAINED_FPS)
+        finally:
+            wav2vec_model.managed.release()
         return (silent_speech(silence, num_frames),)
 
 

@@ -20,7 +20,7 @@ from wanvideo_wrapper.multitalk.window import WindowMaker
 STARTS = [w.frames.start for w in plan_windows(TOTAL, talking.WINDOW, talking.MOTION)]
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -54,12 +54,12 @@ def break_off(monkeypatch, asked, frame):
 
     def stopping(where, index, picture):
         if index == frame:
-            raise Stopped
+            raise StoppedError
         write(where, index, picture)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_frame", stopping)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             run(asked)
 
 
