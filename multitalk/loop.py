@@ -63,6 +63,10 @@ def _check_inputs(request: SampleRequest) -> None:
         raise ValueError("A long talking video needs speech: connect multitalk_embeds to the sampler.")
     if request.text is None or not request.text.positive:
         raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
+    if request.context is not None:
+        raise ValueError(
+            "context_options and WanVideoImageToVideoMultiTalk are two ways to make a long video: disconnect one."
+        )
     if request.image.given_latents:
         raise ValueError("A long talking video takes no extra latents: give its frames as start_image or samples.")
     source = (request.samples or {}).get("samples")

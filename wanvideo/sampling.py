@@ -31,6 +31,7 @@ from .latents import (
 )
 from .payloads import VAE_TIME_STRIDE, ImageEmbeds, TextEmbeds
 from .schedulers import Schedule
+from .windows import ContextOptions, WindowedDenoiser, free_noise
 
 if TYPE_CHECKING:
     from ..host import Host, Progress
@@ -71,7 +72,7 @@ class Denoised(NamedTuple):
 
 @torch.no_grad()
 def denoise(
-    denoiser: Denoiser,
+    denoiser: Denoiser | WindowedDenoiser,
     schedule: Schedule,
     *,
     latents: Tensor,
@@ -152,7 +153,7 @@ class SampleRequest:
 
     text: several positive prompts share out the frames, or the windows. cfg: one text scale, or one a step. samples: a
     LATENT to start or go on from. seed: of the starting noise and of all noise that solvers draw. feta: payload of
-    Enhance-A-Video.
+    Enhance-A-Video. context: windows for a video longer than the model's.
     """
 
     model: WanVideoModel
@@ -167,6 +168,7 @@ class SampleRequest:
     riflex_index: int = 0
     multitalk: MultiTalkEmbeds | None = None
     feta: Payload | None = None
+    context: ContextOptions | None = None
     force_offload: bool = True
 
     @property
@@ -228,8 +230,7 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
     log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
     try:
         with host.progress(len(schedule), "Sampling") as progress, request.model.active() as transformer:
-            conditions = _conditions(request, transformer, _speech(request, frames))
-            denoiser = make_denoiser(request, transformer, host=host, conditions=conditions)
+            denoiser = _denoiser(request, transformer, host, frames)
             result = denoise(
                 denoiser,
                 schedule,
@@ -249,7 +250,10 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
 def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.Generator) -> Start:
     """What the run starts from. The seed's noise is always drawn first; samples may then restore a generator state."""
     shape = noise_shape(request.image, request.model.config)
-    noise = latents = start_noise(shape, generator)
+    noise = start_noise(shape, generator)
+    if request.context is not None and request.context.freenoise and request.context.apply_to(shape[1]):
+        noise = free_noise(noise, request.context, generator)
+    latents = noise
     samples = request.samples or {}
     if samples.get("generator_state") is not None:
         generator.set_state(samples["generator_state"])
@@ -314,12 +318,31 @@ def conditionings(
     return *found, *(Conditioning(payload) for payload in request.image.payloads)
 
 
+def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames: int) -> Denoiser | WindowedDenoiser:
+    """Of the whole video, or of context windows where it is longer than one."""
+    conditions = _conditions(request, transformer, _speech(request, frames))
+    context = request.context
+    if context is None or not context.apply_to(frames):
+        if context is not None:
+            log.info("The video is not longer than context_frames, so context_options have no effect.")
+        return make_denoiser(request, transformer, host=host, conditions=conditions)
+    return WindowedDenoiser(
+        conditions,
+        options=context,
+        texts=request.text.positive,
+        device=host.device(),
+        make=lambda window: make_denoiser(request, transformer, host=host, conditions=window),
+    )
+
+
 def _conditions(request: SampleRequest, transformer: WanModel, audio: AudioWindow | None) -> Conditions:
     image = request.image
     if request.text is None or not request.text.positive:
         raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
     first, *others = request.text.positive
-    segments = (Conditioning(PromptSegments(tuple(others)), no_text=PromptSegments()),) if others else ()
+    # Context windows pick one prompt each.
+    shared = bool(others) and (request.context is None or not request.context.apply_to(image.latent_shape[1]))
+    segments = (Conditioning(PromptSegments(tuple(others)), no_text=PromptSegments()),) if shared else ()
     return Conditions(
         positive=first,
         negative=request.text.negative[0] if request.text.negative else None,
