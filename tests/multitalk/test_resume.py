@@ -180,3 +180,13 @@ def test_the_record_is_small_and_readable(folder, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "a/.unfinished/run.json").read_text())
     assert (record["windows"], record["frames"]) == (1, 13)
     assert len(list((tmp_path / "a/.unfinished").glob("window_*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux counts it")
+def test_memory_does_not_grow_with_the_length():
+    """A minute needs no more than 150 MB above ten seconds; the benchmark script measures ten minutes."""
+    script = Path(__file__).parents[2] / "benchmarks/long_video_memory.py"
+    command = [sys.executable, str(script), "--seconds", "10", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["growth_mb"] < 150
