@@ -26,7 +26,7 @@ FORMAT = 1
 FOLDER_ENDING = "_output"
 
 
-class Progress(NamedTuple):
+class Reached(NamedTuple):
     """How far a run got: finished windows, and the tensors that the last of them hands on."""
 
     windows: int = 0
@@ -43,9 +43,9 @@ class MemoryFootage:
         self.frames = 0
         self._video: Tensor | None = None
 
-    def open(self) -> Progress:
+    def open(self) -> Reached:
         """Always from the start."""
-        return Progress()
+        return Reached()
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -89,7 +89,7 @@ class FolderFootage:
         self._inputs = dict(inputs)
         self._lock: object | None = None
 
-    def open(self) -> Progress:
+    def open(self) -> Reached:
         """Find out where to go on: in this folder, or in one beside it that an equal run left (it is renamed).
 
         Anything else in this folder is set aside under another name. Raises ValueError if another process writes here.
@@ -108,7 +108,7 @@ class FolderFootage:
         self._set_aside()
         self._acquire(self.folder)
         self._save_record(0, None)
-        return Progress()
+        return Reached()
 
     def _beside(self) -> list[Path]:
         """Folders that the node may have named for earlier runs, the newest first."""
@@ -146,7 +146,7 @@ class FolderFootage:
             self._lock.release()
             self._lock = None
 
-    def _resumed(self, record: dict[str, object]) -> Progress:
+    def _resumed(self, record: dict[str, object]) -> Reached:
         from safetensors.torch import load_file
 
         self.frames = record["frames"]
@@ -157,7 +157,7 @@ class FolderFootage:
         if record["state"] is not None:
             handover = load_file(self.folder / UNFINISHED / record["state"])
         log.info("Going on in %s after %d finished windows (%d frames).", self.folder, record["windows"], self.frames)
-        return Progress(record["windows"], handover)
+        return Reached(record["windows"], handover)
 
     def _explain(self, record: dict[str, object] | None) -> None:
         if record is None:
