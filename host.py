@@ -156,9 +156,23 @@ class ComfyProgress:
         return None
 
     def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
-        """Move the bar and show the first frame of the preview."""
+        """Move the bar, show the note under the node and the first frame of the preview."""
         picture = None if preview is None else _preview(preview)
         self._bar.update_absolute(done, self._total, picture)
+        if note:
+            _show_text(note)
+
+
+def _show_text(note: str) -> None:
+    try:
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+    except ImportError:
+        # An older ComfyUI shows no text on nodes; the log has the same.
+        return
+    context = get_executing_context()
+    if context is not None:
+        PromptServer.instance.send_progress_text(note, context.node_id)
 
 
 def _preview(latents: Tensor) -> tuple[str, object, int] | None:

@@ -15,6 +15,7 @@ from .wanvideo.loading import WanVideoModel
 from .wanvideo.payloads import ImageEmbeds, TextEmbeds
 from .wanvideo.sampling import SampleRequest, sample
 from .wanvideo.schedulers import SCHEDULERS, Schedule, ScheduleSpec, make_schedule
+from .wanvideo.windows import FUSE_METHODS, SCHEDULES, ContextOptions
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
@@ -98,7 +99,7 @@ class WanVideoSampler:
         samples: Latent | None = None,
         denoise_strength: float = 1.0,
         feta_args: EnhanceArgs | None = None,
-        context_options: object = None,
+        context_options: ContextOptions | None = None,
         cache_args: object = None,
         flowedit_args: object = None,
         batched_cfg: bool = False,
@@ -120,7 +121,6 @@ class WanVideoSampler:
         _reject_unbuilt(
             "WanVideo Sampler",
             {
-                "context_options": context_options,
                 "cache_args": cache_args,
                 "flowedit_args": flowedit_args,
                 "slg_args": slg_args,
@@ -158,6 +158,7 @@ class WanVideoSampler:
             riflex_index=riflex_freq_index,
             multitalk=multitalk_embeds,
             feta=feta_args,
+            context=context_options,
             force_offload=force_offload,
         )
         return sample(request, get_host())
@@ -232,7 +233,7 @@ class WanVideoSamplerExtraArgs:
         self,
         riflex_freq_index: int = 0,
         feta_args: EnhanceArgs | None = None,
-        context_options: object = None,
+        context_options: ContextOptions | None = None,
         cache_args: object = None,
         slg_args: object = None,
         rope_function: str = "comfy",
@@ -247,7 +248,6 @@ class WanVideoSamplerExtraArgs:
         _reject_unbuilt(
             "WanVideoSampler v2 Extra Args",
             {
-                "context_options": context_options,
                 "cache_args": cache_args,
                 "slg_args": slg_args,
                 "rope_function": rope_function,
@@ -258,7 +258,8 @@ class WanVideoSamplerExtraArgs:
                 "uni3c_embeds": uni3c_embeds,
             },
         )
-        return ({"riflex_index": riflex_freq_index, "feta": feta_args, "multitalk": multitalk_embeds},)
+        args = {"riflex_index": riflex_freq_index, "feta": feta_args, "multitalk": multitalk_embeds}
+        return ({**args, "context": context_options},)
 
 
 class WanVideoSamplerv2:
@@ -381,6 +382,61 @@ class WanVideoSchedulerv2(WanVideoScheduler):
         return (super().process(*args, **kwargs)[3],)
 
 
+class WanVideoContextOptions:
+    """Cuts a video longer than the model's into windows that are blended at every step."""
+
+    DISPLAY_NAME = "WanVideo Context Options"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDCONTEXT",)
+    RETURN_NAMES = ("context_options",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        frames = {"min": 4, "max": 100, "step": 1}
+        return {
+            "required": {
+                "context_schedule": (list(SCHEDULES), {"tooltip": "How windows lie; looped: the end meets the start"}),
+                "context_frames": (
+                    "INT",
+                    {"default": 81, "min": 2, "max": 1000, "step": 1, "tooltip": "Pixel frames of a window"},
+                ),
+                "context_stride": ("INT", {"default": 4, **frames, "tooltip": "8 adds windows of every 2nd latent"}),
+                "context_overlap": ("INT", {"default": 16, **frames, "tooltip": "Pixel frames that windows share"}),
+                "freenoise": ("BOOLEAN", {"default": True, "tooltip": "Windows start from the same noise, shuffled"}),
+                "verbose": ("BOOLEAN", {"default": False, "tooltip": "Log every window"}),
+            },
+            "optional": {
+                "fuse_method": (list(FUSE_METHODS), {"default": "linear", "tooltip": "How overlaps are weighed"}),
+                "reference_latent": ("LATENT", {"tooltip": "Start picture of the windows after the first"}),
+            },
+        }
+
+    def process(
+        self,
+        context_schedule: str,
+        context_frames: int,
+        context_stride: int,
+        context_overlap: int,
+        freenoise: bool,
+        verbose: bool,
+        fuse_method: str = "linear",
+        reference_latent: Latent | None = None,
+    ) -> tuple[ContextOptions]:
+        """Collect the settings."""
+        options = ContextOptions(
+            schedule=context_schedule,
+            size=context_frames,
+            stride=context_stride,
+            overlap=context_overlap,
+            freenoise=bool(freenoise),
+            fuse=fuse_method,
+            verbose=bool(verbose),
+            reference=None if reference_latent is None else reference_latent["samples"],
+        )
+        return (options,)
+
+
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     WanVideoSampler,
     WanVideoSamplerSettings,
@@ -389,4 +445,5 @@ NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     WanVideoSamplerv2,
     WanVideoScheduler,
     WanVideoSchedulerv2,
+    WanVideoContextOptions,
 )

@@ -25,7 +25,7 @@ class EnhanceArgs:
     end_percent: float = 1.0
     needs: ClassVar[str] = "Enhance-A-Video works with every Wan model; this one was built without extensions."
 
-    def window(self, frames: range) -> Self:
+    def window(self, frames: Sequence[int]) -> Self:
         """The same for every window."""
         return self
 

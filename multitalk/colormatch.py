@@ -63,6 +63,16 @@ def _from_alpha_beta(values: Pixels) -> Pixels:
     return (10 ** (values @ np.linalg.inv(ALPHA_BETA).T)) @ np.linalg.inv(LMS).T
 
 
+def reinhard_torch(source: Pixels, reference: Pixels) -> Pixels:
+    """Mean and deviation of each channel of CIE L*a*b* (SkyReels V3's choice)."""
+    from skimage.color import lab2rgb, rgb2lab
+
+    moved, target = rgb2lab(source), rgb2lab(reference)
+    axes = (0, 1)
+    scale = target.std(axis=axes) / np.maximum(moved.std(axis=axes), TINY)
+    return lab2rgb((moved - moved.mean(axis=axes)) * scale + target.mean(axis=axes))
+
+
 def hm(source: Pixels, reference: Pixels) -> Pixels:
     """The histogram of each channel."""
     from skimage.exposure import match_histograms
@@ -83,6 +93,7 @@ METHODS: dict[str, Method] = {
     "mkl": mkl,
     "hm": hm,
     "reinhard": reinhard,
+    "reinhard_torch": reinhard_torch,
     "mvgd": mvgd,
     "hm-mvgd-hm": _chain(hm, mvgd, hm),
     "hm-mkl-hm": _chain(hm, mkl, hm),

@@ -35,9 +35,9 @@ class AudioWindow:
         "'multitalk_model' input of WanVideoModelLoader, or load a checkpoint that has the audio layers merged in."
     )
 
-    def window(self, frames: range) -> Self:
+    def window(self, frames: Sequence[int]) -> Self:
         """The speech of these pixel frames."""
-        return replace(self, audio=self.audio[:, :, frames.start : frames.stop : frames.step])
+        return replace(self, audio=self.audio[:, :, list(frames)])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move and cast the features; the masks stay exact."""

@@ -18,14 +18,15 @@ from ..wanvideo.payloads import ClipEmbeds, ImageEmbeds, LoopSettings, latent_fr
 from .audio import (
     AudioOptions,
     MultiTalkEmbeds,
-    Wav2Vec,
     encode_silence,
     encode_speech,
-    load_wav2vec,
     mix,
     prepare_sound,
     silent_speech,
 )
+from .colormatch import match_colors
+from .speakers import check_masks, check_painted
+from .wav2vec import Wav2Vec, load_wav2vec
 
 log = logging.getLogger("wanvideo")
 
@@ -203,11 +204,16 @@ class MultiTalkWav2VecEmbeds:
             add_noise_floor=add_noise_floor,
             smooth_transients=smooth_transients,
         )
-        audios = [audio for audio in (audio_1, audio_2, audio_3, audio_4) if audio is not None]
-        sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios]
+        given = {"audio_1": audio_1, "audio_2": audio_2, "audio_3": audio_3, "audio_4": audio_4}
+        audios = {name: audio for name, audio in given.items() if audio is not None}
+        check_masks(ref_target_masks, list(audios))
+        check_painted(ref_target_masks, list(audios))
+        sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios.values()]
         sequential = multi_audio_type == "add"
-        embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential)
-        wav2vec_model.managed.release()
+        try:
+            embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential)
+        finally:
+            wav2vec_model.managed.release()
         embeds = replace(embeds, scale=audio_scale, cfg_scale=audio_cfg_scale, masks=ref_target_masks)
         sound = mix(sounds, sequential=sequential)
         return embeds, sound, min(num_frames, embeds.num_frames)
@@ -236,8 +242,10 @@ class MultiTalkSilentEmbeds:
                 "Silence is encoded by the speech encoder: connect Wav2VecModelLoader to 'wav2vec_model' of "
                 "'MultiTalk Silent Embeds'."
             )
-        silence = encode_silence(wav2vec_model, fps=TRAINED_FPS)
-        wav2vec_model.managed.release()
+        try:
+            silence = encode_silence(wav2vec_model, fps=TRAINED_FPS)
+        finally:
+            wav2vec_model.managed.release()
         return (silent_speech(silence, num_frames),)
 
 
@@ -307,10 +315,89 @@ class WanVideoImageToVideoMultiTalk:
             offload_between_windows=force_offload,
             output_path=_output_folder(output_path, mode),
         )
-        factor = vae.spatial_factor
-        shape = (vae.latent_channels, latent_frames(frame_window_size), height // factor, width // factor)
-        embeds = ImageEmbeds(latent_shape=shape, num_frames=frame_window_size, clip=clip_embeds, loop=loop)
-        return embeds, loop.output_path
+        return _loop_embeds(loop, clip_embeds), loop.output_path
+
+
+class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved graphs
+    """Settings of a SkyReels V3 talking avatar of any length, made in windows that share frames."""
+
+    DISPLAY_NAME = "WanVideo Long SkyReelsV3 A2V"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDIMAGE_EMBEDS", "STRING")
+    RETURN_NAMES = ("image_embeds", "output_path")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        shared = WanVideoImageToVideoMultiTalk.INPUT_TYPES()
+        required, optional = shared["required"], shared["optional"]
+        motion = {"default": 5, "min": 1, "max": 10000, "step": 1, "tooltip": "Frames that windows share"}
+        drop = {"default": 12, "min": 0, "max": 10000, "step": 1, "tooltip": "Frames cut from the end of windows"}
+        colors = [COLOR_METHODS[0], "reinhard_torch", *COLOR_METHODS[1:]]
+        video = {"tooltip": "Gives each window the frame that it ends with"}
+        return {
+            "required": {
+                **{name: required[name] for name in ("vae", "width", "height", "frame_window_size")},
+                "motion_frame": ("INT", motion),
+                "drop_frames": ("INT", drop),
+                "tiled_vae": optional["tiled_vae"],
+                "force_offload": required["force_offload"],
+                "colormatch": (colors, required["colormatch"][1]),
+            },
+            "optional": {
+                "start_image": optional["start_image"],
+                "reference_video": ("IMAGE", video),
+                "clip_embeds": optional["clip_embeds"],
+                "output_path": optional["output_path"],
+            },
+        }
+
+    def process(
+        self,
+        vae: WanVAE,
+        width: int,
+        height: int,
+        frame_window_size: int,
+        motion_frame: int,
+        drop_frames: int,
+        tiled_vae: bool,
+        force_offload: bool,
+        colormatch: str,
+        start_image: Tensor | None = None,
+        reference_video: Tensor | None = None,
+        clip_embeds: ClipEmbeds | None = None,
+        output_path: str = "",
+    ) -> tuple[ImageEmbeds, str]:
+        """Picture, reference and settings for the sampler."""
+        width, height = round_size(width, height)
+        reference = None
+        if reference_video is not None:
+            images = reference_video[..., :3].float()
+            if colormatch == "reinhard_torch" and start_image is not None:
+                images = match_colors(images, start_image[0, ..., :3].float(), colormatch)
+            reference = to_video(images, width, height)
+        loop = LoopSettings(
+            vae=vae,
+            width=width,
+            height=height,
+            window_frames=frame_window_size,
+            motion_frames=motion_frame,
+            mode="skyreelsv3",
+            colormatch=colormatch,
+            start_images=None if start_image is None else to_video(start_image, width, height),
+            tiled_vae=tiled_vae,
+            offload_between_windows=force_offload,
+            output_path=_output_folder(output_path, "multitalk"),
+            drop_frames=drop_frames,
+            reference_video=reference,
+        )
+        return _loop_embeds(loop, clip_embeds), loop.output_path
+
+
+def _loop_embeds(loop: LoopSettings, clip: ClipEmbeds | None) -> ImageEmbeds:
+    factor = loop.vae.spatial_factor
+    shape = (loop.vae.latent_channels, latent_frames(loop.window_frames), loop.height // factor, loop.width // factor)
+    return ImageEmbeds(latent_shape=shape, num_frames=loop.window_frames, clip=clip, loop=loop)
 
 
 def _output_folder(path: str, mode: str) -> str:
@@ -327,4 +414,5 @@ NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     MultiTalkWav2VecEmbeds,
     MultiTalkSilentEmbeds,
     WanVideoImageToVideoMultiTalk,
+    WanVideoImageToVideoSkyreelsv3_audio,
 )

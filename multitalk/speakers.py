@@ -7,6 +7,8 @@ Shapes: B batch, L tokens, S tokens of the first frame, P speakers, H heads, D h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,42 @@ def speaker_ranges(speakers: int) -> tuple[tuple[float, float], ...]:
     return tuple((i * CLASS_INTERVAL, (i + 1) * CLASS_INTERVAL) for i in range(speakers))
 
 
+def check_masks(masks: Tensor | None, speakers: Sequence[str]) -> None:
+    """Whether masks [P or P + 1, height, width] fit the speakers, in order; the one more is the background.
+
+    Raises ValueError that names the speaker without a mask, or the mask without a speaker.
+    """
+    count = len(speakers)
+    if not 1 <= count <= MAX_SPEAKERS:
+        raise ValueError(f"The model tells 1 to {MAX_SPEAKERS} speakers apart, not {count}.")
+    if masks is None:
+        if count > 2:
+            raise ValueError(
+                f"{count} speakers need ref_target_masks: one mask each, in the order {', '.join(speakers)}."
+            )
+        return
+    if count == 1:
+        return
+    if masks.shape[0] < count:
+        missing = ", ".join(speakers[masks.shape[0] :])
+        raise ValueError(
+            f"There are {count} speakers but {masks.shape[0]} masks in ref_target_masks: the mask of {missing} is "
+            "missing."
+        )
+    if masks.shape[0] > count + 1:
+        raise ValueError(
+            f"There are {count} speakers but {masks.shape[0]} masks in ref_target_masks: give one mask for each "
+            f"speaker and optionally one for the background; masks from number {count + 2} on have no audio."
+        )
+
+
+def check_painted(masks: Tensor | None, speakers: Sequence[str]) -> None:
+    """Raises ValueError that names a speaker whose mask is empty. It reads the masks: not for every forward."""
+    for speaker, mask in zip(speakers, () if masks is None or len(speakers) == 1 else masks, strict=False):
+        if not bool((mask > 0).any()):
+            raise ValueError(f"The mask of {speaker} in ref_target_masks is empty: paint where this speaker is.")
+
+
 def token_masks(masks: Tensor | None, speakers: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     """Masks of the speakers and the background on the token grid: [P + 1, S], 0 or 1, float32.
 
@@ -37,17 +75,8 @@ def token_masks(masks: Tensor | None, speakers: int, grid: tuple[int, int, int],
     two speakers, who then stand in the left and the right half. Raises ValueError where the counts do not fit.
     """
     _, height, width = grid
-    if not 1 <= speakers <= MAX_SPEAKERS:
-        raise ValueError(f"The model tells 1 to {MAX_SPEAKERS} speakers apart, not {speakers}.")
-    if masks is None:
-        if speakers != 2:
-            raise ValueError(f"{speakers} speakers need ref_target_masks: one mask each, in the order of the audio.")
-        masks = _halves(height, width)
-    if masks.shape[0] not in (speakers, speakers + 1):
-        raise ValueError(
-            f"There are {speakers} speakers but {masks.shape[0]} masks in ref_target_masks: give one mask for each "
-            "speaker, and optionally one for the background."
-        )
+    check_masks(masks, [f"speaker {number + 1}" for number in range(speakers)])
+    masks = _halves(height, width) if masks is None else masks
     on_grid = F.interpolate(masks[None].float().to(device), size=(height, width), mode="nearest")[0] > 0
     if masks.shape[0] == speakers:
         on_grid = torch.cat((on_grid, ~on_grid.any(dim=0, keepdim=True)))

@@ -73,5 +73,5 @@ def test_outputs_and_names(name):
 
 
 def test_all_families_register():
-    assert len(NODES) == 35
+    assert len(NODES) == 37
     assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS)

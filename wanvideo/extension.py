@@ -96,7 +96,7 @@ class Payload(Protocol):
 
     needs: ClassVar[str]
 
-    def window(self, frames: range) -> Self:
+    def window(self, frames: Sequence[int]) -> Self:
         """The part that belongs to these pixel frames."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:

@@ -31,6 +31,7 @@ from .latents import (
 )
 from .payloads import VAE_TIME_STRIDE, ImageEmbeds, TextEmbeds
 from .schedulers import Schedule
+from .windows import ContextOptions, WindowedDenoiser, free_noise
 
 if TYPE_CHECKING:
     from ..host import Host, Progress
@@ -71,7 +72,7 @@ class Denoised(NamedTuple):
 
 @torch.no_grad()
 def denoise(
-    denoiser: Denoiser,
+    denoiser: Denoiser | WindowedDenoiser,
     schedule: Schedule,
     *,
     latents: Tensor,
@@ -84,10 +85,11 @@ def denoise(
 
     generator: CPU generator for solvers that draw noise. hooks run in order. clean_frames: latent frames that the model
     sees at timestep 0 (given images, 5B). The result is on the denoiser's device.
-    Raises ValueError if the model's output is not finite.
+    Raises NotFiniteError if the model's output is not finite.
     """
     latents = latents.to(denoiser.device, torch.float32)
     clean = latents
+    tripwire = _Tripwire(schedule)
     for index, timestep in enumerate(schedule.timesteps):
         if watcher is not None:
             watcher.begin(index)
@@ -100,8 +102,7 @@ def denoise(
         latents = schedule.step(velocity, index, latents, generator)
         for hook in hooks:
             latents = hook.after(latents, index)
-        if index in (0, len(schedule) - 1):
-            _check_finite(velocity, latents, index=index, schedule=schedule)
+        tripwire.look(velocity, latents)
         if watcher is not None:
             watcher.end(index, clean)
     return Denoised(latents, clean)
@@ -115,20 +116,35 @@ def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[i
     return timesteps
 
 
-def _check_finite(velocity: Tensor, latents: Tensor, *, index: int, schedule: Schedule) -> None:
-    """The tripwire against black videos: looks at the first and the last step, so that it costs two syncs a run."""
-    if bool(torch.isfinite(latents).all()):
-        return
-    at = f"step {index + 1} of {len(schedule)}"
-    if bool(torch.isfinite(velocity).all()):
-        raise ValueError(
-            f"The latents became NaN or infinite at {at} although the model's output was finite: check the samples and "
-            "sigmas that are connected, or choose another scheduler."
-        )
-    raise ValueError(
-        f"The model's output was NaN or infinite at {at}: choose base_precision bf16, another attention_mode or "
-        "another quantization in WanVideoModelLoader, and check that the model file is complete."
-    )
+class NotFiniteError(ValueError):
+    """The model, the solver or the VAE gave NaN or infinite values: the video would be black."""
+
+
+class _Tripwire:
+    """The guard against black videos. It looks at every step but asks the device after the first and the last one."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._steps: list[Tensor] = []
+
+    def look(self, velocity: Tensor, latents: Tensor) -> None:
+        """Raises NotFiniteError, naming the first step that went wrong."""
+        self._steps.append(torch.stack((torch.isfinite(velocity).all(), torch.isfinite(latents).all())))
+        if len(self._steps) not in (1, len(self._schedule)):
+            return
+        for index, (velocity_is, latents_are) in enumerate(torch.stack(self._steps).tolist()):
+            at = f"step {index + 1} of {len(self._schedule)}"
+            if not velocity_is:
+                raise NotFiniteError(
+                    f"The model's output was NaN or infinite at {at}: choose base_precision bf16, another "
+                    "attention_mode or another quantization in WanVideoModelLoader, and check that the model file is "
+                    "complete."
+                )
+            if not latents_are:
+                raise NotFiniteError(
+                    f"The latents became NaN or infinite at {at} although the model's output was finite: check the "
+                    "samples and sigmas that are connected, or choose another scheduler."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +153,7 @@ class SampleRequest:
 
     text: several positive prompts share out the frames, or the windows. cfg: one text scale, or one a step. samples: a
     LATENT to start or go on from. seed: of the starting noise and of all noise that solvers draw. feta: payload of
-    Enhance-A-Video.
+    Enhance-A-Video. context: windows for a video longer than the model's.
     """
 
     model: WanVideoModel
@@ -152,6 +168,7 @@ class SampleRequest:
     riflex_index: int = 0
     multitalk: MultiTalkEmbeds | None = None
     feta: Payload | None = None
+    context: ContextOptions | None = None
     force_offload: bool = True
 
     @property
@@ -213,8 +230,7 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
     log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
     try:
         with host.progress(len(schedule), "Sampling") as progress, request.model.active() as transformer:
-            conditions = _conditions(request, transformer, _speech(request, frames))
-            denoiser = make_denoiser(request, transformer, host=host, conditions=conditions)
+            denoiser = _denoiser(request, transformer, host, frames)
             result = denoise(
                 denoiser,
                 schedule,
@@ -234,7 +250,10 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
 def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.Generator) -> Start:
     """What the run starts from. The seed's noise is always drawn first; samples may then restore a generator state."""
     shape = noise_shape(request.image, request.model.config)
-    noise = latents = start_noise(shape, generator)
+    noise = start_noise(shape, generator)
+    if request.context is not None and request.context.freenoise and request.context.apply_to(shape[1]):
+        noise = free_noise(noise, request.context, generator)
+    latents = noise
     samples = request.samples or {}
     if samples.get("generator_state") is not None:
         generator.set_state(samples["generator_state"])
@@ -299,12 +318,31 @@ def conditionings(
     return *found, *(Conditioning(payload) for payload in request.image.payloads)
 
 
+def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames: int) -> Denoiser | WindowedDenoiser:
+    """Of the whole video, or of context windows where it is longer than one."""
+    conditions = _conditions(request, transformer, _speech(request, frames))
+    context = request.context
+    if context is None or not context.apply_to(frames):
+        if context is not None:
+            log.info("The video is not longer than context_frames, so context_options have no effect.")
+        return make_denoiser(request, transformer, host=host, conditions=conditions)
+    return WindowedDenoiser(
+        conditions,
+        options=context,
+        texts=request.text.positive,
+        device=host.device(),
+        make=lambda window: make_denoiser(request, transformer, host=host, conditions=window),
+    )
+
+
 def _conditions(request: SampleRequest, transformer: WanModel, audio: AudioWindow | None) -> Conditions:
     image = request.image
     if request.text is None or not request.text.positive:
         raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
     first, *others = request.text.positive
-    segments = (Conditioning(PromptSegments(tuple(others)), no_text=PromptSegments()),) if others else ()
+    # Context windows pick one prompt each.
+    shared = bool(others) and (request.context is None or not request.context.apply_to(image.latent_shape[1]))
+    segments = (Conditioning(PromptSegments(tuple(others)), no_text=PromptSegments()),) if shared else ()
     return Conditions(
         positive=first,
         negative=request.text.negative[0] if request.text.negative else None,

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own options."""
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument("--clips", type=int, default=FULL_SET, help=f"clips of 5 s a setting (default: {FULL_SET})")
-    parser.add_argument("--settings", choices=("default", "all"), default="all", help="the default setting alone, or all")
+    parser.add_argument(
+        "--settings", choices=("default", "all"), default="all", help="the default setting alone, or all"
+    )
     parser.add_argument("--models", type=Path, default=MODELS, help="folder of the demo's models")
 
 

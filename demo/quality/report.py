@@ -25,7 +25,10 @@ def as_json(rows: Sequence[Row], more: Mapping[str, float]) -> dict[str, object]
 
 def as_markdown(rows: Sequence[Row], more: Mapping[str, float]) -> str:
     """A table, then the numbers that only the default setting has."""
-    lines = ["| quantization / attention / precision | " + " | ".join(FIGURES) + " |", "|---" * (len(FIGURES) + 1) + "|"]
+    lines = [
+        "| quantization / attention / precision | " + " | ".join(FIGURES) + " |",
+        "|---" * (len(FIGURES) + 1) + "|",
+    ]
     for row in rows:
         values = [getattr(row, name) for name in FIGURES]
         cells = [row.reason] if row.reason else [f"{value:.3f}" for value in values]

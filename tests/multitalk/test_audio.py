@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.multitalk import audio
+from wanvideo_wrapper.multitalk import wav2vec as speech
 from wanvideo_wrapper.multitalk.audio import AudioOptions, MultiTalkEmbeds
 from wanvideo_wrapper.standalone_host import StandaloneHost
 
@@ -19,7 +20,7 @@ HOST = StandaloneHost(device="cpu")
 def load(tmp_path, seed=0):
     model = tiny.wav2vec(seed)
     model.save(tmp_path / "w.safetensors", torch.float32)
-    return model, audio.load_wav2vec(tmp_path / "w.safetensors", dtype=torch.float32, host=HOST)
+    return model, speech.load_wav2vec(tmp_path / "w.safetensors", dtype=torch.float32, host=HOST)
 
 
 def wav2vec_float64(tensors, sound, frames, heads, layers):
@@ -77,6 +78,51 @@ def test_features_equal_their_float64_form(samples, frames, tmp_path):
     assert (got - want).norm() / want.norm() < 1e-4
 
 
+@pytest.mark.parametrize("seconds", [3.0, 7.3])
+def test_convolutions_in_pieces_equal_one_pass(tmp_path, monkeypatch, seconds):
+    _, wav2vec = load(tmp_path, seed=int(torch.randint(1000, ())))
+    generator = np.random.default_rng()
+    sound = generator.standard_normal(round(seconds * 16000)) * np.linspace(0.01, 0.5, round(seconds * 16000))
+    frames = audio.frame_count(len(sound), 25.0)
+    whole = wav2vec.encode(sound, frames).double()
+    monkeypatch.setattr(speech, "CONV_PIECE", 37)
+    got = wav2vec.encode(sound, frames).double()
+    assert (got - whole).norm() / whole.norm() < 1e-5
+
+
+def test_attention_in_pieces(tmp_path, monkeypatch):
+    """Beyond the limit every piece equals a whole pass over what it sees; nothing is lost at the seams."""
+    _, wav2vec = load(tmp_path)
+    sound = np.random.default_rng().standard_normal(12 * 16000) * 0.1
+    seen = []
+    layers = speech.Wav2Vec._layers
+    monkeypatch.setattr(speech.Wav2Vec, "_layers", lambda self, x: seen.append((x, layers(self, x))) or seen[-1][1])
+    monkeypatch.setattr(speech, "CONV_PIECE", 50)
+    wav2vec.encode(sound, 300)
+    ((all_features, _),) = seen
+    for name, value in (("WHOLE_SECONDS", 5), ("PIECE_SECONDS", 4), ("CONTEXT_SECONDS", 1)):
+        monkeypatch.setattr(speech, name, value)
+    seen.clear()
+    got = wav2vec.encode(sound, 300)
+    ranges = [(range(100), range(125)), (range(100, 200), range(75, 225)), (range(200, 300), range(175, 300))]
+    assert list(speech.pieces(300, 25.0)) == ranges
+    for (kept, visible), (features, outputs) in zip(ranges, seen, strict=True):
+        torch.testing.assert_close(features, all_features[..., visible.start : visible.stop], atol=1e-5, rtol=1e-4)
+        part = outputs[kept.start - visible.start : kept.stop - visible.start]
+        assert torch.equal(got[kept.start : kept.stop], part)
+
+
+@pytest.mark.parametrize("frames", [7500, 7501, 90000])
+def test_pieces_cover_every_frame_once_with_context(frames):
+    cut = list(speech.pieces(frames, 25.0))
+    assert [f for kept, _ in cut for f in kept] == list(range(frames))
+    assert (len(cut) == 1) == (frames == 7500)
+    for kept, visible in cut:
+        assert visible.start == max(kept.start - 375, 0) or len(cut) == 1
+        assert visible.stop == min(kept.stop + 375, frames)
+        assert len(visible) <= 7500
+
+
 def test_every_published_key_is_one_parameter():
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
@@ -93,16 +139,16 @@ def test_every_published_key_is_one_parameter():
         path = FACTS
 
     with torch.device("meta"):
-        model = audio._build(File, audio.PREFIX)
+        model = speech._build(File, speech.PREFIX)
         Wav2Vec2Model(Wav2Vec2Config())
-    names = {audio.PREFIX + audio._stored_name(n, File, audio.PREFIX): p for n, p in model.named_parameters()}
+    names = {speech.PREFIX + speech._stored_name(n, File, speech.PREFIX): p for n, p in model.named_parameters()}
     assert {k: tuple(v.shape) for k, v in names.items()} == found
 
 
 def test_another_kind_of_file_is_named(tmp_path):
     tiny.vae().save(tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match=r"vae\.safetensors is no Wav2Vec2 encoder"):
-        audio.load_wav2vec(tmp_path / "vae.safetensors", dtype=torch.float32, host=HOST)
+        speech.load_wav2vec(tmp_path / "vae.safetensors", dtype=torch.float32, host=HOST)
 
 
 @pytest.mark.parametrize("frames", [range(9), range(20, 33), range(28, 45), range(0, 40, 2)])

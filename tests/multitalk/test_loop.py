@@ -9,6 +9,7 @@ from PIL import Image
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import CancelledError
 from wanvideo_wrapper.multitalk import loop as talk
+from wanvideo_wrapper.multitalk import plan
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImageExtension
@@ -58,7 +59,7 @@ def request(parts, total=30, **loop):
     ("total", "size", "motion"), [(5, 13, 5), (13, 13, 5), (14, 13, 5), (100, 81, 25), (500, 81, 9)]
 )
 def test_windows_cover_every_frame_and_share_the_motion(total, size, motion):
-    windows = talk.plan_windows(total, size, motion)
+    windows = plan.plan_windows(total, size, motion)
     assert windows[0].frames.start == 0 and all(len(w.frames) == size for w in windows)
     assert windows[-1].frames.stop >= total
     assert len(windows) == 1 or windows[-2].frames.stop < total
@@ -89,9 +90,11 @@ def test_motion_frames_are_in_place_at_every_step(parts, monkeypatch):
 
     monkeypatch.setattr(type(model.transformer), "forward", spy)
     sample(request(parts, 30), host)
-    windows = talk.plan_windows(30, WINDOW, MOTION)
+    windows = plan.plan_windows(30, WINDOW, MOTION)
     assert len(seen) == 2 * len(windows)
-    motions = [latents for video, latents in encoded if video.shape[1] in (1, MOTION)]
+    # The first window's motion is the picture alone, which the VAE encodes like the first frame of the condition.
+    motions = [real(request(parts, 30).image.loop.start_images, quiet=True)]
+    motions += [latents for video, latents in encoded if video.shape[1] == MOTION]
     for call, (latents, payloads) in enumerate(seen):
         motion = motions[call // 2]
         assert motion.shape[1] == (1 if call < 2 else 2)
@@ -103,9 +106,15 @@ def test_motion_frames_are_in_place_at_every_step(parts, monkeypatch):
 def test_next_window_starts_from_the_last_frames_of_the_one_before(parts, monkeypatch):
     model, vae, host = parts
     decoded, encoded = [], []
-    encode, decode = vae.encode, vae.decode
+    encode, decode = vae.encode, vae.decode_chunks
     monkeypatch.setattr(vae, "encode", lambda video, **o: encoded.append(video) or encode(video, **o))
-    monkeypatch.setattr(vae, "decode", lambda latents, **o: decoded.append(decode(latents, **o)) or decoded[-1])
+
+    def seen(latents, **options):
+        chunks = list(decode(latents, **options))
+        decoded.append(torch.cat(chunks, dim=1))
+        return iter(chunks)
+
+    monkeypatch.setattr(vae, "decode_chunks", seen)
     sample(request(parts, 30), host)
     motions = [video for video in encoded if video.shape[1] == MOTION]
     for before, motion in zip(decoded, motions, strict=False):
@@ -167,7 +176,7 @@ def test_cancel_in_the_middle_leaves_whole_windows(parts, tmp_path):
     host = Impatient(device="cpu")
     with pytest.raises(CancelledError):
         talk.run_loop(request(parts, 30, output_path=str(tmp_path)), host)
-    assert len(list(tmp_path.iterdir())) == WINDOW and not list(tmp_path.glob("*.part"))
+    assert len(list(tmp_path.glob("*.png"))) == WINDOW and not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("mode", ["multitalk", "infinitetalk", "auto"])
@@ -209,5 +218,5 @@ def test_missing_inputs_are_named(parts):
 
 
 def test_frame_counts_are_rounded_to_what_the_vae_encodes(parts):
-    settings = talk.loop_settings(request(parts, 20, window_frames=16, motion_frames=8).image.loop, "multitalk")
+    settings = plan.loop_settings(request(parts, 20, window_frames=16, motion_frames=8).image.loop, "multitalk")
     assert (settings.window_frames, settings.motion_frames) == (13, 5)

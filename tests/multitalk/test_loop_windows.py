@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.multitalk import loop as talk
+from wanvideo_wrapper.multitalk import plan
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
+from wanvideo_wrapper.multitalk.window import _masks_of
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
@@ -55,7 +56,7 @@ def request(parts, *, pictures=1, prompts=1, mode="infinitetalk", schedule=None,
 def run(parts, monkeypatch):
     """Runs a request: (inputs of every model call, final latents and frames of every window)."""
     model, vae, host = parts
-    forward, decode = type(model.transformer).forward, vae.decode
+    forward, decode = type(model.transformer).forward, vae.decode_chunks
 
     def start(asked):
         calls, windows = [], []
@@ -65,11 +66,12 @@ def run(parts, monkeypatch):
             return forward(self, inputs)
 
         def seen(latents, **options):
-            windows.append((latents, decode(latents, **options)))
-            return windows[-1][1]
+            chunks = list(decode(latents, **options))
+            windows.append((latents, torch.cat(chunks, dim=1)))
+            return iter(chunks)
 
         monkeypatch.setattr(type(model.transformer), "forward", spy)
-        monkeypatch.setattr(vae, "decode", seen)
+        monkeypatch.setattr(vae, "decode_chunks", seen)
         result = sample(asked, host)[0]
         assert result["video"].shape[0] == TOTAL and len(windows) == 3
         assert len(calls) == 3 * len(asked.schedule)
@@ -141,7 +143,7 @@ def test_source_video_goes_along_with_the_windows(parts, run, length, noised):
     asked = request(parts, schedule=schedule, samples={"samples": source}, add_noise_to_samples=noised)
     calls, _ = run(asked)
     sigma = schedule.sigmas[0]
-    for number, window in enumerate(talk.plan_windows(TOTAL, WINDOW, MOTION)):
+    for number, window in enumerate(plan.plan_windows(TOTAL, WINDOW, MOTION)):
         latents = calls[number * (STEPS - 1)].latents[0, :16]
         kept = 1 if number == 0 else 2
         for place in range(kept, LATENTS):
@@ -161,7 +163,7 @@ def test_noise_mask_keeps_the_source_video(parts, run, masks):
     samples = {"samples": source, "noise_mask": mask}
     calls, windows = run(request(parts, samples=samples, add_noise_to_samples=True))
     free = []
-    for number, window in enumerate(talk.plan_windows(TOTAL, WINDOW, MOTION)):
+    for number, window in enumerate(plan.plan_windows(TOTAL, WINDOW, MOTION)):
         latents = windows[number][0]
         kept = 1 if number == 0 else 2
         for place in range(kept, LATENTS):
@@ -174,8 +176,8 @@ def test_noise_mask_keeps_the_source_video(parts, run, masks):
 
 def test_noise_mask_frames_belong_to_their_window():
     mask = torch.arange(7.0)[:, None, None].expand(7, 2, 2)
-    assert talk._masks_of(mask, range(5, 10))[:, 0, 0].tolist() == [5, 6, 0, 1, 2]
-    assert talk._masks_of(mask[:1, None], range(3)).shape == (3, 2, 2)
+    assert _masks_of(mask, range(5, 10))[:, 0, 0].tolist() == [5, 6, 0, 1, 2]
+    assert _masks_of(mask[:1, None], range(3)).shape == (3, 2, 2)
 
 
 def test_pictures_on_disk_replace_the_video(parts, tmp_path):

@@ -191,8 +191,11 @@ def test_wrong_speech_is_named():
     model, one = talking_model(), torch.tensor(1.0)
     with pytest.raises(ValueError, match="3 speakers need ref_target_masks"):
         model(inputs(AudioWindow(torch.randn(1, 3, 9, 5, LAYERS, CHANNELS), one)))
-    with pytest.raises(ValueError, match="2 speakers but 5 masks"):
+    with pytest.raises(ValueError, match="2 speakers but 5 masks .* from number 4 on have no audio"):
         model(inputs(AudioWindow(torch.randn(1, 2, 9, 5, LAYERS, CHANNELS), one, torch.ones(5, 8, 8))))
+    three = torch.randn(1, 3, 9, 5, LAYERS, CHANNELS)
+    with pytest.raises(ValueError, match="3 speakers but 2 masks .* mask of speaker 3 is missing"):
+        model(inputs(AudioWindow(three, one, torch.ones(2, 8, 8))))
     with pytest.raises(ValueError, match="1 to 6 speakers apart, not 7"):
         model(inputs(AudioWindow(torch.randn(1, 7, 9, 5, LAYERS, CHANNELS), one)))
     with pytest.raises(ValueError, match="read 24 features"):

@@ -8,10 +8,11 @@ import torch
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.multitalk import nodes
 from wanvideo_wrapper.multitalk.colormatch import METHODS
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
+
+LOOP_NODES = ("WanVideoImageToVideoMultiTalk", "WanVideoImageToVideoSkyreelsv3_audio")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,18 @@ def test_two_speakers_and_their_masks(wav2vec, how, length):
     assert window.audio.shape[1] == 2 and window.masks is masks
 
 
+def test_a_missing_mask_is_named_before_anything_is_encoded(wav2vec, monkeypatch):
+    monkeypatch.setattr(type(wav2vec), "encode", None)
+    third = {"audio_2": sound(0.5), "audio_4": sound(0.5)}
+    with pytest.raises(ValueError, match="3 speakers but 2 masks .* the mask of audio_4 is missing"):
+        encode(wav2vec, sound(1.2), 100, ref_target_masks=torch.ones(2, 8, 8), **third)
+    with pytest.raises(ValueError, match="in the order audio_1, audio_2, audio_4"):
+        encode(wav2vec, sound(1.2), 100, **third)
+    empty = torch.tensor([1.0, 0, 1])[:, None, None].expand(3, 8, 8)
+    with pytest.raises(ValueError, match="mask of audio_2 in ref_target_masks is empty"):
+        encode(wav2vec, sound(1.2), 100, ref_target_masks=empty, **third)
+
+
 @pytest.mark.parametrize("frames", [1, 29, 100, 333])
 def test_silence_of_any_length(wav2vec, frames):
     (embeds,) = N["MultiTalkSilentEmbeds"]().process(frames, wav2vec)
@@ -130,4 +143,5 @@ def test_settings_of_the_loop(host):
 
 
 def test_colour_methods_on_the_widget_are_those_that_exist():
-    assert set(nodes.COLOR_METHODS) - {"disabled"} == set(METHODS)
+    options = [set(N[name].INPUT_TYPES()["required"]["colormatch"][0]) for name in LOOP_NODES]
+    assert options[0] | {"reinhard_torch"} == options[1] == set(METHODS) | {"disabled"}

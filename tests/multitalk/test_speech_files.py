@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.multitalk import audio
+from wanvideo_wrapper.multitalk import wav2vec
 from wanvideo_wrapper.standalone_host import StandaloneHost
 
 HOST = StandaloneHost(device="cpu")
@@ -37,7 +37,7 @@ def newly_named(key):
 def load(tensors, folder, dtype=torch.float32):
     path = folder / "speech.safetensors"
     save_file({key: value.float().contiguous() for key, value in tensors.items()}, path, metadata=HEADER)
-    return audio.load_wav2vec(path, dtype=dtype, host=HOST)
+    return wav2vec.load_wav2vec(path, dtype=dtype, host=HOST)
 
 
 @pytest.mark.parametrize("how", [{"bare"}, {"new"}, {"bare", "new"}, {"training"}, {"unmasked"}, {"bare", "training"}])

@@ -31,7 +31,7 @@ class ClipImage:
         "WanVideoModelLoader's 'model' input, or disconnect clip_embeds."
     )
 
-    def window(self, frames: range) -> Self:
+    def window(self, frames: Sequence[int]) -> Self:
         """The same image conditions every window."""
         return self
 

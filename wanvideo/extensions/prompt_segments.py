@@ -20,7 +20,7 @@ class PromptSegments:
     prompts: tuple[Tensor, ...] = ()
     needs: ClassVar[str] = "Several prompts work with every Wan model; this one was built without extensions."
 
-    def window(self, frames: range) -> Self:
+    def window(self, frames: Sequence[int]) -> Self:
         """The same for every window."""
         return self
 

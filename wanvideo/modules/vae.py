@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -102,18 +103,19 @@ class WanVAE:
         """Pixels a side behind one latent."""
         return self.layout.spatial_factor
 
-    def encode(self, video: Tensor, *, tile: Tile | None = None) -> Tensor:
+    def encode(self, video: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Tensor:
         """Video [3, F, H, W] in -1..1 -> normalised latents [z, (F - 1) / 4 + 1, h, w], float32 on the CPU.
 
-        The mean of the posterior, as the models were trained on. Raises ValueError if F is not 4n+1 or a side does not
-        divide by the spatial factor.
+        The mean of the posterior, as the models were trained on. quiet: no progress bar. Raises ValueError if F is not
+        4n+1 or a side does not divide by the spatial factor.
         """
         self._check_video(video)
         factor = self.spatial_factor
         regions = _regions(video.shape[2] // factor, video.shape[3] // factor, tile=tile, factor=factor, scale=1)
         sources = [video[:, :, r.rows.cells(factor), r.columns.cells(factor)] for r in regions]
         frames = latent_frames(video.shape[1])
-        chunks = self._run(self._encode_chunks, regions, sources, count=frames, scale=1, label="VAE encoding")
+        label = "" if quiet else "VAE encoding"
+        chunks = self._run(self._encode_chunks, regions, sources, count=frames, scale=1, label=label)
         return (torch.cat(list(chunks), dim=1) - self._mean) / self._std
 
     def encode_with_end(self, video: Tensor, *, tile: Tile | None = None) -> Tensor:
@@ -127,12 +129,12 @@ class WanVAE:
             )
         return torch.cat((self.encode(video[:, :-1], tile=tile), self.encode(video[:, -1:], tile=tile)), dim=1)
 
-    def decode(self, latents: Tensor, *, tile: Tile | None = None) -> Tensor:
+    def decode(self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Tensor:
         """Normalised latents [z, F, h, w] -> video [3, 4 (F - 1) + 1, H, W] in about -1..1, float32 on the CPU.
 
-        Raises ValueError if the latents are not this VAE's.
+        quiet: no progress bar. Raises ValueError if the latents are not this VAE's.
         """
-        chunks = self.decode_chunks(latents, tile=tile)
+        chunks = self.decode_chunks(latents, tile=tile, quiet=quiet)
         factor = self.spatial_factor
         _, frames, height, width = latents.shape
         video = torch.empty(3, VAE_TIME_STRIDE * (frames - 1) + 1, height * factor, width * factor)
@@ -142,7 +144,7 @@ class WanVAE:
             done += chunk.shape[1]
         return video
 
-    def decode_chunks(self, latents: Tensor, *, tile: Tile | None = None) -> Iterator[Tensor]:
+    def decode_chunks(self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Iterator[Tensor]:
         """As `decode`, but yields the frames [3, f, H, W] as they are made, and keeps none."""
         self._check_latents(latents)
         factor = self.spatial_factor
@@ -150,7 +152,8 @@ class WanVAE:
         regions = _regions(*latents.shape[2:], tile=tile, factor=factor, scale=factor)
         sources = [raw[:, :, r.rows.cells(1), r.columns.cells(1)] for r in regions]
         frames = latents.shape[1]
-        return self._run(self._decode_chunks, regions, sources, count=frames, scale=factor, label="VAE decoding")
+        label = "" if quiet else "VAE decoding"
+        return self._run(self._decode_chunks, regions, sources, count=frames, scale=factor, label=label)
 
     def _check_video(self, video: Tensor) -> None:
         if video.dim() != 4 or video.shape[0] != 3 or not video.numel():
@@ -188,15 +191,18 @@ class WanVAE:
     ) -> Iterator[Tensor]:
         """The chunks of the whole: as they come for one region, else blended once all regions are through.
 
-        Regions go one after the other, each with all its chunks, so that the device holds one region's cache.
+        Regions go one after the other, each with all its chunks, so that the device holds one region's cache. An empty
+        label shows no progress.
         """
         device = self.managed.acquire()
         size = (regions[-1].rows.stop * scale, regions[-1].columns.stop * scale)
         blended: list[Tensor] = []
-        with self._host.progress(len(regions) * count, label) as progress:
+        bar = self._host.progress(len(regions) * count, label) if label else nullcontext()
+        with bar as progress:
             for number, (region, source) in enumerate(zip(regions, sources, strict=True)):
                 for index, chunk in enumerate(chunks_of(source, device)):
-                    progress.update(number * count + index + 1)
+                    if progress is not None:
+                        progress.update(number * count + index + 1)
                     if len(regions) == 1:
                         yield chunk
                         continue

@@ -1,0 +1,265 @@
+"""Finished frames of a long video: 8-bit in memory, or pictures in a folder from which a broken run goes on.
+
+While a run is unfinished its folder holds `.unfinished/`: run.json (what the run is, and how far it got), the tensors
+that the last finished window hands on, and a lock that dies with the process. A window counts once run.json says so;
+the order of writing is frames, tensors, run.json, each renamed into place, so that a crash leaves a whole state.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("wanvideo")
+
+UNFINISHED, RECORD, LOCK = ".unfinished", "run.json", "lock"
+FORMAT = 1
+FOLDER_ENDING = "_output"
+
+
+class Reached(NamedTuple):
+    """How far a run got: finished windows, and the tensors that the last of them hands on."""
+
+    windows: int = 0
+    handover: Mapping[str, Tensor] | None = None
+
+
+class MemoryFootage:
+    """The frames as 8-bit tensors, at most `total`."""
+
+    output_path = ""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.frames = 0
+        self._video: Tensor | None = None
+
+    def open(self) -> Reached:
+        """Always from the start."""
+        return Reached()
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def add(self, images: Tensor) -> None:
+        """Take frames [n, H, W, 3] in 0..1."""
+        frames = to_bytes(images[: self.total - self.frames])
+        if self._video is None:
+            # Pages that are not written yet take no memory, and nothing is joined at the end.
+            self._video = torch.empty(self.total, *frames.shape[1:], dtype=torch.uint8)
+        self._video[self.frames : self.frames + len(frames)] = frames
+        self.frames += len(frames)
+
+    def finish_window(self, windows: int, handover: Mapping[str, Tensor]) -> None:
+        """Nothing is kept for later."""
+
+    def finish(self) -> None:
+        """Nothing to tidy up."""
+
+    def video(self) -> Tensor:
+        """All frames [n, H, W, 3] in -1..1; the 8-bit ones are let go."""
+        video, self._video = self._video, None
+        return video.float().div_(127.5).sub_(1)
+
+    def rescue(self, folder: Path) -> Path:
+        """Write the frames so far to `folder`, for a run that cannot go on; returns the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(self.frames):
+            write_frame(folder, index, self._video[index])
+        return folder
+
+
+class FolderFootage:
+    """The frames as frame_00000.png, ... in `folder`, at most `total`. inputs: fingerprints of the run by name."""
+
+    def __init__(self, folder: Path, total: int, inputs: Mapping[str, str]) -> None:
+        self.total = total
+        self.frames = 0
+        self.folder = folder
+        self.output_path = str(folder)
+        self._inputs = dict(inputs)
+        self._lock: object | None = None
+
+    def open(self) -> Reached:
+        """Find out where to go on: in this folder, or in one beside it that an equal run left (it is renamed).
+
+        Anything else in this folder is set aside under another name. Raises ValueError if another process writes here.
+        """
+        if (self.folder / UNFINISHED).is_dir():
+            if not self._acquire(self.folder):
+                raise ValueError(f"Another process is writing to {self.folder}: wait for it, or choose another folder.")
+            self.close()
+        for candidate in (self.folder, *self._beside()):
+            record = _record(candidate)
+            if record is None or record["inputs"] != self._inputs or not _whole(candidate, record):
+                continue
+            if self._take(candidate):
+                return self._resumed(record)
+        self._explain(_record(self.folder))
+        self._set_aside()
+        self._acquire(self.folder)
+        self._save_record(0, None)
+        return Reached()
+
+    def _beside(self) -> list[Path]:
+        """Folders that the node may have named for earlier runs, the newest first."""
+        parent = self.folder.parent
+        if not parent.is_dir() or FOLDER_ENDING not in self.folder.name:
+            return []
+        return sorted((p for p in parent.glob(f"*{FOLDER_ENDING}*") if p != self.folder and p.is_dir()), reverse=True)
+
+    def _take(self, candidate: Path) -> bool:
+        if not self._acquire(candidate):
+            return False
+        if candidate != self.folder:
+            # Windows renames no folder with an open file in it.
+            self.close()
+            self._set_aside()
+            candidate.rename(self.folder)
+            self._acquire(self.folder)
+        return True
+
+    def _acquire(self, folder: Path) -> bool:
+        from filelock import FileLock, Timeout
+
+        (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / UNFINISHED / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        self._lock = lock
+        return True
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _resumed(self, record: dict[str, object]) -> Reached:
+        from safetensors.torch import load_file
+
+        self.frames = record["frames"]
+        for path in (*self.folder.glob("frame_*.png"), *self.folder.glob("frame_*.part")):
+            if path.suffix == ".part" or int(path.stem.removeprefix("frame_")) >= self.frames:
+                path.unlink()
+        handover = None
+        if record["state"] is not None:
+            handover = load_file(self.folder / UNFINISHED / record["state"])
+        log.info("Going on in %s after %d finished windows (%d frames).", self.folder, record["windows"], self.frames)
+        return Reached(record["windows"], handover)
+
+    def _explain(self, record: dict[str, object] | None) -> None:
+        if record is None:
+            return
+        before = record["inputs"]
+        changed = [name for name in self._inputs if before.get(name) != self._inputs[name]]
+        why = f"other inputs ({', '.join(changed)})" if changed else "frames missing"
+        log.info("The unfinished run in %s has %s, so it is not continued.", self.folder, why)
+
+    def _set_aside(self) -> None:
+        """Give an earlier run's folder another name: ComfyUI keeps the path of a node whose inputs did not change."""
+        if not any(self.folder.glob("frame_*.png")):
+            shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+            return
+        names = (self.folder.with_name(f"{self.folder.name}_{number}") for number in count(1))
+        earlier = next(name for name in names if not name.exists())
+        self.folder.rename(earlier)
+        log.info("The frames of the run before are now in %s.", earlier)
+
+    def add(self, images: Tensor) -> None:
+        """Write frames [n, H, W, 3] in 0..1."""
+        for frame in to_bytes(images[: self.total - self.frames]):
+            write_frame(self.folder, self.frames, frame)
+            self.frames += 1
+
+    def finish_window(self, windows: int, handover: Mapping[str, Tensor]) -> None:
+        """Record that so many windows are finished; a later run goes on from here."""
+        from safetensors.torch import save_file
+
+        inner = self.folder / UNFINISHED
+        state = inner / f"window_{windows:05d}.safetensors"
+        partial = state.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in handover.items()}, partial)
+        _flush(partial)
+        partial.replace(state)
+        self._save_record(windows, state.name)
+        for old in inner.glob("window_*"):
+            if old != state:
+                old.unlink()
+
+    def _save_record(self, windows: int, state: str | None) -> None:
+        record = {
+            "format": FORMAT, "inputs": self._inputs, "windows": windows, "frames": self.frames, "state": state,
+        }  # fmt: skip
+        path = self.folder / UNFINISHED / RECORD
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(record, indent=1))
+        _flush(partial)
+        partial.replace(path)
+
+    def finish(self) -> None:
+        """The video is whole: from now on the folder holds nothing but its frames."""
+        (self.folder / UNFINISHED / RECORD).unlink()
+        self.close()
+        shutil.rmtree(self.folder / UNFINISHED)
+
+    def video(self) -> Tensor:
+        """One black frame [1, 64, 64, 3] in -1..1; the video is in the folder."""
+        return torch.full((1, 64, 64, 3), -1.0)
+
+    def rescue(self, folder: Path) -> Path:
+        """They are on disk already."""
+        return self.folder
+
+
+Footage = MemoryFootage | FolderFootage
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Frames in 0..1 as 8-bit."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def write_frame(folder: Path, index: int, frame: Tensor) -> None:
+    """One 8-bit frame [H, W, 3] as PNG, under its name once it is whole."""
+    from PIL import Image
+
+    path = folder / f"frame_{index:05d}.png"
+    partial = path.with_suffix(".part")
+    Image.fromarray(frame.numpy()).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _record(folder: Path) -> dict[str, object] | None:
+    """What run.json says, None where there is none that this version wrote."""
+    try:
+        record = json.loads((folder / UNFINISHED / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def _whole(folder: Path, record: dict[str, object]) -> bool:
+    """Whether everything that the record counts on is there; a power cut may have emptied files."""
+    needed = [folder / f"frame_{index:05d}.png" for index in range(record["frames"])]
+    if record["state"] is not None:
+        needed.append(folder / UNFINISHED / record["state"])
+    return all(path.is_file() and path.stat().st_size for path in needed)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

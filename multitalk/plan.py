@@ -1,0 +1,53 @@
+"""Which frames each window of a long video covers, and settings that fit the VAE."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..wanvideo.payloads import LoopSettings, round_frames
+
+log = logging.getLogger("wanvideo")
+
+
+class Window(NamedTuple):
+    """One window: its number, the absolute frames it samples, and how many of them, from the first, stay."""
+
+    index: int
+    frames: range
+    kept: int
+
+
+def plan_windows(total: int, size: int, motion: int, drop: int = 0) -> list[Window]:
+    """Windows of `size` frames that cover `total` frames; neighbours share `motion` frames.
+
+    drop: frames that every window but the last loses at its end.
+    """
+    windows: list[Window] = []
+    start = 0
+    while True:
+        last = start + size >= total
+        windows.append(Window(len(windows), range(start, start + size), size if last else size - drop))
+        if last:
+            return windows
+        start += size - drop - motion
+
+
+def loop_settings(settings: LoopSettings, kind: str) -> LoopSettings:
+    """Settings with counts that fit the VAE and a definite mode. kind: the model's, "infinitetalk" or "multitalk".
+
+    window_frames and motion_frames are rounded down to 4n+1, drop_frames to 4n. Raises ValueError if a window brings
+    nothing new.
+    """
+    window, motion = round_frames(settings.window_frames), round_frames(settings.motion_frames)
+    drop = settings.drop_frames // 4 * 4
+    if (window, motion, drop) != (settings.window_frames, settings.motion_frames, settings.drop_frames):
+        log.info(
+            "The VAE works in 4n+1 frames: windows of %d frames, %d of them shared, %d dropped.", window, motion, drop
+        )
+    if motion + drop >= window:
+        dropped = f" plus drop_frames ({drop})" if drop else ""
+        raise ValueError(f"motion_frame ({motion}){dropped} must be less than frame_window_size ({window}).")
+    mode = kind if settings.mode == "auto" else settings.mode
+    return replace(settings, window_frames=window, motion_frames=motion, drop_frames=drop, mode=mode)

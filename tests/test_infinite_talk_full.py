@@ -1,0 +1,86 @@
+"""The full talking-video case that this project began with, at tiny widths: one merged checkpoint named as its users'
+file, 81 frames at 8 fps, 6 steps, CFG 1, through the public nodes."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import get_host, set_host
+from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.wanvideo.payloads import ClipEmbeds, TextEmbeds
+
+CHECKPOINT = "eedy_Wan2_IceCannon2.1_InfiniteTalk.safetensors"
+FRAMES, FPS, STEPS = 81, 8.0, 6
+BLACKWELL = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base, speech = tiny.image_to_video(), tiny.speech_module()
+    (folder / "diffusion_models").mkdir()
+    save_file(
+        {k: v.to(torch.bfloat16).contiguous() for k, v in (base.tensors | speech.tensors).items()},
+        folder / "diffusion_models" / CHECKPOINT,
+        metadata=base.metadata,
+    )
+    tiny.vae(base_dim=4).save(folder / "vae/vae.safetensors")
+    tiny.wav2vec().save(folder / "wav2vec2/w.safetensors")
+    return folder
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def host(request, models, tmp_path):
+    before = get_host()
+    host = StandaloneHost(models=models, outputs=tmp_path, device=request.param)
+    set_host(host)
+    yield host
+    set_host(before)
+
+
+def talk(quantization, attention, size):
+    """Frames [81, size, size, 3] in 0..1, the sampler's output, and the speech nodes' frame count."""
+    precision = "fp32" if get_host().device().type == "cpu" else "bf16"
+    (model,) = N["WanVideoModelLoader"]().loadmodel(CHECKPOINT, precision, quantization, "offload_device", attention)
+    assert model.talk_kind == "infinitetalk"
+    (vae,) = N["WanVideoVAELoader"]().loadmodel("vae.safetensors", precision)
+    (wav2vec,) = N["Wav2VecModelLoader"]().loadmodel("w.safetensors", "fp32", "main_device")
+    rng = np.random.default_rng(7)
+    sound = {"waveform": torch.from_numpy(rng.standard_normal((1, 2, 44100 * 11)) * 0.1).float(), "sample_rate": 44100}
+    speech, heard, count = N["MultiTalkWav2VecEmbeds"]().process(wav2vec, sound, True, FRAMES, FPS, 1.0, 1.0, "para")
+    assert heard["waveform"].shape[-1] == FRAMES * 16000 / FPS
+    generator = torch.Generator().manual_seed(1)
+    clip = ClipEmbeds(positive=torch.randn(1, 257, tiny.CLIP_DIM, generator=generator))
+    embeds, _ = N["WanVideoImageToVideoMultiTalk"]().process(
+        vae, size, size, FRAMES, 25, False, "disabled", torch.rand(1, size, size, 3, generator=generator),
+        clip_embeds=clip, mode="auto",
+    )  # fmt: skip
+    text = TextEmbeds(positive=(torch.randn(6, tiny.TEXT_DIM, generator=generator),))
+    samples, _ = N["WanVideoSampler"]().process(
+        model, embeds, STEPS, 1.0, 11.0, 42, True, "dpm++_sde", 0, text_embeds=text, multitalk_embeds=speech
+    )
+    (images,) = N["WanVideoDecode"]().decode(vae, samples, False, 272, 272, 144, 128)
+    return images, count
+
+
+@pytest.mark.parametrize(
+    ("quantization", "attention"), [("disabled", "sdpa"), ("fp8_e4m3fn", "sdpa"), ("fp4_scaled", "sageattn_3_fp4")]
+)
+def test_full_case(host, quantization, attention):
+    widgets = N["WanVideoModelLoader"].INPUT_TYPES()
+    offered = (widgets["required"]["quantization"][0], widgets["optional"]["attention_mode"][0])
+    for name, options in zip((quantization, attention), offered, strict=True):
+        if name not in options:
+            pytest.xfail(f"the model loader does not offer '{name}' yet")
+    size = 64 if host.device().type == "cpu" else 768
+    if attention == "sageattn_3_fp4" and not BLACKWELL:
+        with pytest.raises(ValueError, match="sageattn_3_fp4"):
+            talk(quantization, attention, size)
+        attention = "sdpa"
+    images, count = talk(quantization, attention, size)
+    assert count == FRAMES and images.shape == (FRAMES, size, size, 3)
+    assert images.isfinite().all() and images.flatten(1).std(dim=1).min() > 0.01
+    if size == 64:
+        assert torch.equal(images, talk(quantization, attention, size)[0])

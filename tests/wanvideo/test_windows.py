@@ -1,0 +1,172 @@
+"""Context windows: every frame is covered, blending against a plain loop, each window sees its own conditions."""
+
+from dataclasses import replace
+
+import pytest
+import talking
+import torch
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds
+from wanvideo_wrapper.wanvideo.sampling import sample
+from wanvideo_wrapper.wanvideo.windows import (
+    FUSE_METHODS,
+    SCHEDULES,
+    ContextOptions,
+    blend_weights,
+    free_noise,
+    pixel_frames,
+    radical_inverse,
+)
+
+FRAMES = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    talking.save(path)
+    return path
+
+
+def options(**changes):
+    return ContextOptions(**{"size": 17, "overlap": 8, "stride": 4, **changes})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("frames", [6, 9, 22, 41, 90])
+@pytest.mark.parametrize(("size", "overlap", "stride"), [(17, 4, 4), (17, 16, 8), (33, 8, 12), (81, 16, 4)])
+def test_every_frame_is_covered_at_every_step(schedule, frames, size, overlap, stride):
+    asked = options(schedule=schedule, size=size, overlap=overlap, stride=stride)
+    for step in range(9):
+        windows = asked.windows(step, frames)
+        assert {frame for window in windows for frame in window} == set(range(frames))
+        length = min(asked.latent_size, frames)
+        assert all(len(set(window)) == length for window in windows)
+        if schedule != "uniform_looped":
+            assert all(list(window) == sorted(window) for window in windows)
+        for fuse in FUSE_METHODS:
+            chosen = replace(asked, fuse=fuse)
+            total = torch.zeros(frames)
+            for window in windows:
+                weights = blend_weights(window, frames, chosen)
+                assert weights.min() > 0 and weights.max() <= 1
+                total[list(window)] += weights
+            assert total.min() > 0
+
+
+def test_windows_by_hand():
+    assert options(schedule="static_standard").windows(3, 12) == [
+        (0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 10), (7, 8, 9, 10, 11),
+    ]  # fmt: skip
+    assert options(schedule="uniform_looped").windows(0, 9) == [(0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 0, 1)]
+    assert options().windows(0, 9) == [(0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (4, 5, 6, 7, 8)]
+    assert [radical_inverse(step) for step in range(5)] == [0, 0.5, 0.25, 0.75, 0.125]
+    assert pixel_frames((3, 4)) == list(range(12, 17)) and pixel_frames((7, 0, 1)) == [28, 0, 0, 0, 0, 1, 2, 3, 4]
+
+
+def test_windows_that_cannot_move_on_are_named():
+    with pytest.raises(ValueError, match=r"context_overlap \(20\) must be less than context_frames \(17\)"):
+        options(overlap=20).windows(0, 30)
+
+
+def test_linear_neighbours_add_up_to_one():
+    a, b = (blend_weights(window, 9, options()) for window in ((0, 1, 2, 3, 4), (3, 4, 5, 6, 7)))
+    torch.testing.assert_close(a[3:] + b[:2], torch.ones(2), atol=2e-4, rtol=0)
+
+
+def test_free_noise_reuses_the_first_window():
+    noise = torch.randn(2, 14, 2, 2)
+    got = free_noise(noise, options(), torch.Generator().manual_seed(0))
+    assert torch.equal(got[:, :5], noise[:, :5])
+    for start in range(0, 9, 3):
+        count = min(3, 9 - start)
+        rows = {tuple(got[:, start + 5 + i].flatten().tolist()) for i in range(count)}
+        assert rows == {tuple(got[:, start + i].flatten().tolist()) for i in range(count)}
+
+
+def request(folder, context, prompts=1, base="text"):
+    asked = talking.request(folder, base=base, total=60, scheduler="euler")
+    texts = tuple(torch.randn(4, asked.text.positive[0].shape[1]) for _ in range(prompts))
+    image = ImageEmbeds(latent_shape=(16, FRAMES, 4, 4), num_frames=45)
+    if base == "base":
+        image = replace(image, cond=torch.randn(16, FRAMES, 4, 4), mask=torch.rand(4, FRAMES, 4, 4))
+    return replace(asked, image=image, context=context, text=replace(asked.text, positive=texts))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    from wanvideo_wrapper.wanvideo.modules.model import WanModel
+
+    found, forward = [], WanModel.forward
+
+    def spy(self, inputs):
+        found.append((replace(inputs, latents=inputs.latents.clone()), forward(self, inputs)))
+        return found[-1][1]
+
+    monkeypatch.setattr(WanModel, "forward", spy)
+    return found
+
+
+@pytest.mark.parametrize("fuse", FUSE_METHODS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_blending_equals_a_plain_loop(folder, calls, schedule, fuse):
+    context = options(schedule=schedule, fuse=fuse, freenoise=False)
+    asked = request(folder, context, prompts=3)
+    result = sample(asked, StandaloneHost(device="cpu"))[0]["samples"][0]
+    latents = torch.randn(16, FRAMES, 4, 4, generator=torch.Generator().manual_seed(asked.seed)).double()
+    done = 0
+    for step, sigma in enumerate(asked.schedule.sigmas[:-1]):
+        total, weight = torch.zeros_like(latents), torch.zeros(FRAMES, dtype=torch.float64)
+        for window in context.windows(step, FRAMES):
+            inputs, velocity = calls[done]
+            done += 1
+            torch.testing.assert_close(inputs.latents[0].double(), latents[:, list(window)], atol=1e-4, rtol=1e-4)
+            assert torch.equal(inputs.text[0], asked.text.positive[min(max(window) // 4, 2)])
+            speech = next(p for p in inputs.payloads if hasattr(p, "audio")).audio
+            want = asked.multitalk.window(range(45)).audio[:, :, pixel_frames(window)]
+            assert torch.equal(speech, want)
+            for place, frame in enumerate(window):
+                share = float(blend_weights(window, FRAMES, context)[place])
+                total[:, frame] += velocity[0, :, place].double() * share
+                weight[frame] += share
+        velocity = total / weight[:, None, None]
+        latents = latents + velocity * (asked.schedule.sigmas[step + 1] - sigma).double()
+    assert done == len(calls)
+    torch.testing.assert_close(result.double(), latents, atol=1e-4, rtol=1e-4)
+
+
+def test_windows_start_from_the_picture_or_the_reference(folder, calls):
+    reference = torch.randn(2, 16, 1, 4, 4)
+    asked = request(folder, options(schedule="static_standard", reference=reference), base="base")
+    sample(asked, StandaloneHost(device="cpu"))
+    whole = torch.cat((asked.image.mask, asked.image.cond))
+    windows = asked.context.windows(0, FRAMES)
+    for (inputs, _), window in zip(calls, windows * 2, strict=True):
+        want = whole[:, list(window)].clone()
+        want[:, 0] = whole[:, 0]
+        if window[0]:
+            want[4:, 0] = reference[min(max(window) // 6, 1), :, 0]
+        torch.testing.assert_close(inputs.latents[0, 16:], want)
+
+
+def test_a_short_video_is_not_cut(folder, calls):
+    long = options(size=81)
+    first = sample(request(folder, long), StandaloneHost(device="cpu"))[0]["samples"]
+    assert len(calls) == 2 and calls[0][0].latents.shape[2] == FRAMES and first.isfinite().all()
+
+
+def test_the_loop_and_context_windows_exclude_each_other(folder):
+    asked = replace(talking.request(folder), context=options())
+    with pytest.raises(ValueError, match="disconnect one"):
+        sample(asked, StandaloneHost(device="cpu"))
+
+
+def test_node():
+    (made,) = N["WanVideoContextOptions"]().process(
+        "static_standard", 49, 8, 12, True, False, "pyramid", {"samples": torch.zeros(1, 16, 1, 4, 4)}
+    )
+    assert (made.latent_size, made.latent_overlap, made.stride, made.fuse) == (13, 3, 8, "pyramid")
+    assert made.reference.shape[0] == 1
+    extra = N["WanVideoSamplerExtraArgs"]().process(context_options=made)[0]
+    assert extra["context"] is made
