@@ -10,7 +10,7 @@ from pathlib import Path
 from ...attention import ATTENTION_MODES
 from ...host import set_host
 from ...standalone_host import StandaloneHost
-from ...wanvideo.loading import QUANTIZATIONS
+from ...wanvideo.quantization import QUANTIZATIONS
 from .. import MODELS
 from . import heldout
 from .bench import extras, measure
