@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...multitalk.audio import load_wav2vec
+from ...multitalk.wav2vec import load_wav2vec
 from ...standalone_host import StandaloneHost
 from ...wanvideo.modules.clip import load_clip_vision
 from ...wanvideo.modules.t5 import load_text_encoder

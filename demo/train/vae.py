@@ -1,4 +1,4 @@
-"""Trains the demo's VAE on drawn clips of 17 frames."""
+"""Trains the demo's VAE on drawn clips, short and long."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from .trainer import Trainer
 from .whole_clip import Z_DIM, WholeClip
 
 RATE = 2e-3
-CLIPS, CLIP_FRAMES = 12, 17
+# The causal convolutions reach back many frames: a network that saw only short clips loses colour in long ones.
+# Number of clips and their frames, all about the same work.
+FORMS = ((12, 17), (6, 33), (2, 97))
 PAIR_SHARE = 0.3
 MOUTH_WEIGHT, FIRST_WEIGHT = 6.0, 2.0
 KL_WEIGHT = 3e-4
 SHAPE_SHARE = 0.15
 PLACES = torch.tensor([[-0.5, -0.02], [0.5, -0.02]])
-STATISTICS_CLIPS = 16
+STATISTICS_CLIPS, STATISTICS_FRAMES = 8, 33
 
 
 class Pictures:
@@ -94,7 +96,7 @@ def train(takes: list[Take], path: Path, *, seconds: float, device: torch.device
 
     def draw() -> tuple[Tensor, Tensor]:
         people = 2 if float(pictures.dice.between(0, 1)) < PAIR_SHARE else 1
-        clips, weights = pictures.draw(CLIPS, CLIP_FRAMES, people)
+        clips, weights = pictures.draw(*FORMS[int(pictures.dice.choice(len(FORMS)))], people)
         return clips.contiguous(memory_format=torch.channels_last_3d), weights
 
     # Drawing is bound by the host, a step by the device: the next clips are drawn meanwhile.
@@ -114,7 +116,7 @@ def train(takes: list[Take], path: Path, *, seconds: float, device: torch.device
 @torch.no_grad()
 def normalise(vae: nn.Module, pictures: Pictures) -> None:
     """Scale the latents to the published VAE's mean and deviation; the 1x1 convolutions next to them take it up."""
-    batches = [WholeClip(vae).encode(pictures.draw(STATISTICS_CLIPS, CLIP_FRAMES, 1)[0]) for _ in range(4)]
+    batches = [WholeClip(vae).encode(pictures.draw(STATISTICS_CLIPS, STATISTICS_FRAMES, 1)[0]) for _ in range(4)]
     latents = torch.cat(batches)[:, :Z_DIM].movedim(1, 0).flatten(1).double()
     mean, deviation = latents.mean(1), latents.std(1)
     wanted_mean, wanted = (torch.tensor(t, dtype=torch.float64, device=mean.device) for t in (MEAN_21, STD_21))

@@ -17,15 +17,23 @@ Z_DIM = 16
 TINY = 1e-24
 
 
-def normed(x: Tensor, gamma: Tensor) -> Tensor:
-    """SiLU of x [B, C, T, H, W] over its norm, computed in float32. gamma [C, 1, 1, 1], the root of C included."""
-    wide = x.float()
+def normed(rows: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU of rows [N, C] over their norm, computed in float32. gamma [C], the root of C included."""
+    wide = rows.float()
     size = wide.square().sum(dim=1, keepdim=True).clamp(min=TINY)
-    return F.silu(wide * size.rsqrt() * gamma).to(x.dtype)
+    return F.silu(wide * size.rsqrt() * gamma).to(rows.dtype)
 
 
 # A step is bound by memory: one kernel for the norm and its activation instead of seven.
-compiled_normed = torch.compile(normed, dynamic=False)
+compiled_normed = torch.compile(normed)
+
+
+def fused_normed(rows: Tensor, gamma: Tensor) -> Tensor:
+    """`normed` as one kernel for each number of channels, whatever the clip's length."""
+    torch._dynamo.mark_dynamic(rows, 0)
+    torch._dynamo.mark_static(rows, 1)
+    torch._dynamo.mark_static(gamma, 0)
+    return compiled_normed(rows, gamma)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,10 @@ class WholeClip:
         return decoder.conv_out(self._normed(x, decoder.norm_out))
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return (compiled_normed if self.compiled else normed)(x, norm.gamma * norm.scale)
+        cells = x.movedim(1, -1)
+        gamma = (norm.gamma * norm.scale).flatten()
+        rows = (fused_normed if self.compiled else normed)(cells.flatten(0, -2), gamma)
+        return rows.view(cells.shape).movedim(-1, 1)
 
     def _residual(self, layer: nn.Module, x: Tensor) -> Tensor:
         y = layer.conv1(self._normed(x, layer.norm1))
