@@ -39,13 +39,10 @@ def _quantise(x, static, values, scales, pitch, columns, columns_out,
 
 
 @triton.jit
-def _norm_quantise(x, gain, shift, values, scales, columns, columns_out, tokens,
-                   x_batch, x_token, gain_batch, gain_token, shift_batch, shift_token,
-                   eps, BLOCK: tl.constexpr):  # fmt: skip
+def _normed_row(x, gain, shift, columns, tokens, x_batch, x_token, gain_batch, gain_token,
+                shift_batch, shift_token, eps, column, inside):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    column = tl.arange(0, BLOCK)
-    inside = column < columns
     y = tl.load(x + batch * x_batch + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(y, axis=0) / columns
     centred = tl.where(inside, y - mean, 0.0)
@@ -53,7 +50,29 @@ def _norm_quantise(x, gain, shift, values, scales, columns, columns_out, tokens,
     y = centred * tl.rsqrt(variance + eps)
     g = tl.load(gain + batch * gain_batch + token * gain_token + column, mask=inside, other=0.0)
     s = tl.load(shift + batch * shift_batch + token * shift_token + column, mask=inside, other=0.0)
-    _store_row(y * g + s, inside, column, values, scales, row, columns_out, False, scales)
+    return y * g + s
+
+
+@triton.jit
+def _norm_quantise(x, gain, shift, values, scales, columns, columns_out, tokens,
+                   x_batch, x_token, gain_batch, gain_token, shift_batch, shift_token,
+                   eps, BLOCK: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    y = _normed_row(x, gain, shift, columns, tokens, x_batch, x_token, gain_batch, gain_token,
+                    shift_batch, shift_token, eps, column, inside)  # fmt: skip
+    _store_row(y, inside, column, values, scales, tl.program_id(0).to(tl.int64), columns_out, False, scales)
+
+
+@triton.jit
+def _norm_modulate(x, gain, shift, out, columns, tokens,
+                   x_batch, x_token, gain_batch, gain_token, shift_batch, shift_token,
+                   eps, BLOCK: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    y = _normed_row(x, gain, shift, columns, tokens, x_batch, x_token, gain_batch, gain_token,
+                    shift_batch, shift_token, eps, column, inside)  # fmt: skip
+    tl.store(out + tl.program_id(0).to(tl.int64) * columns + column, y.to(out.dtype.element_ty), mask=inside)
 
 
 def _launch_options(columns: int) -> dict[str, int]:
@@ -78,10 +97,28 @@ def norm_quantise(x: Tensor, gain: Tensor, shift: Tensor, values: Tensor, scale:
     """x [B, L, C]; gain and shift float32, [C] or [B, 1 or L, C], last dimension dense."""
     if x.numel() == 0:
         return
-    gain, shift = gain.expand(x.shape), shift.expand(x.shape)
+    sizes = (x.shape[2], values.shape[-1], x.shape[1])
     with torch.cuda.device_of(x):
         _norm_quantise[(x.shape[0] * x.shape[1],)](
-            x, gain, shift, values, scale, x.shape[2], values.shape[-1], x.shape[1],
-            x.stride(0), x.stride(1), gain.stride(0), gain.stride(1), shift.stride(0), shift.stride(1),
+            *_operands(x, gain, shift), values, scale, *sizes, *_row_strides(x, gain, shift),
             eps, **_launch_options(values.shape[-1]),
         )  # fmt: skip
+
+
+def norm_modulate(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, *, eps: float) -> None:
+    """The same into `out` [B, L, C], contiguous, of any floating-point type."""
+    if x.numel() == 0:
+        return
+    with torch.cuda.device_of(x):
+        _norm_modulate[(x.shape[0] * x.shape[1],)](
+            *_operands(x, gain, shift), out, x.shape[2], x.shape[1], *_row_strides(x, gain, shift),
+            eps, **_launch_options(x.shape[2]),
+        )  # fmt: skip
+
+
+def _operands(x: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x, gain.expand(x.shape), shift.expand(x.shape)
+
+
+def _row_strides(x: Tensor, gain: Tensor, shift: Tensor) -> list[int]:
+    return [t.stride(dim) for t in _operands(x, gain, shift) for dim in (0, 1)]

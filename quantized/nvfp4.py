@@ -27,6 +27,8 @@ from .linear import ROW_MULTIPLE, QuantisedLinear, frozen, padded
 TINY = 1e-30
 SMALLEST_SCALE = 2**-9
 BLACKWELL = (10, 0)
+# What the CUDA kernel of comfy-kitchen reads; the rounding to bfloat16 is far below that to FP4.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Nvfp4(NamedTuple):
@@ -41,6 +43,8 @@ def quantise_nvfp4(t: Tensor, scale: Tensor | None = None) -> Nvfp4:
     """A matrix [N, K] of any precision in NVFP4; without `scale` one that fits its largest value, measured here."""
     if scale is None:
         scale = largest_scale(t)
+    if t.is_cuda and t.dtype not in KERNEL_DTYPES:
+        t = t.bfloat16()
     if padded_size(t.shape[1]) != t.shape[1]:
         t = F.pad(t, (0, padded_size(t.shape[1]) - t.shape[1]))
     return Nvfp4(*comfy_kitchen.quantize_nvfp4(kernel_ready(t, strided=False), scale, pad_16x=True), scale)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from comfy_kitchen import adaln
 from torch import Tensor, nn
 
 from ...kernels.fp8_rows import Fp8Rows, gelu_quantise, norm_quantise
+from ...kernels.modulated_norm import norm_modulate
 from ...quantized.linear import all_take_rows
 
 MAX_PERIOD = 10000.0
@@ -61,7 +61,7 @@ def modulate(
     if readers and all_take_rows(readers):
         return norm_quantise(x, 1 + scale, shift, norm.eps)
     if _runs_fused(x):
-        return adaln(x, scale, shift, norm.eps)
+        return norm_modulate(x, 1 + scale, shift, norm.eps)
     return torch.addcmul(shift, norm.widened(x), 1 + scale).to(x.dtype)
 
 
@@ -70,7 +70,7 @@ def normalise(norm: WanLayerNorm, x: Tensor, readers: Sequence[nn.Module] = ()) 
     if readers and all_take_rows(readers):
         return norm_quantise(x, norm.weight.float(), norm.bias.float(), norm.eps)
     if _runs_fused(x):
-        return adaln(x, norm.weight.float() - 1, norm.bias.float(), norm.eps)
+        return norm_modulate(x, norm.weight.float(), norm.bias.float(), norm.eps)
     return norm(x)
 
 

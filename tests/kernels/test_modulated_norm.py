@@ -1,0 +1,40 @@
+"""The fused norm equals float64 for every type of activation, with float32 modulation of every shape."""
+
+import pytest
+import torch
+from layouts import relative
+from wanvideo_wrapper import kernels
+from wanvideo_wrapper.kernels.modulated_norm import norm_modulate
+
+TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("columns", [7, 128, 1536, 5120])
+def test_equals_float64(columns, dtype, device):
+    x = (torch.randn(2, 5, columns, device=device) * 3 + 1).to(dtype)
+    for shape in ((columns,), (1, 1, columns), (2, 1, columns), (2, 5, columns)):
+        gain, shift = torch.rand(shape, device=device) + 0.5, torch.randn(shape, device=device)
+        got = norm_modulate(x, gain, shift, 1e-6)
+        want = torch.nn.functional.layer_norm(x.double(), (columns,), eps=1e-6) * gain.double() + shift.double()
+        assert got.dtype == dtype and relative(got, want) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_takes_slices_and_leaves_its_inputs(device):
+    packed = torch.randn(2, 6, 3 * 40 + 1, device=device).bfloat16()
+    x, gain = packed[:, 1:, 41:81], torch.randn(2, 6, 80, device=device)[:, :1, 1:41]
+    before = packed.clone()
+    got = norm_modulate(x, gain, gain, 1e-6)
+    want = torch.nn.functional.layer_norm(x.double(), (40,), eps=1e-6) * gain.double() + gain.double()
+    assert relative(got, want) < 3e-3 and torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operator_is_well_formed(device):
+    x = torch.randn(2, 3, 40, device=device).bfloat16()
+    arguments = (x, torch.rand(40, device=device), torch.rand(2, 1, 40, device=device), 1e-6)
+    operator = getattr(torch.ops, kernels.NAMESPACE).norm_modulate.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
