@@ -14,6 +14,7 @@ from . import ROOT, portrait, tiny
 
 log = logging.getLogger("wanvideo")
 
+PORTRAIT_SEED = 19
 FILES = {
     "models/diffusion_models/tiny_wan_i2v.safetensors": tiny.image_to_video,
     "models/diffusion_models/tiny_infinitetalk.safetensors": tiny.speech_module,
@@ -29,7 +30,7 @@ def build(folder: Path) -> None:
     for name, make in FILES.items():
         make().save(folder / name)
         log.info("%s", folder / name)
-    portrait.save(folder / "input" / "portrait.png")
+    portrait.save(folder / "input" / "portrait.png", seed=PORTRAIT_SEED, size=256)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,11 @@ def _run(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from ..demo import INPUT, MODELS, WORKFLOW
+    from ..demo.own_files import assignments, folders
 
-    host = StandaloneHost(models=MODELS, inputs=INPUT, outputs=options.out, device=options.device)
+    options.assignments = assignments(options.speech, options.portrait) + options.assignments
+    allowed = folders(options.speech, options.portrait)
+    host = StandaloneHost(models=MODELS, inputs=INPUT, outputs=options.out, device=options.device, allowed=allowed)
     options.bypass, options.mute = [], []
     _execute(WORKFLOW, host, options)
 
