@@ -34,6 +34,7 @@ def mouth_opening(video: Array, box: Sequence[float]) -> Array:
 
 def correlation(a: Array, b: Array) -> float:
     """Pearson's; 0 where one of them does not change."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.std() < 1e-9 or b.std() < 1e-9:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
