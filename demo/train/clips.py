@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,8 @@ from ..faces import Characters, Dice, Poses, draw_characters, draw_motions, mout
 from . import sizes
 from .speech import Bank
 from .whole_clip import Z_DIM, WholeClip
+
+log = logging.getLogger("wanvideo")
 
 BATCH = 32
 LATENT_SIDE = 16
@@ -71,6 +74,7 @@ class ClipMaker:
         names = ("latents", "cond", "looks", "rows", "voiced", "weight", "prompt")
         joined = {name: torch.cat([part[name] for part in parts]) for name in names}
         given = (sizes.MOTION_FRAMES - 1) // 4 + 1 if goes_on else 1
+        log.info("%d clips are drawn and encoded.", len(joined["latents"]))
         return Clips(**joined, given=given, places=places)
 
     @torch.no_grad()

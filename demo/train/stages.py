@@ -84,6 +84,7 @@ def talk_stage(plan: Plan) -> None:
     """Second stage: the transformer and its audio layers."""
     host = StandaloneHost(models=plan.out / "models", device=str(plan.device))
     takes = make_takes(read_recordings(RECORDINGS / "training"), plan.takes, seed=1)
+    log.info("%d stretches of speech are made.", len(takes))
     bank = Bank.encode(load_wav2vec(plan.file("wav2vec"), dtype=torch.float32, host=host), takes, plan.device)
     loaded = load_vae(plan.file("vae"), dtype=torch.float32, host=host)
     loaded.managed.acquire()
@@ -107,7 +108,6 @@ def make_clips(maker: ClipMaker, plan: Plan) -> tuple[list[Clips], list[Clips]]:
     counts = [max(int(n * plan.share), 1) for n in (STARTS, GOING_ON, PAIRS)]
     singles = [maker.make(counts[0], goes_on=False), maker.make(counts[1], goes_on=True)]
     pairs = [maker.make(counts[2], goes_on=on, places=places) for places in LAYOUTS for on in (False, True)]
-    log.info("%d clips are drawn and encoded.", sum(len(clips.latents) for clips in (*singles, *pairs)))
     return singles, pairs
 
 

@@ -16,7 +16,7 @@ log = logging.getLogger("wanvideo")
 
 WARMUP_STEPS = 200
 SAVE_SECONDS = 60.0
-REPORT_STEPS = 250
+REPORT_STEPS = 100
 AVERAGE = 0.999
 
 
@@ -67,7 +67,7 @@ class Trainer:
             self._add_to_average()
             self.step += 1
             if self.step % REPORT_STEPS == 0:
-                mean = float(loss)
+                mean = float(loss.detach())
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"The loss is {mean} at step {self.step}; start again from {self.path}.")
                 log.info("%s: step %d, %.0f s, loss %.5f", self.path.stem, self.step, self.used, mean)
