@@ -20,7 +20,8 @@ def _store_row(y, inside, column, values, scales, row, columns_out, STATIC: tl.c
     else:
         largest = tl.maximum(tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0), TINY)
         scale = largest * (1.0 / LARGEST)
-        q = y * tl.div_rn(LARGEST, largest)
+        # In the order of PyTorch, which divides a number by a tensor as reciprocal times number: else ties differ.
+        q = y * (tl.div_rn(1.0, largest) * LARGEST)
     tl.store(scales + row, scale)
     q = tl.where(inside, q, 0.0).to(tl.float8e4nv)
     tl.store(values + row * columns_out + column, q, mask=column < columns_out)
