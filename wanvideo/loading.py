@@ -127,7 +127,10 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     config = config_of(main)
     checkpoint = with_aliases(main).joined([with_aliases(open_checkpoint(module)) for module in options.modules])
     plan = plan_of(options.quantization, checkpoint, device=host.device(), base=options.base_dtype)
-    backend = attention.resolve(options.attention_mode, device=host.device(), head_dim=config.head_dim)
+    spec = attention.AttentionSpec(
+        device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
+    )
+    backend = attention.resolve(options.attention_mode, spec)
     log.info("Self-attention runs on '%s', cross-attention on 'sdpa'.", backend.name)
     with torch.device("meta"):
         model = WanModel(config, registry.detect(checkpoint.shapes), backend)

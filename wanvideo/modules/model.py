@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention import Attention, attend, sdpa
+from ...attention import Attention, FusedAttention, attend, sdpa
 from ...kernels.fp8_rows import Fp8Rows
 from ...quantized.linear import shared_input
 from ...tensor_layout import dense
@@ -82,12 +82,17 @@ class WanSelfAttention(nn.Module):
     ) -> tuple[Tensor, Hooks]:
         """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
         x = shared_input(x, *self.readers())
-        q = apply_rope(self.split(self.norm_q(self.q(x))), inputs.rope)
-        k = apply_rope(self.split(self.norm_k(self.k(x))), inputs.rope)
-        call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
-        out = attend(self.attention, call)
+        q, k, v = self.q(x), self.k(x), self.split(self.v(x))
         read = any(extension.reads_heads(cond) for extension, cond in hooks)
-        heads = Heads(call.q if read else None, call.k if read else None, out)
+        if isinstance(self.attention, FusedAttention) and not read and not hooked("attend", hooks):
+            out = self.attention.fused(q, k, v, self.norm_q, self.norm_k, inputs.rope)
+            heads = Heads(None, None, out)
+        else:
+            q = apply_rope(self.split(self.norm_q(q)), inputs.rope)
+            k = apply_rope(self.split(self.norm_k(k)), inputs.rope)
+            call, hooks = run_hooks("attend", block, AttentionCall(q, k, v), hooks)
+            out = attend(self.attention, call)
+            heads = Heads(call.q if read else None, call.k if read else None, out)
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
         return self.project(heads.out), hooks
 
