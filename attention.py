@@ -12,8 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .attention_backends import sage, sage3
+from .attention_backends.comfy import COMFY
 from .attention_backends.contract import Attention, AttentionSpec, Backend, FusedAttention, GridAttention
+from .attention_backends.flash import FLASH_2, FLASH_3
+from .attention_backends.radial import RADIAL
+from .attention_backends.sol import SOL
 from .attention_backends.torch_sdpa import Sdpa
+from .attention_backends.ultravico import ULTRAVICO
 from .wanvideo.extension import AttentionCall
 
 __all__ = [
@@ -25,25 +31,36 @@ __all__ = [
     "FusedAttention",
     "GridAttention",
     "attend",
+    "reason",
     "resolve",
     "sdpa",
 ]
 
+
+def _no_module(spec: AttentionSpec) -> str:
+    return "the cuDNN FP8 kernel is not part of this version"
+
+
+# The original's options in its order, then this project's.
 BACKENDS: Mapping[str, Backend] = {
     "sdpa": Backend(runs="torch's scaled dot product attention", make=lambda spec: Sdpa(), masks=True),
-    **{
-        name: Backend(runs=name)
-        for name in (
-            "flash_attn_2",
-            "flash_attn_3",
-            "sageattn",
-            "sageattn_3",
-            "radial_sage_attention",
-            "sageattn_compiled",
-            "sageattn_ultravico",
-            "comfy",
-        )
-    },
+    "flash_attn_2": FLASH_2,
+    "flash_attn_3": FLASH_3,
+    "sageattn": sage.auto("sageattn", "the kernel that SageAttention picks for the GPU (INT8 QK)"),
+    "sageattn_3": sage3.row(
+        "sageattn_3", "SageAttention 3 (FP4), and 'sageattn' on the first and last step", ends="sageattn"
+    ),
+    "radial_sage_attention": RADIAL,
+    "sageattn_compiled": sage.auto(
+        "sageattn_compiled", "the same as 'sageattn': all kernels here are operators that compiled blocks call"
+    ),
+    "sageattn_ultravico": ULTRAVICO,
+    "comfy": COMFY,
+    "sageattn_3_fp4": sage3.row("sageattn_3_fp4", "SageAttention 3 (FP4) on every step"),
+    "sageattn_3_fp8": sage.EIGHT_BIT,
+    "sageattn_varlen": sage.VARLEN,
+    "cudnn_fp8": Backend(runs="cuDNN's FP8 attention", extra=_no_module),
+    "sol_attn": SOL,
 }
 ATTENTION_MODES = tuple(BACKENDS)
 
@@ -53,12 +70,23 @@ def resolve(name: str, spec: AttentionSpec) -> Attention:
 
     Raises ValueError, listing every backend with the reason why it cannot run, if that one cannot.
     """
+    why = reason(name, spec)
+    if why is not None:
+        table = "; ".join(f"{other}: {reason(other, spec) or 'runs'}" for other in BACKENDS)
+        raise ValueError(f"attention_mode '{name}' cannot run because {why}. Choose one that runs. {table}.")
+    return BACKENDS[name].make(spec)
+
+
+def reason(name: str, spec: AttentionSpec) -> str | None:
+    """Why the option `name` cannot run, None where it can."""
     backend = BACKENDS.get(name)
-    reason = "it is unknown" if backend is None else backend.reason(spec)
-    if backend is None or reason is not None:
-        table = "; ".join(f"{n}: {b.reason(spec) or 'runs'}" for n, b in BACKENDS.items())
-        raise ValueError(f"attention_mode '{name}' cannot run because {reason}. Choose one that runs. {table}.")
-    return backend.make(spec)
+    if backend is None:
+        return "it is unknown"
+    own = backend.reason(spec)
+    if own is not None or backend.ends is None:
+        return own
+    other = BACKENDS[backend.ends].reason(spec)
+    return None if other is None else f"'{backend.ends}', which its first and last step run, cannot: {other}"
 
 
 def attend(attention: Attention, call: AttentionCall) -> Tensor:

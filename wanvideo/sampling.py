@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .extension import Payload, Step
+from .extension import Payload, RunCache, Step
 from .extensions.clip_image import ClipImage
 from .extensions.prompt_segments import PromptSegments
 from .guidance import Conditioning, Conditions, Denoiser, Guidance, per_step
@@ -95,7 +95,7 @@ def denoise(
             watcher.begin(index)
         for hook in hooks:
             latents = hook.before(latents, index)
-        step = Step(index=schedule.first_index + index, total=schedule.total)
+        step = Step(index=schedule.first_index + index, total=schedule.total, in_run=index)
         velocity = denoiser(latents, _frame_timesteps(timestep, latents, clean_frames), step, index)
         clean = latents - schedule.sigmas[index] * velocity
         clean[:, list(clean_frames)] = latents[:, list(clean_frames)]
@@ -228,6 +228,8 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
     start = prepare_start(request, schedule, generator)
     frames, height, width = start.latents.shape[1:]
     log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
+    windowed = request.context is not None and request.context.apply_to(frames)
+    request.model.try_attention((request.context.latent_size if windowed else frames, height, width))
     try:
         with host.progress(len(schedule), "Sampling") as progress, request.model.active() as transformer:
             denoiser = _denoiser(request, transformer, host, frames)
@@ -278,8 +280,15 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
     return Start(latents, tuple(hooks), clean_frames, original)
 
 
-def make_denoiser(request: SampleRequest, transformer: WanModel, *, host: Host, conditions: Conditions) -> Denoiser:
-    """The guided model of one run or window, under the scales that the request asks for."""
+def make_denoiser(
+    request: SampleRequest,
+    transformer: WanModel,
+    *,
+    host: Host,
+    conditions: Conditions,
+    texts: RunCache | None = None,
+) -> Denoiser:
+    """The guided model of one run or window, under the scales that the request asks for. texts: as Denoiser's."""
     speech = request.multitalk
     guidance = Guidance(
         cfg=per_step(request.cfg),
@@ -294,6 +303,7 @@ def make_denoiser(request: SampleRequest, transformer: WanModel, *, host: Host, 
         dtype=request.model.base_dtype,
         riflex_index=request.riflex_index,
         keeps=not any(isinstance(file.strength, tuple) for file in request.model.loras),
+        texts=texts,
     )
 
 
@@ -326,12 +336,16 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
         if context is not None:
             log.info("The video is not longer than context_frames, so context_options have no effect.")
         return make_denoiser(request, transformer, host=host, conditions=conditions)
+    # The prompts are moved once, so that windows share what is kept of them.
+    device, dtype = host.device(), request.model.base_dtype
+    negative = None if conditions.negative is None else conditions.negative.to(device, dtype)
+    texts = RunCache()
     return WindowedDenoiser(
-        conditions,
+        replace(conditions, negative=negative),
         options=context,
-        texts=request.text.positive,
-        device=host.device(),
-        make=lambda window: make_denoiser(request, transformer, host=host, conditions=window),
+        texts=[prompt.to(device, dtype) for prompt in request.text.positive],
+        device=device,
+        make=lambda window: make_denoiser(request, transformer, host=host, conditions=window, texts=texts),
     )
 
 

@@ -82,6 +82,9 @@ class FakeModel:
         self.config, self.base_dtype, self.loras = self.transformer.config, torch.float32, loras
         self.managed, self.events = self, []
 
+    def try_attention(self, latent_size):
+        self.tried = tuple(latent_size)
+
     def set_step(self, index):
         self.events.append(index)
 
@@ -389,7 +392,7 @@ def test_nothing_is_kept_where_loras_change_with_the_step():
     lora = type("Lora", (), {"strength": (1.0, 0.5)})()
     model = FakeModel(loras=(lora,))
     sample(request(model), FakeHost())
-    assert all(call.cache is None for call in model.transformer.calls)
+    assert all(call.cache is None and call.texts is None for call in model.transformer.calls)
 
 
 def test_tiny_transformer_end_to_end():
