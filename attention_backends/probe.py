@@ -29,7 +29,7 @@ _verdicts: dict[tuple[object, ...], str | None] = {}
 
 def verdict(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
     """Why the kernel cannot run self-attention of so many tokens; None if it can, or had no memory to be tried."""
-    key = (_machine(spec.device), _versions(kernel), spec, tokens)
+    key = (kernel.name, _versions(kernel), _machine(spec.device), spec, tokens)
     if key not in _verdicts:
         _verdicts[key] = _try(kernel, spec, tokens)
     return _verdicts[key]

@@ -36,7 +36,7 @@ def window(distance: Tensor, places: int, block: int, decay: float) -> Tensor:
     width = torch.where(distance == 1, torch.full_like(width, places // 2), width)
     width = torch.where(distance == 0, torch.full_like(width, places), width)
     stride = (block / length).floor().clamp(min=1).long()
-    return torch.where(distance % stride == 0, width, torch.full_like(width, -1.0))
+    return torch.where((distance <= 1) | (distance % stride == 0), width, torch.full_like(width, -1.0))
 
 
 def allowed(queries: Tensor, grid: tuple[int, int, int], total: int, *, block: int, decay: float) -> Tensor:
