@@ -127,6 +127,10 @@ class RunCache:
     def __init__(self) -> None:
         self._entries: dict[tuple[tuple[int, ...], int], tuple[tuple[object, ...], object]] = {}
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._entries.clear()
+
     def get(self, sources: tuple[object, ...], index: int, make: Callable[[], object]) -> object:
         """The kept value of (sources, block index); `make` computes it the first time."""
         key = (tuple(id(source) for source in sources), index)

@@ -161,6 +161,11 @@ class Denoiser:
                 velocity = velocity + row.weight * prediction.float()
         return velocity
 
+    def forget(self) -> None:
+        """Compute anew, in the next forward, what was kept of the conditions."""
+        for cache in (*(self._caches or {}).values(), *(() if self._texts is None else (self._texts,))):
+            cache.clear()
+
     def _predict(self, video: Tensor, timestep: Tensor, step: Step, rows: Sequence[Row]) -> Tensor:
         count = len(rows)
         inputs = ModelInputs(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .diagnosis import origin
 from .extension import Payload, RunCache, Step
 from .extensions.clip_image import ClipImage
 from .extensions.prompt_segments import PromptSegments
@@ -95,17 +97,24 @@ def denoise(
             watcher.begin(index)
         for hook in hooks:
             latents = hook.before(latents, index)
+        given, timesteps = latents, _frame_timesteps(timestep, latents, clean_frames)
         step = Step(index=schedule.first_index + index, total=schedule.total, in_run=index)
-        velocity = denoiser(latents, _frame_timesteps(timestep, latents, clean_frames), step, index)
+        velocity = denoiser(given, timesteps, step, index)
         clean = latents - schedule.sigmas[index] * velocity
         clean[:, list(clean_frames)] = latents[:, list(clean_frames)]
         latents = schedule.step(velocity, index, latents, generator)
         for hook in hooks:
             latents = hook.after(latents, index)
-        tripwire.look(velocity, latents)
+        tripwire.look(velocity, latents, partial(_origin, denoiser, given, timesteps, step))
         if watcher is not None:
             watcher.end(index, clean)
     return Denoised(latents, clean)
+
+
+def _origin(denoiser: Denoiser | WindowedDenoiser, latents: Tensor, timesteps: Tensor, step: Step) -> str | None:
+    """Where the model's first NaN or infinity arises in this step."""
+    denoiser.forget()
+    return origin(denoiser.model, lambda: denoiser(latents, timesteps, step, step.in_run))
 
 
 def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[int]) -> Tensor:
@@ -127,16 +136,21 @@ class _Tripwire:
         self._schedule = schedule
         self._steps: list[Tensor] = []
 
-    def look(self, velocity: Tensor, latents: Tensor) -> None:
-        """Raises NotFiniteError, naming the first step that went wrong."""
+    def look(self, velocity: Tensor, latents: Tensor, second_look: Callable[[], str | None]) -> None:
+        """Raises NotFiniteError, naming the first step that went wrong, and the layer if it is the first step.
+
+        second_look: runs the step once more and says where it goes wrong.
+        """
         self._steps.append(torch.stack((torch.isfinite(velocity).all(), torch.isfinite(latents).all())))
         if len(self._steps) not in (1, len(self._schedule)):
             return
         for index, (velocity_is, latents_are) in enumerate(torch.stack(self._steps).tolist()):
             at = f"step {index + 1} of {len(self._schedule)}"
             if not velocity_is:
+                place = second_look() if len(self._steps) == 1 else None
+                place = "" if place is None else f" ({place})"
                 raise NotFiniteError(
-                    f"The model's output was NaN or infinite at {at}: choose base_precision bf16, another "
+                    f"The model's output was NaN or infinite at {at}{place}: choose base_precision bf16, another "
                     "attention_mode or another quantization in WanVideoModelLoader, and check that the model file is "
                     "complete."
                 )
@@ -346,6 +360,7 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
         texts=[prompt.to(device, dtype) for prompt in request.text.positive],
         device=device,
         make=lambda window: make_denoiser(request, transformer, host=host, conditions=window, texts=texts),
+        model=transformer,
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention that depends on where tokens lie: Radial Attention and UltraViCo, against their definitions by the token."""
+"""Attention that depends on where tokens lie: Radial Attention and UltraViCo, against their definitions by token."""
 
 import pytest
 import torch
