@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from . import packages
 from .contract import AttentionSpec
 from .third_party import DTYPES
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # 128 x 128 tiles do not fit into blocks of 64.
 SMALL_BLOCK = 64
@@ -19,6 +22,9 @@ SMALL_BLOCK = 64
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
+    # It brings torch's whole compiler along, which the import of the pack must not.
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 

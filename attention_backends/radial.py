@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import op_name
 from ..tensor_layout import check_entry, kernel_ready
@@ -23,7 +23,12 @@ from .contract import Backend
 from .flex import flex, missing
 from .third_party import refuse_mask
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 SHARE = 0.5
+# In place of a decay: every block, the dense mode of the same kernel.
+EVERYTHING = -1.0
 NAME = "radial_sage_attention"
 
 
@@ -65,12 +70,34 @@ def block_table(grid: tuple[int, int, int], total: int, block: int, decay: float
     return torch.stack(rows) | torch.eye(count, dtype=torch.bool, device=device)
 
 
-def _block_mask(table: Tensor, total: int, block: int) -> BlockMask:
-    order = table.int().argsort(dim=1, descending=True, stable=True).int()
-    counts = table.sum(1).int()
+@functools.lru_cache(maxsize=8)
+def _block_mask(grid: tuple[int, int, int], total: int, block: int, decay: float, device: torch.device) -> BlockMask:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    table = _table(grid, total, block, decay, device)
+
+    def chosen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return table[query // block, key // block]
+
+    counts = table.sum(1).int()[None, None]
+    order = table.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+    # Every block is computed whole or not at all: the kernel reads the lists, and `chosen` says the same.
     return BlockMask.from_kv_blocks(
-        counts[None, None], order[None, None], BLOCK_SIZE=block, seq_lengths=(total, total), compute_q_blocks=False
+        torch.zeros_like(counts),
+        torch.zeros_like(order),
+        full_kv_num_blocks=counts,
+        full_kv_indices=order,
+        BLOCK_SIZE=block,
+        mask_mod=chosen,
+        seq_lengths=(total, total),
     )
+
+
+def _table(grid: tuple[int, int, int], total: int, block: int, decay: float, device: torch.device) -> Tensor:
+    if decay != EVERYTHING:
+        return block_table(grid, total, block, decay, device)
+    count = -(-total // block)
+    return torch.ones(count, count, dtype=torch.bool, device=device)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, block: int) -> Tensor:
@@ -84,15 +111,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, block: int) -> Tensor
 def _op(q: Tensor, k: Tensor, v: Tensor, grid: list[int], block: int, decay: float) -> Tensor:
     ready = [kernel_ready(t) for t in (q, k, v)]
     check_entry(NAME, q=ready[0], k=ready[1], v=ready[2])
-    # A decay below 0 stands for every block: the dense mode of the same kernel.
-    count = -(-q.shape[1] // block)
-    if decay < 0:
-        table = torch.ones(count, count, dtype=torch.bool, device=q.device)
-    else:
-        table = block_table(tuple(grid), q.shape[1], block, decay, q.device)
-    if q.device.type != "cuda":
-        return _dense(*ready, table, block)
-    return flex(*ready, blocks=_block_mask(table, q.shape[1], block))
+    where = (tuple(grid), q.shape[1], block, decay, q.device)
+    return flex(*ready, blocks=_block_mask(*where)) if q.is_cuda else _dense(*ready, _table(*where), block)
 
 
 @_op.register_fake
@@ -124,7 +144,7 @@ class RadialAttention:
             raise ValueError(
                 f"attention_mode '{NAME}' needs the token grid and as many keys as queries; choose 'sdpa'."
             )
-        return _op(q, k, v, list(self.grid), self.block, -1.0 if self.everything else self.decay)
+        return _op(q, k, v, list(self.grid), self.block, EVERYTHING if self.everything else self.decay)
 
 
 RADIAL = Backend(
