@@ -29,7 +29,6 @@ class Attention(Protocol):
         """
 
 
-@runtime_checkable
 class FusedAttention(Protocol):
     """A backend that also takes queries and keys as the linear layers give them, to norm and turn them itself."""
 
@@ -41,7 +40,8 @@ class FusedAttention(Protocol):
         """q_raw, k_raw [B, L, C], v [B, L, H, D], rope [L, D/2, 2] cosine and sine float32 -> [B, L, H, D].
 
         norm_q, norm_k: WanRMSNorm (`weight` [C], `eps`), over all heads at once. Called where no extension reads or
-        replaces q, k and v.
+        replaces q, k and v. A backend may also have `fused_rows`, the same with FP8 rows of [B, L, C] as its result,
+        which is called where the output projection multiplies in FP8 and nothing else reads it.
         """
 
 

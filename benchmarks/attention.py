@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanvideo_wrapper import attention
-from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, FusedAttention, GridAttention
+from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, GridAttention
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.rope import apply_rope, rope_table
 
@@ -132,7 +132,7 @@ def errors(calls: dict[str, Call], given: tuple[Tensor, Tensor, Tensor]) -> dict
 
 def fused_times(calls: dict[str, Call], tokens: int, grid: tuple[int, int, int]) -> dict[str, float]:
     """Milliseconds of raw projections to heads, less norm and rope alone in plain PyTorch's compiled form."""
-    fused = {name: call for name, call in calls.items() if isinstance(call, FusedAttention)}
+    fused = {name: call for name, call in calls.items() if hasattr(call, "fused")}
     if not fused:
         return {}
     raw_q, raw_k = (torch.randn(1, tokens, HEADS * SIZE, device=DEVICE, dtype=DTYPE) for _ in range(2))

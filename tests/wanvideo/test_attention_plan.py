@@ -8,12 +8,14 @@ import torch
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.attention import AttentionSpec, sdpa
 from wanvideo_wrapper.attention_backends.radial import RadialAttention
+from wanvideo_wrapper.kernels.fp8_rows import quantise
+from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule, plan_for
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import Step
+from wanvideo_wrapper.wanvideo.extension import BlockInputs, Step
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
-from wanvideo_wrapper.wanvideo.rope import apply_rope
+from wanvideo_wrapper.wanvideo.rope import apply_rope, rope_table
 from wanvideo_wrapper.wanvideo.sampling import sample
 
 SPEC = AttentionSpec(device=torch.device("cpu"), heads=2, head_dim=64, dtype=torch.float32)
@@ -146,6 +148,29 @@ def test_raw_projections_reach_a_fused_backend():
     with model.attending(AttentionPlan(main=raw)):
         torch.testing.assert_close(model(inputs), want)
     assert (raw.fused_calls, raw.plain_calls) == (2, 0) and model.attention_plan is None
+
+
+class RawRows(Raw):
+    """It can also give FP8 rows."""
+
+    def fused_rows(self, *arguments):
+        self.rows = quantise(self.fused(*arguments).flatten(2))
+        return self.rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fast", [False, True])
+def test_rows_go_straight_into_an_fp8_output_projection(fast):
+    config = WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=6)
+    attention, raw = WanModel(config).blocks[0].self_attn, RawRows()
+    if fast:
+        attention.o = Fp8MatmulLinear.quantise(attention.o.weight, attention.o.bias, torch.float8_e4m3fn)
+    x, rope = torch.randn(1, 8, 64), rope_table(GRID, 32, device=torch.device("cpu"))
+    inputs = BlockInputs(None, None, rope, None, GRID, raw)
+    got, _ = attention(x, inputs, (), None)
+    assert hasattr(raw, "rows") == fast and raw.fused_calls == 1
+    want, _ = attention(x, inputs._replace(attention=sdpa()), (), None)
+    torch.testing.assert_close(got, want, atol=0.02 if fast else 1e-5, rtol=0.05)
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention import Attention, FusedAttention, attend, sdpa
+from ...attention import Attention, attend, sdpa
 from ...kernels.fp8_rows import Fp8Rows
-from ...quantized.linear import shared_input
+from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
 from ..extension import (
@@ -74,9 +74,9 @@ class WanSelfAttention(nn.Module):
         """[B, L, C] -> [B, L, H, D]."""
         return dense(x).unflatten(-1, self.heads)
 
-    def project(self, out: Tensor) -> Tensor:
-        """Heads [B, L, H, D] through the output projection: [B, L, C]."""
-        return self.o(out.flatten(2).contiguous())
+    def project(self, out: Tensor | Fp8Rows) -> Tensor:
+        """Heads [B, L, H, D], or rows [B, L, C], through the output projection: [B, L, C]."""
+        return self.o(out if isinstance(out, Fp8Rows) else out.flatten(2).contiguous())
 
     def readers(self) -> tuple[nn.Module, ...]:
         """The linear layers that read the normalised video tokens."""
@@ -90,9 +90,9 @@ class WanSelfAttention(nn.Module):
         x = shared_input(x, *self.readers())
         q, k, v = self.q(x), self.k(x), self.split(self.v(x))
         read = any(extension.reads_heads(cond) for extension, cond in hooks)
-        if isinstance(attention, FusedAttention) and not read and not hooked("attend", hooks):
-            out = attention.fused(q, k, v, self.norm_q, self.norm_k, inputs.rope)
-            heads = Heads(None, None, out)
+        fused = None if read or hooked("attend", hooks) else self._fused(attention, hooks)
+        if fused is not None:
+            heads = Heads(None, None, fused(q, k, v, self.norm_q, self.norm_k, inputs.rope))
         else:
             q = apply_rope(self.split(self.norm_q(q)), inputs.rope)
             k = apply_rope(self.split(self.norm_k(k)), inputs.rope)
@@ -101,6 +101,12 @@ class WanSelfAttention(nn.Module):
             heads = Heads(call.q if read else None, call.k if read else None, out)
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
         return self.project(heads.out), hooks
+
+    def _fused(self, attention: Attention, hooks: Hooks) -> Callable[..., Tensor | Fp8Rows] | None:
+        """The backend's form that takes projections as they are, if it has one: in rows where `o` alone reads them."""
+        if all_take_rows((self.o,)) and not hooked("self_attn", hooks) and hasattr(attention, "fused_rows"):
+            return attention.fused_rows
+        return getattr(attention, "fused", None)
 
 
 class WanT2VCrossAttention(WanSelfAttention):
