@@ -47,15 +47,14 @@ class Kernel:
         if refused is not None:
             raise ValueError(f"attention_mode '{self.name}' cannot run here: {refused}; choose another attention_mode.")
         dtype = q.dtype if q.dtype in DTYPES else DTYPES[0]
-        arguments = (self._argument(t.to(dtype)) for t in (q, k, v))
-        ready_q, ready_k, ready_v = arguments
+        ready_q, ready_k, ready_v = (self._argument(t.to(dtype)) for t in (q, k, v))
         if ready_k.untyped_storage().data_ptr() == k.untyped_storage().data_ptr():
             ready_k = ready_k.clone()
         check_entry(self.name, strided=False, q=ready_q, k=ready_k, v=ready_v)
         out = self._call(ready_q, ready_k, ready_v, q.shape[1], k.shape[1])
         out = out[0] if isinstance(out, tuple) else out
         out = out.transpose(1, 2) if self.heads_first else out.reshape(*q.shape[:3], v.shape[3])
-        return torch.empty(out.shape, dtype=q.dtype, device=q.device).copy_(out) if out.dtype != q.dtype else _own(out)
+        return kernel_ready(out.to(q.dtype), strided=False)
 
     def _argument(self, t: Tensor) -> Tensor:
         return kernel_ready(t.transpose(1, 2) if self.heads_first else t, strided=False)
@@ -66,10 +65,6 @@ class Kernel:
             return function(q, k, v, **self.options)
         starts = (_starts(q.shape[0], count, q.device) for count in (queries, keys))
         return function(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *starts, queries, keys, **self.options)
-
-
-def _own(out: Tensor) -> Tensor:
-    return kernel_ready(out, strided=False)
 
 
 def _starts(batch: int, count: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from .. import attention
 from ..attention import Attention, AttentionSpec, GridAttention
 from ..attention_backends import probe
 from ..attention_backends.radial import RadialAttention
-from ..attention_backends.third_party import ThirdParty
+from ..attention_backends.third_party import DTYPES, ThirdParty
 from ..attention_backends.ultravico import UltraVico
 from .extension import Step
 
@@ -93,6 +93,8 @@ def plan_for(name: str, spec: AttentionSpec) -> AttentionPlan:
     ends = attention.BACKENDS[name].ends
     rules = () if ends is None else (Rule(plan=plan_for(ends, spec), ends=True),)
     log.info("Self-attention, '%s': %s. Cross-attention: sdpa.", name, attention.BACKENDS[name].runs)
+    if attention.BACKENDS[name].compiled and spec.dtype not in DTYPES:
+        log.info("Its kernel computes in bfloat16; base_precision is float32.")
     return AttentionPlan(main=main, rules=rules)
 
 
