@@ -6,10 +6,10 @@ softmax cancels it, and the rotation is orthonormal, so q.k stays. The rotation 
 a head: the error of a score is that of its products, which would all sit in those channels (QuaRot, Ashkboos et al.
 2024; SageAttention, Zhang et al. 2024, for the shift).
 
-Scales are one a tensor, and never measured on q or k: E4M3 keeps the same relative precision over 15 powers of two, so
-that a bound far above the values costs nothing while it saturates nothing. An RMS norm gives one: no head is longer than
-sqrt(C) times the largest weight, no channel of a rotated head is larger than the head's length, and no shift by the mean
-of some tokens more than doubles it. Values are multiplied by a power of two, which is exact.
+Scales are one a tensor, and never measured on q or k: E4M3 keeps the same relative precision over 15 powers of two,
+so that a bound far above the values costs nothing while it saturates nothing. An RMS norm gives one: no head is longer
+than sqrt(C) times the largest weight, no channel of a rotated head is larger than the head's length, and no shift by
+the mean of some tokens more than doubles it. Values are multiplied by a power of two, which is exact.
 
 Shapes: B batch, L tokens, H heads, D head size, C = H * D. Each operator is the eager PyTorch beside it on the CPU and
 a Triton kernel on a GPU.
