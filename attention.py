@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_cudnn import CudnnFp8, why_not
 from .kernels import op_name
 from .tensor_layout import check_entry, kernel_ready
 from .wanvideo.extension import AttentionCall
@@ -91,6 +92,7 @@ def _not_built(device: torch.device, head_dim: int) -> str | None:
 
 BACKENDS: dict[str, Backend] = {name: Backend(None, _not_built) for name in ATTENTION_MODES}
 BACKENDS["sdpa"] = Backend(Sdpa, _runs)
+BACKENDS["cudnn_fp8"] = Backend(CudnnFp8, why_not)
 
 
 def resolve(name: str, *, device: torch.device, head_dim: int) -> Attention:

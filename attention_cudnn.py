@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import op_name
-from .kernels.fp8_rows import COLUMN_MULTIPLE, Fp8Rows
+from .kernels.fp8_rows import Fp8Rows
 from .kernels.norm_rope_fp8 import (
-    FP8,
     HEAD_SIZES,
     expand_fp8,
     norm_rope_fp8,
@@ -55,32 +54,30 @@ class CudnnFp8:
         if mask is not None:
             raise ValueError("attention_mode 'cudnn_fp8' takes no mask; choose sdpa where one is needed.")
         shift = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1)
-        return _expanded(*_attention(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
+        return expand_fp8(*_attention(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
 
     def fused(
-        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor, *, rows: bool = False
-    ) -> Tensor | Fp8Rows:
+        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+    ) -> Tensor:
         """The same from projections q, k [B, L, C], which are normalised, placed and quantised in one pass.
 
-        v [B, L, H, D]; norm_q, norm_k: RMS norms over C with `weight` and `eps`; rope [L or (B, L), D/2, 2]. rows: give
-        the result as FP8 rows [B, L, C], which an output projection in FP8 reads without another rounding.
+        v [B, L, H, D]; norm_q, norm_k: RMS norms over C with `weight` and `eps`; rope [L or (B, L), D/2, 2].
         """
-        heads = v.shape[2]
-        shift = norm_rope_mean(k, norm_k.weight, rope, norm_k.eps, heads)
-        placed_q = norm_rope_fp8(q, norm_q.weight, rope, None, norm_q.eps, heads)
-        placed_k = norm_rope_fp8(k, norm_k.weight, rope, shift, norm_k.eps, heads)
-        values, scale = _attention(placed_q, placed_k, tensor_fp8(v))
-        if not rows:
-            return expand_fp8(values, scale, v.dtype)
-        return Fp8Rows(values.flatten(2), scale.expand(*values.shape[:2], 1).contiguous(), q.shape[-1], v.dtype)
+        return expand_fp8(*_fused(q, k, v, norm_q, norm_k, rope), v.dtype)
 
-    def gives_rows(self, channels: int) -> bool:
-        """Whether `fused` can give FP8 rows of that many channels."""
-        return channels % COLUMN_MULTIPLE == 0
+    def fused_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+    ) -> Fp8Rows:
+        """The same as FP8 rows [B, L, C], which an output projection in FP8 reads without another rounding."""
+        values, scale = _fused(q, k, v, norm_q, norm_k, rope)
+        return Fp8Rows(values.flatten(2), scale.expand(*values.shape[:2], 1).contiguous(), q.shape[-1], v.dtype)
 
 
 def why_not(device: torch.device, head_dim: int) -> str | None:
-    """Why it cannot run there with heads of that size; None where it can. On a GPU a small one is run, and waited for."""
+    """Why it cannot run there with heads of that size; None where it can.
+
+    On a GPU a small one is run, and waited for.
+    """
     if device.type != "cuda":
         return "it needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -128,16 +125,22 @@ def _cudnn() -> ModuleType:
     return cudnn
 
 
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+) -> tuple[Tensor, Tensor]:
+    heads = v.shape[2]
+    shift = norm_rope_mean(k, norm_k.weight, rope, norm_k.eps, heads)
+    placed_q = norm_rope_fp8(q, norm_q.weight, rope, None, norm_q.eps, heads)
+    placed_k = norm_rope_fp8(k, norm_k.weight, rope, shift, norm_k.eps, heads)
+    return _attention(placed_q, placed_k, tensor_fp8(v))
+
+
 def _attention(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Values and scales of q, k, v -> values [B, Lq, H, D] of the result and their scale [1].
 
     No result is larger than the largest of v, which it averages, so that v's scale fits it.
     """
     return _sdpa_fp8(q[0], k[0], v[0], q[1], k[1], v[1]), v[1]
-
-
-def _expanded(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return expand_fp8(values, scale, dtype)
 
 
 @torch.library.custom_op(op_name("sdpa_fp8"), mutates_args=())
@@ -200,7 +203,7 @@ def _handle(device: torch.device, thread: int) -> object:
 
 @functools.lru_cache(maxsize=GRAPHS)
 def compiled_graph(device: torch.device, shape: tuple[int, int, int, int], keys: int, thread: int) -> Graph:
-    """The graph for q of `shape` [B, Lq, H, D] and that many keys, all contiguous; compiled once, on current `device`."""
+    """The graph for q of `shape` [B, Lq, H, D] and `keys` keys, all contiguous; `device` must be the current one."""
     cudnn, handle = _cudnn(), _handle(device, thread)
     graph = declared_graph(cudnn, shape, keys, handle)
     graph.validate()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...attention import Attention, attend, sdpa
 from ...kernels.fp8_rows import Fp8Rows
-from ...quantized.linear import shared_input
+from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
 from ..extension import (
@@ -69,9 +69,9 @@ class WanSelfAttention(nn.Module):
         """[B, L, C] -> [B, L, H, D]."""
         return dense(x).unflatten(-1, self.heads)
 
-    def project(self, out: Tensor) -> Tensor:
-        """Heads [B, L, H, D] through the output projection: [B, L, C]."""
-        return self.o(out.flatten(2).contiguous())
+    def project(self, out: Tensor | Fp8Rows) -> Tensor:
+        """Heads [B, L, H, D], or rows [B, L, C], through the output projection: [B, L, C]."""
+        return self.o(out if isinstance(out, Fp8Rows) else out.flatten(2).contiguous())
 
     def readers(self) -> tuple[nn.Module, ...]:
         """The linear layers that read the normalised video tokens."""
@@ -82,14 +82,24 @@ class WanSelfAttention(nn.Module):
     ) -> tuple[Tensor, Hooks]:
         """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
         x = shared_input(x, *self.readers())
-        q = apply_rope(self.split(self.norm_q(self.q(x))), inputs.rope)
-        k = apply_rope(self.split(self.norm_k(self.k(x))), inputs.rope)
-        call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
-        out = attend(self.attention, call)
+        q, k, v = self.q(x), self.k(x), self.split(self.v(x))
         read = any(extension.reads_heads(cond) for extension, cond in hooks)
-        heads = Heads(call.q if read else None, call.k if read else None, out)
+        fused = None if read or hooked("attend", hooks) else self._fused(hooks)
+        if fused is not None:
+            heads = Heads(None, None, fused(q, k, v, self.norm_q, self.norm_k, inputs.rope))
+        else:
+            q = apply_rope(self.split(self.norm_q(q)), inputs.rope)
+            k = apply_rope(self.split(self.norm_k(k)), inputs.rope)
+            call, hooks = run_hooks("attend", block, AttentionCall(q, k, v), hooks)
+            heads = Heads(call.q if read else None, call.k if read else None, attend(self.attention, call))
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
         return self.project(heads.out), hooks
+
+    def _fused(self, hooks: Hooks) -> Callable[..., Tensor | Fp8Rows] | None:
+        """The backend's form that takes projections as they are, if it has one: in rows where `o` alone reads them."""
+        if all_take_rows((self.o,)) and not hooked("self_attn", hooks):
+            return getattr(self.attention, "fused_rows", None) or getattr(self.attention, "fused", None)
+        return getattr(self.attention, "fused", None)
 
 
 class WanT2VCrossAttention(WanSelfAttention):
