@@ -93,7 +93,7 @@ def why_not(device: torch.device, head_dim: int) -> str | None:
 
 def _package_reason() -> str | None:
     try:
-        cudnn = _cudnn()
+        version = _cudnn().backend_version()
     except ModuleNotFoundError as error:
         if error.name != "cudnn":
             return f"the package 'nvidia-cudnn-frontend' cannot be imported: {error}"
@@ -101,9 +101,9 @@ def _package_reason() -> str | None:
     # A package that does not fit this Python, driver or cuDNN fails in ways of its own, and all of them are the reason.
     except Exception as error:
         return f"the package 'nvidia-cudnn-frontend' cannot be imported: {type(error).__name__}: {error}"
-    if cudnn.backend_version() < LEAST_CUDNN:
+    if version < LEAST_CUDNN:
         return (
-            f"cuDNN {cudnn.backend_version()} is too old, it needs {LEAST_CUDNN} (9.15.1); use a newer PyTorch, or pip "
+            f"cuDNN {version} is too old, it needs {LEAST_CUDNN} (9.15.1); use a newer PyTorch, or pip "
             "install -U nvidia-cudnn-cu13 (nvidia-cudnn-cu12 for CUDA 12)"
         )
     return None
