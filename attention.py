@@ -20,6 +20,7 @@ from .attention_backends.radial import RADIAL
 from .attention_backends.sol import SOL
 from .attention_backends.torch_sdpa import Sdpa
 from .attention_backends.ultravico import ULTRAVICO
+from .attention_cudnn import CudnnFp8, why_not
 from .wanvideo.extension import AttentionCall
 
 __all__ = [
@@ -35,10 +36,6 @@ __all__ = [
     "resolve",
     "sdpa",
 ]
-
-
-def _no_module(spec: AttentionSpec) -> str:
-    return "the cuDNN FP8 kernel is not part of this version"
 
 
 # The original's options in its order, then this project's.
@@ -59,7 +56,12 @@ BACKENDS: Mapping[str, Backend] = {
     "sageattn_3_fp4": sage3.row("sageattn_3_fp4", "SageAttention 3 (FP4) on every step"),
     "sageattn_3_fp8": sage.EIGHT_BIT,
     "sageattn_varlen": sage.VARLEN,
-    "cudnn_fp8": Backend(runs="cuDNN's FP8 attention", extra=_no_module),
+    "cudnn_fp8": Backend(
+        runs="cuDNN's FP8 attention, with norm, position and rounding of q and k in one pass",
+        make=lambda spec: CudnnFp8(),
+        extra=lambda spec: why_not(spec.device, spec.head_dim),
+        get="pip install nvidia-cudnn-frontend, on Hopper or newer",
+    ),
     "sol_attn": SOL,
 }
 ATTENTION_MODES = tuple(BACKENDS)
