@@ -16,6 +16,9 @@ from .third_party import DTYPES
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+# A kernel for each size and setting of a session. At torch's own limits flex_attention would go on uncompiled, with the
+# whole matrix of scores; with fullgraph it raises.
+LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 512}
 # 128 x 128 tiles do not fit into blocks of 64.
 SMALL_BLOCK = 64
 
@@ -25,7 +28,7 @@ def _compiled() -> Callable[..., Tensor]:
     # It brings torch's whole compiler along, which the import of the pack must not.
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex(
@@ -36,7 +39,8 @@ def flex(
     turned = (t.to(dtype).transpose(1, 2).contiguous() for t in (q, k, v))
     small = blocks is not None and blocks.BLOCK_SIZE[0] == SMALL_BLOCK
     options = {"BLOCK_M": SMALL_BLOCK, "BLOCK_N": SMALL_BLOCK} if small else None
-    out = _compiled()(*turned, block_mask=blocks, score_mod=score, kernel_options=options)
+    with torch._dynamo.config.patch(LIMITS):
+        out = _compiled()(*turned, block_mask=blocks, score_mod=score, kernel_options=options)
     return out.transpose(1, 2).contiguous().to(q.dtype)
 
 

@@ -6,7 +6,7 @@ import pytest
 import talking
 import torch
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
-from wanvideo_wrapper.attention import AttentionSpec, sdpa
+from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, reason, sdpa
 from wanvideo_wrapper.attention_backends.radial import RadialAttention
 from wanvideo_wrapper.kernels.fp8_rows import quantise
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
@@ -148,6 +148,34 @@ def test_raw_projections_reach_a_fused_backend():
     with model.attending(AttentionPlan(main=raw)):
         torch.testing.assert_close(model(inputs), want)
     assert (raw.fused_calls, raw.plain_calls) == (2, 0) and model.attention_plan is None
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ATTENTION_MODES)
+def test_compiled_blocks_equal_eager_on_a_gpu(name):
+    """Every option that runs there, through inductor with full graphs; the others skip with the reason."""
+    spec = AttentionSpec(device=torch.device("cuda"), heads=2, head_dim=128)
+    why = reason(name, spec)
+    if why is not None:
+        pytest.skip(why)
+    torch._dynamo.reset()
+    config = WanConfig(dim=256, ffn_dim=256, num_heads=2, num_layers=2, text_dim=8, text_len=6)
+    model = WanModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model.to("cuda", torch.bfloat16)
+    inputs = ModelInputs(
+        latents=torch.randn(1, 16, 6, 16, 12, device="cuda"), timestep=torch.tensor([300.0], device="cuda"),
+        text=(torch.randn(3, 8, device="cuda"),),
+    )  # fmt: skip
+    with model.attending(plan_for(name, spec)):
+        want = model(inputs)
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+        got = model(inputs)
+    assert got.isfinite().all() and (got - want).norm() / want.norm() < 3e-2
 
 
 class RawRows(Raw):
