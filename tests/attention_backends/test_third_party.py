@@ -97,6 +97,15 @@ def test_reasons(name, capability, head_dim, why, monkeypatch):
     assert why in message and all(f"{mode}: " in message for mode in ATTENTION_MODES)
 
 
+def test_a_model_that_needs_masks_gets_only_what_takes_them(monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, (12, 0))
+    masked = AttentionSpec(device=CPU, heads=3, head_dim=64, masked=True)
+    assert resolve("sdpa", masked).name == "sdpa"
+    for name in THIRD_PARTY:
+        assert "takes no mask" in attention.reason(name, masked)
+
+
 def test_missing_packages_and_functions_are_named(monkeypatch):
     pretend(monkeypatch, (12, 0))
     install(monkeypatch, {"sageattention": {"sageattn": attention_stand_ins.sageattn}})
