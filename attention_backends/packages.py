@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 Export = tuple[str, str]
 
 TIMEOUT_S = 120
+TRACEBACK = "Traceback (most recent call last)"
+_RAISED = re.compile(r"[\w.]+: ")
 # The last line of what a failing import says.
 _IMPORT = (
     "import importlib, sys, torch\n"
@@ -91,4 +94,6 @@ def outcome(done: subprocess.CompletedProcess[str]) -> str | None:
     lines = done.stderr.strip().splitlines()
     if done.returncode < 0 or not lines:
         return f"the process crashed (exit status {done.returncode})"
-    return lines[-1]
+    # CUDA's errors go on for lines of general advice after the one that says what happened.
+    raised = [line for line in lines if _RAISED.match(line)] if TRACEBACK in done.stderr else []
+    return raised[-1] if raised else lines[-1]

@@ -143,6 +143,19 @@ def test_broken_packages_stay_in_their_own_process(body, why, monkeypatch, tmp_p
     packages._tried.cache_clear()
 
 
+def test_the_line_that_says_what_happened():
+    cuda = (
+        'Traceback (most recent call last):\n  File "x.py", line 3, in <module>\n    main()\n'
+        "torch.AcceleratorError: CUDA error: misaligned address\n"
+        "CUDA kernel errors might be asynchronously reported, so the stacktrace below might be incorrect.\n"
+        "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA`.\n"
+    )
+    said = packages.outcome(subprocess.CompletedProcess([], 1, "", cuda))
+    assert said == "torch.AcceleratorError: CUDA error: misaligned address"
+    assert packages.outcome(subprocess.CompletedProcess([], 1, "", "W: old\nit gave NaN\n")) == "it gave NaN"
+    assert "crashed" in packages.outcome(subprocess.CompletedProcess([], -11, "", "anything"))
+
+
 @pytest.mark.slow
 def test_the_pack_imports_no_optional_package():
     names = ("sageattention", "sageattn3", "flash_attn", "flash_attn_interface", "spas_sage_attn", "cudnn")
