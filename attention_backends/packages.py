@@ -19,13 +19,14 @@ Export = tuple[str, str]
 TIMEOUT_S = 120
 TRACEBACK = "Traceback (most recent call last)"
 _RAISED = re.compile(r"[\w.]+: ")
-# The last line of what a failing import says.
+# Prints what the module has, or ends with what its import raised.
 _IMPORT = (
     "import importlib, sys, torch\n"
     "try:\n"
-    "    getattr(importlib.import_module(sys.argv[1]), sys.argv[2])\n"
+    "    module = importlib.import_module(sys.argv[1])\n"
     "except BaseException as error:\n"
     "    sys.exit(f'{type(error).__name__}: {error}')\n"
+    "sys.stdout.write('\\n'.join(dir(module)))\n"
 )
 
 
@@ -61,10 +62,12 @@ def trouble(export: Export) -> str | None:
     """What goes wrong when the export is imported; None if nothing does."""
     module, name = export
     if module in sys.modules:
-        return None if hasattr(sys.modules[module], name) else f"AttributeError: {module} has no '{name}'"
-    if not _is_there(module):
+        names, why = dir(sys.modules[module]), None
+    elif _is_there(module):
+        names, why = _tried(module)
+    else:
         return "ModuleNotFoundError: it is not installed"
-    return _tried(module, name)
+    return why if why is not None or name in names else f"AttributeError: {module} has no '{name}'"
 
 
 def _is_there(module: str) -> bool:
@@ -77,14 +80,14 @@ def _is_there(module: str) -> bool:
 
 
 @functools.cache
-def _tried(module: str, name: str) -> str | None:
+def _tried(module: str) -> tuple[tuple[str, ...], str | None]:
+    """The names in a module, and what went wrong with its import in another process."""
+    command = [sys.executable, "-c", _IMPORT, module]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORT, module, name], capture_output=True, text=True, timeout=TIMEOUT_S
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return f"the import took more than {TIMEOUT_S} s"
-    return outcome(done)
+        return (), f"the import took more than {TIMEOUT_S} s"
+    return tuple(done.stdout.splitlines()), outcome(done)
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> str | None:

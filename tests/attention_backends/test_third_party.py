@@ -1,8 +1,10 @@
 """The options behind optional packages, through stand-ins that enforce the kernels' contracts."""
 
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import attention_stand_ins
 import pytest
@@ -141,6 +143,23 @@ def test_broken_packages_stay_in_their_own_process(body, why, monkeypatch, tmp_p
         resolve("sageattn", SPEC)
     assert why in str(error.value) and "sageattention" not in sys.modules
     packages._tried.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_sound_package_is_imported_when_it_first_runs(monkeypatch, tmp_path):
+    (tmp_path / "sageattention.py").write_text("from attention_stand_ins import sageattn\n")
+    here = Path(attention_stand_ins.__file__).parent
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(here))))
+    pretend(monkeypatch, (8, 9))
+    packages._tried.cache_clear()
+    backend = resolve("sageattn", SPEC)
+    assert "sageattention has no 'sageattn_varlen'" in attention.reason("sageattn_varlen", SPEC)
+    assert "sageattention" not in sys.modules
+    q, k, v = (torch.randn(1, 9, 3, 64) for _ in range(3))
+    assert relative(backend(q, k, v), formula(q, k, v)) < 0.02
+    packages._tried.cache_clear()
+    monkeypatch.delitem(sys.modules, "sageattention")
 
 
 def test_the_line_that_says_what_happened():
