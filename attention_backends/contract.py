@@ -55,12 +55,13 @@ class GridAttention(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """The self-attention that a backend is asked to run. dtype: of q, k and v."""
+    """The self-attention that a backend is asked to run. dtype: of q, k and v; masked: whether calls have masks."""
 
     device: torch.device
     heads: int
     head_dim: int
     dtype: torch.dtype = torch.bfloat16
+    masked: bool = False
 
     @property
     def capability(self) -> Capability | None:
@@ -102,6 +103,8 @@ class Backend:
         """Why it cannot run, None where it can. Cheap tests first; nothing is imported where the GPU rules it out."""
         if self.make is None:
             return self.extra(spec) or "this version does not have it"
+        if spec.masked and not self.masks:
+            return "it takes no mask, and this model's attention needs one"
         return self._device(spec) or self._head_dim(spec) or packages.reason(self.exports) or self.extra(spec)
 
     def _device(self, spec: AttentionSpec) -> str | None:

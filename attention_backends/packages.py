@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,13 +17,16 @@ from collections.abc import Callable, Sequence
 Export = tuple[str, str]
 
 TIMEOUT_S = 120
-# The last line of what a failing import says.
+TRACEBACK = "Traceback (most recent call last)"
+_RAISED = re.compile(r"[\w.]+: ")
+# Prints what the module has, or ends with what its import raised.
 _IMPORT = (
     "import importlib, sys, torch\n"
     "try:\n"
-    "    getattr(importlib.import_module(sys.argv[1]), sys.argv[2])\n"
+    "    module = importlib.import_module(sys.argv[1])\n"
     "except BaseException as error:\n"
     "    sys.exit(f'{type(error).__name__}: {error}')\n"
+    "sys.stdout.write('\\n'.join(dir(module)))\n"
 )
 
 
@@ -58,10 +62,12 @@ def trouble(export: Export) -> str | None:
     """What goes wrong when the export is imported; None if nothing does."""
     module, name = export
     if module in sys.modules:
-        return None if hasattr(sys.modules[module], name) else f"AttributeError: {module} has no '{name}'"
-    if not _is_there(module):
+        names, why = dir(sys.modules[module]), None
+    elif _is_there(module):
+        names, why = _tried(module)
+    else:
         return "ModuleNotFoundError: it is not installed"
-    return _tried(module, name)
+    return why if why is not None or name in names else f"AttributeError: {module} has no '{name}'"
 
 
 def _is_there(module: str) -> bool:
@@ -74,14 +80,14 @@ def _is_there(module: str) -> bool:
 
 
 @functools.cache
-def _tried(module: str, name: str) -> str | None:
+def _tried(module: str) -> tuple[tuple[str, ...], str | None]:
+    """The names in a module, and what went wrong with its import in another process."""
+    command = [sys.executable, "-c", _IMPORT, module]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORT, module, name], capture_output=True, text=True, timeout=TIMEOUT_S
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return f"the import took more than {TIMEOUT_S} s"
-    return outcome(done)
+        return (), f"the import took more than {TIMEOUT_S} s"
+    return tuple(done.stdout.splitlines()), outcome(done)
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> str | None:
@@ -91,4 +97,6 @@ def outcome(done: subprocess.CompletedProcess[str]) -> str | None:
     lines = done.stderr.strip().splitlines()
     if done.returncode < 0 or not lines:
         return f"the process crashed (exit status {done.returncode})"
-    return lines[-1]
+    # CUDA's errors go on for lines of general advice after the one that says what happened.
+    raised = [line for line in lines if _RAISED.match(line)] if TRACEBACK in done.stderr else []
+    return raised[-1] if raised else lines[-1]

@@ -149,7 +149,9 @@ def test_a_kernel_that_faults_does_not_reach_this_process(monkeypatch, tmp_path)
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     kernel = Kernel(name="faulty", exports=(("faulty", "fault"),))
-    assert "assert" in probe.verdict(kernel, AttentionSpec(device=torch.device("cuda"), heads=2, head_dim=64), 64)
+    assert "device-side assert" in probe.verdict(
+        kernel, AttentionSpec(device=torch.device("cuda"), heads=2, head_dim=64), 64
+    )
     assert float(torch.ones(3, device="cuda").sum()) == 3
 
 

@@ -1,8 +1,10 @@
 """The options behind optional packages, through stand-ins that enforce the kernels' contracts."""
 
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import attention_stand_ins
 import pytest
@@ -97,6 +99,15 @@ def test_reasons(name, capability, head_dim, why, monkeypatch):
     assert why in message and all(f"{mode}: " in message for mode in ATTENTION_MODES)
 
 
+def test_a_model_that_needs_masks_gets_only_what_takes_them(monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, (12, 0))
+    masked = AttentionSpec(device=CPU, heads=3, head_dim=64, masked=True)
+    assert resolve("sdpa", masked).name == "sdpa"
+    for name in THIRD_PARTY:
+        assert "takes no mask" in attention.reason(name, masked)
+
+
 def test_missing_packages_and_functions_are_named(monkeypatch):
     pretend(monkeypatch, (12, 0))
     install(monkeypatch, {"sageattention": {"sageattn": attention_stand_ins.sageattn}})
@@ -132,6 +143,36 @@ def test_broken_packages_stay_in_their_own_process(body, why, monkeypatch, tmp_p
         resolve("sageattn", SPEC)
     assert why in str(error.value) and "sageattention" not in sys.modules
     packages._tried.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_sound_package_is_imported_when_it_first_runs(monkeypatch, tmp_path):
+    (tmp_path / "sageattention.py").write_text("from attention_stand_ins import sageattn\n")
+    here = Path(attention_stand_ins.__file__).parent
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(here))))
+    pretend(monkeypatch, (8, 9))
+    packages._tried.cache_clear()
+    backend = resolve("sageattn", SPEC)
+    assert "sageattention has no 'sageattn_varlen'" in attention.reason("sageattn_varlen", SPEC)
+    assert "sageattention" not in sys.modules
+    q, k, v = (torch.randn(1, 9, 3, 64) for _ in range(3))
+    assert relative(backend(q, k, v), formula(q, k, v)) < 0.02
+    packages._tried.cache_clear()
+    monkeypatch.delitem(sys.modules, "sageattention")
+
+
+def test_the_line_that_says_what_happened():
+    cuda = (
+        'Traceback (most recent call last):\n  File "x.py", line 3, in <module>\n    main()\n'
+        "torch.AcceleratorError: CUDA error: misaligned address\n"
+        "CUDA kernel errors might be asynchronously reported, so the stacktrace below might be incorrect.\n"
+        "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA`.\n"
+    )
+    said = packages.outcome(subprocess.CompletedProcess([], 1, "", cuda))
+    assert said == "torch.AcceleratorError: CUDA error: misaligned address"
+    assert packages.outcome(subprocess.CompletedProcess([], 1, "", "W: old\nit gave NaN\n")) == "it gave NaN"
+    assert "crashed" in packages.outcome(subprocess.CompletedProcess([], -11, "", "anything"))
 
 
 @pytest.mark.slow
