@@ -1,4 +1,4 @@
-"""Queries, keys and values of self-attention as one FP8 kernel reads them, each in one pass over its bytes.
+"""Queries, keys and values of self-attention as an FP8 kernel reads them, queries and keys in one pass over memory.
 
 Queries and keys: RMS norm over all heads, rotary position (`wanvideo/rope.py`), a shift of the keys, a Hadamard
 rotation of every head, E4M3. None of it but the rounding changes attention: the shift is the same for all keys, so
@@ -142,7 +142,8 @@ def norm_rope_fp8(
     shift = None if shift is None else kernel_ready(shift, strided=False)
     check_entry("norm_rope_fp8", x=x, weight=weight, rope=rope, shift=shift)
     values, scale = _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
-    triton_kernels("norm_rope_fp8_triton").norm_rope_fp8(x, weight, rope, shift, values, scale, eps=eps)
+    triton = triton_kernels("norm_rope_fp8_triton")
+    triton.norm_rope_fp8(x, weight, rope, shift, _largest(weight), values, scale, eps=eps)
     return values, scale
 
 
