@@ -1,8 +1,8 @@
 """Triton kernels of norm_rope_fp8.py.
 
 A program takes some whole rows, a few heads of all of them at a time: once for the sums of squares, and once more, out
-of the L2 cache, for the rest. Channels are held as pairs (even, odd), which is what the rotary position turns; their sums
-and differences are the first of the Hadamard rotation's steps, and one small matrix product does the others:
+of the L2 cache, for the rest. Channels are held as pairs (even, odd), which is what the rotary position turns; their
+sums and differences are the first of the Hadamard rotation's steps, and one small matrix product does the others:
 H(2n) = H(2) x H(n).
 """
 
