@@ -146,17 +146,20 @@ def _rotate_fp8(x, largest, shift, matrix, out, scale, tokens, x_batch, x_token,
 
 
 @triton.jit
-def _place_sample(x, weight, rope, out, tokens, count, x_batch, x_token, rope_batch, eps,
-                  HEADS: tl.constexpr, PART: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+def _norm_rope(x, weight, rope, out, tokens, count, x_batch, x_token, rope_batch, eps, HEADS: tl.constexpr,
+               PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * tokens // count + tl.arange(0, 1)
+    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # All tokens, or `count` of them, evenly spaced.
+    row = line * tokens // count
     x += batch * x_batch
-    out += (batch * count + tl.program_id(0)) * HEADS * SIZE
+    out += batch * count * HEADS * SIZE
     factor = _inverse_rms(x, x_token, row, tokens, eps, HEADS, PART, SIZE)
     cos, sin = _turns(rope + batch * rope_batch, row, tokens, factor, SIZE)
     for first in range(0, HEADS, PART):
         even, odd = _placed(x, x_token, row, tokens, first, weight, cos, sin, PART, SIZE)
-        tl.store(_heads(out, 0, row, first, PART, SIZE), tl.reshape(tl.join(even, odd), [PART, 1, SIZE]))
+        placed = tl.reshape(tl.join(even, odd), [PART, ROWS, SIZE]).to(out.dtype.element_ty)
+        tl.store(_heads(out, HEADS * SIZE, line, first, PART, SIZE), placed, mask=(line < count)[None, :, None])
 
 
 @triton.jit
@@ -186,18 +189,18 @@ def _batch_stride(rope: Tensor) -> int:
     return rope.stride(0) if rope.dim() == 4 else 0
 
 
-def mean(x: Tensor, weight: Tensor, rope: Tensor, *, eps: float, heads: int, count: int) -> Tensor:
-    """x [B, L, C], last dimension dense, -> [B, C] float32: the mean of `count` tokens."""
-    batch, tokens, columns = x.shape
-    placed = torch.empty((batch, count, columns), dtype=torch.float32, device=x.device)
-    if placed.numel() == 0:
-        return placed.new_zeros((batch, columns))
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, out: Tensor, *, eps: float) -> None:
+    """x [B, L, C], last dimension dense, -> out [B, N, H, D], contiguous: all tokens, or N of them, evenly spaced."""
+    if out.numel() == 0:
+        return
+    batch, count, heads, size = out.shape
+    parts = _parts(heads)
+    rows = parts["ROWS"] if count == x.shape[1] else 1
     with torch.cuda.device_of(x):
-        _place_sample[(count, batch)](
-            x, weight, rope, placed, tokens, count, x.stride(0), x.stride(1), _batch_stride(rope), eps,
-            HEADS=heads, PART=_parts(heads)["PART"], SIZE=columns // heads, num_warps=WARPS,
+        _norm_rope[(triton.cdiv(count, rows), batch)](
+            x, weight, rope, out, x.shape[1], count, x.stride(0), x.stride(1), _batch_stride(rope), eps, HEADS=heads,
+            PART=parts["PART"], ROWS=rows, SIZE=size, num_warps=WARPS if rows == 1 else ROW_WARPS,
         )  # fmt: skip
-    return placed.mean(1)
 
 
 def norm_rope_fp8(
