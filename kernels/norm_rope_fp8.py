@@ -1,4 +1,4 @@
-"""Queries, keys and values of self-attention as one FP8 kernel reads them, each in one pass over its bytes.
+"""Queries, keys and values of self-attention as an FP8 kernel reads them, queries and keys in one pass over memory.
 
 Queries and keys: RMS norm over all heads, rotary position (`wanvideo/rope.py`), a shift of the keys, a Hadamard
 rotation of every head, E4M3. None of it but the rounding changes attention: the shift is the same for all keys, so
@@ -18,6 +18,7 @@ a Triton kernel on a GPU.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 
 import torch
@@ -119,6 +120,21 @@ def _largest(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, ord=math.inf, dtype=torch.float32).reshape(1)
 
 
+@torch.library.custom_op(op_name("norm_rope"), mutates_args=())
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    """The operator of `norm_rope_eager`, rounded to x's dtype: for attention in base precision.
+
+    It is eager PyTorch where Triton is missing too, as nothing but speed depends on it.
+    """
+    if not x.is_cuda or not _has_kernel(x, heads):
+        return norm_rope_eager(x, weight, rope, eps, heads).to(x.dtype)
+    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
+    check_entry("norm_rope", x=x, weight=weight, rope=rope)
+    out = torch.empty((*x.shape[:2], heads, x.shape[-1] // heads), dtype=x.dtype, device=x.device)
+    triton_kernels("norm_rope_fp8_triton").norm_rope(x, weight, rope, out, eps=eps)
+    return out
+
+
 @torch.library.custom_op(op_name("norm_rope_mean"), mutates_args=())
 def norm_rope_mean(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
     """The operator of `mean_eager`: a shift that makes keys small, at the cost of a few tokens."""
@@ -126,8 +142,10 @@ def norm_rope_mean(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: i
         return mean_eager(x, weight, rope, eps, heads)
     x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
     check_entry("norm_rope_mean", x=x, weight=weight, rope=rope)
-    count = min(SAMPLE, x.shape[1])
-    return triton_kernels("norm_rope_fp8_triton").mean(x, weight, rope, eps=eps, heads=heads, count=count)
+    shape = (x.shape[0], min(SAMPLE, x.shape[1]), heads, x.shape[-1] // heads)
+    placed = torch.empty(shape, dtype=torch.float32, device=x.device)
+    triton_kernels("norm_rope_fp8_triton").norm_rope(x, weight, rope, placed, eps=eps)
+    return placed.mean(1).flatten(1)
 
 
 @torch.library.custom_op(op_name("norm_rope_fp8"), mutates_args=())
@@ -142,7 +160,8 @@ def norm_rope_fp8(
     shift = None if shift is None else kernel_ready(shift, strided=False)
     check_entry("norm_rope_fp8", x=x, weight=weight, rope=rope, shift=shift)
     values, scale = _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
-    triton_kernels("norm_rope_fp8_triton").norm_rope_fp8(x, weight, rope, shift, values, scale, eps=eps)
+    triton = triton_kernels("norm_rope_fp8_triton")
+    triton.norm_rope_fp8(x, weight, rope, shift, _largest(weight), values, scale, eps=eps)
     return values, scale
 
 
@@ -184,6 +203,11 @@ def expand_fp8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@norm_rope.register_fake
+def _(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], heads, x.shape[-1] // heads))
+
+
 @norm_rope_mean.register_fake
 def _(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[2]), dtype=torch.float32)
@@ -213,6 +237,11 @@ def _(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.empty(shape, dtype=FP8, device=device), torch.empty(1, dtype=torch.float32, device=device)
+
+
+def _has_kernel(x: Tensor, heads: int) -> bool:
+    size = x.shape[-1] // heads
+    return importlib.util.find_spec("triton") is not None and x.dtype != torch.float64 and size & (size - 1) == 0
 
 
 def _check_size(size: int) -> None:

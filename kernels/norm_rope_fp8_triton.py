@@ -1,8 +1,9 @@
-"""Triton kernels of norm_rope_fp8.py: a program holds a few whole rows in registers, so that they are read once.
+"""Triton kernels of norm_rope_fp8.py.
 
-Triton's sizes are powers of two and 40 heads are not, so a row is two parts, as 32 and 8 heads. Channels are held as
-pairs (even, odd), which is what the rotary position turns; their sums and differences are the first of the Hadamard
-rotation's steps, and one small matrix product does the others: H(2n) = H(2) x H(n).
+A program takes some whole rows, a few heads of all of them at a time: once for the sums of squares, and once more, out
+of the L2 cache, for the rest. Channels are held as pairs (even, odd), which is what the rotary position turns; their
+sums and differences are the first of the Hadamard rotation's steps, and one small matrix product does the others:
+H(2n) = H(2) x H(n).
 """
 
 from __future__ import annotations
@@ -19,42 +20,37 @@ from .norm_rope_fp8 import hadamard
 LARGEST = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-30)
 EXPONENT = tl.constexpr(0x7F800000)
-# Fewest rows of a matrix product.
-DOT_ROWS = 16
+# Rows of a matrix product: heads at a time times rows at a time.
+DOT_ROWS = 64
+MOST_HEADS = 8
 WARPS = 4
-# Three programs fit on a multiprocessor of Hopper, without spilling.
-REGISTERS = 168
+# The kernel of whole rows keeps more: with these it fits twice on a multiprocessor of Hopper, without spilling.
+ROW_WARPS, ROW_REGISTERS = 8, 128
 BLOCK = 4096
 
 
 @triton.jit
-def _heads(base, first, heads, PART: tl.constexpr, SIZE: tl.constexpr):
-    """Addresses [PART, SIZE] of heads `first` and on of a row, and which of them exist."""
-    head = first + tl.arange(0, PART)
-    column = tl.arange(0, SIZE)
-    return base + head[:, None] * SIZE + column[None, :], (head < heads)[:, None] & (column >= 0)[None, :]
+def _heads(base, pitch, row, first, PART: tl.constexpr, SIZE: tl.constexpr):
+    """Addresses [PART, ROWS, SIZE] of heads `first` and on of the rows `row` [ROWS].
+
+    Heads come before rows, so that a thread holds a channel of several rows.
+    """
+    head, column = first + tl.arange(0, PART), tl.arange(0, SIZE)
+    return base + (row * pitch)[None, :, None] + (head * SIZE)[:, None, None] + column[None, None, :]
 
 
 @triton.jit
-def _heads_of_rows(base, pitch, row, rows, first, heads, PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """The same for all rows, [PART, ROWS, SIZE]. Rows come second, so that a thread holds a channel of all of them."""
-    place, inside = _heads(base, first, heads, PART, SIZE)
-    row = row + tl.arange(0, ROWS)
-    return place[:, None, :] + (row * pitch)[None, :, None], inside[:, None, :] & (row < rows)[None, :, None]
+def _load(base, pitch, row, rows, first, PART: tl.constexpr, SIZE: tl.constexpr, KEEP: tl.constexpr):
+    """[PART, ROWS, SIZE] float32, and whether the cache should keep it. Behind the last row, that one once more."""
+    place = _heads(base, pitch, tl.minimum(row, rows - 1), first, PART, SIZE)
+    return tl.load(place, eviction_policy="evict_last" if KEEP else "evict_first").to(tl.float32)
 
 
 @triton.jit
-def _load(base, pitch, row, rows, first, heads, PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """[PART, ROWS, SIZE] float32."""
-    place, inside = _heads_of_rows(base, pitch, row, rows, first, heads, PART, ROWS, SIZE)
-    return tl.load(place, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _of_channels(base, first, heads, PART: tl.constexpr, SIZE: tl.constexpr):
+def _of_channels(base, first, PART: tl.constexpr, SIZE: tl.constexpr):
     """What belongs to channels and not to tokens, [PART, 1, SIZE] float32."""
-    place, inside = _heads(base, first, heads, PART, SIZE)
-    return tl.load(place[:, None, :], mask=inside[:, None, :], other=0.0).to(tl.float32)
+    head, column = first + tl.arange(0, PART), tl.arange(0, SIZE)
+    return tl.load(base + (head * SIZE)[:, None, None] + column[None, None, :]).to(tl.float32)
 
 
 @triton.jit
@@ -64,24 +60,27 @@ def _pairs(x):
 
 
 @triton.jit
-def _turns(rope, row, rows, factor, ROWS: tl.constexpr, SIZE: tl.constexpr):
+def _inverse_rms(x, pitch, row, rows, eps, HEADS: tl.constexpr, PART: tl.constexpr, SIZE: tl.constexpr):
+    """[ROWS]"""
+    total = tl.zeros([PART, row.shape[0], SIZE], tl.float32)
+    for first in range(0, HEADS, PART):
+        part = _load(x, pitch, row, rows, first, PART, SIZE, True)
+        total += part * part
+    return tl.rsqrt(tl.sum(tl.sum(total, axis=2), axis=0) / (HEADS * SIZE) + eps)
+
+
+@triton.jit
+def _turns(rope, row, rows, factor, SIZE: tl.constexpr):
     """Cosine and sine times `factor` [ROWS], each [1, ROWS, SIZE / 2]."""
-    row = row + tl.arange(0, ROWS)
-    column = tl.arange(0, SIZE)
-    table = tl.load(rope + row[:, None] * SIZE + column[None, :], mask=(row < rows)[:, None], other=0.0)
-    cos, sin = tl.split(tl.reshape(table, [ROWS, SIZE // 2, 2]))
+    table = tl.load(rope + tl.minimum(row, rows - 1)[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
+    cos, sin = tl.split(tl.reshape(table, [row.shape[0], SIZE // 2, 2]))
     return (cos * factor[:, None])[None, :, :], (sin * factor[:, None])[None, :, :]
 
 
 @triton.jit
-def _squares(x):
-    """Sums over heads and channels, [ROWS]."""
-    return tl.sum(tl.sum(x * x, axis=2), axis=0)
-
-
-@triton.jit
-def _placed(x, gain, cos, sin):
-    even, odd = _pairs(x * gain)
+def _placed(x, pitch, row, rows, first, weight, cos, sin, PART: tl.constexpr, SIZE: tl.constexpr):
+    part = _load(x, pitch, row, rows, first, PART, SIZE, False)
+    even, odd = _pairs(part * _of_channels(weight, first, PART, SIZE))
     return even * cos - odd * sin, even * sin + odd * cos
 
 
@@ -93,92 +92,74 @@ def _power_of_two(bound):
 
 
 @triton.jit
-def _store_rotated(even, odd, matrix, shift, fit, out, row, rows, first, heads,
-                   SHIFT: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
-    if SHIFT:
-        even_shift, odd_shift = _pairs(_of_channels(shift, first, heads, PART, SIZE) * fit)
-        even, odd = even - even_shift, odd - odd_shift
-    sums = tl.dot(tl.reshape((even + odd).to(tl.bfloat16), [PART * ROWS, SIZE // 2]), matrix)
-    differences = tl.dot(tl.reshape((even - odd).to(tl.bfloat16), [PART * ROWS, SIZE // 2]), matrix)
-    turned = tl.reshape(tl.join(sums, differences), [PART, ROWS, SIZE])
-    place, inside = _heads_of_rows(out, heads * SIZE, row, rows, first, heads, PART, ROWS, SIZE)
-    tl.store(place, turned.to(out.dtype.element_ty), mask=inside)
+def _signs(matrix, SIZE: tl.constexpr):
+    """The Hadamard matrix [SIZE / 2, SIZE / 2]."""
+    column = tl.arange(0, SIZE // 2)
+    return tl.load(matrix + column[:, None] * (SIZE // 2) + column[None, :])
 
 
 @triton.jit
-def _norm_rope_fp8(x, weight, rope, shift, matrix, out, scale, tokens, heads, x_batch, x_token, rope_batch, eps, reach,
-                   SHIFT: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr,
+def _store_rotated(even, odd, signs, shift, fit, out, row, rows, first,
+                   SHIFT: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    if SHIFT:
+        even_shift, odd_shift = _pairs(_of_channels(shift, first, PART, SIZE) * fit)
+        even, odd = even - even_shift, odd - odd_shift
+    lines: tl.constexpr = PART * row.shape[0]
+    sums = tl.dot(tl.reshape((even + odd).to(tl.bfloat16), [lines, SIZE // 2]), signs)
+    differences = tl.dot(tl.reshape((even - odd).to(tl.bfloat16), [lines, SIZE // 2]), signs)
+    turned = tl.reshape(tl.join(sums, differences), [PART, row.shape[0], SIZE]).to(out.dtype.element_ty)
+    tl.store(_heads(out, HEADS * SIZE, row, first, PART, SIZE), turned, mask=(row < rows)[None, :, None])
+
+
+@triton.jit
+def _norm_rope_fp8(x, weight, rope, shift, matrix, largest, out, scale, tokens, x_batch, x_token, rope_batch, eps,
+                   reach, SHIFT: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
                    SIZE: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     x += batch * x_batch
-    part = _load(x, x_token, row, tokens, 0, heads, PART, ROWS, SIZE)
-    gain = _of_channels(weight, 0, heads, PART, SIZE)
-    total, largest = _squares(part), tl.max(tl.abs(gain))
-    # Names that REST = 0 leaves unused.
-    rest, rest_gain = part, gain
-    if REST > 0:
-        rest = _load(x, x_token, row, tokens, PART, heads, REST, ROWS, SIZE)
-        rest_gain = _of_channels(weight, PART, heads, REST, SIZE)
-        total, largest = total + _squares(rest), tl.maximum(largest, tl.max(tl.abs(rest_gain)))
-    fit = _power_of_two(largest * reach)
+    shift += batch * HEADS * SIZE
+    out += batch * tokens * HEADS * SIZE
+    fit = _power_of_two(tl.load(largest) * reach)
     if (tl.program_id(0) == 0) & (batch == 0):
         tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), fit))
-    column = tl.arange(0, SIZE // 2)
-    signs = tl.load(matrix + column[:, None] * (SIZE // 2) + column[None, :])
-    factor = tl.rsqrt(total / (heads * SIZE) + eps) * fit
-    cos, sin = _turns(rope + batch * rope_batch, row, tokens, factor, ROWS, SIZE)
-    shift += batch * heads * SIZE
-    out += batch * tokens * heads * SIZE
-    even, odd = _placed(part, gain, cos, sin)
-    _store_rotated(even, odd, signs, shift, fit, out, row, tokens, 0, heads, SHIFT, PART, ROWS, SIZE)
-    if REST > 0:
-        even, odd = _placed(rest, rest_gain, cos, sin)
-        _store_rotated(even, odd, signs, shift, fit, out, row, tokens, PART, heads, SHIFT, REST, ROWS, SIZE)
+    signs = _signs(matrix, SIZE)
+    factor = _inverse_rms(x, x_token, row, tokens, eps, HEADS, PART, SIZE) * fit
+    cos, sin = _turns(rope + batch * rope_batch, row, tokens, factor, SIZE)
+    for first in range(0, HEADS, PART):
+        even, odd = _placed(x, x_token, row, tokens, first, weight, cos, sin, PART, SIZE)
+        _store_rotated(even, odd, signs, shift, fit, out, row, tokens, first, SHIFT, HEADS, PART, SIZE)
 
 
 @triton.jit
-def _rotate_fp8(x, largest, shift, matrix, out, scale, tokens, heads, x_batch, x_token, reach,
-                SHIFT: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+def _rotate_fp8(x, largest, shift, matrix, out, scale, tokens, x_batch, x_token, reach, SHIFT: tl.constexpr,
+                HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(2) * PART
     fit = _power_of_two(tl.load(largest) * reach)
     if (tl.program_id(0) == 0) & (batch == 0) & (first == 0):
         tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), fit))
-    even, odd = _pairs(_load(x + batch * x_batch, x_token, row, tokens, first, heads, PART, ROWS, SIZE) * fit)
-    column = tl.arange(0, SIZE // 2)
-    signs = tl.load(matrix + column[:, None] * (SIZE // 2) + column[None, :])
-    _store_rotated(even, odd, signs, shift + batch * heads * SIZE, fit, out + batch * tokens * heads * SIZE, row,
-                   tokens, first, heads, SHIFT, PART, ROWS, SIZE)  # fmt: skip
+    even, odd = _pairs(_load(x + batch * x_batch, x_token, row, tokens, first, PART, SIZE, False) * fit)
+    _store_rotated(even, odd, _signs(matrix, SIZE), shift + batch * HEADS * SIZE, fit,
+                   out + batch * tokens * HEADS * SIZE, row, tokens, first, SHIFT, HEADS, PART, SIZE)  # fmt: skip
 
 
 @triton.jit
-def _store_placed(even, odd, out, first, heads, PART: tl.constexpr, SIZE: tl.constexpr):
-    place, inside = _heads(out, first, heads, PART, SIZE)
-    tl.store(place, tl.reshape(tl.join(even, odd), [PART, SIZE]), mask=inside)
-
-
-@triton.jit
-def _place_sample(x, weight, rope, out, tokens, count, heads, x_batch, x_token, rope_batch, eps,
-                  PART: tl.constexpr, REST: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+def _norm_rope(x, weight, rope, out, tokens, count, x_batch, x_token, rope_batch, eps, HEADS: tl.constexpr,
+               PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * tokens // count
+    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # All tokens, or `count` of them, evenly spaced.
+    row = line * tokens // count
     x += batch * x_batch
-    part = _load(x, x_token, row, tokens, 0, heads, PART, 1, SIZE)
-    total = _squares(part)
-    rest = part
-    if REST > 0:
-        rest = _load(x, x_token, row, tokens, PART, heads, REST, 1, SIZE)
-        total += _squares(rest)
-    factor = tl.rsqrt(total / (heads * SIZE) + eps)
-    cos, sin = _turns(rope + batch * rope_batch, row, tokens, factor, 1, SIZE)
-    out += (batch * count + tl.program_id(0)) * heads * SIZE
-    even, odd = _placed(part, _of_channels(weight, 0, heads, PART, SIZE), cos, sin)
-    _store_placed(even, odd, out, 0, heads, PART, SIZE)
-    if REST > 0:
-        even, odd = _placed(rest, _of_channels(weight, PART, heads, REST, SIZE), cos, sin)
-        _store_placed(even, odd, out, PART, heads, REST, SIZE)
+    out += batch * count * HEADS * SIZE
+    factor = _inverse_rms(x, x_token, row, tokens, eps, HEADS, PART, SIZE)
+    cos, sin = _turns(rope + batch * rope_batch, row, tokens, factor, SIZE)
+    for first in range(0, HEADS, PART):
+        even, odd = _placed(x, x_token, row, tokens, first, weight, cos, sin, PART, SIZE)
+        placed = tl.reshape(tl.join(even, odd), [PART, ROWS, SIZE]).to(out.dtype.element_ty)
+        tl.store(_heads(out, HEADS * SIZE, line, first, PART, SIZE), placed, mask=(line < count)[None, :, None])
 
 
 @triton.jit
@@ -199,36 +180,34 @@ def _expand_fp8(x, scale, out, count, BLOCK: tl.constexpr):
 
 
 def _parts(heads: int) -> dict[str, int]:
-    """Heads as two powers of two, the second the smaller one, and how many rows a program takes."""
-    part = 1 << (heads.bit_length() - 1)
-    rest = heads - part
-    rest = max(triton.next_power_of_2(rest), part // 4) if rest else 0
-    return {"PART": part, "REST": rest, "ROWS": max(2, DOT_ROWS // (rest or part))}
+    """How many heads at a time, so that they divide all of them, and how many rows a program takes."""
+    part = min(heads & -heads, MOST_HEADS)
+    return {"PART": part, "ROWS": DOT_ROWS // part}
 
 
 def _batch_stride(rope: Tensor) -> int:
     return rope.stride(0) if rope.dim() == 4 else 0
 
 
-def mean(x: Tensor, weight: Tensor, rope: Tensor, *, eps: float, heads: int, count: int) -> Tensor:
-    """x [B, L, C], last dimension dense, -> [B, C] float32: the mean of `count` tokens."""
-    batch, tokens, columns = x.shape
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, out: Tensor, *, eps: float) -> None:
+    """x [B, L, C], last dimension dense, -> out [B, N, H, D], contiguous: all tokens, or N of them, evenly spaced."""
+    if out.numel() == 0:
+        return
+    batch, count, heads, size = out.shape
     parts = _parts(heads)
-    placed = torch.empty((batch, count, columns), dtype=torch.float32, device=x.device)
-    if placed.numel() == 0:
-        return placed.new_zeros((batch, columns))
+    rows = parts["ROWS"] if count == x.shape[1] else 1
     with torch.cuda.device_of(x):
-        _place_sample[(count, batch)](
-            x, weight, rope, placed, tokens, count, heads, x.stride(0), x.stride(1), _batch_stride(rope), eps,
-            PART=parts["PART"], REST=parts["REST"], SIZE=columns // heads, num_warps=WARPS,
+        _norm_rope[(triton.cdiv(count, rows), batch)](
+            x, weight, rope, out, x.shape[1], count, x.stride(0), x.stride(1), _batch_stride(rope), eps, HEADS=heads,
+            PART=parts["PART"], ROWS=rows, SIZE=size, num_warps=WARPS if rows == 1 else ROW_WARPS,
         )  # fmt: skip
-    return placed.mean(1)
 
 
 def norm_rope_fp8(
-    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, values: Tensor, scale: Tensor, *, eps: float
-) -> None:
-    """x [B, L, C], last dimension dense, -> values [B, L, H, D] and scale [1], both contiguous."""
+    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, largest: Tensor, values: Tensor, scale: Tensor,
+    *, eps: float,
+) -> None:  # fmt: skip
+    """x [B, L, C], last dimension dense, weights no larger than largest [1] -> values [B, L, H, D] and scale [1]."""
     if x.numel() == 0:
         scale.fill_(1)
         return
@@ -237,9 +216,9 @@ def norm_rope_fp8(
     reach = math.sqrt(x.shape[2] * size) * (1 if shift is None else 2)
     with torch.cuda.device_of(x):
         _norm_rope_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
-            x, weight, rope, scale if shift is None else shift, hadamard(size // 2, x.device), values, scale, tokens,
-            heads, x.stride(0), x.stride(1), _batch_stride(rope), eps, reach, SHIFT=shift is not None, SIZE=size,
-            num_warps=WARPS, maxnreg=REGISTERS, **parts,
+            x, weight, rope, scale if shift is None else shift, hadamard(size // 2, x.device), largest, values, scale,
+            tokens, x.stride(0), x.stride(1), _batch_stride(rope), eps, reach, SHIFT=shift is not None, HEADS=heads,
+            SIZE=size, num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS, **parts,
         )  # fmt: skip
 
 
@@ -249,13 +228,12 @@ def rotate_fp8(x: Tensor, largest: Tensor, shift: Tensor | None, values: Tensor,
         scale.fill_(1)
         return
     batch, tokens, heads, size = values.shape
-    part = min(triton.next_power_of_2(heads), 8)
-    rows = 64 // part
+    parts = _parts(heads)
     reach = size * (1.0 if shift is None else 2.0)
     with torch.cuda.device_of(x):
-        _rotate_fp8[(triton.cdiv(tokens, rows), batch, triton.cdiv(heads, part))](
-            x, largest, scale if shift is None else shift, hadamard(size // 2, x.device), values, scale, tokens, heads,
-            x.stride(0), x.stride(1), reach, SHIFT=shift is not None, ROWS=rows, PART=part, SIZE=size, num_warps=WARPS,
+        _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch, heads // parts["PART"])](
+            x, largest, scale if shift is None else shift, hadamard(size // 2, x.device), values, scale, tokens,
+            x.stride(0), x.stride(1), reach, SHIFT=shift is not None, HEADS=heads, SIZE=size, num_warps=WARPS, **parts,
         )  # fmt: skip
 
 

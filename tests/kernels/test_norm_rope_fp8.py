@@ -72,6 +72,8 @@ def test_equals_float64(sizes, dtype, riflex, device):
     heads, size = sizes[:2]
     x, weight, rope = inputs(*sizes, dtype=dtype, device=device, riflex=riflex)
     want = placed(x.cpu(), weight.cpu(), rope.cpu(), heads)
+    plain = ops.norm_rope(x, weight, rope, EPS, heads)
+    assert plain.dtype == dtype and relative(plain.cpu(), want) < 2 * torch.finfo(dtype).eps
     mean = ops.norm_rope_mean(x, weight, rope, EPS, heads)
     assert torch.allclose(mean.cpu().double(), want[:, taken(x.shape[1])].mean(1).flatten(1), atol=2e-5, rtol=1e-4)
     assert_rounded(*ops.norm_rope_fp8(x, weight, rope, None, EPS, heads), want @ rotation(size))
@@ -156,6 +158,14 @@ def test_zeros_stay_zeros_and_nan_is_not_hidden(device):
     assert values[:, 2].float().isnan().all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [32, 48])
+def test_norm_and_position_of_other_head_sizes(size, device):
+    x, weight, rope = inputs(2, size, (2, 2, 3), 1, device=device)
+    want = placed(x.cpu(), weight.cpu(), rope.cpu(), 2)
+    assert relative(ops.norm_rope(x, weight, rope, EPS, 2).cpu(), want) < 2 * torch.finfo(x.dtype).eps
+
+
 def test_other_head_sizes_are_refused():
     with pytest.raises(ValueError, match="64 or 128 channels, not 32"):
         ops.rotate_fp8(torch.randn(1, 2, 3, 32), None)
@@ -181,11 +191,17 @@ def compare_kernels(triton, sizes, dtype, device):
     x, weight, rope = inputs(*sizes, dtype=dtype, device=device)
     # The second half of a wider projection: strides that are not the shape's.
     x = torch.cat((x, x.flip(-1)), dim=-1)[..., x.shape[-1] :]
-    mean = triton.mean(x, weight, rope, eps=EPS, heads=heads, count=min(ops.SAMPLE, x.shape[1]))
-    assert torch.allclose(mean, ops.mean_eager(x, weight, rope, EPS, heads), atol=1e-5, rtol=1e-5)
+    mean = ops.mean_eager(x, weight, rope, EPS, heads)
+    for count in (x.shape[1], max(x.shape[1] // 2, 1)):
+        for kind in (torch.float32, dtype):
+            out = torch.empty(x.shape[0], count, heads, size, dtype=kind, device=device)
+            triton.norm_rope(x, weight, rope, out, eps=EPS)
+            index = torch.arange(count, device=device) * x.shape[1] // count
+            want = ops.norm_rope_eager(x, weight, rope, EPS, heads)[:, index].to(kind)
+            assert relative(out.float(), want.float()) < (1e-6 if kind == torch.float32 else 1e-3)
     for shift in (None, mean):
         got = empty(x, heads)
-        triton.norm_rope_fp8(x, weight, rope, shift, *got, eps=EPS)
+        triton.norm_rope_fp8(x, weight, rope, shift, weight.float().abs().amax().view(1), *got, eps=EPS)
         same(got, ops.norm_rope_fp8_eager(x, weight, rope, shift, EPS, heads))
         got = empty(x, heads)
         triton.rotate_fp8(x, x.float().abs().amax().view(1), shift, *got)
@@ -219,7 +235,9 @@ def test_kernels(sizes, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("entry", ["norm_rope_mean", "norm_rope_fp8", "rotate_fp8", "tensor_fp8", "expand_fp8"])
+@pytest.mark.parametrize(
+    "entry", ["norm_rope", "norm_rope_mean", "norm_rope_fp8", "rotate_fp8", "tensor_fp8", "expand_fp8"]
+)
 def test_any_layout(entry, device):
     heads, size = 3, 64
     weight, rope = torch.rand(heads * size, device=device), rope_table((1, 2, 3), size).to(device)
@@ -228,6 +246,7 @@ def test_any_layout(entry, device):
         shift = place(torch.linspace(-1, 1, x.shape[0] * heads * size, device=device).view(x.shape[0], -1))
         gain, turns = place(weight.to(x.dtype)), place(rope)
         return {
+            "norm_rope": lambda: ops.norm_rope(x, gain, turns, EPS, heads),
             "norm_rope_mean": lambda: ops.norm_rope_mean(x, gain, turns, EPS, heads),
             "norm_rope_fp8": lambda: ops.norm_rope_fp8(x, gain, turns, shift, EPS, heads)[0].float(),
             "rotate_fp8": lambda: ops.rotate_fp8(x.unflatten(-1, (heads, size)), shift)[0].float(),
@@ -244,7 +263,8 @@ def test_any_layout(entry, device):
         before = bits(x)
         got, want = run(x, other.place), run(fresh(x), fresh)
         assert torch.equal(bits(x), before)
-        assert got.isfinite().all() and relative(got, want) < 1e-6
+        # Sums in another order may fall on the other side of a tie.
+        assert got.isfinite().all() and relative(got, want) < 5e-3
 
     check()
 
@@ -255,6 +275,7 @@ def test_operators_are_well_formed(device):
     heads, shift = x.unflatten(-1, (3, 64)), torch.randn(2, 192, device=device)
     values, scale = ops.tensor_fp8(heads)
     calls = {
+        "norm_rope": (x, weight, rope, EPS, 3),
         "norm_rope_mean": (x, weight, rope, EPS, 3),
         "norm_rope_fp8": (x, weight, rope, shift, EPS, 3),
         "rotate_fp8": (heads, None),

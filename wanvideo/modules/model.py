@@ -38,7 +38,7 @@ from ..extension import (
     hooked,
     run_hooks,
 )
-from ..rope import apply_rope, rope_table
+from ..rope import rope_table
 from .layers import (
     FeedForward,
     Head,
@@ -48,6 +48,7 @@ from .layers import (
     modulate,
     normalise,
     per_token,
+    placed_heads,
     sinusoidal_embedding,
 )
 
@@ -94,8 +95,8 @@ class WanSelfAttention(nn.Module):
         if fused is not None:
             heads = Heads(None, None, fused(q, k, v, self.norm_q, self.norm_k, inputs.rope))
         else:
-            q = apply_rope(self.split(self.norm_q(q)), inputs.rope)
-            k = apply_rope(self.split(self.norm_k(k)), inputs.rope)
+            q = placed_heads(self.norm_q, q, inputs.rope, self.heads)
+            k = placed_heads(self.norm_k, k, inputs.rope, self.heads)
             call, hooks = run_hooks("attend", block, AttentionCall(q, k, v), hooks)
             out = attend(attention, call)
             heads = Heads(call.q if read else None, call.k if read else None, out)
