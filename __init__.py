@@ -16,6 +16,7 @@ FAMILIES = (
     ".nodes_text",
     ".nodes_model_loading",
     ".nodes_model_options",
+    ".nodes_attention",
     ".nodes_sampler",
     ".nodes_utility",
     ".multitalk.nodes",

@@ -1,109 +1,94 @@
-"""Attention backends: one protocol, one table, resolved once when a model is loaded.
+"""Attention: the table of options, and how one is resolved when a model is loaded.
 
-Every backend takes and returns [batch, tokens, heads, head size]. A backend that cannot run is an error that lists all
-backends and their reasons; nothing is ever replaced silently.
+Every backend takes and returns [batch, tokens, heads, head size] (`attention_backends/contract.py`). A backend that
+cannot run is an error that lists all backends and their reasons; nothing is ever replaced silently. The optional
+packages behind the backends are imported when an option is resolved, never before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import op_name
-from .tensor_layout import check_entry, kernel_ready
+from .attention_backends import sage, sage3
+from .attention_backends.comfy import COMFY
+from .attention_backends.contract import Attention, AttentionSpec, Backend, FusedAttention, GridAttention
+from .attention_backends.flash import FLASH_2, FLASH_3
+from .attention_backends.radial import RADIAL
+from .attention_backends.sol import SOL
+from .attention_backends.torch_sdpa import Sdpa
+from .attention_backends.ultravico import ULTRAVICO
+from .attention_cudnn import CudnnFp8, why_not
 from .wanvideo.extension import AttentionCall
 
-ATTENTION_MODES = (
+__all__ = [
+    "ATTENTION_MODES",
+    "BACKENDS",
+    "Attention",
+    "AttentionSpec",
+    "Backend",
+    "FusedAttention",
+    "GridAttention",
+    "attend",
+    "reason",
+    "resolve",
     "sdpa",
-    "flash_attn_2",
-    "flash_attn_3",
-    "sageattn",
-    "sageattn_3",
-    "radial_sage_attention",
-    "sageattn_compiled",
-    "sageattn_ultravico",
-    "comfy",
-)
+]
 
 
-class Attention(Protocol):
-    """A backend: q, k, v [B, L, H, D] -> [B, L, H, D], contiguous. mask [B, H, Lq, Lk] or 1 for B, H: True allows."""
-
-    name: str
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention with scale D ** -0.5."""
-
-
-def _sdpa_bshd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
-
-
-@torch.library.custom_op(op_name("sdpa"), mutates_args=())
-def _sdpa_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    q, k, v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
-    mask = mask if mask is None else kernel_ready(mask)
-    check_entry("sdpa", q=q, k=k, v=v, mask=mask)
-    out = _sdpa_bshd(q, k, v, mask)
-    # An operator may not return one of its inputs, which a zero-copy transpose of v could be for a single key.
-    return out if out.data_ptr() not in {q.data_ptr(), k.data_ptr(), v.data_ptr()} else out.clone()
-
-
-@_sdpa_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[3]))
-
-
-@dataclass(frozen=True)
-class Sdpa:
-    """torch's scaled dot product attention, behind an opaque op that makes its arguments kernel-ready."""
-
-    name: str = "sdpa"
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Attention of q to k, v; differentiable when gradients are on."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return _sdpa_bshd(q, k, v, mask)
-        return _sdpa_op(q, k, v, mask)
+# The original's options in its order, then this project's.
+BACKENDS: Mapping[str, Backend] = {
+    "sdpa": Backend(runs="torch's scaled dot product attention", make=lambda spec: Sdpa(), masks=True),
+    "flash_attn_2": FLASH_2,
+    "flash_attn_3": FLASH_3,
+    "sageattn": sage.auto("sageattn", "the kernel that SageAttention picks for the GPU (INT8 QK)"),
+    "sageattn_3": sage3.row(
+        "sageattn_3", "SageAttention 3 (FP4), and 'sageattn' on the first and last step", ends="sageattn"
+    ),
+    "radial_sage_attention": RADIAL,
+    "sageattn_compiled": sage.auto(
+        "sageattn_compiled", "the same as 'sageattn': all kernels here are operators that compiled blocks call"
+    ),
+    "sageattn_ultravico": ULTRAVICO,
+    "comfy": COMFY,
+    "sageattn_3_fp4": sage3.row("sageattn_3_fp4", "SageAttention 3 (FP4) on every step"),
+    "sageattn_3_fp8": sage.EIGHT_BIT,
+    "sageattn_varlen": sage.VARLEN,
+    "cudnn_fp8": Backend(
+        runs="cuDNN's FP8 attention, with norm, position and rounding of q and k in one pass",
+        make=lambda spec: CudnnFp8(),
+        extra=lambda spec: why_not(spec.device, spec.head_dim),
+        get="pip install nvidia-cudnn-frontend, on Hopper or newer",
+    ),
+    "sol_attn": SOL,
+}
+ATTENTION_MODES = tuple(BACKENDS)
 
 
-@dataclass(frozen=True)
-class Backend:
-    """A row of the table: how to make the backend, and why it cannot run (None where it can)."""
-
-    make: Callable[[], Attention] | None
-    reason: Callable[[torch.device, int], str | None]
-
-
-def _runs(device: torch.device, head_dim: int) -> str | None:
-    return None
-
-
-def _not_built(device: torch.device, head_dim: int) -> str | None:
-    return "this version does not have it"
-
-
-BACKENDS: dict[str, Backend] = {name: Backend(None, _not_built) for name in ATTENTION_MODES}
-BACKENDS["sdpa"] = Backend(Sdpa, _runs)
-
-
-def resolve(name: str, *, device: torch.device, head_dim: int) -> Attention:
-    """The backend called `name` for this device and head size.
+def resolve(name: str, spec: AttentionSpec) -> Attention:
+    """The backend called `name` for this device, precision and head size.
 
     Raises ValueError, listing every backend with the reason why it cannot run, if that one cannot.
     """
+    why = reason(name, spec)
+    if why is not None:
+        table = "; ".join(f"{other}: {reason(other, spec) or 'runs'}" for other in BACKENDS)
+        raise ValueError(f"attention_mode '{name}' cannot run because {why}. Choose one that runs. {table}.")
+    return BACKENDS[name].make(spec)
+
+
+def reason(name: str, spec: AttentionSpec) -> str | None:
+    """Why the option `name` cannot run, None where it can."""
     backend = BACKENDS.get(name)
-    reason = "it is unknown" if backend is None else backend.reason(device, head_dim)
-    if backend is None or backend.make is None or reason is not None:
-        table = "; ".join(f"{n}: {b.reason(device, head_dim) or 'runs'}" for n, b in BACKENDS.items())
-        raise ValueError(f"attention_mode '{name}' cannot run because {reason}. Choose one that runs. {table}.")
-    return backend.make()
+    if backend is None:
+        return "it is unknown"
+    own = backend.reason(spec)
+    if own is not None or backend.ends is None:
+        return own
+    other = BACKENDS[backend.ends].reason(spec)
+    return None if other is None else f"'{backend.ends}', which its first and last step run, cannot: {other}"
 
 
 def attend(attention: Attention, call: AttentionCall) -> Tensor:

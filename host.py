@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("wanvideo")
 
 Place = Callable[[torch.device], None]
+# q, k, v [B, H, L, D] -> [B, L, H * D]
+HostAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Folders whose files this pack lists, and the endings that count. GGUF files lie among the diffusion models.
 MODEL_SUFFIXES = (".safetensors", ".sft")
@@ -112,6 +114,9 @@ class Host(Protocol):
 
     def free_memory(self) -> None:
         """Give cached device memory back."""
+
+    def attention(self) -> HostAttention | None:
+        """The attention that the host chose by its own options; None where it has none."""
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -263,6 +268,12 @@ class ComfyHost:
         from comfy import model_management
 
         model_management.soft_empty_cache()
+
+    def attention(self) -> HostAttention:
+        """ComfyUI's optimized attention, as its command line chose it."""
+        from comfy.ldm.modules.attention import optimized_attention
+
+        return lambda q, k, v: optimized_attention(q, k, v, q.shape[1], skip_reshape=True)
 
 
 class _Held(nn.Module):

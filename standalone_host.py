@@ -161,6 +161,9 @@ class StandaloneHost:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def attention(self) -> None:
+        """None: there is no ComfyUI to choose one."""
+
 
 def _choose_device(name: str) -> torch.device:
     if name == "auto":

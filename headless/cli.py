@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, help="folder for results (default: ./output)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
+    doctor = commands.add_parser("doctor", help="say which quantization and attention options run here, and why not")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    doctor.add_argument("--tokens", type=int, default=0, metavar="N", help="try third-party attention on N tokens")
+    doctor.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    doctor.set_defaults(command=_doctor)
+
     inspect = commands.add_parser("inspect", help="say what a model file is")
     inspect.add_argument("file", type=Path)
     inspect.set_defaults(command=_inspect)
@@ -124,6 +130,15 @@ def _interrupt(host: StandaloneHost) -> None:
     if host.cancel.is_set():
         raise KeyboardInterrupt
     host.cancel.set()
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from . import doctor
+
+    device = StandaloneHost(device=options.device).device()
+    findings = doctor.examine(device, options.tokens)
+    shown = doctor.as_json(findings, device) if options.json else doctor.as_table(findings, device)
+    sys.stdout.write(f"{shown}\n")
 
 
 def _inspect(options: argparse.Namespace) -> None:

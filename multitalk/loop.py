@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..wanvideo.fingerprint import digest
+from ..wanvideo.payloads import latent_frames
 from ..wanvideo.sampling import NotFiniteError, RunWatcher, SampleRequest
 from .footage import FolderFootage, Footage, MemoryFootage
 from .plan import Window, loop_settings, plan_windows
@@ -43,6 +44,8 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[dict[str, object], dic
     total = request.multitalk.num_frames
     windows = plan_windows(total, loop.window_frames, loop.motion_frames, loop.drop_frames)
     log.info("Sampling %d frames in %d windows of %dx%d.", total, len(windows), loop.width, loop.height)
+    sides = (side // loop.vae.spatial_factor for side in (loop.height, loop.width))
+    request.model.try_attention((latent_frames(loop.window_frames), *sides))
     footage: Footage = MemoryFootage(total)
     if loop.output_path:
         parts = fingerprint_parts(request)

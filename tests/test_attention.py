@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wanvideo_wrapper.attention import ATTENTION_MODES, attend, resolve, sdpa
+from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, attend, resolve, sdpa
 from wanvideo_wrapper.wanvideo.extension import AttentionCall
 
 
@@ -72,8 +72,10 @@ def test_spans_see_only_their_keys():
 
 
 def test_resolve_names_every_backend_and_reason():
-    assert resolve("sdpa", device=torch.device("cpu"), head_dim=128).name == "sdpa"
-    for name in [*(set(ATTENTION_MODES) - {"sdpa"}), "nonsense"]:
+    spec = AttentionSpec(device=torch.device("cpu"), heads=40, head_dim=128)
+    assert resolve("sdpa", spec).name == "sdpa"
+    anywhere = {"sdpa", "radial_sage_attention", "sageattn_ultravico"}
+    for name in [*(set(ATTENTION_MODES) - anywhere), "nonsense"]:
         with pytest.raises(ValueError, match=f"'{name}' cannot run") as error:
-            resolve(name, device=torch.device("cpu"), head_dim=128)
+            resolve(name, spec)
         assert all(mode in str(error.value) for mode in ATTENTION_MODES)

@@ -13,7 +13,12 @@ NODES = wanvideo_wrapper.NODE_CLASS_MAPPINGS
 LIMITS = ("default", "min", "max", "step", "round", "multiline", "advanced")
 # Inputs that come after the original's, so that saved graphs stay valid.
 APPENDED = {"MultiTalkSilentEmbeds": {"optional": ["wav2vec_model"]}}
-APPENDED_OPTIONS = {("WanVideoModelLoader", "quantization"): ["fp4_experimental", "fp4_scaled", "fp4_scaled_fast"]}
+ATTENTION = ["sageattn_3_fp4", "sageattn_3_fp8", "sageattn_varlen", "cudnn_fp8", "sol_attn"]
+APPENDED_OPTIONS = {
+    ("WanVideoModelLoader", "quantization"): ["fp4_experimental", "fp4_scaled", "fp4_scaled_fast"],
+    ("WanVideoModelLoader", "attention_mode"): ATTENTION,
+    ("WanVideoSetAttentionModeOverride", "attention_mode"): ATTENTION,
+}
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def test_inputs(name, files):
             kind, *options = got[entry[0]]
             want, appended = files(entry[1]), APPENDED_OPTIONS.get((name, entry[0]))
             if isinstance(want, list):
-                want = [part for item in want for part in (files(item) if item.startswith("<files:") else [item])]
+                want = [part for item in want for part in (files(item) if str(item).startswith("<files:") else [item])]
             assert kind == (want if appended is None else want + appended), entry[0]
             given = options[0] if options else {}
             published = entry[2] if len(entry) > 2 else {}
@@ -73,5 +78,5 @@ def test_outputs_and_names(name):
 
 
 def test_all_families_register():
-    assert len(NODES) == 37
+    assert len(NODES) == 41
     assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from ..attention import Attention
     from .modules.model import WanAttentionBlock, WanModel
 
 Span = tuple[tuple[int, int], tuple[int, int]]
@@ -45,17 +46,26 @@ class Heads(NamedTuple):
     out: Tensor
 
 
+class KeysValues(NamedTuple):
+    """Keys and values of a cross-attention, [B, T, H, D]."""
+
+    k: Tensor
+    v: Tensor
+
+
 class BlockInputs(NamedTuple):
     """What every block reads. mod [B, R, 6, C] float32; rows [L] token -> row of mod, None where R is 1.
 
-    rope [L, D/2, 2] cosine and sine, float32; text [B, T, C]; grid (frames, height, width) in tokens.
+    rope [L, D/2, 2] cosine and sine, float32; text: what the block's cross-attention made of the prompt; grid (frames,
+    height, width) in tokens; attention: the backend of self-attention in this step, None for the module's own.
     """
 
     mod: Tensor
     rows: Tensor | None
     rope: Tensor
-    text: Tensor
+    text: KeysValues
     grid: tuple[int, int, int]
+    attention: Attention | None = None
 
 
 class Tokens(NamedTuple):
@@ -75,11 +85,12 @@ class Tokens(NamedTuple):
 class Step:
     """Where in the schedule a forward pass is. Read by `prepare` only: none of it may reach a traced hook.
 
-    index counts from 0 within the whole schedule of `total` steps.
+    index counts from 0 within the whole schedule of `total` steps; in_run within this sampler's part of it.
     """
 
     index: int = 0
     total: int = 1
+    in_run: int = 0
 
     @property
     def percent(self) -> float:
@@ -107,19 +118,24 @@ class Payload(Protocol):
 
 
 class RunCache:
-    """Keeps what `Extension.once` returns for the length of a run, keyed by payload and block.
+    """Keeps what a block makes of its conditions for the length of a run: of a payload (`Extension.once`), of prompts.
 
-    The payload is held, so that its identity cannot be reused while its entries live.
+    Keyed by the identity of the sources and the block. The sources are held, so that their identity cannot be reused
+    while their entries live.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[int, int], tuple[Payload, object]] = {}
+        self._entries: dict[tuple[tuple[int, ...], int], tuple[tuple[object, ...], object]] = {}
 
-    def get(self, payload: Payload, index: int, make: Callable[[], object]) -> object:
-        """The kept value of (payload, block index); `make` computes it the first time."""
-        key = (id(payload), index)
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._entries.clear()
+
+    def get(self, sources: tuple[object, ...], index: int, make: Callable[[], object]) -> object:
+        """The kept value of (sources, block index); `make` computes it the first time."""
+        key = (tuple(id(source) for source in sources), index)
         if key not in self._entries:
-            self._entries[key] = (payload, make())
+            self._entries[key] = (sources, make())
         return self._entries[key][1]
 
 

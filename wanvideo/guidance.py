@@ -114,7 +114,8 @@ class Denoiser:
 
     Everything is moved to `device` once, so that what extensions keep for the run (`RunCache`) stays valid: make a new
     Denoiser for every window. dtype is that of payloads and texts; latents go in as float32. keeps=False computes
-    everything anew in every step, for weights that change within the run (per-step LoRA).
+    everything anew in every step, for weights that change within the run (per-step LoRA). texts: where keys and
+    values of the prompts are kept, for windows that share prompts; None for a cache of its own.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Denoiser:
         dtype: torch.dtype,
         riflex_index: int = 0,
         keeps: bool = True,
+        texts: RunCache | None = None,
     ) -> None:
         self.model = model
         self.guidance = guidance
@@ -139,6 +141,7 @@ class Denoiser:
         self._has_audio = any(c.no_audio is not None for c in self._conditionings)
         # What is kept has the batch size of the forward that made it.
         self._caches: dict[int, RunCache] | None = {} if keeps else None
+        self._texts = (RunCache() if texts is None else texts) if keeps else None
         self._stacked: dict[tuple[tuple[bool, bool], ...], tuple[Payload, ...]] = {}
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: Step, index: int) -> Tensor:
@@ -158,6 +161,11 @@ class Denoiser:
                 velocity = velocity + row.weight * prediction.float()
         return velocity
 
+    def forget(self) -> None:
+        """Compute anew, in the next forward, what was kept of the conditions."""
+        for cache in (*(self._caches or {}).values(), *(() if self._texts is None else (self._texts,))):
+            cache.clear()
+
     def _predict(self, video: Tensor, timestep: Tensor, step: Step, rows: Sequence[Row]) -> Tensor:
         count = len(rows)
         inputs = ModelInputs(
@@ -168,6 +176,7 @@ class Denoiser:
             step=step,
             riflex_index=self.riflex_index,
             cache=None if self._caches is None else self._caches.setdefault(count, RunCache()),
+            texts=self._texts,
         )
         return self.model(inputs)
 

@@ -6,6 +6,7 @@ header -> sizes and extensions -> module on the meta device -> tensors assigned 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import attention
+from ..attention import AttentionSpec
 from ..quantized.linear import QuantisedLinear
 from ..tensor_layout import watch
 from . import registry
 from .architecture import config_of
 from .assign import LoadReport, check, fill
+from .attention_plan import AttentionPlan, plan_for
 from .block_swap import BlockSwapArgs, Placement
 from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
@@ -63,6 +65,8 @@ class WanVideoModel:
     path: Path
     options: LoadOptions
     report: LoadReport
+    attention: AttentionPlan
+    attention_spec: AttentionSpec
     loras: tuple[LoraFile, ...] = ()
     block_swap: BlockSwapArgs | None = None
     _listeners: list[object] = field(default_factory=list, repr=False, compare=False)
@@ -83,6 +87,14 @@ class WanVideoModel:
         names = [self.path.name, *(module.name for module in self.options.modules)]
         return "infinitetalk" if any("infinite" in name.lower() for name in names) else "multitalk"
 
+    def try_attention(self, latent_size: Sequence[int]) -> None:
+        """Try the attention kernels on latents of this size (frames, height, width), before the model needs the memory.
+
+        Raises ValueError where one fails.
+        """
+        sizes = zip(latent_size, self.config.patch_size, strict=True)
+        self.attention.try_out(self.attention_spec, math.prod(size // patch for size, patch in sizes))
+
     def set_step(self, index: int) -> None:
         """Strengths of per-step LoRAs for the step that comes, counted from 0 in the run."""
         for listener in self._listeners:
@@ -99,6 +111,7 @@ class WanVideoModel:
                 listener = stack.enter_context(beside(self.transformer, self.loras, device, self.base_dtype))
                 self._listeners.append(listener)
                 stack.callback(self._listeners.remove, listener)
+            stack.enter_context(self.transformer.attending(self.attention))
             stack.enter_context(self.placement.swapping(device))
             stack.enter_context(compiled(self.transformer.blocks, self.options.compile))
             yield self.transformer
@@ -127,10 +140,12 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     config = config_of(main)
     checkpoint = with_aliases(main).joined([with_aliases(open_checkpoint(module)) for module in options.modules])
     plan = plan_of(options.quantization, checkpoint, device=host.device(), base=options.base_dtype)
-    backend = attention.resolve(options.attention_mode, device=host.device(), head_dim=config.head_dim)
-    log.info("Self-attention runs on '%s', cross-attention on 'sdpa'.", backend.name)
+    spec = AttentionSpec(
+        device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
+    )
+    attention = plan_for(options.attention_mode, spec)
     with torch.device("meta"):
-        model = WanModel(config, registry.detect(checkpoint.shapes), backend)
+        model = WanModel(config, registry.detect(checkpoint.shapes))
     merged = [file for file in options.loras if file.merge]
     report = _fill(model, checkpoint, plan)
     for file in merged:
@@ -148,6 +163,8 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
         path=path,
         options=options,
         report=report,
+        attention=attention,
+        attention_spec=spec,
         loras=tuple(file for file in options.loras if not file.merge),
         block_swap=options.block_swap,
     )

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .extension import Payload, Step
+from .diagnosis import origin
+from .extension import Payload, RunCache, Step
 from .extensions.clip_image import ClipImage
 from .extensions.prompt_segments import PromptSegments
 from .guidance import Conditioning, Conditions, Denoiser, Guidance, per_step
@@ -95,17 +97,24 @@ def denoise(
             watcher.begin(index)
         for hook in hooks:
             latents = hook.before(latents, index)
-        step = Step(index=schedule.first_index + index, total=schedule.total)
-        velocity = denoiser(latents, _frame_timesteps(timestep, latents, clean_frames), step, index)
+        given, timesteps = latents, _frame_timesteps(timestep, latents, clean_frames)
+        step = Step(index=schedule.first_index + index, total=schedule.total, in_run=index)
+        velocity = denoiser(given, timesteps, step, index)
         clean = latents - schedule.sigmas[index] * velocity
         clean[:, list(clean_frames)] = latents[:, list(clean_frames)]
         latents = schedule.step(velocity, index, latents, generator)
         for hook in hooks:
             latents = hook.after(latents, index)
-        tripwire.look(velocity, latents)
+        tripwire.look(velocity, latents, partial(_origin, denoiser, given, timesteps, step))
         if watcher is not None:
             watcher.end(index, clean)
     return Denoised(latents, clean)
+
+
+def _origin(denoiser: Denoiser | WindowedDenoiser, latents: Tensor, timesteps: Tensor, step: Step) -> str | None:
+    """Where the model's first NaN or infinity arises in this step."""
+    denoiser.forget()
+    return origin(denoiser.model, lambda: denoiser(latents, timesteps, step, step.in_run))
 
 
 def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[int]) -> Tensor:
@@ -127,16 +136,21 @@ class _Tripwire:
         self._schedule = schedule
         self._steps: list[Tensor] = []
 
-    def look(self, velocity: Tensor, latents: Tensor) -> None:
-        """Raises NotFiniteError, naming the first step that went wrong."""
+    def look(self, velocity: Tensor, latents: Tensor, second_look: Callable[[], str | None]) -> None:
+        """Raises NotFiniteError, naming the first step that went wrong, and the layer if it is the first step.
+
+        second_look: runs the step once more and says where it goes wrong.
+        """
         self._steps.append(torch.stack((torch.isfinite(velocity).all(), torch.isfinite(latents).all())))
         if len(self._steps) not in (1, len(self._schedule)):
             return
         for index, (velocity_is, latents_are) in enumerate(torch.stack(self._steps).tolist()):
             at = f"step {index + 1} of {len(self._schedule)}"
             if not velocity_is:
+                place = second_look() if len(self._steps) == 1 else None
+                place = "" if place is None else f" ({place})"
                 raise NotFiniteError(
-                    f"The model's output was NaN or infinite at {at}: choose base_precision bf16, another "
+                    f"The model's output was NaN or infinite at {at}{place}: choose base_precision bf16, another "
                     "attention_mode or another quantization in WanVideoModelLoader, and check that the model file is "
                     "complete."
                 )
@@ -228,6 +242,8 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
     start = prepare_start(request, schedule, generator)
     frames, height, width = start.latents.shape[1:]
     log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
+    windowed = request.context is not None and request.context.apply_to(frames)
+    request.model.try_attention((request.context.latent_size if windowed else frames, height, width))
     try:
         with host.progress(len(schedule), "Sampling") as progress, request.model.active() as transformer:
             denoiser = _denoiser(request, transformer, host, frames)
@@ -278,8 +294,15 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
     return Start(latents, tuple(hooks), clean_frames, original)
 
 
-def make_denoiser(request: SampleRequest, transformer: WanModel, *, host: Host, conditions: Conditions) -> Denoiser:
-    """The guided model of one run or window, under the scales that the request asks for."""
+def make_denoiser(
+    request: SampleRequest,
+    transformer: WanModel,
+    *,
+    host: Host,
+    conditions: Conditions,
+    texts: RunCache | None = None,
+) -> Denoiser:
+    """The guided model of one run or window, under the scales that the request asks for. texts: as Denoiser's."""
     speech = request.multitalk
     guidance = Guidance(
         cfg=per_step(request.cfg),
@@ -294,6 +317,7 @@ def make_denoiser(request: SampleRequest, transformer: WanModel, *, host: Host, 
         dtype=request.model.base_dtype,
         riflex_index=request.riflex_index,
         keeps=not any(isinstance(file.strength, tuple) for file in request.model.loras),
+        texts=texts,
     )
 
 
@@ -326,12 +350,17 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
         if context is not None:
             log.info("The video is not longer than context_frames, so context_options have no effect.")
         return make_denoiser(request, transformer, host=host, conditions=conditions)
+    # The prompts are moved once, so that windows share what is kept of them.
+    device, dtype = host.device(), request.model.base_dtype
+    negative = None if conditions.negative is None else conditions.negative.to(device, dtype)
+    texts = RunCache()
     return WindowedDenoiser(
-        conditions,
+        replace(conditions, negative=negative),
         options=context,
-        texts=request.text.positive,
-        device=host.device(),
-        make=lambda window: make_denoiser(request, transformer, host=host, conditions=window),
+        texts=[prompt.to(device, dtype) for prompt in request.text.positive],
+        device=device,
+        make=lambda window: make_denoiser(request, transformer, host=host, conditions=window, texts=texts),
+        model=transformer,
     )
 
 

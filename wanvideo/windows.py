@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .extension import Payload, Step
 from .guidance import Conditioning, Conditions, Denoiser
+from .modules.model import WanModel
 from .payloads import VAE_TIME_STRIDE, latent_frames
 
 log = logging.getLogger("wanvideo")
@@ -179,7 +180,8 @@ class WindowedDenoiser:
     """Velocity of a long video from windows; stands in for a `Denoiser`.
 
     conditions: of the whole video. texts: prompts [tokens, text_dim] that share it out. make: a Denoiser of one
-    window's conditions; it lives for one forward, so that what extensions keep does not add up over windows.
+    window's conditions; it lives for one forward, so that what extensions keep does not add up over windows. model:
+    what they run.
     """
 
     def __init__(
@@ -190,8 +192,10 @@ class WindowedDenoiser:
         texts: Sequence[Tensor],
         device: torch.device,
         make: Callable[[Conditions], Denoiser],
+        model: WanModel,
     ) -> None:
         self.device = device
+        self.model = model
         self._conditions, self._options, self._texts, self._make = conditions, options, texts, make
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: Step, index: int) -> Tensor:
@@ -210,6 +214,10 @@ class WindowedDenoiser:
             total.index_add_(1, places, velocity * share)
             weight.index_add_(1, places, share)
         return total / weight
+
+    def forget(self) -> None:
+        """As Denoiser."""
+        self._make(self._conditions).forget()
 
     def _of(self, window: Frames, count: int) -> Conditions:
         """The window's part of the conditions."""

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
+from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.multitalk import speakers as speakers_module
+from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk, SpeechCond
 from wanvideo_wrapper.multitalk.multitalk import AudioProjModel, SingleStreamMultiAttention, latent_windows
 from wanvideo_wrapper.multitalk.speakers import speaker_map, token_masks
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.extension import Heads
 from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
 
 LAYERS, CHANNELS, HIDDEN, TOKENS, OUT = 3, 8, 12, 4, 16
@@ -143,6 +146,21 @@ def test_several_speakers(speakers):
         want[0, rows] = out @ p["proj.weight"].T + p["proj.bias"]
     got = module(x, audio, shape, speaker_map(q, k, masks), speakers)
     assert relative(got, want) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("speakers", [1, 2, 4])
+def test_the_map_is_one_attention_call_and_none_for_one_speaker(speakers, monkeypatch):
+    calls = []
+    counted = lambda q, k, v: calls.append(v.shape) or sdpa()(q, k, v)  # noqa: E731
+    monkeypatch.setattr(speakers_module, "sdpa", lambda: counted)
+    extension = MultiTalk(features=1, intermediate_dim=1, context_tokens=1, output_dim=1, voiced=(0,))
+    masks = None if speakers == 1 else torch.eye(speakers + 1, 6)
+    cond = SpeechCond(None, None, torch.tensor(1.0), (2, 2, 3), masks)
+    q, k = (torch.randn(1, 12, 2, 16) for _ in range(2))
+    assert extension.reads_heads(cond) == (speakers > 1)
+    _, cond = extension.self_attn(None, Heads(q, k, q), cond)
+    assert len(calls) == (speakers > 1) and (cond.scores is None) == (speakers == 1)
 
 
 def test_two_speakers_default_to_the_halves_and_the_background_is_the_rest():

@@ -62,7 +62,8 @@ def test_segments_attend_to_their_own_prompt():
 
     answers = [attend(model.embed_text([text], torch.float64)) for text in texts]
     q, first = answers[0]
-    heads, _ = extension.cross_attn(block, Heads(q, None, first), extension.block_cond(state, 0, None))
+    cond = extension.block_cond(state, 0, extension.once(block, state, 0))
+    heads, _ = extension.cross_attn(block, Heads(q, None, first), cond)
     want = torch.cat([answers[0][1][:, :4], answers[1][1][:, 4:8], answers[2][1][:, 8:]], dim=1)
     torch.testing.assert_close(heads.out, want)
     assert (first - want).abs().max() > 1e-3

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..extension import Extension, Heads, Step, Tokens
+from ..extension import Extension, Heads, KeysValues, Step, Tokens
 from ..modules.model import WanAttentionBlock, WanModel
 
 
@@ -50,6 +50,13 @@ def frame_ranges(frames: int, prompts: int) -> tuple[tuple[int, int], ...]:
     return tuple(zip(starts, [*starts[1:], frames], strict=True))
 
 
+class SegmentKeys(NamedTuple):
+    """A block's keys and values of each prompt, [1, T, H, D], and the token ranges."""
+
+    prompts: tuple[KeysValues, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class PromptSegmentsExtension(Extension):
     """Present in every model, idle without its payload. Comes before systems that add to text cross-attention."""
@@ -74,17 +81,20 @@ class PromptSegmentsExtension(Extension):
         place = height * width
         return tokens, Segments(texts, tuple((start * place, stop * place) for _, (start, stop) in used))
 
-    def block_cond(self, state: Segments, index: int, kept: None) -> Segments:
-        """The same in every block."""
-        return state
+    def once(self, block: WanAttentionBlock, state: Segments, index: int) -> tuple[KeysValues, ...]:
+        """Keys and values depend on the prompts alone."""
+        return tuple(block.cross_attn.keys_values(text) for text in state.texts)
 
-    def cross_attn(self, block: WanAttentionBlock, heads: Heads, cond: Segments) -> tuple[Heads, Segments]:
+    def block_cond(self, state: Segments, index: int, kept: tuple[KeysValues, ...]) -> SegmentKeys:
+        """What `once` kept, with the ranges."""
+        return SegmentKeys(kept, state.ranges)
+
+    def cross_attn(self, block: WanAttentionBlock, heads: Heads, cond: SegmentKeys) -> tuple[Heads, SegmentKeys]:
         """Attention of each segment to its own prompt takes the place of that to the first."""
         cross, batch = block.cross_attn, heads.q.shape[0]
         parts = [heads.out[:, : cond.ranges[0][0]]]
-        for text, (start, stop) in zip(cond.texts, cond.ranges, strict=True):
-            k = cross.split(cross.norm_k(cross.k(text))).expand(batch, -1, -1, -1)
-            v = cross.split(cross.v(text)).expand(batch, -1, -1, -1)
+        for prompt, (start, stop) in zip(cond.prompts, cond.ranges, strict=True):
+            k, v = (t.expand(batch, -1, -1, -1) for t in prompt)
             parts.append(cross.attention(heads.q[:, start:stop], k, v))
         parts.append(heads.out[:, cond.ranges[-1][1] :])
         return heads._replace(out=torch.cat(parts, dim=1)), cond

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from ...kernels.fp8_rows import Fp8Rows, gelu_quantise, norm_quantise
 from ...kernels.modulated_norm import norm_modulate
+from ...kernels.norm_rope_fp8 import norm_rope
 from ...quantized.linear import all_take_rows
+from ...tensor_layout import dense
+from ..rope import apply_rope
 
 MAX_PERIOD = 10000.0
 
@@ -27,6 +30,13 @@ class WanRMSNorm(nn.Module):
         """[..., C] -> [..., C] in x's dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def placed_heads(norm: WanRMSNorm, x: Tensor, rope: Tensor, heads: tuple[int, int]) -> Tensor:
+    """norm(x) [B, L, C] as heads [B, L, H, D] at their positions, rope [L or (B, L), D/2, 2]; heads: (H, D)."""
+    if _runs_fused(x):
+        return norm_rope(x, norm.weight, rope, norm.eps, heads[0])
+    return apply_rope(dense(norm(x)).unflatten(-1, heads), rope)
 
 
 class WanLayerNorm(nn.LayerNorm):

@@ -9,10 +9,11 @@ Shapes: B batch, L tokens, C channels, H heads, D head size, T text tokens, R ro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ...attention import Attention, attend, sdpa
 from ...kernels.fp8_rows import Fp8Rows
-from ...quantized.linear import shared_input
+from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
 from ..extension import (
@@ -29,6 +30,7 @@ from ..extension import (
     Extension,
     Heads,
     Hooks,
+    KeysValues,
     Payload,
     RunCache,
     Step,
@@ -36,7 +38,7 @@ from ..extension import (
     hooked,
     run_hooks,
 )
-from ..rope import apply_rope, rope_table
+from ..rope import rope_table
 from .layers import (
     FeedForward,
     Head,
@@ -46,8 +48,12 @@ from .layers import (
     modulate,
     normalise,
     per_token,
+    placed_heads,
     sinusoidal_embedding,
 )
+
+if TYPE_CHECKING:
+    from ..attention_plan import AttentionPlan
 
 
 class WanSelfAttention(nn.Module):
@@ -69,9 +75,9 @@ class WanSelfAttention(nn.Module):
         """[B, L, C] -> [B, L, H, D]."""
         return dense(x).unflatten(-1, self.heads)
 
-    def project(self, out: Tensor) -> Tensor:
-        """Heads [B, L, H, D] through the output projection: [B, L, C]."""
-        return self.o(out.flatten(2).contiguous())
+    def project(self, out: Tensor | Fp8Rows) -> Tensor:
+        """Heads [B, L, H, D], or rows [B, L, C], through the output projection: [B, L, C]."""
+        return self.o(out if isinstance(out, Fp8Rows) else out.flatten(2).contiguous())
 
     def readers(self) -> tuple[nn.Module, ...]:
         """The linear layers that read the normalised video tokens."""
@@ -81,15 +87,27 @@ class WanSelfAttention(nn.Module):
         self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
     ) -> tuple[Tensor, Hooks]:
         """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
+        attention = inputs.attention or self.attention
         x = shared_input(x, *self.readers())
-        q = apply_rope(self.split(self.norm_q(self.q(x))), inputs.rope)
-        k = apply_rope(self.split(self.norm_k(self.k(x))), inputs.rope)
-        call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
-        out = attend(self.attention, call)
+        q, k, v = self.q(x), self.k(x), self.split(self.v(x))
         read = any(extension.reads_heads(cond) for extension, cond in hooks)
-        heads = Heads(call.q if read else None, call.k if read else None, out)
+        fused = None if read or hooked("attend", hooks) else self._fused(attention, hooks)
+        if fused is not None:
+            heads = Heads(None, None, fused(q, k, v, self.norm_q, self.norm_k, inputs.rope))
+        else:
+            q = placed_heads(self.norm_q, q, inputs.rope, self.heads)
+            k = placed_heads(self.norm_k, k, inputs.rope, self.heads)
+            call, hooks = run_hooks("attend", block, AttentionCall(q, k, v), hooks)
+            out = attend(attention, call)
+            heads = Heads(call.q if read else None, call.k if read else None, out)
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
         return self.project(heads.out), hooks
+
+    def _fused(self, attention: Attention, hooks: Hooks) -> Callable[..., Tensor | Fp8Rows] | None:
+        """The backend's form that takes projections as they are, if it has one: in rows where `o` alone reads them."""
+        if all_take_rows((self.o,)) and not hooked("self_attn", hooks) and hasattr(attention, "fused_rows"):
+            return attention.fused_rows
+        return getattr(attention, "fused", None)
 
 
 class WanT2VCrossAttention(WanSelfAttention):
@@ -99,14 +117,17 @@ class WanT2VCrossAttention(WanSelfAttention):
         """Only the queries are of the video tokens."""
         return (self.q,)
 
+    def keys_values(self, text: Tensor) -> KeysValues:
+        """Embedded text [B, T, C] -> k, v [B, T, H, D]. They are the same in every step."""
+        shared = shared_input(text, self.k, self.v)
+        return KeysValues(self.split(self.norm_k(self.k(shared))), self.split(self.v(shared)))
+
     def forward(
         self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
     ) -> tuple[Tensor, Hooks]:
-        """x [B, L, C], inputs.text [B, T, C] -> [B, L, C]."""
-        text = shared_input(inputs.text, self.k, self.v)
+        """x [B, L, C], inputs.text of this module -> [B, L, C]."""
         q = self.split(self.norm_q(self.q(x)))
-        k = self.split(self.norm_k(self.k(text)))
-        out = self.attention(q, k, self.split(self.v(text)))
+        out = self.attention(q, inputs.text.k, inputs.text.v)
         heads, hooks = run_hooks("cross_attn", block, Heads(q, None, out), hooks)
         return self.project(heads.out), hooks
 
@@ -120,10 +141,10 @@ class WanI2VCrossAttention(WanT2VCrossAttention):
         self.v_img = nn.Linear(config.dim, config.dim)
         self.norm_k_img = WanRMSNorm(config.dim, config.eps)
 
-    def image_keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def image_keys_values(self, tokens: Tensor) -> KeysValues:
         """Image tokens [B, N, C] -> k, v [B, N, H, D]."""
         shared = shared_input(tokens, self.k_img, self.v_img)
-        return self.split(self.norm_k_img(self.k_img(shared))), self.split(self.v_img(shared))
+        return KeysValues(self.split(self.norm_k_img(self.k_img(shared))), self.split(self.v_img(shared)))
 
 
 class WanAttentionBlock(nn.Module):
@@ -167,7 +188,8 @@ class ModelInputs:
 
     latents [B, in_dim, F, H, W]: noise, joined with the condition channels where the model has them.
     timestep [B], or [B, F] for one per latent frame, 0..1000. text: B tensors [tokens, text_dim] without padding.
-    payloads: what the extensions read. cache: kept over the steps of a run; None computes everything anew.
+    payloads: what the extensions read. cache: what extensions keep over the steps of a run; texts: keys and values of
+    the prompts, which outlive a context window; None computes everything anew.
     """
 
     latents: Tensor
@@ -177,6 +199,7 @@ class ModelInputs:
     step: Step = Step()
     riflex_index: int = 0
     cache: RunCache | None = None
+    texts: RunCache | None = None
 
 
 class Active(NamedTuple):
@@ -199,6 +222,7 @@ class WanModel(nn.Module):
         self.config = config
         self.extensions = tuple(extensions)
         self.around_block: Callable[[int], AbstractContextManager[None]] = lambda index: contextlib.nullcontext()
+        self.attention_plan: AttentionPlan | None = None
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -220,11 +244,14 @@ class WanModel(nn.Module):
         """
         tokens, embedding = self._embed(inputs)
         active, tokens = self._prepare(inputs, tokens)
-        text = self.embed_text(inputs.text, tokens.x.dtype)
-        block_inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, text, tokens.grid)
+        text_of = self._text(inputs, tokens.x.dtype)
+        attention_of = self._attention(inputs.step, tokens.grid)
         x = tokens.x
         for index, block in enumerate(self.blocks):
             with self.around_block(index):
+                block_inputs = BlockInputs(
+                    tokens.mod, tokens.rows, tokens.rope, text_of(index), tokens.grid, attention_of[index]
+                )
                 x = block(x, block_inputs, self._conds(index, active, inputs.cache))
                 for entry in active:
                     x = entry.extension.after_block(self, index, x, block_inputs, entry.state)
@@ -265,6 +292,35 @@ class WanModel(nn.Module):
         padded = torch.stack([F.pad(t, (0, 0, 0, length - t.shape[0])) for t in text])
         return self.text_embedding(padded.to(self.compute_dtype)).to(dtype)
 
+    def _text(self, inputs: ModelInputs, dtype: torch.dtype) -> Callable[[int], KeysValues]:
+        """Keys and values of the prompts, by block; asked for while the block is resident."""
+
+        @functools.cache
+        def embedded() -> Tensor:
+            return self.embed_text(inputs.text, dtype)
+
+        def of(index: int) -> KeysValues:
+            def make() -> KeysValues:
+                return self.blocks[index].cross_attn.keys_values(embedded())
+
+            return make() if inputs.texts is None else inputs.texts.get(tuple(inputs.text), index, make)
+
+        return of
+
+    def _attention(self, step: Step, grid: tuple[int, int, int]) -> tuple[Attention | None, ...]:
+        """The backend of each block's self-attention in this step."""
+        count = len(self.blocks)
+        return (None,) * count if self.attention_plan is None else self.attention_plan.at(step, grid, count)
+
+    @contextlib.contextmanager
+    def attending(self, plan: AttentionPlan) -> Iterator[None]:
+        """Inside, self-attention runs by this plan."""
+        before, self.attention_plan = self.attention_plan, plan
+        try:
+            yield
+        finally:
+            self.attention_plan = before
+
     def _prepare(self, inputs: ModelInputs, tokens: Tokens) -> tuple[tuple[Active, ...], Tokens]:
         active = []
         unread = list(inputs.payloads)
@@ -291,7 +347,7 @@ class WanModel(nn.Module):
             def make(entry: Active = entry) -> object | None:
                 return entry.extension.once(block, entry.state, index)
 
-            kept = make() if cache is None else cache.get(entry.payload, index, make)
+            kept = make() if cache is None else cache.get((entry.payload,), index, make)
             conds[entry.place] = entry.extension.block_cond(entry.state, index, kept)
         return tuple(conds)
 

@@ -1,0 +1,1 @@
+"""The attention backends behind `attention.py`, a file each, and what they share."""

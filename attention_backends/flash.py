@@ -1,0 +1,36 @@
+"""FlashAttention 2 and 3 (Dao 2023, Shah et al. 2024; packages `flash-attn` and `flash_attn_interface`)."""
+
+from __future__ import annotations
+
+from .contract import AttentionSpec, Backend
+from .third_party import Kernel, backend_of, register
+
+LARGEST_HEAD = 256
+TWO = register(Kernel(name="flash_attn_2", exports=(("flash_attn", "flash_attn_func"),)))
+THREE = register(Kernel(name="flash_attn_3", exports=(("flash_attn_interface", "flash_attn_func"),)))
+
+
+def _head_size(spec: AttentionSpec) -> str | None:
+    if spec.head_dim > LARGEST_HEAD or spec.head_dim % 8:
+        return f"it takes heads of up to {LARGEST_HEAD} channels in steps of 8, and this model's have {spec.head_dim}"
+    return None
+
+
+FLASH_2 = Backend(
+    runs="FlashAttention 2, 16-bit",
+    make=backend_of(TWO, "flash_attn_2"),
+    exports=TWO.exports,
+    least=(8, 0),
+    extra=_head_size,
+    get="pip install flash-attn",
+    compiled=True,
+)
+FLASH_3 = Backend(
+    runs="FlashAttention 3, 16-bit",
+    make=backend_of(THREE, "flash_attn_3"),
+    exports=THREE.exports,
+    only=((9, 0),),
+    extra=_head_size,
+    get="build the folder 'hopper' of Dao-AILab/flash-attention, which gives the module flash_attn_interface",
+    compiled=True,
+)

@@ -1,0 +1,102 @@
+"""Optional packages: whether they import, found out where a crash cannot reach this process.
+
+A broken wheel fails in every way there is: ImportError, an OSError from a DLL, a RuntimeError of its own, a crash. So a
+package that is not imported yet is first imported in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+Export = tuple[str, str]
+
+TIMEOUT_S = 120
+TRACEBACK = "Traceback (most recent call last)"
+_RAISED = re.compile(r"[\w.]+: ")
+# Prints what the module has, or ends with what its import raised.
+_IMPORT = (
+    "import importlib, sys, torch\n"
+    "try:\n"
+    "    module = importlib.import_module(sys.argv[1])\n"
+    "except BaseException as error:\n"
+    "    sys.exit(f'{type(error).__name__}: {error}')\n"
+    "sys.stdout.write('\\n'.join(dir(module)))\n"
+)
+
+
+def found(exports: Sequence[Export]) -> Export | None:
+    """The first of the exports that imports; None if none does."""
+    return next((export for export in exports if trouble(export) is None), None)
+
+
+def load(exports: Sequence[Export]) -> Callable[..., object]:
+    """The function behind the first of the exports that imports. Raises ImportError where none does."""
+    for module, name in exports:
+        # The usual case, at every call of a kernel: it is imported.
+        if hasattr(sys.modules.get(module), name):
+            return getattr(sys.modules[module], name)
+    export = found(exports)
+    if export is None:
+        raise ImportError(reason(exports))
+    return getattr(importlib.import_module(export[0]), export[1])
+
+
+def reason(exports: Sequence[Export]) -> str | None:
+    """Why none of the exports can be had, with every import error; None if there are none or one imports."""
+    if not exports or found(exports) is not None:
+        return None
+    present = [(export, trouble(export)) for export in exports if _is_there(export[0])]
+    if not present:
+        names = " or ".join(f"'{name}'" for name in dict.fromkeys(export[0] for export in exports))
+        return f"the package {names} is not installed"
+    return "; ".join(f"'from {module} import {name}' fails ({why})" for (module, name), why in present)
+
+
+def trouble(export: Export) -> str | None:
+    """What goes wrong when the export is imported; None if nothing does."""
+    module, name = export
+    if module in sys.modules:
+        names, why = dir(sys.modules[module]), None
+    elif _is_there(module):
+        names, why = _tried(module)
+    else:
+        return "ModuleNotFoundError: it is not installed"
+    return why if why is not None or name in names else f"AttributeError: {module} has no '{name}'"
+
+
+def _is_there(module: str) -> bool:
+    if module in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@functools.cache
+def _tried(module: str) -> tuple[tuple[str, ...], str | None]:
+    """The names in a module, and what went wrong with its import in another process."""
+    command = [sys.executable, "-c", _IMPORT, module]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return (), f"the import took more than {TIMEOUT_S} s"
+    return tuple(done.stdout.splitlines()), outcome(done)
+
+
+def outcome(done: subprocess.CompletedProcess[str]) -> str | None:
+    """What a finished process says went wrong; None if it ended well."""
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    if done.returncode < 0 or not lines:
+        return f"the process crashed (exit status {done.returncode})"
+    # CUDA's errors go on for lines of general advice after the one that says what happened.
+    raised = [line for line in lines if _RAISED.match(line)] if TRACEBACK in done.stderr else []
+    return raised[-1] if raised else lines[-1]

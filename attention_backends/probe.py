@@ -1,0 +1,70 @@
+"""Try a third-party kernel in a process of its own, at the run's shape, before the model goes to the device.
+
+A kernel that faults poisons the CUDA context: no `except` saves the run then. Verdicts are kept for the process, keyed
+by GPU, driver, package versions and shape.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from .contract import AttentionSpec
+from .packages import outcome
+from .probe_kernel import OUT_OF_MEMORY
+from .third_party import DTYPES, Kernel
+
+log = logging.getLogger("wanvideo")
+
+SCRIPT = Path(__file__).with_name("probe_kernel.py")
+TIMEOUT_S = 300
+_verdicts: dict[tuple[object, ...], str | None] = {}
+
+
+def verdict(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
+    """Why the kernel cannot run self-attention of so many tokens; None if it can, or had no memory to be tried."""
+    key = (kernel.name, _versions(kernel), _machine(spec.device), spec, tokens)
+    if key not in _verdicts:
+        _verdicts[key] = _try(kernel, spec, tokens)
+    return _verdicts[key]
+
+
+def _try(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
+    dtype = spec.dtype if spec.dtype in DTYPES else DTYPES[0]
+    asked = {
+        "exports": kernel.exports,
+        "heads_first": kernel.heads_first,
+        "packed": kernel.packed,
+        "options": dict(kernel.options),
+        "shape": (1, tokens, spec.heads, spec.head_dim),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(spec.device),
+    }
+    command = [sys.executable, str(SCRIPT), json.dumps(asked)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"it did not finish within {TIMEOUT_S} s"
+    if done.returncode == OUT_OF_MEMORY:
+        log.warning("'%s' was not tried before the run: there was not enough free memory on the GPU.", kernel.name)
+        return None
+    return outcome(done)
+
+
+def _machine(device: torch.device) -> tuple[object, ...]:
+    if device.type != "cuda":
+        return (device.type, torch.__version__)
+    driver = torch.cuda.get_device_properties(device)
+    return (driver.name, str(getattr(driver, "uuid", "")), torch.version.cuda, torch.__version__)
+
+
+def _versions(kernel: Kernel) -> tuple[str, ...]:
+    packages = importlib.metadata.packages_distributions()
+    names = {name for module, _ in kernel.exports for name in packages.get(module, ())}
+    return tuple(sorted(f"{name} {importlib.metadata.version(name)}" for name in names))

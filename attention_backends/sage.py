@@ -1,0 +1,78 @@
+"""SageAttention 1 and 2: queries and keys in INT8 (Zhang et al. 2024, 2025; package `sageattention`).
+
+`sageattn` picks its kernel by the GPU. `sageattn_3_fp8` pins the 8-bit one: INT8 queries and keys, FP8 probabilities
+and values.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .contract import AttentionSpec, Backend, capability
+from .third_party import Kernel, backend_of, register
+
+PACKAGE = "sageattention"
+LEAST = (8, 0)
+LEAST_FP8 = (8, 9)
+HOPPER = (9, 0)
+HEAD_DIMS = (64, 96, 128)
+GET = "pip install sageattention (1.0.6, Triton), or a wheel of SageAttention 2.2 built for your torch and CUDA"
+# The FP8 kernel gives noise above this many keys on these GPUs (SageAttention issue 388).
+NOISY_KEYS, NOISY_GPUS = 160_000, ((12, 0), (12, 1))
+ROW_LAYOUT = {"tensor_layout": "NHD"}
+
+
+def _noise_limit(q: Tensor, k: Tensor) -> str | None:
+    if k.shape[1] > NOISY_KEYS and capability(k.device) in NOISY_GPUS:
+        return (
+            f"SageAttention's FP8 kernel gives noise above {NOISY_KEYS} tokens on this GPU, and there are {k.shape[1]}"
+        )
+    return None
+
+
+AUTO = register(Kernel(name="sageattn", exports=((PACKAGE, "sageattn"),), options=ROW_LAYOUT, limit=_noise_limit))
+PACKED = register(Kernel(name="sageattn_varlen", exports=((PACKAGE, "sageattn_varlen"),), packed=True))
+FP8 = register(
+    Kernel(
+        name="sageattn_3_fp8",
+        exports=((PACKAGE, "sageattn_qk_int8_pv_fp8_cuda"),),
+        options=ROW_LAYOUT,
+        limit=_noise_limit,
+    )
+)
+FP8_HOPPER = register(
+    Kernel(name="sageattn_3_fp8_sm90", exports=((PACKAGE, "sageattn_qk_int8_pv_fp8_cuda_sm90"),), options=ROW_LAYOUT)
+)
+
+
+def auto(name: str, runs: str) -> Backend:
+    """A row that runs the kernel SageAttention picks for the GPU."""
+    return Backend(
+        runs=runs, make=backend_of(AUTO, name), exports=AUTO.exports, least=LEAST, head_dims=HEAD_DIMS, get=GET,
+        compiled=True,
+    )  # fmt: skip
+
+
+def fp8_kernel(spec: AttentionSpec) -> Kernel:
+    """The 8-bit kernel for the GPU: Hopper has one of its own."""
+    return FP8_HOPPER if spec.capability == HOPPER else FP8
+
+
+VARLEN = Backend(
+    runs="SageAttention's kernel for packed sequences: INT8 QK, 16-bit PV, Triton",
+    make=backend_of(PACKED, "sageattn_varlen"),
+    exports=PACKED.exports,
+    least=LEAST,
+    head_dims=HEAD_DIMS,
+    get=GET,
+    compiled=True,
+)
+EIGHT_BIT = Backend(
+    runs="SageAttention 2's 8-bit kernel (INT8 QK, FP8 PV) on every step",
+    make=lambda spec: backend_of(fp8_kernel(spec), "sageattn_3_fp8")(spec),
+    exports=FP8.exports,
+    least=LEAST_FP8,
+    head_dims=(64, 128),
+    get="a wheel of SageAttention 2.2 built for your torch and CUDA; PyPI's 1.0.6 has no FP8 kernel",
+    compiled=True,
+)

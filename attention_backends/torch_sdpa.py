@@ -1,0 +1,45 @@
+"""torch's scaled dot product attention, behind an opaque operator that makes its arguments kernel-ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import op_name
+from ..tensor_layout import check_entry, kernel_ready
+
+
+def _sdpa_bshd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op(op_name("sdpa"), mutates_args=())
+def _sdpa_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
+    mask = mask if mask is None else kernel_ready(mask)
+    check_entry("sdpa", q=q, k=k, v=v, mask=mask)
+    out = _sdpa_bshd(q, k, v, mask)
+    # An operator may not return one of its inputs, which a zero-copy transpose of v could be for a single key.
+    return out if out.data_ptr() not in {q.data_ptr(), k.data_ptr(), v.data_ptr()} else out.clone()
+
+
+@_sdpa_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """The fastest kernel that torch has for the device: cuDNN on Hopper and newer."""
+
+    name: str = "sdpa"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Attention of q to k, v; differentiable when gradients are on."""
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _sdpa_bshd(q, k, v, mask)
+        return _sdpa_op(q, k, v, mask)

@@ -1,0 +1,242 @@
+"""Self-attention in FP8 by cuDNN's fused kernel, through the package `nvidia-cudnn-frontend`.
+
+q, k, v, the probabilities and the result are E4M3, sums are float32. `kernels/norm_rope_fp8.py` says how q and k become
+so without losing accuracy. Nothing is kept from one call to the next but compiled graphs, and nothing waits for the
+device. On Hopper cuDNN gives the result in FP8 only: an output projection in FP8 reads it as it is, anything else gets
+it expanded.
+
+Source of the calls: the samples and `docs/operations/Attention.md` of NVIDIA/cudnn-frontend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import threading
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import op_name
+from .kernels.fp8_rows import Fp8Rows
+from .kernels.norm_rope_fp8 import (
+    HEAD_SIZES,
+    expand_fp8,
+    norm_rope_fp8,
+    norm_rope_mean,
+    rotate_fp8,
+    sampled,
+    tensor_fp8,
+)
+from .tensor_layout import check_entry, kernel_ready
+
+LEAST_CAPABILITY = (9, 0)
+# Older ones give wrong results for token counts that are no multiple of 128 (pytorch/pytorch issue 169849).
+LEAST_CUDNN = 91501
+# Probabilities before they are normalised are at most 1; a power of two below 448 leaves their digits alone.
+PROBABILITY_SCALE = 256.0
+GRAPHS = 64
+PROBE_TOKENS = 256
+INPUTS = ("q", "k", "v", "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+OUTPUTS = ("o", "amax_s", "amax_o")
+
+
+@dataclass(frozen=True)
+class CudnnFp8:
+    """cuDNN's FP8 attention; see the protocol in `attention.py`. Not differentiable."""
+
+    name: str = "cudnn_fp8"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """q, k, v [B, L, H, D], normalised and placed, -> [B, L, H, D] in v's dtype. Raises ValueError for a mask."""
+        if mask is not None:
+            raise ValueError("attention_mode 'cudnn_fp8' takes no mask; choose sdpa where one is needed.")
+        shift = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1)
+        return expand_fp8(*_attention(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+    ) -> Tensor:
+        """The same from projections q, k [B, L, C], which are normalised, placed and quantised in one pass.
+
+        v [B, L, H, D]; norm_q, norm_k: RMS norms over C with `weight` and `eps`; rope [L or (B, L), D/2, 2].
+        """
+        return expand_fp8(*_fused(q, k, v, norm_q, norm_k, rope), v.dtype)
+
+    def fused_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+    ) -> Fp8Rows:
+        """The same as FP8 rows [B, L, C], which an output projection in FP8 reads without another rounding."""
+        values, scale = _fused(q, k, v, norm_q, norm_k, rope)
+        return Fp8Rows(values.flatten(2), scale.expand(*values.shape[:2], 1).contiguous(), q.shape[-1], v.dtype)
+
+
+def why_not(device: torch.device, head_dim: int) -> str | None:
+    """Why it cannot run there with heads of that size; None where it can.
+
+    On a GPU a small one is run, and waited for.
+    """
+    if device.type != "cuda":
+        return "it needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, and it needs 9.0 (Hopper) or newer"
+    if head_dim not in HEAD_SIZES:
+        return f"the model's heads have {head_dim} channels, and it needs {' or '.join(map(str, HEAD_SIZES))}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package 'triton' (on Windows 'triton-windows') is not installed; pip install triton"
+    return _package_reason() or _first_run(device, head_dim)
+
+
+def _package_reason() -> str | None:
+    try:
+        version = _cudnn().backend_version()
+    except ModuleNotFoundError as error:
+        if error.name != "cudnn":
+            return f"the package 'nvidia-cudnn-frontend' cannot be imported: {error}"
+        return "the package 'nvidia-cudnn-frontend' is not installed; pip install nvidia-cudnn-frontend"
+    # A package that does not fit this Python, driver or cuDNN fails in ways of its own, and all of them are the reason.
+    except Exception as error:
+        return f"the package 'nvidia-cudnn-frontend' cannot be imported: {type(error).__name__}: {error}"
+    if version < LEAST_CUDNN:
+        return (
+            f"cuDNN {version} is too old, it needs {LEAST_CUDNN} (9.15.1); use a newer PyTorch, or pip "
+            "install -U nvidia-cudnn-cu13 (nvidia-cudnn-cu12 for CUDA 12)"
+        )
+    return None
+
+
+def _first_run(device: torch.device, head_dim: int) -> str | None:
+    try:
+        q, k, v = torch.randn(3, 1, PROBE_TOKENS, 2, head_dim, device=device, dtype=torch.bfloat16)
+        finite = bool(CudnnFp8()(q, k, v).isfinite().all())
+    # Whatever stops a first small run (no kernel for the GPU, a Triton without a compiler) is the reason.
+    except Exception as error:
+        return f"a first small run failed with {type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}"
+    return None if finite else "a first small run gave numbers that are not finite"
+
+
+def _cudnn() -> ModuleType:
+    import cudnn
+
+    return cudnn
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+) -> tuple[Tensor, Tensor]:
+    heads = v.shape[2]
+    shift = norm_rope_mean(k, norm_k.weight, rope, norm_k.eps, heads)
+    placed_q = norm_rope_fp8(q, norm_q.weight, rope, None, norm_q.eps, heads)
+    placed_k = norm_rope_fp8(k, norm_k.weight, rope, shift, norm_k.eps, heads)
+    return _attention(placed_q, placed_k, tensor_fp8(v))
+
+
+def _attention(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Values and scales of q, k, v -> values [B, Lq, H, D] of the result and their scale [1].
+
+    No result is larger than the largest of v, which it averages, so that v's scale fits it.
+    """
+    return _sdpa_fp8(q[0], k[0], v[0], q[1], k[1], v[1]), v[1]
+
+
+@torch.library.custom_op(op_name("sdpa_fp8"), mutates_args=())
+def _sdpa_fp8(q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor, scale_v: Tensor) -> Tensor:
+    """q, k, v [B, L, H, D] E4M3 with scales [1] that multiply them -> [B, Lq, H, D] E4M3, with v's scale."""
+    q, k, v, scale_q, scale_k, scale_v = (
+        kernel_ready(t, strided=False) for t in (q, k, v, scale_q, scale_k, scale_v)
+    )
+    check_entry("sdpa_fp8", strided=False, q=q, k=k, v=v, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v)
+    out = torch.empty_like(q)
+    if q.numel() == 0:
+        return out
+    descale_s, scale_s = _probability_scales(q.device)
+    amax_s, amax_o = torch.empty(2, 4, device=q.device)
+    tensors = (q, k, v, scale_q, scale_k, scale_v, descale_s, scale_s, scale_v.reciprocal(), out, amax_s, amax_o)
+    with torch.cuda.device(q.device):
+        graph = compiled_graph(q.device, tuple(q.shape), k.shape[1], threading.get_ident())
+        graph.run(dict(zip(INPUTS + OUTPUTS, tensors, strict=True)))
+    return out
+
+
+@_sdpa_fp8.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor, scale_v: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=16)
+def _probability_scales(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.full((1,), 1 / PROBABILITY_SCALE, device=device), torch.full((1,), PROBABILITY_SCALE, device=device)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A compiled cuDNN graph of one shape on one device, and the handle that it was built with."""
+
+    cudnn: ModuleType
+    graph: object
+    handle: object
+    workspace_bytes: int
+    device: torch.device
+
+    def run(self, tensors: dict[str, Tensor]) -> None:
+        """Launch on torch's current stream; the workspace is torch's and free for whatever follows on that stream."""
+        self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(self.device).cuda_stream)
+        workspace = torch.empty(max(self.workspace_bytes, 1), dtype=torch.uint8, device=self.device)
+        identified = {uid(name): t for name, t in tensors.items()}
+        self.graph.execute(identified, workspace, handle=self.handle)
+
+
+def uid(name: str) -> int:
+    """The number of a tensor in the graph."""
+    return (INPUTS + OUTPUTS).index(name) + 1
+
+
+@functools.lru_cache(maxsize=16)
+def _handle(device: torch.device, thread: int) -> object:
+    """cuDNN's handles belong to one device, and to one thread at a time."""
+    return _cudnn().create_handle()
+
+
+@functools.lru_cache(maxsize=GRAPHS)
+def compiled_graph(device: torch.device, shape: tuple[int, int, int, int], keys: int, thread: int) -> Graph:
+    """The graph for q of `shape` [B, Lq, H, D] and `keys` keys, all contiguous; `device` must be the current one."""
+    cudnn, handle = _cudnn(), _handle(device, thread)
+    graph = declared_graph(cudnn, shape, keys, handle)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    return Graph(cudnn, graph, handle, graph.get_workspace_size(), device)
+
+
+def declared_graph(cudnn: ModuleType, shape: tuple[int, int, int, int], keys: int, handle: object) -> object:
+    """cuDNN's description of the attention; it names dimensions [B, H, L, D] and reads them where [B, L, H, D] lies."""
+    batch, tokens, heads, size = shape
+    number, fp8 = cudnn.data_type.FLOAT, cudnn.data_type.FP8_E4M3
+    graph = cudnn.pygraph(
+        io_data_type=fp8, intermediate_data_type=number, compute_data_type=number, handle=handle
+    )
+
+    def heads_of(length: int) -> dict[str, tuple[int, ...]]:
+        return {"dim": (batch, heads, length, size), "stride": (length * heads * size, size, heads * size, 1)}
+
+    one = {"dim": (1, 1, 1, 1), "stride": (1, 1, 1, 1)}
+    lengths = {"q": tokens, "k": keys, "v": keys}
+    inputs = {
+        name: graph.tensor(
+            uid=uid(name), data_type=fp8 if name in lengths else number,
+            **(heads_of(lengths[name]) if name in lengths else one),
+        )
+        for name in INPUTS
+    }  # fmt: skip
+    out, _, *largest = graph.sdpa_fp8(**inputs, generate_stats=False, attn_scale=size**-0.5)
+    layout = heads_of(tokens)
+    out.set_uid(uid("o")).set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(fp8)
+    for name, t in zip(OUTPUTS[1:], largest, strict=True):
+        t.set_uid(uid(name)).set_output(True).set_dim(one["dim"]).set_stride(one["stride"]).set_data_type(number)
+    return graph

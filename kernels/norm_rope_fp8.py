@@ -1,0 +1,249 @@
+"""Queries, keys and values of self-attention as an FP8 kernel reads them, queries and keys in one pass over memory.
+
+Queries and keys: RMS norm over all heads, rotary position (`wanvideo/rope.py`), a shift of the keys, a Hadamard
+rotation of every head, E4M3. None of it but the rounding changes attention: the shift is the same for all keys, so
+softmax cancels it, and the rotation is orthonormal, so q.k stays. The rotation spreads a few large channels over all of
+a head: the error of a score is that of its products, which would all sit in those channels (QuaRot, Ashkboos et al.
+2024; SageAttention, Zhang et al. 2024, for the shift).
+
+Scales are one a tensor, and never measured on q or k: E4M3 keeps the same relative precision over 15 powers of two,
+so that a bound far above the values costs nothing while it saturates nothing. An RMS norm gives one: no head is longer
+than sqrt(C) times the largest weight, no channel of a rotated head is larger than the head's length, and no shift by
+the mean of some tokens more than doubles it. Values are multiplied by a power of two, which is exact.
+
+Shapes: B batch, L tokens, H heads, D head size, C = H * D. Each operator is the eager PyTorch beside it on the CPU and
+a Triton kernel on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tensor_layout import check_entry, kernel_ready
+from ..wanvideo.rope import apply_rope
+from . import op_name, triton_kernels
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+TINY = 1e-30
+HEAD_SIZES = (64, 128)
+# A prime, so that the sampled tokens do not share a row or column of the token grid.
+SAMPLE = 251
+
+
+def power_of_two(bound: Tensor) -> Tensor:
+    """The smallest power of two by which values up to `bound`, float32, can be divided to fit E4M3."""
+    _, exponent = torch.frexp(LARGEST / bound.clamp(min=TINY))
+    return torch.ldexp(torch.ones_like(bound), 1 - exponent)
+
+
+@functools.lru_cache(maxsize=16)
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """Sylvester's Hadamard matrix [size, size] of 1 and -1, bfloat16; size is a power of two."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix.to(device, torch.bfloat16)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Heads [..., D] float32 times the Hadamard matrix (a rotation that lengthens by D ** 0.5), as tensor cores do it.
+
+    The first step, sums and differences of neighbours, is one in float32; its results are rounded to bfloat16.
+    """
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    halves = torch.stack((first + second, first - second)).to(torch.bfloat16).float()
+    turned = halves @ hadamard(x.shape[-1] // 2, x.device).float()
+    return torch.stack(tuple(turned), dim=-1).flatten(-2)
+
+
+def sampled(tokens: int, device: torch.device) -> Tensor:
+    """Indices of the tokens whose mean stands for that of all."""
+    count = min(SAMPLE, tokens)
+    return torch.arange(count, device=device) * tokens // max(count, 1)
+
+
+def norm_rope_eager(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    """RMSNorm(x [B, L, C]) * weight [C], rotated by rope [L or (B, L), D/2, 2]: [B, L, H, D] float32."""
+    normed = F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return apply_rope(normed.unflatten(-1, (heads, -1)), rope)
+
+
+def mean_eager(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    """Mean of the sampled tokens' `norm_rope_eager`: [B, C] float32."""
+    index = sampled(x.shape[1], x.device)
+    return norm_rope_eager(x[:, index], weight, rope[..., index, :, :], eps, heads).mean(1).flatten(1)
+
+
+def norm_rope_fp8_eager(
+    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Values E4M3 [B, L, H, D] and the scale [1] that multiplies them; shift [B, C] is subtracted after the rotation
+    by position. What the kernel must equal."""
+    y = norm_rope_eager(x, weight, rope, eps, heads)
+    return _quantised(y, shift, weight.float().abs().amax().reshape(1) * math.sqrt(x.shape[-1]))
+
+
+def rotate_fp8_eager(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same of heads x [B, L, H, D] that are normalised and placed already: the bound is that of x itself."""
+    return _quantised(x.float(), shift, _largest(x) * math.sqrt(x.shape[-1]))
+
+
+def tensor_fp8_eager(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values E4M3 of x [...] and their scale [1]."""
+    return _rounded(x.float(), _largest(x))
+
+
+def _quantised(y: Tensor, shift: Tensor | None, bound: Tensor) -> tuple[Tensor, Tensor]:
+    if shift is not None:
+        y, bound = y - shift.view(y.shape[0], 1, *y.shape[2:]), bound * 2
+    longer = y.shape[-1] ** 0.5
+    values, scale = _rounded(rotated(y), bound * longer)
+    return values, scale / longer
+
+
+def _rounded(y: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    scale = power_of_two(bound)
+    return (y / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of x, [1] float32, in one pass over its bytes."""
+    if x.numel() == 0:
+        return torch.zeros(1, device=x.device)
+    return torch.linalg.vector_norm(x, ord=math.inf, dtype=torch.float32).reshape(1)
+
+
+@torch.library.custom_op(op_name("norm_rope"), mutates_args=())
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    """The operator of `norm_rope_eager`, rounded to x's dtype: for attention in base precision.
+
+    It is eager PyTorch where Triton is missing too, as nothing but speed depends on it.
+    """
+    if not x.is_cuda or not _has_kernel(x, heads):
+        return norm_rope_eager(x, weight, rope, eps, heads).to(x.dtype)
+    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
+    check_entry("norm_rope", x=x, weight=weight, rope=rope)
+    out = torch.empty((*x.shape[:2], heads, x.shape[-1] // heads), dtype=x.dtype, device=x.device)
+    triton_kernels("norm_rope_fp8_triton").norm_rope(x, weight, rope, out, eps=eps)
+    return out
+
+
+@torch.library.custom_op(op_name("norm_rope_mean"), mutates_args=())
+def norm_rope_mean(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    """The operator of `mean_eager`: a shift that makes keys small, at the cost of a few tokens."""
+    if not x.is_cuda:
+        return mean_eager(x, weight, rope, eps, heads)
+    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
+    check_entry("norm_rope_mean", x=x, weight=weight, rope=rope)
+    shape = (x.shape[0], min(SAMPLE, x.shape[1]), heads, x.shape[-1] // heads)
+    placed = torch.empty(shape, dtype=torch.float32, device=x.device)
+    triton_kernels("norm_rope_fp8_triton").norm_rope(x, weight, rope, placed, eps=eps)
+    return placed.mean(1).flatten(1)
+
+
+@torch.library.custom_op(op_name("norm_rope_fp8"), mutates_args=())
+def norm_rope_fp8(
+    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int
+) -> tuple[Tensor, Tensor]:
+    """The operator of `norm_rope_fp8_eager`. Raises ValueError for a head size that is not 64 or 128."""
+    _check_size(x.shape[-1] // heads)
+    if not x.is_cuda:
+        return norm_rope_fp8_eager(x, weight, rope, shift, eps, heads)
+    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
+    shift = None if shift is None else kernel_ready(shift, strided=False)
+    check_entry("norm_rope_fp8", x=x, weight=weight, rope=rope, shift=shift)
+    values, scale = _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
+    triton = triton_kernels("norm_rope_fp8_triton")
+    triton.norm_rope_fp8(x, weight, rope, shift, _largest(weight), values, scale, eps=eps)
+    return values, scale
+
+
+@torch.library.custom_op(op_name("rotate_fp8"), mutates_args=())
+def rotate_fp8(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The operator of `rotate_fp8_eager`. Raises ValueError for a head size that is not 64 or 128."""
+    _check_size(x.shape[-1])
+    if not x.is_cuda:
+        return rotate_fp8_eager(x, shift)
+    rows = kernel_ready(x.flatten(2))
+    shift = None if shift is None else kernel_ready(shift, strided=False)
+    check_entry("rotate_fp8", x=rows, shift=shift)
+    values, scale = _empty(x.shape, x.device)
+    triton_kernels("norm_rope_fp8_triton").rotate_fp8(rows, _largest(x), shift, values, scale)
+    return values, scale
+
+
+@torch.library.custom_op(op_name("tensor_fp8"), mutates_args=())
+def tensor_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator of `tensor_fp8_eager`."""
+    if not x.is_cuda:
+        return tensor_fp8_eager(x)
+    x = kernel_ready(x, strided=False)
+    check_entry("tensor_fp8", strided=False, x=x)
+    values, scale = _empty(x.shape, x.device)
+    triton_kernels("norm_rope_fp8_triton").tensor_fp8(x, _largest(x), values, scale)
+    return values, scale
+
+
+@torch.library.custom_op(op_name("expand_fp8"), mutates_args=())
+def expand_fp8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """E4M3 values [...] times their scale [1], in `dtype`."""
+    if not values.is_cuda:
+        return (values.float() * scale).to(dtype)
+    values = kernel_ready(values, strided=False)
+    check_entry("expand_fp8", strided=False, values=values)
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    triton_kernels("norm_rope_fp8_triton").expand_fp8(values, scale, out)
+    return out
+
+
+@norm_rope.register_fake
+def _(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], heads, x.shape[-1] // heads))
+
+
+@norm_rope_mean.register_fake
+def _(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2]), dtype=torch.float32)
+
+
+@norm_rope_fp8.register_fake
+def _(
+    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int
+) -> tuple[Tensor, Tensor]:
+    return _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
+
+
+@rotate_fp8.register_fake
+def _(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _empty(x.shape, x.device)
+
+
+@tensor_fp8.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(x.shape, x.device)
+
+
+@expand_fp8.register_fake
+def _(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(values.shape, dtype=dtype, device=values.device)
+
+
+def _empty(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(shape, dtype=FP8, device=device), torch.empty(1, dtype=torch.float32, device=device)
+
+
+def _has_kernel(x: Tensor, heads: int) -> bool:
+    size = x.shape[-1] // heads
+    return importlib.util.find_spec("triton") is not None and x.dtype != torch.float64 and size & (size - 1) == 0
+
+
+def _check_size(size: int) -> None:
+    if size not in HEAD_SIZES:
+        raise ValueError(f"FP8 attention rotates heads of {HEAD_SIZES[0]} or {HEAD_SIZES[1]} channels, not {size}.")

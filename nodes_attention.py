@@ -1,0 +1,183 @@
+"""Nodes that set which attention runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from .attention import ATTENTION_MODES
+from .node_tools import CATEGORY, mappings
+from .wanvideo.attention_plan import RadialSettings, Rule, plan_for, with_radial, with_ultravico
+from .wanvideo.loading import WanVideoModel
+
+Inputs = dict[str, dict[str, tuple[object, ...]]]
+DENSE_MODES = ["sdpa", "flash_attn_2", "flash_attn_3", "sageattn", "sparse_sage_attention"]
+
+
+class WanVideoSetAttentionModeOverride:
+    """Runs another attention in some steps and blocks of a loaded model."""
+
+    DISPLAY_NAME = "WanVideo Set Attention Mode Override"
+    CATEGORY = CATEGORY
+    FUNCTION = "getmodelpath"
+    RETURN_TYPES = ("WANVIDEOMODEL",)
+    RETURN_NAMES = ("model",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        step = {"max": 10000, "step": 1}
+        return {
+            "required": {
+                "model": ("WANVIDEOMODEL",),
+                "attention_mode": (list(ATTENTION_MODES), {"default": "sdpa"}),
+                "start_step": ("INT", {"default": 0, "min": 0, **step, "tooltip": "First step of the sampler's run"}),
+                "end_step": ("INT", {"default": 10000, "min": 1, **step, "tooltip": "The step it ends before"}),
+                "verbose": ("BOOLEAN", {"default": False, "tooltip": "Log each step where it applies"}),
+            },
+            "optional": {
+                "blocks": ("INT", {"forceInput": True, "tooltip": "From WanVideo Block List; all where unconnected"})
+            },
+        }
+
+    def getmodelpath(
+        self,
+        model: WanVideoModel,
+        attention_mode: str,
+        start_step: int,
+        end_step: int,
+        verbose: bool,
+        blocks: int | Sequence[int] | None = None,
+    ) -> tuple[WanVideoModel]:
+        """The same model with this override; a later one counts before an earlier one."""
+        if isinstance(blocks, int):
+            blocks = (blocks,)
+        rule = Rule(
+            plan=plan_for(attention_mode, model.attention_spec),
+            steps=(start_step, end_step),
+            blocks=None if blocks is None else frozenset(blocks),
+            verbose=verbose,
+        )
+        _check_blocks(rule.blocks, model)
+        return (replace(model, attention=model.attention.before(rule)),)
+
+
+def _check_blocks(blocks: frozenset[int] | None, model: WanVideoModel) -> None:
+    count = model.config.num_layers
+    beyond = sorted(block for block in blocks or () if not 0 <= block < count)
+    if beyond:
+        raise ValueError(f"This model has the blocks 0 to {count - 1}, but the override names {beyond}.")
+
+
+class WanVideoSetRadialAttention:
+    """Settings of radial_sage_attention: how sparse it is, and where attention stays dense."""
+
+    DISPLAY_NAME = "WanVideo Set Radial Attention"
+    CATEGORY = CATEGORY
+    FUNCTION = "loadmodel"
+    RETURN_TYPES = ("WANVIDEOMODEL",)
+    RETURN_NAMES = ("model",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": ("WANVIDEOMODEL",),
+                "dense_attention_mode": (DENSE_MODES, {"default": "sageattn"}),
+                "dense_blocks": (
+                    "INT",
+                    {"default": 1, "min": 0, "max": 40, "step": 1, "tooltip": "The first blocks are dense"},
+                ),
+                "dense_vace_blocks": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 0,
+                        "max": 15,
+                        "step": 1,
+                        "tooltip": "Of VACE models, not loaded yet",
+                    },
+                ),
+                "dense_timesteps": (
+                    "INT",
+                    {"default": 2, "min": 0, "max": 100, "step": 1, "tooltip": "The first steps are dense"},
+                ),
+                "decay_factor": (
+                    "FLOAT",
+                    {"default": 0.2, "min": 0, "max": 1, "step": 0.01, "tooltip": "Larger windows, less sparse"},
+                ),
+                "block_size": ([128, 64], {"default": 128}),
+            }
+        }
+
+    def loadmodel(
+        self,
+        model: WanVideoModel,
+        dense_attention_mode: str,
+        dense_blocks: int,
+        dense_vace_blocks: int,
+        dense_timesteps: int,
+        decay_factor: float,
+        block_size: int,
+    ) -> tuple[WanVideoModel]:
+        """The same model with these settings."""
+        settings = RadialSettings(
+            dense=dense_attention_mode,
+            dense_blocks=dense_blocks,
+            dense_steps=dense_timesteps,
+            decay=decay_factor,
+            block=block_size,
+        )
+        return (replace(model, attention=with_radial(model.attention, settings, model.attention_spec)),)
+
+
+class WanVideoUltraVicoSettings:
+    """The decay of sageattn_ultravico."""
+
+    DISPLAY_NAME = "WanVideo UltraVico Settings"
+    CATEGORY = CATEGORY
+    FUNCTION = "getmodelpath"
+    RETURN_TYPES = ("WANVIDEOMODEL",)
+    RETURN_NAMES = ("model",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        alpha = {"default": 0.9, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "1 is no decay of far tokens"}
+        return {"required": {"model": ("WANVIDEOMODEL",), "alpha": ("FLOAT", alpha)}}
+
+    def getmodelpath(self, model: WanVideoModel, alpha: float) -> tuple[WanVideoModel]:
+        """The same model with this alpha."""
+        return (replace(model, attention=with_ultravico(model.attention, alpha)),)
+
+
+class WanVideoBlockList:
+    """Block numbers from text: commas, lines, and ranges such as 0-5."""
+
+    DISPLAY_NAME = "WanVideo Block List"
+    CATEGORY = CATEGORY
+    FUNCTION = "create_list"
+    RETURN_TYPES = ("INT",)
+    RETURN_NAMES = ("block_list",)
+    DESCRIPTION: ClassVar[str] = "Numbers and ranges of blocks: '1', '0,2,3-5'."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"blocks": ("STRING", {"default": "1", "multiline": True})}}
+
+    def create_list(self, blocks: str) -> tuple[list[int]]:
+        """The numbers, in the order given. Raises ValueError for anything else."""
+        found: list[int] = []
+        for part in filter(None, (part.strip() for part in blocks.replace("\n", ",").split(","))):
+            first, _, last = part.partition("-")
+            if not first.strip().isdigit() or (last and not last.strip().isdigit()):
+                raise ValueError(f"'{part}' is neither a block number nor a range such as 0-5.")
+            found += range(int(first), int(last or first) + 1)
+        return (found,)
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    WanVideoSetAttentionModeOverride,
+    WanVideoSetRadialAttention,
+    WanVideoUltraVicoSettings,
+    WanVideoBlockList,
+)

@@ -1,0 +1,163 @@
+"""SageAttention 3 without Blackwell: the wrapper against a strict stand-in, and the stand-in against 4-bit errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sage3_stand_in
+import torch
+from attention_stand_ins import PACKAGES, blackwell, install, pretend  # noqa: F401
+from layouts import relative
+from test_attention import formula
+from wanvideo_wrapper.attention import AttentionSpec, resolve
+from wanvideo_wrapper.attention_backends import packages, probe, sage3
+from wanvideo_wrapper.attention_backends.third_party import Kernel
+from wanvideo_wrapper.wanvideo.attention_plan import plan_for
+from wanvideo_wrapper.wanvideo.extension import Step
+
+CPU = torch.device("cpu")
+SPEC = AttentionSpec(device=CPU, heads=2, head_dim=64)
+NAMES = [
+    ("sageattn3", "sageattn3_blackwell"), ("sageattn", "sageattn3_blackwell"), ("sageattn", "sageattn_blackwell"),
+    ("sage3", "sageattn3_blackwell"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "function"), NAMES)
+def test_both_packages_and_their_names(module, function, monkeypatch):
+    pretend(monkeypatch, (12, 0))
+    install(monkeypatch, {module: {function: sage3_stand_in.sageattn3_blackwell}})
+    q, k, v = (torch.randn(1, 100, 2, 64) for _ in range(3))
+    sage3_stand_in.calls.clear()
+    resolve("sageattn_3_fp4", SPEC)(q, k, v)
+    assert sage3_stand_in.calls == [(1, 2, 100, 64)]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_error_is_that_of_four_bits(blackwell, size):  # noqa: F811
+    q, k, v = (torch.randn(2, 300, 2, size) + torch.randn(1, 1, 2, size) for _ in range(3))
+    before = [t.clone() for t in (q, k, v)]
+    backend = resolve("sageattn_3_fp4", AttentionSpec(device=CPU, heads=2, head_dim=size))
+    assert 0.02 < relative(backend(q, k, v), formula(q, k, v)) < 0.3
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+def test_the_stand_in_changes_k_and_refuses_what_the_kernel_cannot_take():
+    q, k, v = (torch.randn(1, 2, 32, 64, dtype=torch.bfloat16) for _ in range(3))
+    before = k.clone()
+    sage3_stand_in.sageattn3_blackwell(q, k, v)
+    assert not torch.equal(k, before)
+    bad = torch.randn(1, 32, 2, 64, dtype=torch.bfloat16).transpose(1, 2)
+    with pytest.raises(AssertionError, match="q is not contiguous"):
+        sage3_stand_in.sageattn3_blackwell(bad, k, v)
+    storage = torch.randn(k.numel() + 1, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="v is not aligned"):
+        sage3_stand_in.sageattn3_blackwell(q, k, storage[1:].view(k.shape))
+
+
+def test_four_bit_values_by_hand():
+    x = torch.tensor([[0.2, 0.3, 0.8, 1.2, 1.3, 1.8, 2.4, 2.6, 3.4, 3.6, 4.9, 5.1, -6.0, -0.3, 0.0, 6.0]])
+    want = torch.tensor([[0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 6.0, -6.0, -0.5, 0.0, 6.0]])
+    assert torch.equal(sage3_stand_in.four_bits(x), want)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "per_block", "fits"),
+    [
+        (40, 75_600, True, True), (40, 82_800, True, True), (40, 83_100, True, False), (56, 73_774, True, False),
+        (40, 1_000_000, False, True), (40, 53_700_000, False, False),
+    ],
+)  # fmt: skip
+def test_strides_of_the_correction(heads, tokens, per_block, fits):
+    assert (sage3.correction_stride(heads, tokens, tokens, per_block) <= sage3.LARGEST_STRIDE) == fits
+
+
+def test_a_stride_that_would_overflow_is_refused(blackwell, monkeypatch):  # noqa: F811
+    q = k = v = torch.randn(1, 300, 2, 64)
+    monkeypatch.setattr(sage3, "LARGEST_STRIDE", 2 * 384 - 1)
+    with pytest.raises(ValueError, match="300 tokens of 2 heads overflow a 32-bit stride"):
+        resolve("sageattn_3_fp4", SPEC)(q, k, v)
+    monkeypatch.setattr(sage3, "LARGEST_STRIDE", 2 * 384)
+    resolve("sageattn_3_fp4", SPEC)(q, k, v)
+
+
+def test_each_option_runs_what_it_says(blackwell):  # noqa: F811
+    def kernels(name):
+        steps = [Step(index=i, total=4, in_run=i) for i in range(4)]
+        return [plan_for(name, SPEC).at(step, (1, 2, 2), 1)[0].kernel.name for step in steps]
+
+    assert kernels("sageattn_3") == ["sageattn", "sageattn_3_fp4", "sageattn_3_fp4", "sageattn"]
+    assert kernels("sageattn_3_fp4") == ["sageattn_3_fp4"] * 4
+    assert kernels("sageattn_3_fp8") == ["sageattn_3_fp8"] * 4
+
+
+@pytest.fixture
+def other_process(monkeypatch, tmp_path):
+    """write(body): the package sageattn3 of processes that are started."""
+    pretend(monkeypatch, (12, 0))
+    install(monkeypatch, {"sageattn3": PACKAGES["sageattn3"]})
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(sage3_stand_in.__file__).parent}")
+    monkeypatch.setattr(probe, "_verdicts", {})
+
+    def write(body):
+        (tmp_path / "sageattn3.py").write_text(f"from sage3_stand_in import sageattn3_blackwell as good\n{body}\n")
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("sageattn3_blackwell = good", None),
+        ("import os\ndef sageattn3_blackwell(*a, **k): os.abort()", "the process crashed"),
+        ("def sageattn3_blackwell(q, k, v, **_): return q * float('nan')", "it gave NaN or infinite values"),
+        ("import torch\ndef sageattn3_blackwell(q, *a, **_): return torch.randn_like(q)", "its result was wrong by"),
+        ("def sageattn3_blackwell(q, k, v): return good(q, k, v)", "unexpected keyword argument 'per_block_mean'"),
+        ("import torch\ndef sageattn3_blackwell(*a, **_): raise torch.OutOfMemoryError", None),
+    ],
+)
+def test_the_kernel_is_tried_in_a_process_of_its_own(body, why, other_process):
+    other_process(body)
+    plan = plan_for("sageattn_3_fp4", SPEC)
+    if why is None:
+        plan.try_out(SPEC, 200)
+        return
+    with pytest.raises(ValueError, match="'sageattn_3_fp4' was tried on 200 tokens") as error:
+        plan.try_out(SPEC, 200)
+    assert why in str(error.value)
+
+
+def test_a_verdict_is_kept_by_shape(blackwell, monkeypatch):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(probe, "_verdicts", {})
+    monkeypatch.setattr(probe, "_try", lambda kernel, spec, tokens: seen.append((kernel.name, tokens)))
+    plan = plan_for("sageattn_3", SPEC)
+    for tokens in (100, 100, 200):
+        plan.try_out(SPEC, tokens)
+    assert seen == [(n, t) for t in (100, 200) for n in ("sageattn_3_fp4", "sageattn")]
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+def test_a_kernel_that_faults_does_not_reach_this_process(monkeypatch, tmp_path):
+    """An out-of-bounds gather poisons the other process's CUDA context; this one goes on."""
+    (tmp_path / "faulty.py").write_text(
+        "import torch\ndef fault(q, k, v): return q.flatten()[torch.full((9,), 2**40, device='cuda')].sum() + q\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kernel = Kernel(name="faulty", exports=(("faulty", "fault"),))
+    assert "device-side assert" in probe.verdict(
+        kernel, AttentionSpec(device=torch.device("cuda"), heads=2, head_dim=64), 64
+    )
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+
+
+def test_the_probe_imports_nothing_of_the_project():
+    code = f"import runpy, sys; runpy.run_path({str(probe.SCRIPT)!r}); print('wanvideo_wrapper' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert json.loads(json.dumps(dict(sage3.KERNEL.options))) == {"per_block_mean": False}
+    assert packages.found(()) is None

@@ -1,0 +1,224 @@
+"""The options behind optional packages, through stand-ins that enforce the kernels' contracts."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import attention_stand_ins
+import pytest
+import torch
+from attention_stand_ins import blackwell, install, pretend  # noqa: F401
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layouts import bits, fresh, layouts, relative
+from test_attention import formula
+from wanvideo_wrapper import attention
+from wanvideo_wrapper.attention import ATTENTION_MODES, BACKENDS, AttentionSpec, resolve
+from wanvideo_wrapper.attention_backends import packages, sage
+from wanvideo_wrapper.tensor_layout import is_kernel_ready
+
+CPU = torch.device("cpu")
+SPEC = AttentionSpec(device=CPU, heads=3, head_dim=64)
+THIRD_PARTY = [name for name, row in BACKENDS.items() if row.compiled]
+QUICK = settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def capability_of(name):
+    return (9, 0) if name == "flash_attn_3" else (12, 0)
+
+
+def test_the_list_is_the_original_s_then_ours():
+    assert ATTENTION_MODES == (
+        "sdpa", "flash_attn_2", "flash_attn_3", "sageattn", "sageattn_3", "radial_sage_attention",
+        "sageattn_compiled", "sageattn_ultravico", "comfy", "sageattn_3_fp4", "sageattn_3_fp8", "sageattn_varlen",
+        "cudnn_fp8", "sol_attn",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THIRD_PARTY)
+@QUICK
+@given(data=st.data(), dtype=st.sampled_from((torch.bfloat16, torch.float16, torch.float32)))
+def test_any_layout(name, data, dtype, monkeypatch):
+    """Whatever memory q, k, v lie in: the contract is kept, they are unchanged, the output is dense and its own."""
+    install(monkeypatch)
+    pretend(monkeypatch, capability_of(name))
+    backend = resolve(name, SPEC)
+    batch, queries, keys = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40)))
+    shapes = ((batch, queries, 3, 64), (batch, keys, 3, 64), (batch, keys, 3, 64))
+    q, k, v = (data.draw(layouts()).build(shape, dtype) for shape in shapes)
+    before = [bits(t) for t in (q, k, v)]
+    out = backend(q, k, v)
+    assert all(torch.equal(a, bits(t)) for a, t in zip(before, (q, k, v), strict=True))
+    assert out.shape == q.shape and out.dtype == dtype and is_kernel_ready(out, strided=False)
+    memory = {t.untyped_storage().data_ptr() for t in (q, k, v)}
+    assert out.untyped_storage().data_ptr() not in memory
+    assert torch.equal(out, backend(fresh(q), fresh(k), fresh(v)))
+
+
+@pytest.mark.parametrize("name", [name for name in THIRD_PARTY if name not in ("sageattn_3", "sageattn_3_fp4")])
+def test_equals_the_formula(name, monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, capability_of(name))
+    q, k, v = (torch.randn(2, 33, 3, 64) + 0.5 for _ in range(3))
+    assert relative(resolve(name, SPEC)(q, k, v), formula(q, k, v)) < 0.02
+
+
+@pytest.mark.parametrize("name", [*THIRD_PARTY, "radial_sage_attention", "sageattn_ultravico"])
+def test_masks_are_refused(name, monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, capability_of(name))
+    q, k, v = (torch.randn(1, 8, 3, 64) for _ in range(3))
+    with pytest.raises(ValueError, match=f"'{name}' takes no mask"):
+        resolve(name, SPEC)(q, k, v, mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+    assert not BACKENDS[name].masks
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "head_dim", "why"),
+    [
+        ("sageattn", (7, 5), 128, "needs compute capability 8.0 or newer, and this GPU has 7.5"),
+        ("sageattn", (8, 6), 80, "takes heads of 64 or 96 or 128 channels, and this model's have 80"),
+        ("sageattn_3_fp8", (8, 6), 128, "needs compute capability 8.9 or newer"),
+        ("sageattn_3_fp4", (9, 0), 128, "needs compute capability 12.0 or 12.1, and this GPU has 9.0"),
+        ("sageattn_3_fp4", (12, 0), 96, "takes heads of 64 or 128 channels"),
+        ("flash_attn_3", (12, 0), 128, "needs compute capability 9.0"),
+        ("flash_attn_2", (8, 0), 320, "up to 256 channels"),
+        ("sol_attn", (9, 0), 64, "takes heads of 128 channels"),
+    ],
+)
+def test_reasons(name, capability, head_dim, why, monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, capability)
+    with pytest.raises(ValueError, match=f"'{name}' cannot run because") as error:
+        resolve(name, AttentionSpec(device=CPU, heads=3, head_dim=head_dim))
+    message = str(error.value)
+    assert why in message and all(f"{mode}: " in message for mode in ATTENTION_MODES)
+
+
+def test_a_model_that_needs_masks_gets_only_what_takes_them(monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, (12, 0))
+    masked = AttentionSpec(device=CPU, heads=3, head_dim=64, masked=True)
+    assert resolve("sdpa", masked).name == "sdpa"
+    for name in THIRD_PARTY:
+        assert "takes no mask" in attention.reason(name, masked)
+
+
+def test_missing_packages_and_functions_are_named(monkeypatch):
+    pretend(monkeypatch, (12, 0))
+    install(monkeypatch, {"sageattention": {"sageattn": attention_stand_ins.sageattn}})
+    assert attention.reason("sageattn", SPEC) is None
+    assert "has no 'sageattn_qk_int8_pv_fp8_cuda'" in attention.reason("sageattn_3_fp8", SPEC)
+    assert "'sageattn3' or 'sageattn' or 'sage3' is not installed" in attention.reason("sageattn_3_fp4", SPEC)
+
+
+def test_a_missing_kernel_of_the_ends_is_named(monkeypatch):
+    pretend(monkeypatch, (12, 0))
+    install(monkeypatch, {"sageattn3": attention_stand_ins.PACKAGES["sageattn3"]})
+    why = attention.reason("sageattn_3", SPEC)
+    assert why.startswith("'sageattn', which its first and last step run, cannot: ") and "not installed" in why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise OSError('DLL load failed while importing _fused')", "OSError: DLL load failed while importing _fused"),
+        ("raise RuntimeError('built for another torch')", "RuntimeError: built for another torch"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the process crashed"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+    ],
+)
+def test_broken_packages_stay_in_their_own_process(body, why, monkeypatch, tmp_path):
+    (tmp_path / "sageattention.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pretend(monkeypatch, (8, 9))
+    packages._tried.cache_clear()
+    with pytest.raises(ValueError, match="'sageattn' cannot run") as error:
+        resolve("sageattn", SPEC)
+    assert why in str(error.value) and "sageattention" not in sys.modules
+    packages._tried.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_sound_package_is_imported_when_it_first_runs(monkeypatch, tmp_path):
+    (tmp_path / "sageattention.py").write_text("from attention_stand_ins import sageattn\n")
+    here = Path(attention_stand_ins.__file__).parent
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(here))))
+    pretend(monkeypatch, (8, 9))
+    packages._tried.cache_clear()
+    backend = resolve("sageattn", SPEC)
+    assert "sageattention has no 'sageattn_varlen'" in attention.reason("sageattn_varlen", SPEC)
+    assert "sageattention" not in sys.modules
+    q, k, v = (torch.randn(1, 9, 3, 64) for _ in range(3))
+    assert relative(backend(q, k, v), formula(q, k, v)) < 0.02
+    packages._tried.cache_clear()
+    monkeypatch.delitem(sys.modules, "sageattention")
+
+
+def test_the_line_that_says_what_happened():
+    cuda = (
+        'Traceback (most recent call last):\n  File "x.py", line 3, in <module>\n    main()\n'
+        "torch.AcceleratorError: CUDA error: misaligned address\n"
+        "CUDA kernel errors might be asynchronously reported, so the stacktrace below might be incorrect.\n"
+        "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA`.\n"
+    )
+    said = packages.outcome(subprocess.CompletedProcess([], 1, "", cuda))
+    assert said == "torch.AcceleratorError: CUDA error: misaligned address"
+    assert packages.outcome(subprocess.CompletedProcess([], 1, "", "W: old\nit gave NaN\n")) == "it gave NaN"
+    assert "crashed" in packages.outcome(subprocess.CompletedProcess([], -11, "", "anything"))
+
+
+@pytest.mark.slow
+def test_the_pack_imports_no_optional_package():
+    names = ("sageattention", "sageattn3", "flash_attn", "flash_attn_interface", "spas_sage_attn", "cudnn")
+    code = f"import sys, wanvideo_wrapper as w; print(len(w.NODE_CLASS_MAPPINGS), set({names!r}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1)[1].strip() == "set()" and int(done.stdout.split()[0]) > 30
+
+
+def test_noise_above_a_token_limit_is_refused(blackwell):  # noqa: F811
+    long = torch.empty(1, sage.NOISY_KEYS + 1, 1, 1).expand(1, -1, 1, 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sage, "capability", lambda device: (12, 0))
+        with pytest.raises(ValueError, match="noise above 160000 tokens"):
+            resolve("sageattn", SPEC)(long[:, :2], long, long)
+
+
+def test_hopper_has_an_eight_bit_kernel_of_its_own(monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, (9, 0))
+    assert resolve("sageattn_3_fp8", SPEC).kernel is sage.FP8_HOPPER
+    pretend(monkeypatch, (8, 9))
+    assert resolve("sageattn_3_fp8", SPEC).kernel is sage.FP8
+
+
+def test_compiles_without_graph_break(blackwell):  # noqa: F811
+    q, k, v = (torch.randn(1, 9, 3, 64) for _ in range(3))
+    backend = resolve("sageattn_varlen", SPEC)
+    compiled = torch.compile(lambda q, k, v: backend(q, k, v) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), 2 * backend(q, k, v))
+
+
+def test_the_host_s_own_attention(monkeypatch):
+    from wanvideo_wrapper.attention_backends import comfy
+
+    host = types.SimpleNamespace(attention=lambda: None)
+    monkeypatch.setattr(comfy, "get_host", lambda: host)
+    assert "this is not ComfyUI" in attention.reason("comfy", SPEC)
+
+    def of_comfyui(q, k, v):
+        k.sub_(k.mean(2, keepdim=True))
+        return attention_stand_ins.exact(q, k, v).transpose(1, 2).flatten(2)
+
+    host.attention = lambda: of_comfyui
+    q, k, v = (torch.randn(2, 9, 3, 64) for _ in range(3))
+    before = k.clone()
+    assert relative(resolve("comfy", SPEC)(q, k, v), formula(q, k, v)) < 1e-5
+    assert torch.equal(before, k)

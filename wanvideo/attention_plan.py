@@ -1,0 +1,145 @@
+"""Which attention backend runs in which step and block.
+
+A plan is one backend and the exceptions to it. It is read once a forward, outside of compiled graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+from .. import attention
+from ..attention import Attention, AttentionSpec, GridAttention
+from ..attention_backends import probe
+from ..attention_backends.radial import RadialAttention
+from ..attention_backends.third_party import DTYPES, ThirdParty
+from ..attention_backends.ultravico import UltraVico
+from .extension import Step
+
+log = logging.getLogger("wanvideo")
+
+ALL_STEPS = (0, 2**31)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """An exception: `plan` runs instead in these steps and blocks.
+
+    steps: [start, stop) counted in the sampler's run; ends: only the first and the last step of the whole schedule;
+    blocks: their indices, None for all; verbose: log each step where it applies.
+    """
+
+    plan: AttentionPlan
+    steps: tuple[int, int] = ALL_STEPS
+    ends: bool = False
+    blocks: frozenset[int] | None = None
+    verbose: bool = False
+
+    def applies(self, step: Step) -> bool:
+        """Whether it concerns any block in this step."""
+        if self.ends and step.index not in (0, step.total - 1):
+            return False
+        return self.steps[0] <= step.in_run < self.steps[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """A backend for self-attention and the exceptions, of which the first that applies counts."""
+
+    main: Attention
+    rules: tuple[Rule, ...] = ()
+
+    def at(self, step: Step, grid: tuple[int, int, int], blocks: int) -> tuple[Attention, ...]:
+        """The backend of each of the `blocks` blocks in this step, for this token grid."""
+        main = self.main.on_grid(grid) if isinstance(self.main, GridAttention) else self.main
+        chosen = [main] * blocks
+        for rule in reversed(self.rules):
+            if not rule.applies(step):
+                continue
+            instead = rule.plan.at(step, grid, blocks)
+            concerned = [i for i in range(blocks) if rule.blocks is None or i in rule.blocks]
+            for index in concerned:
+                chosen[index] = instead[index]
+            if rule.verbose:
+                log.info("Step %d: '%s' in blocks %s.", step.in_run + 1, rule.plan.main.name, concerned)
+        return tuple(chosen)
+
+    def backends(self) -> tuple[Attention, ...]:
+        """Every backend that may run."""
+        return self.main, *(backend for rule in self.rules for backend in rule.plan.backends())
+
+    def try_out(self, spec: AttentionSpec, tokens: int) -> None:
+        """Try every third-party kernel of the plan on so many tokens, in processes of their own.
+
+        Raises ValueError that says what went wrong with the first that fails.
+        """
+        kernels = [backend for backend in self.backends() if isinstance(backend, ThirdParty)]
+        for backend in dict.fromkeys(kernels):
+            why = probe.verdict(backend.kernel, spec, tokens)
+            if why is not None:
+                raise ValueError(
+                    f"attention_mode '{backend.name}' was tried on {tokens} tokens in a process of its own and failed: "
+                    f"{why}. Choose another attention_mode, or install another build of its package."
+                )
+
+    def before(self, rule: Rule) -> AttentionPlan:
+        """The same with an exception that counts before the others."""
+        return replace(self, rules=(rule, *self.rules))
+
+
+def plan_for(name: str, spec: AttentionSpec) -> AttentionPlan:
+    """The plan behind an option of the widget. Raises ValueError, with every backend's reason, if it cannot run."""
+    main = attention.resolve(name, spec)
+    ends = attention.BACKENDS[name].ends
+    rules = () if ends is None else (Rule(plan=plan_for(ends, spec), ends=True),)
+    log.info("Self-attention, '%s': %s. Cross-attention: sdpa.", name, attention.BACKENDS[name].runs)
+    if attention.BACKENDS[name].compiled and spec.dtype not in DTYPES:
+        log.info("Its kernel computes in bfloat16; base_precision is float32.")
+    return AttentionPlan(main=main, rules=rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadialSettings:
+    """Settings of WanVideoSetRadialAttention. dense: the option of the first blocks and the first steps of a run."""
+
+    dense: str
+    dense_blocks: int
+    dense_steps: int
+    decay: float
+    block: int
+
+
+def with_radial(plan: AttentionPlan, settings: RadialSettings, spec: AttentionSpec) -> AttentionPlan:
+    """A radial plan with these settings. Raises ValueError where the plan is another or the dense option cannot run."""
+    if not isinstance(plan.main, RadialAttention):
+        raise ValueError(
+            "WanVideo Set Radial Attention needs a model with attention_mode 'radial_sage_attention': choose that in "
+            "WanVideo Model Loader."
+        )
+    sparse = replace(plan.main, decay=settings.decay, block=settings.block)
+    if settings.dense == "sparse_sage_attention":
+        dense = AttentionPlan(main=replace(sparse, everything=True))
+    else:
+        dense = plan_for(settings.dense, spec)
+    rules = (
+        Rule(plan=dense, blocks=frozenset(range(settings.dense_blocks))),
+        Rule(plan=dense, steps=(0, settings.dense_steps)),
+    )
+    return AttentionPlan(main=sparse, rules=(*plan.rules, *rules))
+
+
+def with_ultravico(plan: AttentionPlan, alpha: float) -> AttentionPlan:
+    """The same plan with this alpha wherever UltraViCo runs. Raises ValueError where it runs nowhere."""
+    if not any(isinstance(backend, UltraVico) for backend in plan.backends()):
+        raise ValueError(
+            "WanVideo UltraVico Settings needs a model with attention_mode 'sageattn_ultravico': choose that in "
+            "WanVideo Model Loader, or in an override before this node."
+        )
+    main = replace(plan.main, alpha=alpha) if isinstance(plan.main, UltraVico) else plan.main
+    rules = tuple(
+        replace(rule, plan=with_ultravico(rule.plan, alpha))
+        if any(isinstance(backend, UltraVico) for backend in rule.plan.backends())
+        else rule
+        for rule in plan.rules
+    )
+    return AttentionPlan(main=main, rules=rules)
