@@ -19,6 +19,7 @@ FAMILIES = (
     ".nodes_attention",
     ".nodes_sampler",
     ".nodes_utility",
+    ".cache_methods.nodes_cache",
     ".multitalk.nodes",
 )
 NODE_CLASS_MAPPINGS: dict[str, type] = {}

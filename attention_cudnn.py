@@ -56,9 +56,7 @@ class CudnnFp8:
         shift = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1)
         return expand_fp8(*_attention(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
 
-    def fused(
-        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
-    ) -> Tensor:
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor) -> Tensor:
         """The same from projections q, k [B, L, C], which are normalised, placed and quantised in one pass.
 
         v [B, L, H, D]; norm_q, norm_k: RMS norms over C with `weight` and `eps`; rope [L or (B, L), D/2, 2].
@@ -146,9 +144,7 @@ def _attention(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tens
 @torch.library.custom_op(op_name("sdpa_fp8"), mutates_args=())
 def _sdpa_fp8(q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor, scale_v: Tensor) -> Tensor:
     """q, k, v [B, L, H, D] E4M3 with scales [1] that multiply them -> [B, Lq, H, D] E4M3, with v's scale."""
-    q, k, v, scale_q, scale_k, scale_v = (
-        kernel_ready(t, strided=False) for t in (q, k, v, scale_q, scale_k, scale_v)
-    )
+    q, k, v, scale_q, scale_k, scale_v = (kernel_ready(t, strided=False) for t in (q, k, v, scale_q, scale_k, scale_v))
     check_entry("sdpa_fp8", strided=False, q=q, k=k, v=v, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v)
     out = torch.empty_like(q)
     if q.numel() == 0:
@@ -218,9 +214,7 @@ def declared_graph(cudnn: ModuleType, shape: tuple[int, int, int, int], keys: in
     """cuDNN's description of the attention; it names dimensions [B, H, L, D] and reads them where [B, L, H, D] lies."""
     batch, tokens, heads, size = shape
     number, fp8 = cudnn.data_type.FLOAT, cudnn.data_type.FP8_E4M3
-    graph = cudnn.pygraph(
-        io_data_type=fp8, intermediate_data_type=number, compute_data_type=number, handle=handle
-    )
+    graph = cudnn.pygraph(io_data_type=fp8, intermediate_data_type=number, compute_data_type=number, handle=handle)
 
     def heads_of(length: int) -> dict[str, tuple[int, ...]]:
         return {"dim": (batch, heads, length, size), "stride": (length * heads * size, size, heads * size, 1)}

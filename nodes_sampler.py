@@ -15,6 +15,7 @@ from .wanvideo.loading import WanVideoModel
 from .wanvideo.payloads import ImageEmbeds, TextEmbeds
 from .wanvideo.sampling import SampleRequest, sample
 from .wanvideo.schedulers import SCHEDULERS, Schedule, ScheduleSpec, make_schedule
+from .wanvideo.step_cache import StepCache
 from .wanvideo.windows import FUSE_METHODS, SCHEDULES, ContextOptions
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
@@ -100,7 +101,7 @@ class WanVideoSampler:
         denoise_strength: float = 1.0,
         feta_args: EnhanceArgs | None = None,
         context_options: ContextOptions | None = None,
-        cache_args: object = None,
+        cache_args: StepCache | None = None,
         flowedit_args: object = None,
         batched_cfg: bool = False,
         slg_args: object = None,
@@ -121,7 +122,6 @@ class WanVideoSampler:
         _reject_unbuilt(
             "WanVideo Sampler",
             {
-                "cache_args": cache_args,
                 "flowedit_args": flowedit_args,
                 "slg_args": slg_args,
                 "rope_function": rope_function,
@@ -159,6 +159,7 @@ class WanVideoSampler:
             multitalk=multitalk_embeds,
             feta=feta_args,
             context=context_options,
+            cache=cache_args,
             force_offload=force_offload,
         )
         return sample(request, get_host())
@@ -234,7 +235,7 @@ class WanVideoSamplerExtraArgs:
         riflex_freq_index: int = 0,
         feta_args: EnhanceArgs | None = None,
         context_options: ContextOptions | None = None,
-        cache_args: object = None,
+        cache_args: StepCache | None = None,
         slg_args: object = None,
         rope_function: str = "comfy",
         loop_args: object = None,
@@ -248,7 +249,6 @@ class WanVideoSamplerExtraArgs:
         _reject_unbuilt(
             "WanVideoSampler v2 Extra Args",
             {
-                "cache_args": cache_args,
                 "slg_args": slg_args,
                 "rope_function": rope_function,
                 "loop_args": loop_args,
@@ -259,7 +259,7 @@ class WanVideoSamplerExtraArgs:
             },
         )
         args = {"riflex_index": riflex_freq_index, "feta": feta_args, "multitalk": multitalk_embeds}
-        return ({**args, "context": context_options},)
+        return ({**args, "context": context_options, "cache": cache_args},)
 
 
 class WanVideoSamplerv2:

@@ -214,9 +214,7 @@ def _(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor
 
 
 @norm_rope_fp8.register_fake
-def _(
-    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int) -> tuple[Tensor, Tensor]:
     return _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
 
 

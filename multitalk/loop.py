@@ -164,10 +164,11 @@ def fingerprint_parts(request: SampleRequest) -> dict[str, object]:
         loop, vae=None, output_path="", start_images=None, reference_video=None, offload_between_windows=False
     )
     options = {"window settings": settings, "image_embeds": replace(request.image, loop=None)}
-    names = ("cfg", "seed", "samples", "add_noise_to_samples", "batched_cfg", "riflex_index", "feta", "text")
+    names = ("cfg", "seed", "samples", "add_noise_to_samples", "batched_cfg", "riflex_index", "feta", "text", "cache")
     return {
         "model": (model.path, replace(model.options, block_swap=None, keep_on_device=False)),
         "vae": (loop.vae.model, str(loop.vae.dtype)),
+        "attention": model.attention.identity(),
         "LoRA": model.loras,
         "start_image": loop.start_images,
         "reference_video": loop.reference_video,

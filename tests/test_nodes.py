@@ -177,7 +177,7 @@ def test_settings_v2_and_scheduler_nodes_give_what_the_sampler_gives():
     assert torch.equal(sample(given, embeds, cfg=[2.0, 1.5], scheduler=wired)[0]["samples"], want)
 
 
-@pytest.mark.parametrize("name", ["cache_args", "slg_args", "experimental_args", "uni3c_embeds",
+@pytest.mark.parametrize("name", ["slg_args", "experimental_args", "uni3c_embeds",
                                   "loop_args", "freeinit_args", "flowedit_args"])  # fmt: skip
 def test_options_that_are_not_there_are_named(name):
     embeds = N["WanVideoEmptyEmbeds"]().process(32, 32, 9)[0]

@@ -6,7 +6,7 @@ A plan is one backend and the exceptions to it. It is read once a forward, outsi
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from .. import attention
 from ..attention import Attention, AttentionSpec, GridAttention
@@ -81,6 +81,16 @@ class AttentionPlan:
                     f"attention_mode '{backend.name}' was tried on {tokens} tokens in a process of its own and failed: "
                     f"{why}. Choose another attention_mode, or install another build of its package."
                 )
+
+    def identity(self) -> tuple[object, ...]:
+        """What tells this plan from others, in plain values: backends, their settings, and where they run."""
+        settings = {field.name: getattr(self.main, field.name) for field in fields(self.main)}
+        plain = {name: value for name, value in settings.items() if isinstance(value, (str, int, float, bool))}
+        rules = tuple(
+            (rule.plan.identity(), rule.steps, rule.ends, None if rule.blocks is None else sorted(rule.blocks))
+            for rule in self.rules
+        )
+        return self.main.name, plain, rules
 
     def before(self, rule: Rule) -> AttentionPlan:
         """The same with an exception that counts before the others."""

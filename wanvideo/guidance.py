@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .extension import Payload, RunCache, Step
 from .modules.model import ModelInputs, WanModel
+from .step_cache import StepMemories
 
 
 class Row(NamedTuple):
@@ -26,6 +27,12 @@ class Row(NamedTuple):
     text: bool
     audio: bool
     weight: float
+
+
+def prediction_name(rows: Sequence[Row]) -> str:
+    """What a forward of these rows predicts, in words."""
+    names = (("prompt" if r.text else "no prompt") + ("" if r.audio else ", no speech") for r in rows)
+    return " and ".join(names)
 
 
 def guidance_rows(text_scale: float, audio_scale: float = 1.0) -> tuple[Row, ...]:
@@ -115,7 +122,8 @@ class Denoiser:
     Everything is moved to `device` once, so that what extensions keep for the run (`RunCache`) stays valid: make a new
     Denoiser for every window. dtype is that of payloads and texts; latents go in as float32. keeps=False computes
     everything anew in every step, for weights that change within the run (per-step LoRA). texts: where keys and
-    values of the prompts are kept, for windows that share prompts; None for a cache of its own.
+    values of the prompts are kept, for windows that share prompts; None for a cache of its own. memories: of the step
+    cache, if there is one.
     """
 
     def __init__(
@@ -129,8 +137,10 @@ class Denoiser:
         riflex_index: int = 0,
         keeps: bool = True,
         texts: RunCache | None = None,
+        memories: StepMemories | None = None,
     ) -> None:
         self.model = model
+        self.memories = memories
         self.guidance = guidance
         self.riflex_index = riflex_index
         self.device = device
@@ -161,10 +171,17 @@ class Denoiser:
                 velocity = velocity + row.weight * prediction.float()
         return velocity
 
+    def report(self) -> None:
+        """Log what the step cache left out."""
+        if self.memories is not None:
+            self.memories.report()
+
     def forget(self) -> None:
         """Compute anew, in the next forward, what was kept of the conditions."""
         for cache in (*(self._caches or {}).values(), *(() if self._texts is None else (self._texts,))):
             cache.clear()
+        if self.memories is not None:
+            self.memories.clear()
 
     def _predict(self, video: Tensor, timestep: Tensor, step: Step, rows: Sequence[Row]) -> Tensor:
         count = len(rows)
@@ -177,6 +194,7 @@ class Denoiser:
             riflex_index=self.riflex_index,
             cache=None if self._caches is None else self._caches.setdefault(count, RunCache()),
             texts=self._texts,
+            memory=None if self.memories is None else self.memories.of(prediction_name(rows)),
         )
         return self.model(inputs)
 

@@ -33,6 +33,7 @@ from .latents import (
 )
 from .payloads import VAE_TIME_STRIDE, ImageEmbeds, TextEmbeds
 from .schedulers import Schedule
+from .step_cache import StepCache, StepMemories, memories
 from .windows import ContextOptions, WindowedDenoiser, free_noise
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def denoise(
         tripwire.look(velocity, latents, partial(_origin, denoiser, given, timesteps, step))
         if watcher is not None:
             watcher.end(index, clean)
+    denoiser.report()
     return Denoised(latents, clean)
 
 
@@ -167,7 +169,7 @@ class SampleRequest:
 
     text: several positive prompts share out the frames, or the windows. cfg: one text scale, or one a step. samples: a
     LATENT to start or go on from. seed: of the starting noise and of all noise that solvers draw. feta: payload of
-    Enhance-A-Video. context: windows for a video longer than the model's.
+    Enhance-A-Video. context: windows for a video longer than the model's. cache: leaves out steps.
     """
 
     model: WanVideoModel
@@ -183,6 +185,7 @@ class SampleRequest:
     multitalk: MultiTalkEmbeds | None = None
     feta: Payload | None = None
     context: ContextOptions | None = None
+    cache: StepCache | None = None
     force_offload: bool = True
 
     @property
@@ -229,6 +232,8 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
 
     Raises ValueError where model, inputs and options do not fit, and the host's exception on cancellation.
     """
+    if request.cache is not None:
+        log.info("Steps may be left out by %s.", request.cache.described(request.model))
     if request.image.loop is not None:
         from ..multitalk.loop import run_loop
 
@@ -301,8 +306,12 @@ def make_denoiser(
     host: Host,
     conditions: Conditions,
     texts: RunCache | None = None,
+    kept: StepMemories | None = None,
 ) -> Denoiser:
-    """The guided model of one run or window, under the scales that the request asks for. texts: as Denoiser's."""
+    """The guided model of one run or window, under the scales that the request asks for.
+
+    texts: as Denoiser's. kept: what the step cache remembers; None begins anew.
+    """
     speech = request.multitalk
     guidance = Guidance(
         cfg=per_step(request.cfg),
@@ -318,7 +327,13 @@ def make_denoiser(
         riflex_index=request.riflex_index,
         keeps=not any(isinstance(file.strength, tuple) for file in request.model.loras),
         texts=texts,
+        memories=new_memories(request, host) if kept is None else kept,
     )
+
+
+def new_memories(request: SampleRequest, host: Host) -> StepMemories | None:
+    """Empty memories of the request's step cache, if it has one."""
+    return None if request.cache is None else memories(request.cache, request.model, host.device())
 
 
 def conditionings(
@@ -359,7 +374,10 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
         options=context,
         texts=[prompt.to(device, dtype) for prompt in request.text.positive],
         device=device,
-        make=lambda window: make_denoiser(request, transformer, host=host, conditions=window, texts=texts),
+        make=lambda window, kept: make_denoiser(
+            request, transformer, host=host, conditions=window, texts=texts, kept=kept
+        ),
+        memories=lambda: new_memories(request, host),
         model=transformer,
     )
 

@@ -18,6 +18,7 @@ from .extension import Payload, Step
 from .guidance import Conditioning, Conditions, Denoiser
 from .modules.model import WanModel
 from .payloads import VAE_TIME_STRIDE, latent_frames
+from .step_cache import StepMemories
 
 log = logging.getLogger("wanvideo")
 
@@ -180,8 +181,8 @@ class WindowedDenoiser:
     """Velocity of a long video from windows; stands in for a `Denoiser`.
 
     conditions: of the whole video. texts: prompts [tokens, text_dim] that share it out. make: a Denoiser of one
-    window's conditions; it lives for one forward, so that what extensions keep does not add up over windows. model:
-    what they run.
+    window's conditions; it lives for one forward, so that what extensions keep does not add up over windows. memories:
+    makes what the step cache remembers of one window. model: what they run.
     """
 
     def __init__(
@@ -191,23 +192,29 @@ class WindowedDenoiser:
         options: ContextOptions,
         texts: Sequence[Tensor],
         device: torch.device,
-        make: Callable[[Conditions], Denoiser],
+        make: Callable[[Conditions, StepMemories | None], Denoiser],
+        memories: Callable[[], StepMemories | None],
         model: WanModel,
     ) -> None:
         self.device = device
         self.model = model
-        self._conditions, self._options, self._texts, self._make = conditions, options, texts, make
+        self._conditions, self._options, self._texts = conditions, options, texts
+        self._make, self._memories = make, memories
+        self._kept: dict[Frames, StepMemories | None] = {}
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: Step, index: int) -> Tensor:
         """As Denoiser."""
         latents = latents.to(self.device, torch.float32)
         count = latents.shape[1]
         total, weight = torch.zeros_like(latents), latents.new_zeros(1, count, 1, 1)
-        for window in self._options.windows(index, count):
+        windows = self._options.windows(index, count)
+        # What is remembered of a window that has moved on can serve no step any more.
+        self._kept = {window: self._kept[window] if window in self._kept else self._memories() for window in windows}
+        for window in windows:
             if self._options.verbose:
                 log.info("Step %d, context window %s.", index + 1, window)
             places = torch.tensor(window, device=self.device)
-            denoiser = self._make(self._of(window, count))
+            denoiser = self._make(self._of(window, count), self._kept[window])
             times = timestep[places.to(timestep.device)] if timestep.dim() else timestep
             velocity = denoiser(latents[:, places], times, step, index)
             share = blend_weights(window, count, self._options).to(self.device)[None, :, None, None]
@@ -215,9 +222,16 @@ class WindowedDenoiser:
             weight.index_add_(1, places, share)
         return total / weight
 
+    def report(self) -> None:
+        """As Denoiser."""
+        for kept in self._kept.values():
+            if kept is not None:
+                kept.report()
+
     def forget(self) -> None:
         """As Denoiser."""
-        self._make(self._conditions).forget()
+        self._make(self._conditions, None).forget()
+        self._kept.clear()
 
     def _of(self, window: Frames, count: int) -> Conditions:
         """The window's part of the conditions."""

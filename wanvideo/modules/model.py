@@ -39,6 +39,7 @@ from ..extension import (
     run_hooks,
 )
 from ..rope import rope_table
+from ..step_cache import Moment, StepMemory
 from .layers import (
     FeedForward,
     Head,
@@ -200,6 +201,7 @@ class ModelInputs:
     riflex_index: int = 0
     cache: RunCache | None = None
     texts: RunCache | None = None
+    memory: StepMemory | None = None
 
 
 class Active(NamedTuple):
@@ -242,8 +244,28 @@ class WanModel(nn.Module):
 
         Raises ValueError if the channels or sizes of the latents do not fit, or a payload has no weights here.
         """
+        if inputs.memory is None:
+            return self._velocity(inputs)
+        latents = inputs.latents[:, : self.config.out_dim]
+        return inputs.memory.whole(latents, inputs.step, lambda: self._velocity(inputs))
+
+    def _velocity(self, inputs: ModelInputs) -> Tensor:
         tokens, embedding = self._embed(inputs)
         active, tokens = self._prepare(inputs, tokens)
+
+        def run() -> Tensor:
+            return self._blocks(inputs, tokens, active)
+
+        if inputs.memory is None:
+            x = run()
+        else:
+            x = inputs.memory.blocks(Moment(embedding, tokens.mod, tokens.x), inputs.step, run)
+        count = tokens.grid[0] * tokens.grid[1] * tokens.grid[2]
+        rows = None if tokens.rows is None else tokens.rows[:count]
+        return self._unpatchify(self.head(x[:, :count], embedding, rows), tokens.grid)
+
+    def _blocks(self, inputs: ModelInputs, tokens: Tokens, active: Sequence[Active]) -> Tensor:
+        """The tokens [B, L, C] behind the last block."""
         text_of = self._text(inputs, tokens.x.dtype)
         attention_of = self._attention(inputs.step, tokens.grid)
         x = tokens.x
@@ -255,9 +277,7 @@ class WanModel(nn.Module):
                 x = block(x, block_inputs, self._conds(index, active, inputs.cache))
                 for entry in active:
                     x = entry.extension.after_block(self, index, x, block_inputs, entry.state)
-        count = tokens.grid[0] * tokens.grid[1] * tokens.grid[2]
-        rows = None if tokens.rows is None else tokens.rows[:count]
-        return self._unpatchify(self.head(x[:, :count], embedding, rows), tokens.grid)
+        return x
 
     def _embed(self, inputs: ModelInputs) -> tuple[Tokens, Tensor]:
         latents, config = inputs.latents, self.config
