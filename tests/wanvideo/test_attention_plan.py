@@ -13,6 +13,7 @@ from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule, plan_for
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import BlockInputs, Step
+from wanvideo_wrapper.wanvideo.fingerprint import digest
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
 from wanvideo_wrapper.wanvideo.rope import apply_rope, rope_table
@@ -47,6 +48,20 @@ def test_the_first_rule_that_applies_counts():
     assert names(made, Step(in_run=0)) == ["a", "b", "a", "a"]
     assert names(made, Step(in_run=2)) == ["c", "b", "c", "c"]
     assert names(made.before(Rule(plan=plan("d"))), Step(in_run=2)) == ["d"] * 4
+
+
+def test_plans_that_run_otherwise_are_told_apart():
+    made = [
+        plan("a"),
+        plan("b"),
+        plan("a", rules=(Rule(plan=plan("b"), blocks=frozenset({1})),)),
+        plan("a", rules=(Rule(plan=plan("b"), blocks=frozenset({2})),)),
+        plan("a", rules=(Rule(plan=plan("b"), ends=True),)),
+        AttentionPlan(main=RadialAttention(decay=0.2)),
+        AttentionPlan(main=RadialAttention(decay=0.3)),
+    ]
+    assert len({digest(each.identity()) for each in made}) == len(made)
+    assert digest(made[2].identity()) == digest(replace(made[2]).identity())
 
 
 def test_ends_are_those_of_the_schedule_not_of_the_run():
