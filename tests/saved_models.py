@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from PIL import Image
@@ -14,6 +16,7 @@ from wanvideo_wrapper.quantized.fp8 import quantise_rows
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = Path(os.environ.get("WANVIDEO_GRAPHS", ROOT.parent / "shared" / "workflows"))
 LIGHTX = "WanVideo/Lightx2v/lightx2v_{}_14B{}_cfg_step_distill_{}rank64_bf16{}.safetensors"
+MORDOR = "one-does-not-simply-walk-into-mordor-its-black-gates-are-guarded-by-more-than-just-orcs.mp3"
 Q8_0 = GGMLQuantizationType.Q8_0
 
 # The graph of each test, what makes it small, and the frames of the video it must make. Only attention_mode, size,
@@ -24,6 +27,15 @@ GRAPH_RUNS = {
         (
             "245.value=64", "246.value=64", "270.value=40", "WanVideoModelLoader.attention_mode=sdpa",
             "WanVideoSampler.steps=2", "WanVideoImageToVideoMultiTalk.frame_window_size=25",
+        ),
+        ("MelBandRoFormerSampler",),
+        40,
+    ),
+    "video_to_video": (
+        "*V2V_InfiniteTalk*02*.json",
+        (
+            "245.value=64", "246.value=64", "270.value=40", "WanVideoModelLoader.attention_mode=sdpa",
+            "WanVideoImageToVideoMultiTalk.frame_window_size=25",
         ),
         ("MelBandRoFormerSampler",),
         40,
@@ -103,7 +115,8 @@ def fill(models, inputs, *, clip_dim=tiny.CLIP_DIM):
     diffusion = models / "diffusion_models" / "WanVideo"
     i2v, t2v = tiny.image_to_video(clip_dim=clip_dim), tiny.transformer(in_dim=16)
     save_gguf(i2v, diffusion / "wan2.1-i2v-14b-480p-Q8_0.gguf")
-    save_gguf(tiny.speech_module(), diffusion / "InfiniteTalk" / "Wan2_1-InfiniteTalk_Single_Q8.gguf")
+    for place in ("InfiniteTalk", "InfiniteTalk/InfiniteTalk"):
+        save_gguf(tiny.speech_module(), diffusion / place / "Wan2_1-InfiniteTalk_Single_Q8.gguf")
     save_fp8(i2v, diffusion / "Wan2_1-I2V-14B-480P_fp8_e4m3fn.safetensors", scaled=False)
     save_fp8(t2v, diffusion / "fp8_scaled_kj/T2V/Wan2_1-T2V-14B_fp8_e4m3fn_scaled_KJ.safetensors", scaled=True)
     for seed, noise in enumerate(("HIGH", "LOW")):
@@ -120,4 +133,17 @@ def fill(models, inputs, *, clip_dim=tiny.CLIP_DIM):
     with Image.open(INPUT / "portrait.png") as portrait:
         for name in ("woman.png", "oldman_upscaled.png"):
             portrait.save(inputs / name)
-    (inputs / "hush.mp3").write_bytes((INPUT / "speech.wav").read_bytes())
+    for name in ("hush.mp3", MORDOR):
+        (inputs / name).write_bytes((INPUT / "speech.wav").read_bytes())
+    save_clip(inputs / "10.mp4")
+
+
+def save_clip(path, frames=30):
+    """A picture that slides, shorter than the speech."""
+    with Image.open(INPUT / "portrait.png") as portrait, av.open(str(path), "w") as container:
+        pixels = np.asarray(portrait.convert("RGB").resize((96, 64)))
+        stream = container.add_stream("libx264", rate=25, width=96, height=64, pix_fmt="yuv420p")
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(pixels, index, axis=1)), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

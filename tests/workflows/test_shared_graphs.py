@@ -10,6 +10,7 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.headless.cli import main
 from wanvideo_wrapper.host import get_host, set_host
 
+TALKING = ("infinitetalk", "video_to_video")
 pytestmark = pytest.mark.skipif(not GRAPHS.is_dir(), reason=f"no saved graphs in {GRAPHS} (set WANVIDEO_GRAPHS)")
 
 
@@ -41,5 +42,5 @@ def test_graph_runs_to_a_video(name, folders, tmp_path):
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
         assert sum(1 for _ in container.decode(stream)) == frames
-        assert bool(container.streams.audio) == (name == "infinitetalk")
+        assert bool(container.streams.audio) == (name in TALKING)
         assert {"prompt", "workflow"} <= set(container.metadata)
