@@ -17,9 +17,11 @@ FAMILIES = (
     ".nodes_model_loading",
     ".nodes_model_options",
     ".nodes_attention",
+    ".nodes_schedule",
     ".nodes_sampler",
     ".nodes_utility",
     ".cache_methods.nodes_cache",
+    ".multitalk.nodes_audio",
     ".multitalk.nodes",
 )
 NODE_CLASS_MAPPINGS: dict[str, type] = {}

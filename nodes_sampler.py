@@ -1,4 +1,4 @@
-"""Sampler and scheduler nodes."""
+"""Sampler nodes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from .enhance_a_video import EnhanceArgs
 from .host import get_host
 from .multitalk.audio import MultiTalkEmbeds
 from .node_tools import CATEGORY, mappings, reject
+from .nodes_schedule import SCHEDULER, SHIFT
 from .wanvideo.loading import WanVideoModel
 from .wanvideo.payloads import ImageEmbeds, TextEmbeds
 from .wanvideo.sampling import SampleRequest, sample
-from .wanvideo.schedulers import SCHEDULERS, Schedule, ScheduleSpec, make_schedule
+from .wanvideo.schedulers import Schedule, ScheduleSpec, make_schedule
 from .wanvideo.step_cache import StepCache
-from .wanvideo.windows import FUSE_METHODS, SCHEDULES, ContextOptions
+from .wanvideo.windows import ContextOptions
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
 SamplerArgs = dict[str, object]
 
-SCHEDULER = (list(SCHEDULERS), {"default": "unipc"})
 SEED = ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF})
 CFG = ("FLOAT", {"default": 6.0, "min": 0.0, "max": 30.0, "step": 0.01})
-SHIFT = ("FLOAT", {"default": 5.0, "min": 0.0, "max": 1000.0, "step": 0.01})
 RIFLEX = (
     "INT",
     {"default": 0, "min": 0, "max": 1000, "step": 1, "tooltip": "RIFLEx: 6 lets videos run longer without repeating"},
@@ -319,131 +318,10 @@ class WanVideoSamplerv2:
         return sample(request, get_host())
 
 
-class WanVideoScheduler:
-    """Makes the sigmas of a scheduler, and passes its settings on."""
-
-    DISPLAY_NAME = "WanVideo Scheduler"
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("SIGMAS", "INT", "FLOAT", SCHEDULER[0], "INT", "INT")
-    RETURN_NAMES = ("sigmas", "steps", "shift", "scheduler", "start_step", "end_step")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        return {
-            "required": {
-                "scheduler": SCHEDULER,
-                "steps": ("INT", {"default": 30, "min": 1}),
-                "shift": SHIFT,
-                "start_step": ("INT", {"default": 0, "min": 0}),
-                "end_step": ("INT", {"default": -1, "min": -1, "tooltip": "-1: to the end"}),
-            },
-            "optional": {
-                "sigmas": ("SIGMAS",),
-                "enhance_hf": ("BOOLEAN", {"default": False, "tooltip": "More steps at low noise"}),
-            },
-            "hidden": {"unique_id": "UNIQUE_ID"},
-        }
-
-    def process(
-        self,
-        scheduler: str,
-        steps: int,
-        shift: float,
-        start_step: int,
-        end_step: int,
-        sigmas: Tensor | None = None,
-        enhance_hf: bool = False,
-        unique_id: str | None = None,
-    ) -> tuple[Tensor, int, float, Schedule, int, int]:
-        """All sigmas, the settings, and the schedule itself where a sampler takes a scheduler's name."""
-        spec = ScheduleSpec(
-            name=scheduler,
-            steps=steps,
-            shift=shift,
-            sigmas=sigmas,
-            start_step=start_step,
-            end_step=end_step,
-            enhance_hf=bool(enhance_hf),
-        )
-        schedule = make_schedule(spec)
-        return schedule.all_sigmas, schedule.total, shift, schedule, start_step, end_step
-
-
-class WanVideoSchedulerv2(WanVideoScheduler):
-    """Makes a schedule for WanVideoSamplerv2."""
-
-    DISPLAY_NAME = "WanVideo Scheduler v2"
-    RETURN_TYPES = ("WANVIDEOSCHEDULER",)
-    RETURN_NAMES = ("scheduler",)
-
-    def process(self, *args: object, **kwargs: object) -> tuple[Schedule]:
-        """The schedule."""
-        return (super().process(*args, **kwargs)[3],)
-
-
-class WanVideoContextOptions:
-    """Cuts a video longer than the model's into windows that are blended at every step."""
-
-    DISPLAY_NAME = "WanVideo Context Options"
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("WANVIDCONTEXT",)
-    RETURN_NAMES = ("context_options",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        frames = {"min": 4, "max": 100, "step": 1}
-        return {
-            "required": {
-                "context_schedule": (list(SCHEDULES), {"tooltip": "How windows lie; looped: the end meets the start"}),
-                "context_frames": (
-                    "INT",
-                    {"default": 81, "min": 2, "max": 1000, "step": 1, "tooltip": "Pixel frames of a window"},
-                ),
-                "context_stride": ("INT", {"default": 4, **frames, "tooltip": "8 adds windows of every 2nd latent"}),
-                "context_overlap": ("INT", {"default": 16, **frames, "tooltip": "Pixel frames that windows share"}),
-                "freenoise": ("BOOLEAN", {"default": True, "tooltip": "Windows start from the same noise, shuffled"}),
-                "verbose": ("BOOLEAN", {"default": False, "tooltip": "Log every window"}),
-            },
-            "optional": {
-                "fuse_method": (list(FUSE_METHODS), {"default": "linear", "tooltip": "How overlaps are weighed"}),
-                "reference_latent": ("LATENT", {"tooltip": "Start picture of the windows after the first"}),
-            },
-        }
-
-    def process(
-        self,
-        context_schedule: str,
-        context_frames: int,
-        context_stride: int,
-        context_overlap: int,
-        freenoise: bool,
-        verbose: bool,
-        fuse_method: str = "linear",
-        reference_latent: Latent | None = None,
-    ) -> tuple[ContextOptions]:
-        """Collect the settings."""
-        options = ContextOptions(
-            schedule=context_schedule,
-            size=context_frames,
-            stride=context_stride,
-            overlap=context_overlap,
-            freenoise=bool(freenoise),
-            fuse=fuse_method,
-            verbose=bool(verbose),
-            reference=None if reference_latent is None else reference_latent["samples"],
-        )
-        return (options,)
-
-
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     WanVideoSampler,
     WanVideoSamplerSettings,
     WanVideoSamplerFromSettings,
     WanVideoSamplerExtraArgs,
     WanVideoSamplerv2,
-    WanVideoScheduler,
-    WanVideoSchedulerv2,
-    WanVideoContextOptions,
 )

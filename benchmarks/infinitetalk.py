@@ -1,6 +1,7 @@
 """InfiniteTalk 14B at full shapes with random weights: 768x768, 81 frames, 6 steps, CFG 1; time and peak GPU memory.
 
     python benchmarks/infinitetalk.py [--option QUANTIZATION:ATTENTION ...] [--speakers 2] [--steps 6]
+    compute-sanitizer --target-processes all python benchmarks/infinitetalk.py --blocks 2 --size 256 --steps 1
 
 The model is loaded through the pack's own loader from a file that is made up on the fly (40 GB of bf16, in host
 memory), each option in a process of its own. Prints one JSON line an option: seconds a step (median, after the first),
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -42,10 +44,12 @@ class RandomFile:
 
     metadata: dict[str, str] = {}
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, blocks: int) -> None:
         self.path = path
         self._pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(SPREAD).bfloat16()
-        self.tensors = {name: StoredTensor(shape=shape, format="BF16") for name, shape in published_shapes().items()}
+        self.tensors = {
+            name: StoredTensor(shape=shape, format="BF16") for name, shape in published_shapes(blocks).items()
+        }
 
     def read(self, name: str) -> Tensor:
         """Norm weights near 1, all else near 0."""
@@ -55,8 +59,8 @@ class RandomFile:
         return values + 1 if "norm" in name and name.endswith("weight") else values
 
 
-def published_shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor of a 14B image-to-video model with its audio layers in one file."""
+def published_shapes(blocks: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a 14B image-to-video model with its audio layers in one file, of its first blocks."""
     found: dict[str, tuple[int, ...]] = {}
     for key, value in json.loads(SHAPES.read_text()).items():
         if key == "_meta":
@@ -65,7 +69,8 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
             found |= {key.replace("{i}", str(index)): tuple(value["shape"]) for index in range(value["count"])}
         else:
             found[key] = tuple(value)
-    return found
+    numbers = {name: re.match(r"blocks\.(\d+)\.", name) for name in found}
+    return {name: shape for name, shape in found.items() if not numbers[name] or int(numbers[name][1]) < blocks}
 
 
 class StepTimes:
@@ -100,18 +105,20 @@ class TimingHost(StandaloneHost):
         return self.times
 
 
-def request(quantization: str, attention: str, *, speakers: int, steps: int, host: StandaloneHost) -> SampleRequest:
+def request(option: str, case: argparse.Namespace, host: StandaloneHost) -> SampleRequest:
     """The whole case with random inputs."""
-    checkpoint.open_files = lambda path: (RandomFile(path),)
+    quantization, attention = option.split(":")
+    speakers, size = case.speakers, case.size
+    checkpoint.open_files = lambda path: (RandomFile(path, case.blocks),)
     options = LoadOptions(base_dtype=torch.bfloat16, quantization=quantization, attention_mode=attention)
     model = load_wan_model(Path("random_InfiniteTalk.safetensors"), options, host)
-    latent = ((FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)
+    latent = ((FRAMES - 1) // 4 + 1, size // 8, size // 8)
     mask = torch.zeros(4, *latent)
     mask[:, 0] = 1
     features = tuple(torch.randn(FRAMES, 12, 768) for _ in range(speakers))
-    masks = torch.zeros(speakers, SIZE, SIZE)
+    masks = torch.zeros(speakers, size, size)
     for index, part in enumerate(masks.chunk(speakers, dim=0)):
-        part[..., index * SIZE // speakers : (index + 1) * SIZE // speakers] = 1
+        part[..., index * size // speakers : (index + 1) * size // speakers] = 1
     return SampleRequest(
         model=model,
         text=TextEmbeds(positive=(torch.randn(120, 4096),)),
@@ -122,20 +129,19 @@ def request(quantization: str, attention: str, *, speakers: int, steps: int, hos
             mask=mask,
             clip=ClipEmbeds(positive=torch.randn(1, 257, 1280)),
         ),
-        schedule=make_schedule(ScheduleSpec(name="dpm++_sde", steps=steps, shift=11.0)),
+        schedule=make_schedule(ScheduleSpec(name="dpm++_sde", steps=case.steps, shift=11.0)),
         cfg=1.0,
         seed=0,
         multitalk=MultiTalkEmbeds(features=features, masks=masks if speakers > 1 else None),
     )
 
 
-def run(option: str, *, speakers: int, steps: int) -> dict[str, object]:
+def run(option: str, case: argparse.Namespace) -> dict[str, object]:
     """One option in this process."""
-    quantization, attention = option.split(":")
     host = TimingHost()
     set_host(host)
     try:
-        asked = request(quantization, attention, speakers=speakers, steps=steps, host=host)
+        asked = request(option, case, host)
     except (ValueError, RuntimeError) as error:
         return {"option": option, "refused": str(error)}
     torch.cuda.reset_peak_memory_stats()
@@ -146,7 +152,9 @@ def run(option: str, *, speakers: int, steps: int) -> dict[str, object]:
         "option": option,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "speakers": speakers,
+        "blocks": case.blocks,
+        "size": case.size,
+        "speakers": case.speakers,
         "seconds_a_step": round(statistics.median(each[1:] or each), 3),
         "seconds": round(ends[-1] - ends[0], 2),
         "peak_gb": round(torch.cuda.max_memory_allocated() / GIGABYTE, 2),
@@ -159,15 +167,18 @@ def main() -> None:
     parser.add_argument("--option", nargs="+", default=list(DEFAULT))
     parser.add_argument("--speakers", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        sys.stdout.write(json.dumps(run(options.option[0], speakers=options.speakers, steps=options.steps)) + "\n")
+        sys.stdout.write(json.dumps(run(options.option[0], options)) + "\n")
         return
     base: float | None = None
     for option in options.option:
         command = [sys.executable, __file__, "--child", "--option", option]
-        command += ["--speakers", str(options.speakers), "--steps", str(options.steps)]
+        for name in ("speakers", "steps", "blocks", "size"):
+            command += [f"--{name}", str(getattr(options, name))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             result: dict[str, object] = {"option": option, "failed": done.returncode}

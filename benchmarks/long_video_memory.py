@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import set_host
-from wanvideo_wrapper.multitalk.nodes import MultiTalkWav2VecEmbeds, WanVideoImageToVideoMultiTalk
+from wanvideo_wrapper.multitalk.nodes import WanVideoImageToVideoMultiTalk
+from wanvideo_wrapper.multitalk.nodes_audio import MultiTalkWav2VecEmbeds
 from wanvideo_wrapper.multitalk.wav2vec import SAMPLE_RATE, load_wav2vec
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model

@@ -56,7 +56,7 @@ def test_a_family_that_fails_hides_no_other(monkeypatch, caplog):
         "import wanvideo_wrapper as w; print(sorted(w.NODE_CLASS_MAPPINGS))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/")
-    assert "WanVideoSampler" in done.stdout and "MultiTalkWav2VecEmbeds" not in done.stdout
+    assert "WanVideoSampler" in done.stdout and "WanVideoImageToVideoMultiTalk" not in done.stdout
     assert "multitalk.nodes are not available" in done.stderr
 
 

@@ -35,11 +35,16 @@ CLIP_DIM = 1280
 FOREIGN = ("VHS_VideoCombine", "VHS_LoadVideo", "ImageResizeKJv2", "INTConstant", "FloatConstant")
 FOREIGN += ("GetImageSizeAndCount", "GetImageRangeFromBatch", "ImageConcatMulti")
 
-STAND_IN_PACK = f"""
+# A copy of the package of its own, with the server's folders.
+STAND_IN_PACK = """
 import sys
-sys.path.insert(0, {str(ROOT.parent)!r})
+from pathlib import Path
+sys.path.insert(0, {packages!r})
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as ALL
-NODE_CLASS_MAPPINGS = {{name: ALL[name] for name in {FOREIGN!r}}}
+from wanvideo_wrapper.host import set_host
+from wanvideo_wrapper.standalone_host import StandaloneHost
+set_host(StandaloneHost(inputs=Path({base!r}) / "input", outputs=Path({base!r}) / "output", device="cpu"))
+NODE_CLASS_MAPPINGS = {{name: ALL[name] for name in {names!r}}}
 """
 
 
@@ -120,7 +125,7 @@ def server(tmp_path_factory):
     (base / "custom_nodes" / "stand_ins").mkdir()
     (base / "packages").mkdir()
     (base / "packages" / "wanvideo_wrapper").symlink_to(ROOT)
-    pack = STAND_IN_PACK.replace(repr(str(ROOT.parent)), repr(str(base / "packages")))
+    pack = STAND_IN_PACK.format(packages=str(base / "packages"), base=str(base), names=FOREIGN)
     (base / "custom_nodes" / "stand_ins" / "__init__.py").write_text(pack)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
