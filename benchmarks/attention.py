@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanvideo_wrapper import attention
@@ -34,7 +34,6 @@ HEADS, SIZE = 40, 128
 # Token grids of 832x480 and 768x768, 81 frames.
 GRIDS = {32760: (21, 30, 52), 48384: (21, 48, 48)}
 OUTLIERS, FACTOR = 4, 8
-WARM_UP, ROUNDS, REPEATS = 3, 7, 3
 SAMPLE = 512
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -89,24 +88,6 @@ def calls_for(grid: tuple[int, int, int], only: list[str]) -> tuple[dict[str, Ca
         backend = attention.resolve(name, spec)
         found[name] = backend.on_grid(grid) if isinstance(backend, GridAttention) else backend
     return found, missing
-
-
-def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median time of each call; the calls take turns, so that a change of clocks meets all of them."""
-    for call in calls.values():
-        for _ in range(WARM_UP):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(REPEATS):
-                call()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / REPEATS)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def working(calls: dict[str, Call], given: tuple[Tensor, Tensor, Tensor], missing: dict[str, str]) -> dict[str, Call]:

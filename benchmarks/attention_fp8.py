@@ -17,7 +17,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from linear import milliseconds
+from timing import milliseconds
 from torch import Tensor
 from wanvideo_wrapper import attention_cudnn
 from wanvideo_wrapper.attention import AttentionSpec, resolve

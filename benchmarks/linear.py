@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timing import milliseconds
 from torch import Tensor
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
@@ -27,25 +27,6 @@ from wanvideo_wrapper.tensor_layout import is_kernel_ready
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 E4M3 = torch.float8_e4m3fn
 SIZES = ((5120, 5120), (13824, 5120), (5120, 13824))
-ROUNDS, REPEATS = 9, 5
-
-
-def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median time of each call; the calls take turns, so that a change of clocks meets all of them."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(REPEATS):
-                call()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / REPEATS)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def original(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
