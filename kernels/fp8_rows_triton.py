@@ -1,4 +1,4 @@
-"""Triton kernels of fp8_rows.py: one program a row, the whole row in registers, so that it is read once."""
+"""Triton kernels of fp8_rows.py: a whole row in registers, so that it is read once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 LARGEST = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-12)
 WIDE_ROW = 8192
+SHARED_ROWS = 4
 
 
 @triton.jit
@@ -40,40 +41,40 @@ def _quantise(x, static, values, scales, pitch, columns, columns_out,
 
 
 @triton.jit
-def _normed_row(x, gain, shift, columns, tokens, x_batch, x_token, gain_batch, gain_token,
-                shift_batch, shift_token, eps, column, inside):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // tokens, row % tokens
-    y = tl.load(x + batch * x_batch + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(y, axis=0) / columns
-    centred = tl.where(inside, y - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / columns
-    y = centred * tl.rsqrt(variance + eps)
-    g = tl.load(gain + batch * gain_batch + token * gain_token + column, mask=inside, other=0.0)
-    s = tl.load(shift + batch * shift_batch + token * shift_token + column, mask=inside, other=0.0)
-    return y * g + s
+def _modulation(gain, shift, column, inside):
+    g = tl.load(gain + column, mask=inside, other=0.0)
+    return g, tl.load(shift + column, mask=inside, other=0.0)
 
 
 @triton.jit
-def _norm_quantise(x, gain, shift, values, scales, columns, columns_out, tokens,
-                   x_batch, x_token, gain_batch, gain_token, shift_batch, shift_token,
-                   eps, BLOCK: tl.constexpr):  # fmt: skip
+def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_token, gain_batch, gain_token,
+          shift_batch, shift_token, eps,
+          QUANTISE: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * ROWS
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    y = _normed_row(x, gain, shift, columns, tokens, x_batch, x_token, gain_batch, gain_token,
-                    shift_batch, shift_token, eps, column, inside)  # fmt: skip
-    _store_row(y, inside, column, values, scales, tl.program_id(0).to(tl.int64), columns_out, False, scales)
-
-
-@triton.jit
-def _norm_modulate(x, gain, shift, out, columns, tokens,
-                   x_batch, x_token, gain_batch, gain_token, shift_batch, shift_token,
-                   eps, BLOCK: tl.constexpr):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    inside = column < columns
-    y = _normed_row(x, gain, shift, columns, tokens, x_batch, x_token, gain_batch, gain_token,
-                    shift_batch, shift_token, eps, column, inside)  # fmt: skip
-    tl.store(out + tl.program_id(0).to(tl.int64) * columns + column, y.to(out.dtype.element_ty), mask=inside)
+    x += batch * x_batch
+    gain += batch * gain_batch
+    shift += batch * shift_batch
+    if SHARED:
+        g, s = _modulation(gain, shift, column, inside)
+    for n in range(ROWS):
+        token = (first + n).to(tl.int64)
+        if token < tokens:
+            y = tl.load(x + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
+            if not SHARED:
+                g, s = _modulation(gain + token * gain_token, shift + token * shift_token,
+                                   column, inside)  # fmt: skip
+            mean = tl.sum(y, axis=0) / columns
+            centred = tl.where(inside, y - mean, 0.0)
+            variance = tl.sum(centred * centred, axis=0) / columns
+            y = centred * tl.rsqrt(variance + eps) * g + s
+            row = batch * tokens + token
+            if QUANTISE:
+                _store_row(y, inside, column, out, scales, row, columns_out, False, scales)
+            else:
+                tl.store(out + row * columns_out + column, y.to(out.dtype.element_ty), mask=inside)
 
 
 def _launch_options(columns: int) -> dict[str, int]:
@@ -96,30 +97,29 @@ def quantise(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tens
 
 def norm_quantise(x: Tensor, gain: Tensor, shift: Tensor, values: Tensor, scale: Tensor, *, eps: float) -> None:
     """x [B, L, C]; gain and shift float32, [C] or [B, 1 or L, C], last dimension dense."""
-    if x.numel() == 0:
-        return
-    sizes = (x.shape[2], values.shape[-1], x.shape[1])
-    with torch.cuda.device_of(x):
-        _norm_quantise[(x.shape[0] * x.shape[1],)](
-            *_operands(x, gain, shift), values, scale, *sizes, *_row_strides(x, gain, shift),
-            eps, **_launch_options(values.shape[-1]),
-        )  # fmt: skip
+    _launch_norm(x, gain, shift, values, scale, eps)
 
 
 def norm_modulate(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, *, eps: float) -> None:
     """The same into `out` [B, L, C], contiguous, of any floating-point type."""
+    _launch_norm(x, gain, shift, out, None, eps)
+
+
+def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, scale: Tensor | None, eps: float) -> None:
+    batch, tokens, columns = x.shape
     if x.numel() == 0:
         return
+    operands = (x, gain.expand(x.shape), shift.expand(x.shape))
+    strides = [t.stride(dim) for t in operands for dim in (0, 1)]
+    # A modulation that all tokens share is read once for several rows: it weighs more than they do.
+    shared = _shared(*operands[1:])
+    rows = SHARED_ROWS if shared else 1
     with torch.cuda.device_of(x):
-        _norm_modulate[(x.shape[0] * x.shape[1],)](
-            *_operands(x, gain, shift), out, x.shape[2], x.shape[1], *_row_strides(x, gain, shift),
-            eps, **_launch_options(x.shape[2]),
+        _norm[(triton.cdiv(tokens, rows), batch)](
+            *operands, out, out if scale is None else scale, columns, out.shape[-1], tokens, *strides, eps,
+            QUANTISE=scale is not None, SHARED=shared, ROWS=rows, **_launch_options(out.shape[-1]),
         )  # fmt: skip
 
 
-def _operands(x: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x, gain.expand(x.shape), shift.expand(x.shape)
-
-
-def _row_strides(x: Tensor, gain: Tensor, shift: Tensor) -> list[int]:
-    return [t.stride(dim) for t in _operands(x, gain, shift) for dim in (0, 1)]
+def _shared(*modulation: Tensor) -> bool:
+    return all(t.stride(1) == 0 or t.shape[1] == 1 for t in modulation)

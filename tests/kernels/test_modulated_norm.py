@@ -1,10 +1,12 @@
 """The fused norm equals float64 for every type of activation, with float32 modulation of every shape."""
 
+import interpreted
 import pytest
 import torch
 from layouts import relative
 from wanvideo_wrapper import kernels
-from wanvideo_wrapper.kernels.modulated_norm import norm_modulate
+from wanvideo_wrapper.kernels.fp8_rows import norm_quantise_eager
+from wanvideo_wrapper.kernels.modulated_norm import norm_modulate, norm_modulate_eager
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -38,3 +40,22 @@ def test_operator_is_well_formed(device):
     arguments = (x, torch.rand(40, device=device), torch.rand(2, 1, 40, device=device), 1e-6)
     operator = getattr(torch.ops, kernels.NAMESPACE).norm_modulate.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@interpreted.needed
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("batch", "tokens", "columns"), [(2, 5, 96), (1, 9, 33), (3, 1, 64)])
+def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
+    interpreted.exact(monkeypatch)
+    kernel = kernels.triton_kernels("fp8_rows_triton")
+    x = (torch.randn(batch, tokens + 1, 2 * columns) * 3 + 1).to(dtype)[:, 1:, columns:]
+    for shape in ((columns,), (1, 1, columns), (batch, 1, columns), (batch, tokens, columns)):
+        gain, shift = torch.rand(shape) + 0.5, torch.randn(shape)
+        out = torch.full((batch, tokens, columns), float("nan"), dtype=dtype)
+        kernel.norm_modulate(x, gain, shift, out, eps=1e-6)
+        assert relative(out, norm_modulate_eager(x, gain, shift, 1e-6)) < TOLERANCES[dtype]
+        want, want_scale = norm_quantise_eager(x, gain, shift, 1e-6)
+        values, scale = torch.empty_like(want), torch.full_like(want_scale, float("nan"))
+        kernel.norm_quantise(x, gain, shift, values, scale, eps=1e-6)
+        assert torch.allclose(scale, want_scale, rtol=1e-5, atol=0)
+        assert relative(values.float() * scale, want.float() * want_scale) < 3e-3
