@@ -41,9 +41,9 @@ class Plan:
 
     out: Path
     device: torch.device
-    see_seconds: float = 290.0
+    see_seconds: float = 400.0
     hear_seconds: float = 35.0
-    talk_seconds: float = 300.0
+    talk_seconds: float = 380.0
     takes: int = 160
     share: float = 1.0
     compiled: bool = True
