@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 512}
 # 128 x 128 tiles do not fit into blocks of 64.
 SMALL_BLOCK = 64
+# flex_attention takes a block of this size for any length.
+WHOLE_BLOCK = 1 << 30
 
 
 @functools.cache
@@ -31,13 +33,24 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
+@functools.cache
+def _all_blocks(device: torch.device) -> BlockMask:
+    # flex_attention's own default is the same, but it cannot be built while a compiled model runs.
+    from torch.nn.attention.flex_attention import BlockMask
+
+    one = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
+    return BlockMask.from_kv_blocks(one, nothing, BLOCK_SIZE=WHOLE_BLOCK, seq_lengths=(1, 1))
+
+
 def flex(
     q: Tensor, k: Tensor, v: Tensor, *, blocks: BlockMask | None = None, score: Callable[..., Tensor] | None = None
 ) -> Tensor:
     """Attention of q, k, v [B, L, H, D] on a GPU, over the blocks of a mask or with changed scores: [B, L, H, D]."""
     dtype = q.dtype if q.dtype in DTYPES else DTYPES[0]
     turned = (t.to(dtype).transpose(1, 2).contiguous() for t in (q, k, v))
-    small = blocks is not None and blocks.BLOCK_SIZE[0] == SMALL_BLOCK
+    blocks = _all_blocks(q.device) if blocks is None else blocks
+    small = blocks.BLOCK_SIZE[0] == SMALL_BLOCK
     options = {"BLOCK_M": SMALL_BLOCK, "BLOCK_N": SMALL_BLOCK} if small else None
     with torch._dynamo.config.patch(LIMITS):
         out = _compiled()(*turned, block_mask=blocks, score_mod=score, kernel_options=options)

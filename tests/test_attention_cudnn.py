@@ -410,9 +410,10 @@ def test_any_layout_on_a_gpu(form):
         return CudnnFp8().fused(q, k, v.unflatten(-1, (count, size)), norm, norm, rope)
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(layouts(), layouts(), layouts())
-    def check(*chosen):
-        q, k, v = (layout.build((2, tokens, count * size), torch.bfloat16, "cuda") for layout in chosen)
+    @given(for_q=layouts(), for_k=layouts(), for_v=layouts())
+    def check(for_q, for_k, for_v):
+        shape = (2, tokens, count * size)
+        q, k, v = (layout.build(shape, torch.bfloat16, "cuda") for layout in (for_q, for_k, for_v))
         before = [bits(t) for t in (q, k, v)]
         got, want = run(q, k, v), run(fresh(q), fresh(k), fresh(v))
         assert all(torch.equal(bits(t), b) for t, b in zip((q, k, v), before, strict=True))

@@ -19,9 +19,11 @@ from .whole_clip import Z_DIM, WholeClip
 RATE = 2e-3
 # The causal convolutions reach back many frames: a network that saw only short clips loses colour in long ones.
 # Number of clips and their frames, all about the same work.
-FORMS = ((12, 17), (6, 33), (2, 97))
+FORMS = ((12, 17), (12, 17), (6, 33), (2, 97))
 PAIR_SHARE = 0.3
-MOUTH_WEIGHT, FIRST_WEIGHT = 6.0, 2.0
+MOUTH_WEIGHT = 6.0
+# The first frame, which is coded on its own, counts as one frame in six whatever the clip's length.
+FIRST_SHARE = 1 / 6
 KL_WEIGHT = 3e-4
 SHAPE_SHARE = 0.15
 PLACES = torch.tensor([[-0.5, -0.02], [0.5, -0.02]])
@@ -77,7 +79,7 @@ def loss(vae: WholeClip, clips: Tensor, weights: Tensor) -> Tensor:
         logvar = logvar.clamp(-20, 4)
         made = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
     first = torch.ones(clips.shape[2], device=clips.device)
-    first[0] = FIRST_WEIGHT
+    first[0] = max(FIRST_SHARE * len(first), 1)
     scale = weights * first[:, None, None]
     error = made - clips
     values = (scale * (error.abs() + 5 * error**2)).mean()
