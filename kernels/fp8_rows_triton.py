@@ -9,8 +9,9 @@ from torch import Tensor
 
 LARGEST = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-12)
-WIDE_ROW = 8192
-SHARED_ROWS = 4
+WARP_BYTES = 4096
+# Enough tokens to keep a GPU busy while every program takes several of them.
+MANY_TOKENS, SHARED_ROWS = 8192, 16
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
           shift_batch, shift_token, eps,
           QUANTISE: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * ROWS
+    token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     x += batch * x_batch
@@ -59,27 +60,29 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
     shift += batch * shift_batch
     if SHARED:
         g, s = _modulation(gain, shift, column, inside)
-    for n in range(ROWS):
-        token = (first + n).to(tl.int64)
+    ahead = tl.load(x + token * x_token + column, mask=inside, other=0.0)
+    for _ in range(ROWS):
+        y = ahead.to(tl.float32)
+        following = token + tl.num_programs(0)
+        ahead = tl.load(x + following * x_token + column, mask=inside & (following < tokens), other=0.0)
+        if not SHARED:
+            g, s = _modulation(gain + token * gain_token, shift + token * shift_token, column, inside)
+        mean = tl.sum(y, axis=0) / columns
+        centred = tl.where(inside, y - mean, 0.0)
+        variance = tl.sum(centred * centred, axis=0) / columns
+        y = centred * tl.rsqrt(variance + eps) * g + s
         if token < tokens:
-            y = tl.load(x + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
-            if not SHARED:
-                g, s = _modulation(gain + token * gain_token, shift + token * shift_token,
-                                   column, inside)  # fmt: skip
-            mean = tl.sum(y, axis=0) / columns
-            centred = tl.where(inside, y - mean, 0.0)
-            variance = tl.sum(centred * centred, axis=0) / columns
-            y = centred * tl.rsqrt(variance + eps) * g + s
             row = batch * tokens + token
             if QUANTISE:
                 _store_row(y, inside, column, out, scales, row, columns_out, False, scales)
             else:
                 tl.store(out + row * columns_out + column, y.to(out.dtype.element_ty), mask=inside)
+        token = following
 
 
-def _launch_options(columns: int) -> dict[str, int]:
+def _launch_options(columns: int, bytes_each: int = 2) -> dict[str, int]:
     block = triton.next_power_of_2(columns)
-    return {"BLOCK": block, "num_warps": 16 if block > WIDE_ROW else 8 if block > 1024 else 4}
+    return {"BLOCK": block, "num_warps": min(max(block * bytes_each // WARP_BYTES, 4), 32)}
 
 
 def quantise(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tensor, *, gelu: bool) -> None:
@@ -111,13 +114,14 @@ def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, scale: Ten
         return
     operands = (x, gain.expand(x.shape), shift.expand(x.shape))
     strides = [t.stride(dim) for t in operands for dim in (0, 1)]
-    # A modulation that all tokens share is read once for several rows: it weighs more than they do.
+    # A modulation that all tokens share weighs more than a row: it is read once for several.
     shared = _shared(*operands[1:])
-    rows = SHARED_ROWS if shared else 1
+    rows = SHARED_ROWS if shared and tokens >= MANY_TOKENS else 1
     with torch.cuda.device_of(x):
         _norm[(triton.cdiv(tokens, rows), batch)](
             *operands, out, out if scale is None else scale, columns, out.shape[-1], tokens, *strides, eps,
-            QUANTISE=scale is not None, SHARED=shared, ROWS=rows, **_launch_options(out.shape[-1]),
+            QUANTISE=scale is not None, SHARED=shared, ROWS=rows,
+            **_launch_options(out.shape[-1], x.element_size()),
         )  # fmt: skip
 
 

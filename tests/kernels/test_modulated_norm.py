@@ -5,7 +5,7 @@ import pytest
 import torch
 from layouts import relative
 from wanvideo_wrapper import kernels
-from wanvideo_wrapper.kernels.fp8_rows import norm_quantise_eager
+from wanvideo_wrapper.kernels.fp8_rows import norm_quantise, norm_quantise_eager
 from wanvideo_wrapper.kernels.modulated_norm import norm_modulate, norm_modulate_eager
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
@@ -22,6 +22,17 @@ def test_equals_float64(columns, dtype, device):
         got = norm_modulate(x, gain, shift, 1e-6)
         want = torch.nn.functional.layer_norm(x.double(), (columns,), eps=1e-6) * gain.double() + shift.double()
         assert got.dtype == dtype and relative(got, want) < TOLERANCES[dtype]
+
+
+@pytest.mark.cuda
+@pytest.mark.sm89
+@pytest.mark.parametrize("tokens", [8192, 8201])
+def test_many_tokens_share_a_modulation(tokens):
+    x = torch.randn(2, tokens, 256, device="cuda").bfloat16()
+    gain, shift = torch.rand(2, 1, 256, device="cuda") + 0.5, torch.randn(2, 1, 256, device="cuda")
+    want = torch.nn.functional.layer_norm(x.double(), (256,), eps=1e-6) * gain.double() + shift.double()
+    assert relative(norm_modulate(x, gain, shift, 1e-6), want) < 3e-3
+    assert relative(norm_quantise(x, gain, shift, 1e-6).to(torch.float32), want) < 0.04
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -48,6 +59,8 @@ def test_operator_is_well_formed(device):
 def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
     interpreted.exact(monkeypatch)
     kernel = kernels.triton_kernels("fp8_rows_triton")
+    monkeypatch.setattr(kernel, "MANY_TOKENS", 3)
+    monkeypatch.setattr(kernel, "SHARED_ROWS", 4)
     x = (torch.randn(batch, tokens + 1, 2 * columns) * 3 + 1).to(dtype)[:, 1:, columns:]
     for shape in ((columns,), (1, 1, columns), (batch, 1, columns), (batch, tokens, columns)):
         gain, shift = torch.rand(shape) + 0.5, torch.randn(shape)
