@@ -1,6 +1,6 @@
 """The demo: tiny models in the real file formats, a drawn portrait, a spoken sentence, and their workflow.
 
-`python -m wanvideo_wrapper.demo.build` makes the models and the portrait anew.
+`python -m wanvideo_wrapper.demo.train --out DIR` makes the models anew; MODEL_CARD.md says what they can do.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .. import MODELS
 from . import heldout
 from .bench import extras, measure
 from .report import as_json, as_markdown, save_pictures
-from .talker import Setting, Talker
+from .talker import CACHES, Setting, Talker
 
 FULL_SET = 16
 
@@ -54,9 +54,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def settings() -> list[Setting]:
-    """Every other quantization with sdpa, every other attention in bf16, and full precision."""
+    """Every other quantization, attention and step cache, each alone, and full precision."""
     return [
         Setting(precision="fp32"),
         *(Setting(quantization=name) for name in QUANTIZATIONS if name != Setting.quantization),
         *(Setting(attention=name) for name in ATTENTION_MODES if name != Setting.attention),
+        *(Setting(cache=name) for name in CACHES),
     ]

@@ -26,7 +26,7 @@ def as_json(rows: Sequence[Row], more: Mapping[str, float]) -> dict[str, object]
 def as_markdown(rows: Sequence[Row], more: Mapping[str, float]) -> str:
     """A table, then the numbers that only the default setting has."""
     lines = [
-        "| quantization / attention / precision | " + " | ".join(FIGURES) + " |",
+        "| quantization / attention / precision / step cache | " + " | ".join(FIGURES) + " |",
         "|---" * (len(FIGURES) + 1) + "|",
     ]
     for row in rows:

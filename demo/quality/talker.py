@@ -18,20 +18,28 @@ from ..sounds import FPS, Sound
 SIZE, WINDOW_FRAMES, MOTION_FRAMES = 128, 33, 9
 STEPS, SHIFT, SCHEDULER = 12, 3.0, "euler"
 NEGATIVE = "blurred, static picture"
+# Node and widgets of each step cache; the rest of the widgets have the nodes' defaults.
+ALWAYS = {"start_step": 1, "end_step": -1, "cache_device": "main_device"}
+CACHES = {
+    "TeaCache": ("WanVideoTeaCache", {"rel_l1_thresh": 0.03, "use_coefficients": False, "mode": "e", **ALWAYS}),
+    "MagCache": ("WanVideoMagCache", {"magcache_thresh": 0.02, "magcache_K": 4, **ALWAYS}),
+    "EasyCache": ("WanVideoEasyCache", {"easycache_thresh": 0.015, **ALWAYS}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a row of the bench compares: precision, quantization and attention of the transformer."""
+    """What a row of the bench compares: precision, quantization, attention and step cache of the transformer."""
 
     precision: str = "bf16"
     quantization: str = "disabled"
     attention: str = "sdpa"
+    cache: str = ""
 
     @property
     def name(self) -> str:
         """As the table shows it."""
-        return f"{self.quantization} / {self.attention} / {self.precision}"
+        return " / ".join(filter(None, (self.quantization, self.attention, self.precision, self.cache)))
 
 
 class Talker:
@@ -51,6 +59,10 @@ class Talker:
             attention_mode=setting.attention,
             multitalk_model=module,
         )
+        self.cache = {}
+        if setting.cache:
+            node, widgets = CACHES[setting.cache]
+            self.cache = {"cache_args": _call(node, **widgets)}
         self.vae = _call("WanVideoVAELoader", model_name="tiny_wan_vae.safetensors", precision="fp32")
         self.text = _call("LoadWanVideoT5TextEncoder", model_name="tiny_umt5.safetensors", precision="fp32")
         self.clip = _call("LoadWanVideoClipTextEncoder", model_name="tiny_clip_vision.safetensors", precision="fp32")
@@ -119,6 +131,7 @@ class Talker:
             force_offload=False,
             scheduler=SCHEDULER,
             riflex_freq_index=0,
+            **self.cache,
         )
         video = _call("WanVideoPassImagesFromSamples", samples=samples).numpy()
         return video, time.monotonic() - begun

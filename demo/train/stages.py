@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ...multitalk.wav2vec import load_wav2vec
 from ...standalone_host import StandaloneHost
@@ -70,9 +71,14 @@ def see_and_hear(plan: Plan) -> None:
     encoder = wav2vec.train(
         tiny.wav2vec_model(5), takes, plan.resume("wav2vec"), seconds=plan.hear_seconds, device=plan.device
     )
-    tiny.wav2vec_file(encoder.cpu()).save(plan.file("wav2vec"))
     model = vae.train(takes, plan.resume("vae"), seconds=plan.see_seconds, device=plan.device, compiled=plan.compiled)
-    tiny.vae_file(model.cpu(), sizes.VAE).save(plan.file("vae"))
+    save_seers(plan, encoder.cpu(), model.cpu())
+
+
+def save_seers(plan: Plan, encoder: nn.Module, model: nn.Module) -> None:
+    """Write the audio encoder, the VAE, and the two that stay random."""
+    tiny.wav2vec_file(encoder).save(plan.file("wav2vec"))
+    tiny.vae_file(model, sizes.VAE).save(plan.file("vae"))
     tiny.clip_vision(patch=sizes.CLIP_PATCH).save(plan.file("clip"))
     words = [f"a person with {hair} hair in front of a {wall} wall" for hair in HAIRS for wall in WALLS]
     tiny.text_encoder(sentences=(*tiny.SENTENCES, *words, *(f"the person {motion}" for motion in MOTIONS))).save(
@@ -116,14 +122,14 @@ def new_transformer() -> talk.Learner:
     model = talk.Learner(sizes.TRANSFORMER, (sizes.IMAGE, sizes.SPEECH))
     for name, parameter in model.named_parameters():
         if name.endswith("modulation"):
-            torch.nn.init.normal_(parameter, std=sizes.TRANSFORMER.dim**-0.5)
-    torch.nn.init.zeros_(model.head.head.weight)
+            nn.init.normal_(parameter, std=sizes.TRANSFORMER.dim**-0.5)
+    nn.init.zeros_(model.head.head.weight)
     for block in model.blocks:
-        torch.nn.init.zeros_(block.audio_cross_attn.proj.weight)
+        nn.init.zeros_(block.audio_cross_attn.proj.weight)
     return model
 
 
-def save_transformer(model: torch.nn.Module, plan: Plan) -> None:
+def save_transformer(model: nn.Module, plan: Plan) -> None:
     """Write the base model and the audio layers as the two files that they are published as."""
     tensors = dict(model.state_dict())
     speech = {key.replace("multitalk_audio_proj.", "audio_proj."): v for key, v in tensors.items() if _is_speech(key)}
