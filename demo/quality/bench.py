@@ -67,7 +67,8 @@ def measure(setting: Setting, cases: Sequence[Case], reference: Row | None) -> R
         lip_sync=_mean(lip_sync(clip.mouth, clip.case.levels[0]).correlation for clip in clips),
         psnr=_mean(psnr(a.video, b.video) for a, b in zip(clips, others, strict=True)),
         ssim=_mean(ssim(a.video[::5], b.video[::5]) for a, b in zip(clips, others, strict=True)),
-        vae_psnr=_mean(_reconstruction(talker, case) for case in cases),
+        # The VAE is the same whatever the transformer's setting.
+        vae_psnr=_mean(_reconstruction(talker, case) for case in cases) if reference is None else reference.vae_psnr,
         first_frame_psnr=_mean(psnr(clip.video[0], clip.case.portrait.numpy()) for clip in clips),
         seconds=_mean(clip.seconds for clip in clips),
         clips=clips,

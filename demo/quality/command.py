@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ...attention import ATTENTION_MODES
@@ -41,12 +42,14 @@ def run(options: argparse.Namespace) -> None:
     if rows[0].reason:
         raise RuntimeError(f"The default setting cannot run: {rows[0].reason}")
     more = extras(rows[0], Talker(Setting()))
-    if options.settings == "all":
-        rows += [measure(setting, cases, rows[0]) for setting in settings()]
     folder = host.output_dir() / "quality"
-    for number, row in enumerate(rows):
+    save_pictures(rows[0], folder, 0)
+    for number, setting in enumerate(settings() if options.settings == "all" else (), start=1):
+        row = measure(setting, cases, rows[0])
         if not row.reason:
             save_pictures(row, folder, number)
+        # Videos of all settings together would take gigabytes.
+        rows.append(replace(row, clips=()))
     found, table = as_json(rows, more), as_markdown(rows, more)
     (folder / "quality.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     (folder / "quality.md").write_text(table + "\n", encoding="utf-8")
