@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from .wanvideo.sampling import SampleRequest, sample
 from .wanvideo.schedulers import Schedule, ScheduleSpec, make_schedule
 from .wanvideo.step_cache import StepCache
 from .wanvideo.windows import ContextOptions
+
+log = logging.getLogger("wanvideo")
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
@@ -132,18 +136,13 @@ class WanVideoSampler:
                 "freeinit_args": freeinit_args,
             },
         )
-        schedule = scheduler
+        part = {
+            "sigmas": sigmas, "denoise_strength": denoise_strength, "start_step": start_step, "end_step": end_step,
+        }  # fmt: skip
         if isinstance(scheduler, str):
-            spec = ScheduleSpec(
-                name=scheduler,
-                steps=steps,
-                shift=shift,
-                sigmas=sigmas,
-                denoise_strength=denoise_strength,
-                start_step=start_step,
-                end_step=end_step,
-            )
-            schedule = make_schedule(spec)
+            schedule = make_schedule(ScheduleSpec(name=scheduler, steps=steps, shift=shift, **part))
+        else:
+            schedule = _connected(scheduler, steps, shift, part)
         request = SampleRequest(
             model=model,
             text=text_embeds,
@@ -162,6 +161,16 @@ class WanVideoSampler:
             force_offload=force_offload,
         )
         return sample(request, get_host())
+
+
+def _connected(schedule: Schedule, steps: int, shift: float, part: SamplerArgs) -> Schedule:
+    """A connected schedule; of the sampler's own widgets, those that choose a part of it hold for it, too."""
+    spec = schedule.spec
+    if (steps, shift) != (spec.steps, spec.shift):
+        log.info("Steps (%d) and shift (%s) are those of the connected scheduler.", spec.steps, spec.shift)
+    usual = {f.name: f.default for f in fields(ScheduleSpec) if f.name in part}
+    chosen = {name: value for name, value in part.items() if isinstance(value, Tensor) or value != usual[name]}
+    return make_schedule(replace(spec, **chosen)) if chosen else schedule
 
 
 def _reject_unbuilt(node: str, options: SamplerArgs) -> None:

@@ -35,7 +35,7 @@ class VideoInfo:
 def read_audio(path: Path, *, start: float = 0.0, seconds: float = 0.0) -> Audio:
     """Sound of a file as AUDIO: waveform [1, channels, samples] float32 in -1..1, and its sample rate.
 
-    start: where to begin, in seconds; seconds: how much, 0 for all.
+    start: where to begin, in seconds; seconds: how much, 0 for all. No samples are left of a sound that is over before.
 
     Raises ValueError if the file cannot be read or has no sound.
     """
@@ -44,15 +44,28 @@ def read_audio(path: Path, *, start: float = 0.0, seconds: float = 0.0) -> Audio
             if not container.streams.audio:
                 raise ValueError(f"{path.name} has no sound; choose a file that has.")
             stream = container.streams.audio[0]
-            resampler = av.AudioResampler(format="fltp", rate=stream.rate)
-            parts = [part.to_ndarray() for frame in container.decode(stream) for part in resampler.resample(frame)]
             rate = stream.rate
+            span = slice(round(start * rate), round((start + seconds) * rate) if seconds else None)
+            parts = list(_samples(container, stream, span))
     except av.error.FFmpegError as error:
         raise ValueError(f"{path.name} is no sound file that can be read ({error}); choose another.") from error
     if not parts:
         raise ValueError(f"{path.name} holds no sound samples; choose another file.")
-    waveform = torch.from_numpy(np.concatenate(parts, axis=1))[None, :, round(start * rate) :]
-    return {"waveform": waveform[..., : round(seconds * rate) or None], "sample_rate": int(rate)}
+    return {"waveform": torch.from_numpy(np.concatenate(parts, axis=1))[None], "sample_rate": int(rate)}
+
+
+def _samples(container: av.container.InputContainer, stream: av.AudioStream, span: slice) -> Iterator[np.ndarray]:
+    """What lies in the span of samples, [channels, n] each; decoding ends where the span does."""
+    resampler = av.AudioResampler(format="fltp", rate=stream.rate)
+    at = 0
+    for frame in container.decode(stream):
+        for part in resampler.resample(frame):
+            samples = part.to_ndarray()
+            first, last = span.start - at, None if span.stop is None else max(span.stop - at, 0)
+            at += samples.shape[1]
+            yield samples[:, max(first, 0) : last]
+        if span.stop is not None and at >= span.stop:
+            return
 
 
 def read_frames(path: Path) -> tuple[VideoInfo, Iterator[np.ndarray]]:
@@ -110,8 +123,8 @@ def write_video(path: Path, images: Tensor, encoding: Encoding, audio: Audio | N
             container.metadata.update(encoding.metadata or {})
             stream = _add_picture(container, (width, height), encoding)
             # Streams must be declared before the first packet is written.
-            sound = None if audio is None else _add_sound(container, audio)
-            packets = deque(() if sound is None else _sound_packets(sound, audio))
+            heard = audio is not None and audio["waveform"].numel()
+            packets = deque(_sound_packets(_add_sound(container, audio), audio) if heard else ())
             for index, image in enumerate(images):
                 container.mux(stream.encode(_frame(image[:height, :width, :3], encoding.pixel_format)))
                 # Sound goes beside its picture; players of a file in two halves must seek back and forth.

@@ -134,11 +134,12 @@ def _low_pass(sound: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def encode_speech(
-    wav2vec: Wav2Vec, sounds: Sequence[NDArray[np.float64]], *, fps: float, sequential: bool
+    wav2vec: Wav2Vec, sounds: Sequence[NDArray[np.float64]], *, fps: float, sequential: bool, longest: int
 ) -> MultiTalkEmbeds:
     """Features of every speaker, padded with silence to one length.
 
-    sequential: speakers talk one after the other, else at once. Raises ValueError if a sound is shorter than a frame.
+    sequential: speakers talk one after the other, else at once. longest: frames after which all is cut. Raises
+    ValueError if a sound is shorter than a frame.
     """
     features = []
     for sound in sounds:
@@ -149,7 +150,7 @@ def encode_speech(
     silence = encode_silence(wav2vec, fps=fps)
     embeds = MultiTalkEmbeds(features=tuple(features), silence=silence)
     lengths = [len(feature) for feature in features]
-    total = sum(lengths) if sequential else max(lengths)
+    total = min(sum(lengths) if sequential else max(lengths), longest)
     starts = [sum(lengths[:i]) if sequential else 0 for i in range(len(lengths))]
     placed = [_placed(f, start, total) for f, start in zip(features, starts, strict=True)]
     return replace(embeds, features=tuple(placed))
@@ -158,7 +159,8 @@ def encode_speech(
 def _placed(feature: Tensor, start: int, total: int) -> Tensor:
     # Others are mute in zeros, as the model saw it in training; silence is for what follows the end.
     whole = feature.new_zeros(total, *feature.shape[1:])
-    whole[start : start + len(feature)] = feature
+    inside = feature[: max(total - start, 0)]
+    whole[start : start + len(inside)] = inside
     return whole
 
 
@@ -174,10 +176,15 @@ def silent_speech(silence: Tensor, frames: int) -> MultiTalkEmbeds:
     return MultiTalkEmbeds(features=(silence.repeat(repeats, 1, 1)[:frames],), silence=silence)
 
 
-def mix(sounds: Sequence[NDArray[np.float64]], *, sequential: bool) -> dict[str, object]:
-    """The speakers as one AUDIO, one after the other or over each other."""
+def whole_frames(sound: NDArray[np.float64], fps: float) -> NDArray[np.float64]:
+    """Without the part of a frame at the end, which would put a sound after it behind its picture."""
+    return sound[: round(frame_count(len(sound), fps) * SAMPLE_RATE / fps)]
+
+
+def mix(sounds: Sequence[NDArray[np.float64]], *, sequential: bool, seconds: float) -> dict[str, object]:
+    """The speakers as one AUDIO of at most so many seconds, one after the other or over each other."""
     if sequential:
-        joined = np.concatenate(sounds)
+        joined = np.concatenate(sounds)[: round(seconds * SAMPLE_RATE)]
     else:
         joined = np.zeros(max(len(sound) for sound in sounds))
         for sound in sounds:

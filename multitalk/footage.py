@@ -155,7 +155,8 @@ class FolderFootage:
                 path.unlink()
         handover = None
         if record["state"] is not None:
-            handover = load_file(self.folder / UNFINISHED / record["state"])
+            # Copies: Windows deletes no file that tensors are mapped to.
+            handover = {k: v.clone() for k, v in load_file(self.folder / UNFINISHED / record["state"]).items()}
         log.info("Going on in %s after %d finished windows (%d frames).", self.folder, record["windows"], self.frames)
         return Reached(record["windows"], handover)
 

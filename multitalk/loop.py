@@ -94,8 +94,8 @@ def _make(windows: list[Window], request: SampleRequest, host: Host, footage: Fo
             with _broken_off(window, windows, footage, host):
                 for images in maker.frames(window, watcher):
                     footage.add(images)
-            if window is not windows[-1]:
-                footage.finish_window(window.index + 1, maker.hand_over(window))
+                if window is not windows[-1]:
+                    footage.finish_window(window.index + 1, maker.hand_over(window))
             log.info("Window %d of %d is finished; %s", window.index + 1, len(windows), watcher.time_left())
     footage.finish()
     return maker.latents

@@ -19,6 +19,7 @@ from .audio import (
     mix,
     prepare_sound,
     silent_speech,
+    whole_frames,
 )
 from .speakers import check_masks, check_painted
 from .wav2vec import Wav2Vec, load_wav2vec
@@ -161,6 +162,8 @@ class MultiTalkWav2VecEmbeds:
         """Speech features, the mixed sound, and the frames that the sound lasts (at most num_frames)."""
         if fps != TRAINED_FPS:
             log.warning("The audio layers were trained at 25 fps; at %s the lips may drift.", fps)
+        if audio_1 is None:
+            raise ValueError("audio_1 has no sound: choose a file that has some.")
         options = AudioOptions(
             normalize_loudness=normalize_loudness,
             add_noise_floor=add_noise_floor,
@@ -172,13 +175,15 @@ class MultiTalkWav2VecEmbeds:
         check_painted(ref_target_masks, list(audios))
         sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios.values()]
         sequential = multi_audio_type == "add"
+        if sequential:
+            sounds = [whole_frames(sound, fps) for sound in sounds]
         try:
-            embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential)
+            embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential, longest=num_frames)
         finally:
             wav2vec_model.managed.release()
         embeds = replace(embeds, scale=audio_scale, cfg_scale=audio_cfg_scale, masks=ref_target_masks)
-        sound = mix(sounds, sequential=sequential)
-        return embeds, sound, min(num_frames, embeds.num_frames)
+        sound = mix(sounds, sequential=sequential, seconds=num_frames / fps)
+        return embeds, sound, embeds.num_frames
 
 
 class MultiTalkSilentEmbeds:

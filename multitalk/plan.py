@@ -10,6 +10,9 @@ from ..wanvideo.payloads import LoopSettings, round_frames
 
 log = logging.getLogger("wanvideo")
 
+# SkyReels V3: so often a keyframe stands at the end of a window.
+KEYFRAME_REPEATS = 5
+
 
 class Window(NamedTuple):
     """One window: its number, the absolute frames it samples, and how many of them, from the first, stay."""
@@ -38,7 +41,7 @@ def loop_settings(settings: LoopSettings, kind: str) -> LoopSettings:
     """Settings with counts that fit the VAE and a definite mode. kind: the model's, "infinitetalk" or "multitalk".
 
     window_frames and motion_frames are rounded down to 4n+1, drop_frames to 4n. Raises ValueError if a window brings
-    nothing new.
+    nothing new, or has no room for its keyframe.
     """
     window, motion = round_frames(settings.window_frames), round_frames(settings.motion_frames)
     drop = settings.drop_frames // 4 * 4
@@ -49,5 +52,10 @@ def loop_settings(settings: LoopSettings, kind: str) -> LoopSettings:
     if motion + drop >= window:
         dropped = f" plus drop_frames ({drop})" if drop else ""
         raise ValueError(f"motion_frame ({motion}){dropped} must be less than frame_window_size ({window}).")
+    if settings.reference_video is not None and motion + KEYFRAME_REPEATS > window:
+        raise ValueError(
+            f"frame_window_size ({window}) holds motion_frame ({motion}) and the {KEYFRAME_REPEATS} frames of the "
+            "reference video no more: make it larger."
+        )
     mode = kind if settings.mode == "auto" else settings.mode
     return replace(settings, window_frames=window, motion_frames=motion, drop_frames=drop, mode=mode)

@@ -33,14 +33,13 @@ from ..wanvideo.sampling import (
 from .colormatch import match_colors
 from .motion import KeptMotion, NoisedMotion
 from .pictures import Pictures, SourceFrames, StartPictures, grey, keyframe
-from .plan import Window
+from .plan import KEYFRAME_REPEATS, Window
 
 if TYPE_CHECKING:
     from ..host import Host
     from ..wanvideo.modules.model import WanModel
     from ..wanvideo.schedulers import Schedule
 
-KEYFRAME_REPEATS = 5
 # In 0..1: a frame with nothing above the first, under a picture whose mean is above the second, is a broken one.
 BLACK, LIT = 4 / 255, 16 / 255
 

@@ -21,9 +21,9 @@ NEGATIVE = "blurred, static picture"
 # Node and widgets of each step cache; the rest of the widgets have the nodes' defaults.
 ALWAYS = {"start_step": 1, "end_step": -1, "cache_device": "main_device"}
 CACHES = {
-    "TeaCache": ("WanVideoTeaCache", {"rel_l1_thresh": 0.03, "use_coefficients": False, "mode": "e", **ALWAYS}),
+    "TeaCache": ("WanVideoTeaCache", {"rel_l1_thresh": 0.1, "use_coefficients": False, "mode": "e", **ALWAYS}),
     "MagCache": ("WanVideoMagCache", {"magcache_thresh": 0.02, "magcache_K": 4, **ALWAYS}),
-    "EasyCache": ("WanVideoEasyCache", {"easycache_thresh": 0.015, **ALWAYS}),
+    "EasyCache": ("WanVideoEasyCache", {"easycache_thresh": 0.05, **ALWAYS}),
 }
 
 

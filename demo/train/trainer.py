@@ -95,6 +95,8 @@ class Trainer:
         from safetensors.torch import save_file
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.average.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise FloatingPointError(f"NaN or infinite weights at step {self.step}; start again from {self.path}.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         save_file(tensors, partial, metadata={"seconds": str(self.used)})

@@ -141,10 +141,11 @@ def _sized(frame: np.ndarray, goal: tuple[int, int], step: int) -> Tensor:
 
 def _sound_of(path: Path, start: float, seconds: float) -> Audio | None:
     try:
-        return read_audio(path, start=start, seconds=seconds)
+        sound = read_audio(path, start=start, seconds=seconds)
     except ValueError as error:
         log.info("The frames come without sound: %s", error)
         return None
+    return sound if sound["waveform"].numel() else None
 
 
 def _details(info: VideoInfo, batch: Tensor, fps: float) -> dict[str, object]:

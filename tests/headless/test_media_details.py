@@ -96,6 +96,25 @@ def test_a_part_of_the_sound(tmp_path):
     assert seconds_of(read_audio(path, start=0.5)) == pytest.approx(1.5, abs=0.05)
 
 
+@pytest.mark.parametrize(("start", "seconds"), [(0.0, 0.04), (0.7, 0.33), (1.2, 0.0), (1.9, 5.0)])
+def test_a_part_equals_that_of_the_whole(start, seconds, tmp_path):
+    path = tmp_path / "v.mp4"
+    write_video(path, torch.rand(50, 32, 32, 3), Encoding(fps=25), ramp(2.0))
+    whole, part = read_audio(path), read_audio(path, start=start, seconds=seconds)
+    rate = whole["sample_rate"]
+    stop = round((start + seconds) * rate) if seconds else None
+    assert torch.equal(part["waveform"], whole["waveform"][..., round(start * rate) : stop])
+
+
+def test_sound_that_is_over_before_its_start(tmp_path, host):
+    path = tmp_path / "v.mp4"
+    write_video(path, torch.rand(50, 32, 32, 3), Encoding(fps=25), ramp(0.5))
+    late = read_audio(path, start=1.0)
+    assert late["waveform"].shape[-1] == 0
+    with av.open(combine(torch.rand(3, 32, 32, 3), late)) as container:
+        assert not container.streams.audio
+
+
 def combine(images, audio=None, **options):
     given = {"frame_rate": 25, "loop_count": 0, "filename_prefix": "clip", "format": "video/h264-mp4"}
     given |= {"pingpong": False, "save_output": True, **options}

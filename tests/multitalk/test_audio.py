@@ -209,7 +209,7 @@ def test_noise_floor_and_low_pass():
 def test_speakers_at_once_and_in_turn(sequential, tmp_path):
     _, wav2vec = load(tmp_path)
     sounds = [np.random.default_rng(i).standard_normal(n) for i, n in enumerate((16000, 8000))]
-    embeds = audio.encode_speech(wav2vec, sounds, fps=25, sequential=sequential)
+    embeds = audio.encode_speech(wav2vec, sounds, fps=25, sequential=sequential, longest=1000)
     first, second = (wav2vec.encode(s, f) for s, f in zip(sounds, (25, 12), strict=True))
     total = 37 if sequential else 25
     assert embeds.num_frames == total and [len(f) for f in embeds.features] == [total, total]
@@ -217,4 +217,14 @@ def test_speakers_at_once_and_in_turn(sequential, tmp_path):
     assert torch.equal(embeds.features[0][:25], first)
     assert torch.equal(embeds.features[1][start : start + 12], second)
     assert embeds.features[1].abs().sum() == pytest.approx(float(second.abs().sum()), rel=1e-5)
-    assert audio.mix(sounds, sequential=sequential)["waveform"].shape[-1] == (24000 if sequential else 16000)
+    assert audio.mix(sounds, sequential=sequential, seconds=9)["waveform"].shape[-1] == (24000 if sequential else 16000)
+
+
+def test_turns_end_with_whole_frames_and_the_longest_video(tmp_path):
+    _, wav2vec = load(tmp_path)
+    sounds = [audio.whole_frames(np.random.default_rng(i).standard_normal(16624), 25) for i in range(4)]
+    assert {len(sound) for sound in sounds} == {25 * 640}
+    embeds = audio.encode_speech(wav2vec, sounds, fps=25, sequential=True, longest=60)
+    assert embeds.num_frames == 60 and not embeds.features[3].any()
+    assert torch.equal(embeds.features[2][50:], wav2vec.encode(sounds[2], 25)[:10])
+    assert audio.mix(sounds, sequential=True, seconds=60 / 25)["waveform"].shape[-1] == 60 * 640

@@ -14,6 +14,7 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.multitalk import loop as talk
 from wanvideo_wrapper.multitalk.pictures import keyframe
 from wanvideo_wrapper.multitalk.plan import plan_windows
+from wanvideo_wrapper.multitalk.window import WindowMaker
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.sampling import NotFiniteError, sample
 
@@ -136,6 +137,16 @@ def test_out_of_memory_keeps_the_frames(folder, tmp_path, monkeypatch, caplog):
     assert len(list(tmp_path.glob("*_unfinished_talk/*.png"))) == 21
 
 
+def test_out_of_memory_between_windows_keeps_the_frames(folder, tmp_path, monkeypatch):
+    def full(self, window):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(WindowMaker, "hand_over", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(request(folder), StandaloneHost(device="cpu", outputs=tmp_path))
+    assert len(list(tmp_path.glob("*_unfinished_talk/*.png"))) == 13
+
+
 def test_motion_latents_of_a_first_window_are_those_of_its_condition(folder):
     asked = request(folder)
     vae, picture = asked.image.loop.vae, asked.image.loop.start_images
@@ -219,6 +230,8 @@ def test_skyreels_node(folder):
     assert (loop.mode, loop.drop_frames, path) == ("skyreelsv3", 6, "")
     assert loop.reference_video.shape == (3, 7, 32, 32)
     assert talk.loop_settings(loop, "multitalk").drop_frames == 4
+    with pytest.raises(ValueError, match="the 5 frames of the reference video no more"):
+        talk.loop_settings(replace(loop, motion_frames=9, drop_frames=0), "multitalk")
 
 
 def test_features_are_not_copied_whole(folder):
