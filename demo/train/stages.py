@@ -42,7 +42,7 @@ class Plan:
 
     out: Path
     device: torch.device
-    see_seconds: float = 400.0
+    see_seconds: float = 440.0
     hear_seconds: float = 35.0
     talk_seconds: float = 380.0
     takes: int = 160
