@@ -14,19 +14,19 @@ WARP_BYTES = 4096
 MANY_TOKENS, SHARED_ROWS = 8192, 16
 
 
+# y is 0 behind the last column: loads put it there, and every step before keeps it.
 @triton.jit
-def _store_row(y, inside, column, values, scales, row, columns_out, STATIC: tl.constexpr, static):
+def _store_row(y, column, values, scales, row, columns_out, STATIC: tl.constexpr, static):
     if STATIC:
         scale = tl.load(static).to(tl.float32)
         q = tl.clamp(y * tl.div_rn(1.0, scale), -LARGEST, LARGEST)
     else:
-        largest = tl.maximum(tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0), TINY)
+        largest = tl.maximum(tl.max(tl.abs(y), axis=0), TINY)
         scale = largest * (1.0 / LARGEST)
         # In the order of PyTorch, which divides a number by a tensor as reciprocal times number: else ties differ.
         q = y * (tl.div_rn(1.0, largest) * LARGEST)
     tl.store(scales + row, scale)
-    q = tl.where(inside, q, 0.0).to(tl.float8e4nv)
-    tl.store(values + row * columns_out + column, q, mask=column < columns_out)
+    tl.store(values + row * columns_out + column, q.to(tl.float8e4nv), mask=column < columns_out)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _quantise(x, static, values, scales, pitch, columns, columns_out,
     y = tl.load(x + row * pitch + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    _store_row(y, inside, column, values, scales, row, columns_out, STATIC, static)
+    _store_row(y, column, values, scales, row, columns_out, STATIC, static)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
         if token < tokens:
             row = batch * tokens + token
             if QUANTISE:
-                _store_row(y, inside, column, out, scales, row, columns_out, False, scales)
+                _store_row(y, column, out, scales, row, columns_out, False, scales)
             else:
                 tl.store(out + row * columns_out + column, y.to(out.dtype.element_ty), mask=inside)
         token = following

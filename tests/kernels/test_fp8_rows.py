@@ -18,7 +18,8 @@ def same_rows(got, want):
     """Equal but for rounding at ties: scales to 1e-5, and hardly any value in the neighbouring FP8 step."""
     (values, scale), (want_values, want_scale) = got, want
     assert values.shape == want_values.shape and scale.shape == want_scale.shape
-    assert torch.allclose(scale, want_scale, rtol=1e-5, atol=0)
+    # PyTorch's GELU of large negative numbers is a difference of nearly equal ones.
+    assert torch.allclose(scale, want_scale, rtol=1e-5, atol=1e-9)
     a, b = values.float(), want_values.float()
     assert a.isfinite().all() and (a - b).abs().le(b.abs() / 8 + 2**-9).all()
     assert (a != b).float().mean() < 2e-3

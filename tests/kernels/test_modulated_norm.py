@@ -5,7 +5,7 @@ import pytest
 import torch
 from layouts import relative
 from wanvideo_wrapper import kernels
-from wanvideo_wrapper.kernels.fp8_rows import norm_quantise, norm_quantise_eager
+from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise_eager, norm_quantise, norm_quantise_eager, quantise_eager
 from wanvideo_wrapper.kernels.modulated_norm import norm_modulate, norm_modulate_eager
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
@@ -72,3 +72,17 @@ def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
         kernel.norm_quantise(x, gain, shift, values, scale, eps=1e-6)
         assert torch.allclose(scale, want_scale, rtol=1e-5, atol=0)
         assert relative(values.float() * scale, want.float() * want_scale) < 3e-3
+
+
+@interpreted.needed
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("columns", [1, 33, 96])
+def test_quantise_interpreted(columns, gelu, monkeypatch):
+    interpreted.exact(monkeypatch)
+    x = (torch.randn(5, columns) * 3).bfloat16()
+    values, scale = (gelu_quantise_eager if gelu else quantise_eager)(x)
+    got = torch.full(values.shape, float("nan")).to(values.dtype)
+    got_scale = torch.full_like(scale, float("nan"))
+    kernels.triton_kernels("fp8_rows_triton").quantise(x, None, got, got_scale, gelu=gelu)
+    assert torch.allclose(got_scale, scale, rtol=1e-5, atol=1e-9) and not got[:, columns:].float().any()
+    assert relative(got.float() * got_scale, values.float() * scale) < 3e-3
