@@ -25,11 +25,11 @@ COLUMNS = 8
 TINY = 1e-8
 
 
-def speaker_ranges(speakers: int) -> tuple[tuple[float, float], ...]:
-    """Rotary positions of each speaker: two sit at the ends of the class range, more follow each other."""
-    if speakers == 2:
-        return (0, CLASS_INTERVAL), (CLASS_RANGE - CLASS_INTERVAL, CLASS_RANGE)
-    return tuple((i * CLASS_INTERVAL, (i + 1) * CLASS_INTERVAL) for i in range(speakers))
+def speaker_starts(speakers: int, device: torch.device) -> Tensor:
+    """Where each speaker's range of rotary positions begins: two sit at the ends of the class range, more follow each
+    other. Computed on the device, so that no forward waits for a copy."""
+    step = CLASS_RANGE - CLASS_INTERVAL if speakers == 2 else CLASS_INTERVAL
+    return torch.arange(speakers, device=device, dtype=torch.float32) * step
 
 
 def check_masks(masks: Tensor | None, speakers: Sequence[str]) -> None:
@@ -76,14 +76,15 @@ def token_masks(masks: Tensor | None, speakers: int, grid: tuple[int, int, int],
     """
     _, height, width = grid
     check_masks(masks, [f"speaker {number + 1}" for number in range(speakers)])
-    masks = _halves(height, width) if masks is None else masks
+    masks = half_masks(height, width) if masks is None else masks
     on_grid = F.interpolate(masks[None].float().to(device), size=(height, width), mode="nearest")[0] > 0
     if masks.shape[0] == speakers:
         on_grid = torch.cat((on_grid, ~on_grid.any(dim=0, keepdim=True)))
     return on_grid.flatten(1).float()
 
 
-def _halves(height: int, width: int) -> Tensor:
+def half_masks(height: int, width: int) -> Tensor:
+    """Masks [2, height, width] of two speakers who stand in the left and the right half."""
     masks = torch.zeros(2, height, width)
     top, bottom = int(height * FACE_MARGIN), max(int(height * (1 - FACE_MARGIN)), 1)
     for side in range(2):
@@ -115,8 +116,7 @@ def query_positions(scores: Tensor) -> Tensor:
     speakers = scores.shape[-1] - 1
     low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
     share = (scores - low) / (high - low + TINY)
-    ranges = torch.tensor(speaker_ranges(speakers), dtype=scores.dtype, device=scores.device)
-    inside = share[..., :speakers] * (ranges[:, 1] - ranges[:, 0]) + ranges[:, 0]
+    inside = share[..., :speakers] * CLASS_INTERVAL + speaker_starts(speakers, scores.device)
     background = torch.full_like(scores[..., :1], BACKGROUND_POSITION)
     choices = torch.cat((inside, background), dim=-1)
     return choices.gather(-1, scores.argmax(dim=-1, keepdim=True)).squeeze(-1)
@@ -124,7 +124,7 @@ def query_positions(scores: Tensor) -> Tensor:
 
 def key_positions(speakers: int, tokens: int, device: torch.device) -> Tensor:
     """Rotary positions of a frame's audio tokens, [P * tokens]: each speaker's at the centre of its range."""
-    centres = torch.tensor([sum(ends) / 2 for ends in speaker_ranges(speakers)], device=device)
+    centres = speaker_starts(speakers, device) + CLASS_INTERVAL / 2
     return centres.repeat_interleave(tokens)
 
 

@@ -42,9 +42,9 @@ class Plan:
 
     out: Path
     device: torch.device
-    see_seconds: float = 440.0
-    hear_seconds: float = 35.0
-    talk_seconds: float = 380.0
+    see_seconds: float = 380.0
+    hear_seconds: float = 30.0
+    talk_seconds: float = 220.0
     takes: int = 160
     share: float = 1.0
     compiled: bool = True
@@ -68,10 +68,18 @@ def prepare_device() -> None:
 def see_and_hear(plan: Plan) -> None:
     """First stage: the VAE and the audio encoder; the two that stay random are written, too."""
     takes = make_takes(read_recordings(RECORDINGS / "training"), plan.takes, seed=0)
+    log.info("%d stretches of speech are made.", len(takes))
     encoder = wav2vec.train(
         tiny.wav2vec_model(5), takes, plan.resume("wav2vec"), seconds=plan.hear_seconds, device=plan.device
     )
-    model = vae.train(takes, plan.resume("vae"), seconds=plan.see_seconds, device=plan.device, compiled=plan.compiled)
+    model = vae.train(
+        takes,
+        plan.resume("vae"),
+        seconds=plan.see_seconds,
+        device=plan.device,
+        compiled=plan.compiled,
+        share=plan.share,
+    )
     save_seers(plan, encoder.cpu(), model.cpu())
 
 
@@ -102,10 +110,8 @@ def talk_stage(plan: Plan) -> None:
     texts = [text.to(plan.device) for text in encoder.encode(prompts, device=torch.device("cpu"))]
     torch.manual_seed(0)
     model = new_transformer().to(plan.device)
-    teacher = talk.Teacher(model, bank, texts)
-    trained = talk.train(
-        teacher, singles, pairs, plan.resume("talk"), seconds=plan.talk_seconds, compiled=plan.compiled
-    )
+    teacher = talk.Teacher(model, bank, texts, singles, pairs)
+    trained = talk.train(teacher, plan.resume("talk"), seconds=plan.talk_seconds, compiled=plan.compiled)
     save_transformer(trained.cpu(), plan)
 
 

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...multitalk.extension import AudioWindow
+from ...multitalk.speakers import half_masks
 from ...wanvideo.config import WanConfig
 from ...wanvideo.extension import Extension
 from ...wanvideo.extensions.clip_image import ClipImage
 from ...wanvideo.modules.model import ModelInputs, WanModel
+from ..faces import SIZE
 from .clips import Clips
+from .gradients import Gradients
 from .speech import Bank
 from .trainer import Trainer
 
@@ -27,6 +30,7 @@ DROP_SHARE = 0.08
 MOUTH_WEIGHT = 4.0
 GIVEN_NOISE = 0.1
 HEAD_MARGIN = (0.42, 0.5)
+TOKEN_SIDE = 8
 
 
 class Prompts(nn.Module):
@@ -85,87 +89,93 @@ class Learner(WanModel):
 
 
 class Teacher:
-    """Draws batches from the clips and measures the velocity that the model predicts for them."""
+    """Measures the velocity that the model predicts for random batches of the clips.
 
-    def __init__(self, model: Learner, bank: Bank, texts: Sequence[Tensor], *, seed: int = 3) -> None:
+    singles, pairs: kinds of clips of one person and of two. Kinds are numbered, those of one person first.
+    """
+
+    def __init__(
+        self, model: Learner, bank: Bank, texts: Sequence[Tensor], singles: Sequence[Clips], pairs: Sequence[Clips]
+    ) -> None:
         self.model, self.bank = model, bank
+        self.singles, self.kinds = len(singles), (*singles, *pairs)
         self.device = bank.mouth.device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.choices = torch.Generator().manual_seed(seed)
+        self.choices = torch.Generator().manual_seed(3)
         self.prompts = Prompts(texts, model.config.text_len)
         for block in model.blocks:
             block.cross_attn.attention = self.prompts
 
-    def loss(self, clips: Clips) -> Tensor:
-        """Weighted squared error over the frames that are not given."""
-        chosen = torch.randint(len(clips.latents), (BATCH,), generator=self.generator, device=self.device)
+    def batch(self) -> tuple[int, tuple[Tensor, ...]]:
+        """Number of a kind; for two people their masks [2, 128, 128] and which of them the first voice belongs to."""
+        alone = float(torch.rand((), generator=self.choices)) >= PAIR_SHARE
+        first, count = (0, self.singles) if alone else (self.singles, len(self.kinds) - self.singles)
+        kind = first + int(torch.randint(count, (), generator=self.choices))
+        places = self.kinds[kind].places
+        if places is None:
+            return kind, ()
+        order = torch.randperm(len(places), generator=self.choices)
+        return kind, (self._masks(places)[order], order)
+
+    def loss(self, kind: int, masks: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+        """Weighted squared error over the frames that are not given. masks, order: as `batch` gives them."""
+        clips = self.kinds[kind]
+        chosen = torch.randint(len(clips.latents), (BATCH,), device=self.device)
         clean = clips.latents[chosen].float()
-        noise = torch.randn(clean.shape, generator=self.generator, device=self.device)
-        uniform = torch.rand(BATCH, generator=self.generator, device=self.device)
+        noise = torch.randn_like(clean)
+        uniform = torch.rand(BATCH, device=self.device)
         sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * clean + level * noise
         given = clean[:, :, : clips.given]
         noisy[:, :, : clips.given] = given + GIVEN_NOISE * torch.rand_like(level) * torch.randn_like(given)
-        mask = torch.zeros(BATCH, 4, *clean.shape[2:], device=self.device)
-        mask[:, :, 0] = 1
-        inputs = self._inputs(clips, chosen)
-        latents = torch.cat((noisy, mask, clips.cond[chosen].float()), dim=1)
+        known = torch.zeros(BATCH, 4, *clean.shape[2:], device=self.device)
+        known[:, :, 0] = 1
+        latents = torch.cat((noisy, known, clips.cond[chosen].float()), dim=1)
         text = self.prompts.choose(clips.prompt[chosen])
+        payloads = self._speech(clips, chosen, masks, order), ClipImage(clips.looks[chosen].float())
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            made = self.model(ModelInputs(latents=latents, timestep=sigma * 1000, text=text, payloads=inputs))
+            made = self.model(ModelInputs(latents=latents, timestep=sigma * 1000, text=text, payloads=payloads))
         error = (made.float() - (noise - clean))[:, :, clips.given :] ** 2
         weight = 1 + (MOUTH_WEIGHT - 1) * clips.weight[chosen][:, None, None]
         return (error * weight).mean() / weight.mean()
 
-    def _inputs(self, clips: Clips, chosen: Tensor) -> tuple[AudioWindow | ClipImage, ...]:
+    def _speech(self, clips: Clips, chosen: Tensor, masks: Tensor | None, order: Tensor | None) -> AudioWindow:
         audio = self.bank.features[clips.rows[chosen]] * clips.voiced[chosen][..., None, None, None, None]
-        heard = torch.rand(BATCH, generator=self.generator, device=self.device) > DROP_SHARE
+        heard = torch.rand(BATCH, device=self.device) > DROP_SHARE
         audio = audio * heard.view(-1, 1, 1, 1, 1, 1)
-        masks = None
-        if clips.places is not None:
-            masks = self._masks(clips.places)
-            if masks is not None and self.chance(0.5):
-                # The order of the voices is the order of the masks.
-                masks, audio = masks.flip(0), audio.flip(1)
-        scale = torch.ones((), device=self.device)
-        return AudioWindow(audio, scale, masks), ClipImage(clips.looks[chosen].float())
+        # The order of the voices is the order of the masks.
+        audio = audio if order is None else audio[:, order]
+        return AudioWindow(audio, torch.ones((), device=self.device), masks)
 
-    def chance(self, share: float) -> bool:
-        """True with this probability."""
-        return float(torch.rand((), generator=self.choices)) < share
-
-    def _masks(self, places: Tensor) -> Tensor | None:
-        """Boxes round the heads, the two halves of the picture, or None: then the model's own halves apply."""
+    def _masks(self, places: Tensor) -> Tensor:
+        """Boxes round the heads, the two halves of the picture, or what the model assumes without masks."""
         kind = int(torch.randint(4, (), generator=self.choices))
         if kind == 0:
-            return None
-        side = 128
-        masks = torch.zeros(len(places), side, side, device=self.device)
+            return F.interpolate(half_masks(TOKEN_SIDE, TOKEN_SIDE)[None], size=SIZE)[0]
+        masks = torch.zeros(len(places), SIZE, SIZE)
         for mask, (x, y) in zip(masks, places.tolist(), strict=True):
             if kind == 1:
-                mask[:, : side // 2] = float(x < 0)
-                mask[:, side // 2 :] = float(x >= 0)
+                mask[:, : SIZE // 2] = float(x < 0)
+                mask[:, SIZE // 2 :] = float(x >= 0)
                 continue
             margin = 0.8 + 0.4 * float(torch.rand((), generator=self.choices))
             width, height = (m * margin for m in HEAD_MARGIN)
-            left, right = (int(max((x + d + 1) * side / 2, 0)) for d in (-width, width))
-            top, bottom = (int(max((y + d + 1) * side / 2, 0)) for d in (-height, height))
+            left, right = (int(max((x + d + 1) * SIZE / 2, 0)) for d in (-width, width))
+            top, bottom = (int(max((y + d + 1) * SIZE / 2, 0)) for d in (-height, height))
             mask[top:bottom, left:right] = 1
         return masks
 
 
-def train(
-    teacher: Teacher, singles: Sequence[Clips], pairs: Sequence[Clips], path: Path, *, seconds: float, compiled: bool
-) -> nn.Module:
+def train(teacher: Teacher, path: Path, *, seconds: float, compiled: bool) -> nn.Module:
     """The trained transformer with averaged weights."""
     trainer = Trainer(teacher.model, path, seconds=seconds, rate=RATE)
     if compiled:
         for block in teacher.model.blocks:
             block.compile(dynamic=False)
+    gradients = Gradients(teacher.model, teacher.loss)
 
-    def step(progress: float) -> Tensor:
-        kinds = pairs if teacher.chance(PAIR_SHARE) else singles
-        return teacher.loss(kinds[int(torch.randint(len(kinds), (), generator=teacher.choices))])
+    def step() -> Tensor:
+        kind, people = teacher.batch()
+        return gradients(kind, *people)
 
     return trainer.run(step)

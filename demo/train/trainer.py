@@ -16,7 +16,7 @@ log = logging.getLogger("wanvideo")
 
 WARMUP_STEPS = 200
 SAVE_SECONDS = 60.0
-REPORT_STEPS = 100
+REPORT_STEPS = 200
 AVERAGE = 0.999
 
 
@@ -33,10 +33,11 @@ class Trainer:
         self.model, self.path, self.seconds, self.rate = model, path, seconds, rate
         self.used = self._resume()
         self.average = copy.deepcopy(model).requires_grad_(False)
-        decayed = [p for p in model.parameters() if p.dim() > 1]
-        plain = [p for p in model.parameters() if p.dim() <= 1]
+        self.weights, self.averages = list(model.parameters()), list(self.average.parameters())
+        decayed = [p for p in self.weights if p.dim() > 1]
+        plain = [p for p in self.weights if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-        fused = next(model.parameters()).is_cuda
+        fused = self.weights[0].is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)
         self.step = 0
 
@@ -52,25 +53,18 @@ class Trainer:
         log.info("Going on from %s after %.0f of %.0f seconds.", self.path, used, self.seconds)
         return used
 
-    def run(self, loss_of: Callable[[float], Tensor]) -> nn.Module:
-        """Train with a loss that is given the progress, 0 to 1; returns the model with averaged weights."""
+    def run(self, step: Callable[[], Tensor]) -> nn.Module:
+        """Train with a function that gives the loss and leaves gradients; returns the model with averaged weights."""
         begun, saved = time.monotonic() - self.used, time.monotonic()
-        mean = 0.0
         while self.used < self.seconds:
-            progress = self.used / self.seconds
-            self._set_rate(progress)
-            loss = loss_of(progress)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+            self._set_rate(self.used / self.seconds)
+            loss = step()
+            nn.utils.clip_grad_norm_(self.weights, 1.0, foreach=True)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
             self._add_to_average()
             self.step += 1
             if self.step % REPORT_STEPS == 0:
-                mean = float(loss.detach())
-                if not math.isfinite(mean):
-                    raise FloatingPointError(f"The loss is {mean} at step {self.step}; start again from {self.path}.")
-                log.info("%s: step %d, %.0f s, loss %.5f", self.path.stem, self.step, self.used, mean)
+                self._report(float(loss))
             self.used = time.monotonic() - begun
             if time.monotonic() - saved > SAVE_SECONDS:
                 self.save()
@@ -78,6 +72,11 @@ class Trainer:
         self.save()
         log.info("%s: %d steps in %.0f s", self.path.stem, self.step, self.used)
         return self.average
+
+    def _report(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss} at step {self.step}; start again from {self.path}.")
+        log.info("%s: step %d, %.0f s, loss %.5f", self.path.stem, self.step, self.used, loss)
 
     def _set_rate(self, progress: float) -> None:
         warm = min((self.step + 1) / WARMUP_STEPS, 1.0)
@@ -88,7 +87,7 @@ class Trainer:
     @torch.no_grad()
     def _add_to_average(self) -> None:
         keep = min(AVERAGE, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - keep)
 
     def save(self) -> None:
         """Write the file to go on from."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,29 @@ from torch import Tensor, nn
 from ...wanvideo.modules.vae import MEAN_21, STD_21, build_vae, channels_last
 from ..faces import Characters, Dice, draw_characters, draw_motions, mouth_boxes, render, to_device
 from . import sizes
+from .gradients import Gradients
 from .speech import Take
 from .trainer import Trainer
 from .whole_clip import Z_DIM, WholeClip
 
+log = logging.getLogger("wanvideo")
+
 RATE = 2e-3
+
+
+class Form(NamedTuple):
+    """Clips of a batch and their frames; how many are drawn for the whole training; share of the batches."""
+
+    count: int
+    frames: int
+    kept: int
+    share: float
+
+
 # The causal convolutions reach back many frames: a network that saw only short clips loses colour in long ones.
-# Number of clips and their frames, all about the same work.
-FORMS = ((12, 17), (12, 17), (6, 33), (2, 97))
+# Small batches: the number of steps counts for more than the clips in each.
+FORMS = (Form(3, 17, 6000, 0.55), Form(2, 33, 2000, 0.3), Form(1, 97, 400, 0.15))
+DRAWN_FRAMES = 1632
 PAIR_SHARE = 0.3
 MOUTH_WEIGHT = 6.0
 # The first frame, which is coded on its own, counts as one frame in six whatever the clip's length.
@@ -30,15 +46,37 @@ PLACES = torch.tensor([[-0.5, -0.02], [0.5, -0.02]])
 STATISTICS_CLIPS, STATISTICS_FRAMES = 8, 33
 
 
+class Drawn(NamedTuple):
+    """Clips kept as a file holds them: pixels [N, T, 128, 128, 3], uint8, and weights of pixels [N, 128, 128]."""
+
+    pixels: Tensor
+    weights: Tensor
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Random ones: clips [count, 3, T, 128, 128] in -1..1, and weights [count, 1, 1, 128, 128]."""
+        chosen = torch.randint(len(self.pixels), (count,), device=self.pixels.device)
+        clips = self.pixels[chosen].movedim(-1, 1).float() / 127.5 - 1
+        return clips, self.weights[chosen][:, None, None]
+
+
 class Pictures:
-    """Endless drawn clips in -1..1 with a weight for every pixel."""
+    """Draws clips."""
 
     def __init__(self, takes: list[Take], device: torch.device, seed: int = 0) -> None:
         self.mouths = torch.cat([torch.from_numpy(take.mouth).float() for take in takes])
         self.device, self.dice = device, Dice(seed)
 
+    def keep(self, count: int, frames: int) -> Drawn:
+        """`count` clips of so many frames, of one person or two. Drawn many at a time: drawing is bound by the host."""
+        parts = []
+        for start in range(0, count, max(DRAWN_FRAMES // frames, 1)):
+            people = 2 if float(self.dice.between(0, 1)) < PAIR_SHARE else 1
+            clips, weights = self.draw(min(max(DRAWN_FRAMES // frames, 1), count - start), frames, people)
+            parts.append(((clips.movedim(1, -1) * 127.5 + 127.5).round().to(torch.uint8), weights))
+        return Drawn(*(torch.cat(side) for side in zip(*parts, strict=True)))
+
     def draw(self, count: int, frames: int, people: int) -> tuple[Tensor, Tensor]:
-        """Clips [count, 3, frames, 128, 128] in -1..1 and weights [count, 1, 1, 128, 128]."""
+        """Clips [count, 3, frames, 128, 128] in -1..1 and weights [count, 128, 128]."""
         dice = self.dice
         start = dice.choice(len(self.mouths) - frames, count, people)
         mouth = self.mouths[start[..., None] + torch.arange(frames)]
@@ -69,17 +107,20 @@ class Pictures:
         axis = (torch.arange(size) + 0.5) * 2 / size - 1
         left, top, right, bottom = mouth_boxes(characters)[..., None].unbind(-2)
         inside = ((axis > left) & (axis < right))[..., None, :] & ((axis > top) & (axis < bottom))[..., None]
-        return (1 + (MOUTH_WEIGHT - 1) * inside.any(1).float())[:, None, None].to(self.device)
+        return (1 + (MOUTH_WEIGHT - 1) * inside.any(1).float()).to(self.device)
 
 
 def loss(vae: WholeClip, clips: Tensor, weights: Tensor) -> Tensor:
-    """Reconstruction of values and of their differences between neighbours, and a weak pull to unit variance."""
+    """Reconstruction of values and of their differences between neighbours, and a weak pull to unit variance.
+
+    clips [B, 3, T, H, W] in -1..1, weights [B, 1, 1, H, W].
+    """
     with torch.autocast(clips.device.type, dtype=torch.bfloat16):
         mean, logvar = vae.encode(clips).float().chunk(2, dim=1)
         logvar = logvar.clamp(-20, 4)
         made = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
     first = torch.ones(clips.shape[2], device=clips.device)
-    first[0] = max(FIRST_SHARE * len(first), 1)
+    first[:1].fill_(max(FIRST_SHARE * len(first), 1))
     scale = weights * first[:, None, None]
     error = made - clips
     values = (scale * (error.abs() + 5 * error**2)).mean()
@@ -88,29 +129,28 @@ def loss(vae: WholeClip, clips: Tensor, weights: Tensor) -> Tensor:
     return values + 0.5 * edges + KL_WEIGHT * kl
 
 
-def train(takes: list[Take], path: Path, *, seconds: float, device: torch.device, compiled: bool) -> nn.Module:
-    """The trained VAE, its latents brought to the published mean and deviation."""
+def train(
+    takes: list[Take], path: Path, *, seconds: float, device: torch.device, compiled: bool, share: float = 1.0
+) -> nn.Module:
+    """The trained VAE, its latents brought to the published mean and deviation. share: of the usual clips."""
     torch.manual_seed(0)
     model = build_vae(sizes.VAE).to(device)
     channels_last(model)
     whole = WholeClip(model, compiled)
     pictures = Pictures(takes, device)
+    kept = [pictures.keep(max(int(form.kept * share), 1), form.frames) for form in FORMS]
+    log.info("%s clips are drawn.", " + ".join(str(len(drawn.pixels)) for drawn in kept))
 
-    def draw() -> tuple[Tensor, Tensor]:
-        people = 2 if float(pictures.dice.between(0, 1)) < PAIR_SHARE else 1
-        clips, weights = pictures.draw(*FORMS[int(pictures.dice.choice(len(FORMS)))], people)
-        return clips.contiguous(memory_format=torch.channels_last_3d), weights
+    def loss_of(number: int) -> Tensor:
+        return loss(whole, *kept[number].batch(FORMS[number].count))
 
-    # Drawing is bound by the host, a step by the device: the next clips are drawn meanwhile.
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(draw)]
+    gradients = Gradients(model, loss_of)
+    shares = torch.tensor([form.share for form in FORMS])
 
-        def step(progress: float) -> Tensor:
-            clips, weights = coming.pop().result()
-            coming.append(pool.submit(draw))
-            return loss(whole, clips, weights)
+    def step() -> Tensor:
+        return gradients(int(torch.multinomial(shares, 1)))
 
-        trained = Trainer(model, path, seconds=seconds, rate=RATE).run(step)
+    trained = Trainer(model, path, seconds=seconds, rate=RATE).run(step)
     normalise(trained, Pictures(takes, device, seed=1))
     return trained
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sounds import FRAME
+from .gradients import backward
 from .speech import Take
 from .trainer import Trainer
 
@@ -48,7 +49,7 @@ def train(encoder: nn.Module, takes: list[Take], path: Path, *, seconds: float, 
     long = [take for take in takes if len(take.mouth) > FRAMES]
     listener = Listener(encoder.eval()).to(device)
 
-    def step(progress: float) -> Tensor:
+    def loss() -> Tensor:
         chosen = [long[i] for i in rng.integers(len(long), size=SOUNDS)]
         starts = [int(rng.integers(len(take.mouth) - FRAMES)) for take in chosen]
         # Some starts are the take's own: its first frames are heard, too.
@@ -60,4 +61,4 @@ def train(encoder: nn.Module, takes: list[Take], path: Path, *, seconds: float, 
         heard = listener(torch.from_numpy(sounds).float().to(device), FRAMES)
         return sum(((guess - wanted) ** 2 * wanted.new_tensor([10.0, 1.0])).mean() for guess in heard)
 
-    return Trainer(listener, path, seconds=seconds, rate=RATE).run(step).encoder
+    return Trainer(listener, path, seconds=seconds, rate=RATE).run(lambda: backward(listener, loss)).encoder

@@ -1,5 +1,7 @@
 """The forms that training uses in place of the inference code give the same numbers."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ import torch.nn.functional as F
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.demo.train import sizes, talk, whole_clip
+from wanvideo_wrapper.demo.train import trainer as trainer_module
+from wanvideo_wrapper.demo.train.gradients import Gradients, backward
 from wanvideo_wrapper.demo.train.stages import new_transformer
 from wanvideo_wrapper.demo.train.trainer import Trainer
 from wanvideo_wrapper.demo.train.vae import Pictures, loss, normalise
@@ -84,16 +88,20 @@ def test_patches_as_a_product_equal_the_convolution():
     assert torch.allclose(patches(x), want, atol=1e-5)
 
 
-def test_the_loss_falls_and_training_goes_on_from_its_file(tmp_path):
+def test_the_loss_falls_and_training_goes_on_from_its_file(tmp_path, monkeypatch):
     model = torch.nn.Linear(4, 1)
     x = torch.randn(64, 4)
     y = x @ torch.tensor([[1.0], [2.0], [-1.0], [0.5]])
 
-    def error(progress):
+    def error():
         return F.mse_loss(model(x), y)
 
-    before = float(error(0.0).detach())
-    Trainer(model, tmp_path / "it.resume.safetensors", seconds=0.5, rate=1e-2).run(error)
+    # A clock that ticks, so that the number of steps does not depend on the machine.
+    ticks = itertools.count()
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: next(ticks) * 1e-4)
+    before = float(error().detach())
+    trainer = Trainer(model, tmp_path / "it.resume.safetensors", seconds=0.5, rate=1e-2)
+    trainer.run(lambda: backward(model, error))
     fresh = torch.nn.Linear(4, 1)
     trainer = Trainer(fresh, tmp_path / "it.resume.safetensors", seconds=0.5, rate=1e-2)
     assert trainer.used >= 0.5 and float(F.mse_loss(fresh(x), y).detach()) < before / 4
@@ -102,5 +110,39 @@ def test_the_loss_falls_and_training_goes_on_from_its_file(tmp_path):
 def test_a_step_of_the_vae_reaches_every_weight():
     model = build_vae(sizes.VAE)
     pictures = Pictures([Take()], torch.device("cpu"))
-    loss(WholeClip(model), *pictures.draw(1, 5, 2)).backward()
+    loss(WholeClip(model), *pictures.keep(2, 5).batch(1)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_gradients_by_form_are_those_of_a_plain_backward(device):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1)).to(device)
+
+    def loss_of(form, x):
+        return model(x).square().mean() if form else model(x).abs().mean()
+
+    gradients = Gradients(model, loss_of)
+    for form in (0, 1, 0, 1):
+        x = torch.randn(5 + form, 6)
+        found = float(gradients(form, x))
+        got = [p.grad.clone() for p in model.parameters()]
+        want = loss_of(form, x.to(device))
+        assert found == pytest.approx(want.item(), rel=1e-4)
+        for a, b in zip(got, torch.autograd.grad(want, model.parameters()), strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+        # The next step sees the weights that an optimizer has changed meanwhile.
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), got, strict=True):
+                parameter -= 0.1 * gradient
+
+
+def test_kept_clips_are_the_drawn_ones():
+    pictures = Pictures([Take()], torch.device("cpu"))
+    kept = pictures.keep(3, 5)
+    clips, weights = kept.batch(2)
+    assert kept.pixels.shape == (3, 5, 128, 128, 3) and clips.shape == (2, 3, 5, 128, 128)
+    assert clips.is_contiguous(memory_format=torch.channels_last_3d) and -1 <= clips.min() < clips.max() <= 1
+    assert weights.shape == (2, 1, 1, 128, 128) and 1 == weights.min() < weights.max()
+    assert {
+        int((clip - row).abs().amax() < 1e-6) for clip in clips for row in kept.pixels.movedim(-1, 1) / 127.5 - 1
+    } == {0, 1}
