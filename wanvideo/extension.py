@@ -200,6 +200,10 @@ class Extension:
         """Whether `self_attn` needs q and k, which a kernel may otherwise keep to itself."""
         return False
 
+    def uses_self_attn(self, cond: NamedTuple) -> bool:
+        """Whether `self_attn` does anything; where not, a kernel may give its result as FP8 rows."""
+        return True
+
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: NamedTuple) -> tuple[Heads, NamedTuple]:
         """Output heads of self-attention, before the output projection."""
         return heads, cond
@@ -223,6 +227,11 @@ Hooks = tuple[tuple[Extension, NamedTuple], ...]
 def hooked(name: str, hooks: Hooks) -> bool:
     """Whether an active extension overrides the hook `name`."""
     return any(getattr(type(extension), name) is not getattr(Extension, name) for extension, _ in hooks)
+
+
+def heads_are_used(hooks: Hooks) -> bool:
+    """Whether anything but the output projection reads what self-attention gives."""
+    return any(hooked("self_attn", ((extension, cond),)) and extension.uses_self_attn(cond) for extension, cond in hooks)
 
 
 def run_hooks(name: str, block: WanAttentionBlock, value: object, hooks: Hooks) -> tuple[object, Hooks]:
