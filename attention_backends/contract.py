@@ -88,7 +88,7 @@ class Backend:
     """
 
     runs: str
-    make: Callable[[AttentionSpec], Attention] | None = None
+    make: Callable[[AttentionSpec], Attention]
     exports: tuple[packages.Export, ...] = ()
     least: Capability | None = None
     only: tuple[Capability, ...] | None = None
@@ -101,8 +101,6 @@ class Backend:
 
     def reason(self, spec: AttentionSpec) -> str | None:
         """Why it cannot run, None where it can. Cheap tests first; nothing is imported where the GPU rules it out."""
-        if self.make is None:
-            return self.extra(spec) or "this version does not have it"
         if spec.masked and not self.masks:
             return "it takes no mask, and this model's attention needs one"
         return self._device(spec) or self._head_dim(spec) or packages.reason(self.exports) or self.extra(spec)

@@ -78,8 +78,8 @@ class AttentionPlan:
             why = probe.verdict(backend.kernel, spec, tokens)
             if why is not None:
                 raise ValueError(
-                    f"attention_mode '{backend.name}' was tried on {tokens} tokens in a process of its own and failed: "
-                    f"{why}. Choose another attention_mode, or install another build of its package."
+                    f"attention_mode '{backend.name}' cannot run on {tokens} tokens: {why}. Choose another "
+                    "attention_mode, or install another build of its package."
                 )
 
     def identity(self) -> tuple[object, ...]:

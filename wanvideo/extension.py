@@ -25,13 +25,15 @@ Span = tuple[tuple[int, int], tuple[int, int]]
 class AttentionCall(NamedTuple):
     """Self-attention before the kernel: q, k, v [B, L, H, D].
 
-    spans: static (query range, key range) pairs; empty means that all tokens attend to all.
+    spans: static (query range, key range) pairs; empty means that all tokens attend to all. k_lens: how many keys of
+    each batch entry count, of which the rest is padding; empty means all.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     spans: tuple[Span, ...] = ()
+    k_lens: tuple[int, ...] = ()
 
 
 class Heads(NamedTuple):
@@ -231,7 +233,7 @@ def hooked(name: str, hooks: Hooks) -> bool:
 
 def heads_are_used(hooks: Hooks) -> bool:
     """Whether anything but the output projection reads what self-attention gives."""
-    return any(hooked("self_attn", ((extension, cond),)) and extension.uses_self_attn(cond) for extension, cond in hooks)
+    return hooked("self_attn", tuple((extension, cond) for extension, cond in hooks if extension.uses_self_attn(cond)))
 
 
 def run_hooks(name: str, block: WanAttentionBlock, value: object, hooks: Hooks) -> tuple[object, Hooks]:
