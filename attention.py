@@ -40,7 +40,7 @@ __all__ = [
 
 # The original's options in its order, then this project's.
 BACKENDS: Mapping[str, Backend] = {
-    "sdpa": Backend(runs="torch's scaled dot product attention", make=lambda spec: Sdpa(), masks=True),
+    "sdpa": Backend(runs="torch's scaled dot product attention", make=lambda spec: Sdpa(), any_dtype=True, masks=True),
     "flash_attn_2": FLASH_2,
     "flash_attn_3": FLASH_3,
     "sageattn": sage.auto("sageattn", "the kernel that SageAttention picks for the GPU (INT8 QK)"),
@@ -59,6 +59,7 @@ BACKENDS: Mapping[str, Backend] = {
     "cudnn_fp8": Backend(
         runs="cuDNN's FP8 attention, with norm, position and rounding of q and k in one pass",
         make=lambda spec: CudnnFp8(),
+        any_dtype=True,
         extra=lambda spec: why_not(spec.device, spec.head_dim),
         get="pip install nvidia-cudnn-frontend, on Hopper or newer",
     ),

@@ -206,14 +206,24 @@ def _handle(device: torch.device, thread: int) -> object:
 
 @functools.lru_cache(maxsize=GRAPHS)
 def compiled_graph(device: torch.device, shape: tuple[int, int, int, int], keys: int, thread: int) -> Graph:
-    """The graph for q of `shape` [B, Lq, H, D] and `keys` keys, all contiguous; `device` must be the current one."""
+    """The graph for q of `shape` [B, Lq, H, D] and `keys` keys, all contiguous; `device` must be the current one.
+
+    Raises ValueError where cuDNN has no kernel for it.
+    """
     cudnn, handle = _cudnn(), _handle(device, thread)
-    graph = declared_graph(cudnn, shape, keys, handle)
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
+    try:
+        graph = declared_graph(cudnn, shape, keys, handle)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+    # Its errors have no common class.
+    except Exception as error:
+        raise ValueError(
+            f"attention_mode 'cudnn_fp8' has no kernel for queries {shape} and {keys} keys on this GPU: {error}; "
+            "choose another attention_mode."
+        ) from error
     return Graph(cudnn, graph, handle, graph.get_workspace_size(), device)
 
 

@@ -317,6 +317,15 @@ def test_graphs_are_compiled_once_a_shape(monkeypatch):
     attention_cudnn._handle.cache_clear()
 
 
+def test_a_shape_that_cudnn_cannot_run_is_named(monkeypatch):
+    module = Recorder()
+    monkeypatch.setattr(attention_cudnn, "_cudnn", lambda: module)
+    monkeypatch.setattr(GraphRecorder, "build_plans", lambda self: 1 / 0)
+    with pytest.raises(ValueError, match=r"'cudnn_fp8' has no kernel for queries \(1, 5, 2, 64\) and 7 keys"):
+        compiled_graph(torch.device("cuda", 0), (1, 5, 2, 64), 7, 1)
+    attention_cudnn._handle.cache_clear()
+
+
 def test_the_call_is_complete(monkeypatch):
     module = Recorder()
     monkeypatch.setattr(attention_cudnn, "_cudnn", lambda: module)
