@@ -40,7 +40,7 @@ __all__ = [
 
 # The original's options in its order, then this project's.
 BACKENDS: Mapping[str, Backend] = {
-    "sdpa": Backend(runs="torch's scaled dot product attention", make=lambda spec: Sdpa(), masks=True),
+    "sdpa": Backend(runs="torch's scaled dot product attention", make=lambda spec: Sdpa(), any_dtype=True, masks=True),
     "flash_attn_2": FLASH_2,
     "flash_attn_3": FLASH_3,
     "sageattn": sage.auto("sageattn", "the kernel that SageAttention picks for the GPU (INT8 QK)"),
@@ -59,6 +59,7 @@ BACKENDS: Mapping[str, Backend] = {
     "cudnn_fp8": Backend(
         runs="cuDNN's FP8 attention, with norm, position and rounding of q and k in one pass",
         make=lambda spec: CudnnFp8(),
+        any_dtype=True,
         extra=lambda spec: why_not(spec.device, spec.head_dim),
         get="pip install nvidia-cudnn-frontend, on Hopper or newer",
     ),
@@ -92,11 +93,29 @@ def reason(name: str, spec: AttentionSpec) -> str | None:
 
 
 def attend(attention: Attention, call: AttentionCall) -> Tensor:
-    """Run `attention` over the whole call, or span by span: each query range sees its own key range only."""
+    """Run `attention` over the whole call, or span by span: each query range sees its own key range only.
+
+    Batch entries of different k_lens run one by one: that is exact for every backend, those without masks too. Raises
+    ValueError for k_lens that do not fit the keys.
+    """
+    if call.k_lens:
+        return _without_padding(attention, call)
     if not call.spans:
         return attention(call.q, call.k, call.v)
     parts = [attention(call.q[:, q0:q1], call.k[:, k0:k1], call.v[:, k0:k1]) for (q0, q1), (k0, k1) in call.spans]
     return torch.cat(parts, dim=1)
+
+
+def _without_padding(attention: Attention, call: AttentionCall) -> Tensor:
+    q, k, v, spans, lengths = call
+    if len(lengths) != k.shape[0] or not all(0 < length <= k.shape[1] for length in lengths):
+        raise ValueError(f"k_lens {lengths} do not fit keys of shape {tuple(k.shape)}.")
+    if len(set(lengths)) > 1:
+        rows = [slice(i, i + 1) for i in range(len(lengths))]
+        calls = (AttentionCall(q[i], k[i], v[i], spans, (n,)) for i, n in zip(rows, lengths, strict=True))
+        return torch.cat([_without_padding(attention, one) for one in calls])
+    spans = tuple((queries, (first, min(last, lengths[0]))) for queries, (first, last) in spans)
+    return attend(attention, AttentionCall(q, k[:, : lengths[0]], v[:, : lengths[0]], spans))
 
 
 def sdpa() -> Attention:

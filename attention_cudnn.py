@@ -19,6 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from .attention_backends import packages
+from .attention_backends.contract import capability, dotted
 from .kernels import op_name
 from .kernels.fp8_rows import Fp8Rows
 from .kernels.norm_rope_fp8 import (
@@ -32,6 +34,7 @@ from .kernels.norm_rope_fp8 import (
 )
 from .tensor_layout import check_entry, kernel_ready
 
+PACKAGE = "cudnn"
 LEAST_CAPABILITY = (9, 0)
 # Older ones give wrong results for token counts that are no multiple of 128 (pytorch/pytorch issue 169849).
 LEAST_CUDNN = 91501
@@ -78,10 +81,12 @@ def why_not(device: torch.device, head_dim: int) -> str | None:
     """
     if device.type != "cuda":
         return "it needs an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
+    have = capability(device)
+    if have is None:
+        return "it needs an NVIDIA GPU, and this is one of another maker"
+    if have < LEAST_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, and it needs 9.0 (Hopper) or newer"
+        return f"{name} has compute capability {dotted(have)}, and it needs 9.0 (Hopper) or newer"
     if head_dim not in HEAD_SIZES:
         return f"the model's heads have {head_dim} channels, and it needs {' or '.join(map(str, HEAD_SIZES))}"
     if importlib.util.find_spec("triton") is None:
@@ -90,13 +95,15 @@ def why_not(device: torch.device, head_dim: int) -> str | None:
 
 
 def _package_reason() -> str | None:
+    # In a process of its own first: a package that does not fit this Python, driver or cuDNN may crash.
+    why = packages.trouble((PACKAGE, "pygraph"))
+    if why == packages.NOT_INSTALLED:
+        return "the package 'nvidia-cudnn-frontend' is not installed; pip install nvidia-cudnn-frontend"
+    if why is not None:
+        return f"the package 'nvidia-cudnn-frontend' cannot be imported: {why}"
     try:
         version = _cudnn().backend_version()
-    except ModuleNotFoundError as error:
-        if error.name != "cudnn":
-            return f"the package 'nvidia-cudnn-frontend' cannot be imported: {error}"
-        return "the package 'nvidia-cudnn-frontend' is not installed; pip install nvidia-cudnn-frontend"
-    # A package that does not fit this Python, driver or cuDNN fails in ways of its own, and all of them are the reason.
+    # Whatever else it does here (another copy of the library is loaded already) is the reason.
     except Exception as error:
         return f"the package 'nvidia-cudnn-frontend' cannot be imported: {type(error).__name__}: {error}"
     if version < LEAST_CUDNN:
@@ -199,14 +206,24 @@ def _handle(device: torch.device, thread: int) -> object:
 
 @functools.lru_cache(maxsize=GRAPHS)
 def compiled_graph(device: torch.device, shape: tuple[int, int, int, int], keys: int, thread: int) -> Graph:
-    """The graph for q of `shape` [B, Lq, H, D] and `keys` keys, all contiguous; `device` must be the current one."""
+    """The graph for q of `shape` [B, Lq, H, D] and `keys` keys, all contiguous; `device` must be the current one.
+
+    Raises ValueError where cuDNN has no kernel for it.
+    """
     cudnn, handle = _cudnn(), _handle(device, thread)
-    graph = declared_graph(cudnn, shape, keys, handle)
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
+    try:
+        graph = declared_graph(cudnn, shape, keys, handle)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+    # Its errors have no common class.
+    except Exception as error:
+        raise ValueError(
+            f"attention_mode 'cudnn_fp8' has no kernel for queries {shape} and {keys} keys on this GPU: {error}; "
+            "choose another attention_mode."
+        ) from error
     return Graph(cudnn, graph, handle, graph.get_workspace_size(), device)
 
 

@@ -47,5 +47,6 @@ COMFY = Backend(
     runs="what ComfyUI runs by its command line (--use-sage-attention, ...)",
     make=lambda spec: ComfyAttention(),
     extra=_host,
+    any_dtype=True,
     get="run the workflow inside ComfyUI",
 )

@@ -82,17 +82,19 @@ class Backend:
 
     runs: in words, for the log and the doctor. exports: (module, function) pairs of which one must import. least: the
     lowest compute capability; only: those that it has kernels for; both None: any device. head_dims: sizes it takes,
-    None for all. masks: whether it honours masks. get: how a user gets it. extra: any other reason. compiled: its
+    None for all. any_dtype: whether it computes in the model's precision, not in 16 bits. masks: whether it honours
+    masks. get: how a user gets it. extra: any other reason. compiled: its
     kernel is third-party machine code, to be tried in a process of its own before a run. ends: the option that runs on
     the first and last step instead.
     """
 
     runs: str
-    make: Callable[[AttentionSpec], Attention] | None = None
+    make: Callable[[AttentionSpec], Attention]
     exports: tuple[packages.Export, ...] = ()
     least: Capability | None = None
     only: tuple[Capability, ...] | None = None
     head_dims: tuple[int, ...] | None = None
+    any_dtype: bool = False
     masks: bool = False
     get: str = ""
     extra: Callable[[AttentionSpec], str | None] = lambda spec: None
@@ -101,8 +103,6 @@ class Backend:
 
     def reason(self, spec: AttentionSpec) -> str | None:
         """Why it cannot run, None where it can. Cheap tests first; nothing is imported where the GPU rules it out."""
-        if self.make is None:
-            return self.extra(spec) or "this version does not have it"
         if spec.masked and not self.masks:
             return "it takes no mask, and this model's attention needs one"
         return self._device(spec) or self._head_dim(spec) or packages.reason(self.exports) or self.extra(spec)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 Export = tuple[str, str]
 
 TIMEOUT_S = 120
+NOT_INSTALLED = "ModuleNotFoundError: it is not installed"
 TRACEBACK = "Traceback (most recent call last)"
 _RAISED = re.compile(r"[\w.]+: ")
 # Prints what the module has, or ends with what its import raised.
@@ -61,17 +62,17 @@ def reason(exports: Sequence[Export]) -> str | None:
 def trouble(export: Export) -> str | None:
     """What goes wrong when the export is imported; None if nothing does."""
     module, name = export
-    if module in sys.modules:
+    if sys.modules.get(module) is not None:
         names, why = dir(sys.modules[module]), None
     elif _is_there(module):
         names, why = _tried(module)
     else:
-        return "ModuleNotFoundError: it is not installed"
+        return NOT_INSTALLED
     return why if why is not None or name in names else f"AttributeError: {module} has no '{name}'"
 
 
 def _is_there(module: str) -> bool:
-    if module in sys.modules:
+    if sys.modules.get(module) is not None:
         return True
     try:
         return importlib.util.find_spec(module) is not None
@@ -95,7 +96,8 @@ def outcome(done: subprocess.CompletedProcess[str]) -> str | None:
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines()
-    if done.returncode < 0 or not lines:
+    # Signals end with negative numbers, Windows exceptions with very large ones.
+    if not 0 < done.returncode < 256 or not lines:
         return f"the process crashed (exit status {done.returncode})"
     # CUDA's errors go on for lines of general advice after the one that says what happened.
     raised = [line for line in lines if _RAISED.match(line)] if TRACEBACK in done.stderr else []

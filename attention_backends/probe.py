@@ -18,7 +18,7 @@ import torch
 from .contract import AttentionSpec
 from .packages import outcome
 from .probe_kernel import OUT_OF_MEMORY
-from .third_party import DTYPES, Kernel
+from .third_party import DTYPES, Kernel, Sizes
 
 log = logging.getLogger("wanvideo")
 
@@ -29,13 +29,23 @@ _verdicts: dict[tuple[object, ...], str | None] = {}
 
 def verdict(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
     """Why the kernel cannot run self-attention of so many tokens; None if it can, or had no memory to be tried."""
+    refused = kernel.limit(Sizes(tokens, tokens, spec.heads, spec.device))
+    if refused is not None:
+        return refused
     key = (kernel.name, _versions(kernel), _machine(spec.device), spec, tokens)
     if key not in _verdicts:
-        _verdicts[key] = _try(kernel, spec, tokens)
+        try:
+            why = _try(kernel, spec, tokens)
+        except MemoryError:
+            # No verdict: the next run may find room for the trial.
+            log.warning("'%s' was not tried before the run: there was not enough free memory on the GPU.", kernel.name)
+            return None
+        _verdicts[key] = None if why is None else f"a trial in a process of its own failed: {why}"
     return _verdicts[key]
 
 
 def _try(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
+    """The verdict of another process. Raises MemoryError where that found no room on the device."""
     dtype = spec.dtype if spec.dtype in DTYPES else DTYPES[0]
     asked = {
         "exports": kernel.exports,
@@ -52,8 +62,7 @@ def _try(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
     except subprocess.TimeoutExpired:
         return f"it did not finish within {TIMEOUT_S} s"
     if done.returncode == OUT_OF_MEMORY:
-        log.warning("'%s' was not tried before the run: there was not enough free memory on the GPU.", kernel.name)
-        return None
+        raise MemoryError
     return outcome(done)
 
 

@@ -6,27 +6,27 @@ and values.
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from . import packages
 from .contract import AttentionSpec, Backend, capability
-from .third_party import Kernel, backend_of, register
+from .third_party import Kernel, Sizes, backend_of, register
 
 PACKAGE = "sageattention"
 LEAST = (8, 0)
 LEAST_FP8 = (8, 9)
 HOPPER = (9, 0)
 HEAD_DIMS = (64, 96, 128)
+# 1.0.6's kernel for packed sequences has none for 96.
+HEAD_DIMS_PACKED = (64, 128)
 GET = "pip install sageattention (1.0.6, Triton), or a wheel of SageAttention 2.2 built for your torch and CUDA"
-# The FP8 kernel gives noise above this many keys on these GPUs (SageAttention issue 388).
-NOISY_KEYS, NOISY_GPUS = 160_000, ((12, 0), (12, 1))
+# The FP8 kernel gives noise above this many keys on consumer Blackwell (SageAttention issue 388).
+NOISY_KEYS = 160_000
+CONSUMER_BLACKWELL = ((12, 0), (12, 1))
 ROW_LAYOUT = {"tensor_layout": "NHD"}
 
 
-def _noise_limit(q: Tensor, k: Tensor) -> str | None:
-    if k.shape[1] > NOISY_KEYS and capability(k.device) in NOISY_GPUS:
-        return (
-            f"SageAttention's FP8 kernel gives noise above {NOISY_KEYS} tokens on this GPU, and there are {k.shape[1]}"
-        )
+def _noise_limit(sizes: Sizes) -> str | None:
+    if sizes.keys > NOISY_KEYS and capability(sizes.device) in CONSUMER_BLACKWELL:
+        return f"SageAttention's FP8 kernel gives noise above {NOISY_KEYS} tokens on this GPU: {sizes.keys} here"
     return None
 
 
@@ -37,6 +37,14 @@ FP8 = register(
         name="sageattn_3_fp8",
         exports=((PACKAGE, "sageattn_qk_int8_pv_fp8_cuda"),),
         options=ROW_LAYOUT,
+    )
+)
+FP8_BLACKWELL = register(
+    Kernel(
+        name="sageattn_3_fp8_sm120",
+        exports=FP8.exports,
+        # As 'sageattn' itself calls it on these GPUs.
+        options={**ROW_LAYOUT, "qk_quant_gran": "per_warp"},
         limit=_noise_limit,
     )
 )
@@ -54,8 +62,10 @@ def auto(name: str, runs: str) -> Backend:
 
 
 def fp8_kernel(spec: AttentionSpec) -> Kernel:
-    """The 8-bit kernel for the GPU: Hopper has one of its own."""
-    return FP8_HOPPER if spec.capability == HOPPER else FP8
+    """The 8-bit kernel for the GPU, of which Hopper has one of its own, with the options for it."""
+    if spec.capability == HOPPER:
+        return FP8_HOPPER
+    return FP8_BLACKWELL if spec.capability in CONSUMER_BLACKWELL else FP8
 
 
 VARLEN = Backend(
@@ -63,16 +73,16 @@ VARLEN = Backend(
     make=backend_of(PACKED, "sageattn_varlen"),
     exports=PACKED.exports,
     least=LEAST,
-    head_dims=HEAD_DIMS,
+    head_dims=HEAD_DIMS_PACKED,
     get=GET,
     compiled=True,
 )
 EIGHT_BIT = Backend(
     runs="SageAttention 2's 8-bit kernel (INT8 QK, FP8 PV) on every step",
     make=lambda spec: backend_of(fp8_kernel(spec), "sageattn_3_fp8")(spec),
-    exports=FP8.exports,
     least=LEAST_FP8,
     head_dims=(64, 128),
+    extra=lambda spec: packages.reason(fp8_kernel(spec).exports),
     get="a wheel of SageAttention 2.2 built for your torch and CUDA; PyPI's 1.0.6 has no FP8 kernel",
     compiled=True,
 )

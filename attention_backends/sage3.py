@@ -7,10 +7,8 @@ int32, so larger calls are refused before they reach it.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .contract import Backend
-from .third_party import Kernel, backend_of, register
+from .third_party import Kernel, Sizes, backend_of, register
 
 # Wheels differ in what they call the module and the function.
 EXPORTS = (
@@ -33,11 +31,11 @@ def correction_stride(heads: int, queries: int, keys: int, per_block_mean: bool)
     return heads * rows * -(-keys // QUERY_BLOCK) * QUERY_BLOCK
 
 
-def stride_limit(q: Tensor, k: Tensor) -> str | None:
-    """Why the kernel's int32 stride would overflow for q, k [B, L, H, D]."""
-    stride = correction_stride(q.shape[2], q.shape[1], k.shape[1], PER_BLOCK_MEAN)
+def stride_limit(sizes: Sizes) -> str | None:
+    """Why the kernel's int32 stride would overflow at these sizes."""
+    stride = correction_stride(sizes.heads, sizes.queries, sizes.keys, PER_BLOCK_MEAN)
     if stride > LARGEST_STRIDE:
-        return f"{k.shape[1]} tokens of {q.shape[2]} heads overflow a 32-bit stride of SageAttention 3"
+        return f"{sizes.keys} tokens of {sizes.heads} heads overflow a 32-bit stride of SageAttention 3"
     return None
 
 
@@ -56,5 +54,6 @@ def row(name: str, runs: str, ends: str | None = None) -> Backend:
     """A row that runs this kernel, with another option on the first and last step if `ends` names one."""
     return Backend(
         runs=runs, make=backend_of(KERNEL, name), exports=EXPORTS, only=BLACKWELL, head_dims=HEAD_DIMS, compiled=True,
-        get="a wheel of SageAttention 3 built for your torch and CUDA (RTX 50, RTX PRO Blackwell)", ends=ends,
+        get="a wheel of SageAttention 3 built for your torch and CUDA (RTX 50, RTX PRO Blackwell)"
+        + ("" if ends is None else f", and what '{ends}' needs"), ends=ends,
     )  # fmt: skip

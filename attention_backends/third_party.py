@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,16 @@ from .contract import AttentionSpec
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _no_limit(q: Tensor, k: Tensor) -> None:
+class Sizes(NamedTuple):
+    """The sizes of a call: tokens of q and of k, heads, and where it runs."""
+
+    queries: int
+    keys: int
+    heads: int
+    device: torch.device
+
+
+def _no_limit(sizes: Sizes) -> None:
     return None
 
 
@@ -31,7 +41,7 @@ class Kernel:
 
     exports: where it is found, the first that imports is used. heads_first: it takes [B, H, L, D] instead of
     [B, L, H, D]; packed: it takes [B * L, H, D] and where sequences start; options: what it is called with; limit: says
-    why it may not be called for q, k [B, L, H, D].
+    why it may not be called at these sizes.
     """
 
     name: str
@@ -39,19 +49,21 @@ class Kernel:
     heads_first: bool = False
     packed: bool = False
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
-    limit: Callable[[Tensor, Tensor], str | None] = _no_limit
+    limit: Callable[[Sizes], str | None] = _no_limit
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, L, H, D] -> [B, L, H, D]. Raises ValueError above the kernel's limits."""
-        refused = self.limit(q, k)
+        refused = self.limit(Sizes(q.shape[1], k.shape[1], q.shape[2], q.device))
         if refused is not None:
-            raise ValueError(f"attention_mode '{self.name}' cannot run here: {refused}; choose another attention_mode.")
+            raise ValueError(f"The kernel '{self.name}' cannot run here: {refused}; choose another attention_mode.")
         dtype = q.dtype if q.dtype in DTYPES else DTYPES[0]
         ready_q, ready_k, ready_v = (self._argument(t.to(dtype)) for t in (q, k, v))
         if ready_k.untyped_storage().data_ptr() == k.untyped_storage().data_ptr():
             ready_k = ready_k.clone()
         check_entry(self.name, strided=False, q=ready_q, k=ready_k, v=ready_v)
-        out = self._call(ready_q, ready_k, ready_v, q.shape[1], k.shape[1])
+        # Triton and some of these packages launch on the current device, wherever the tensors are.
+        with torch.cuda.device_of(q):
+            out = self._call(ready_q, ready_k, ready_v, q.shape[1], k.shape[1])
         out = out[0] if isinstance(out, tuple) else out
         out = out.transpose(1, 2) if self.heads_first else out.reshape(*q.shape[:3], v.shape[3])
         return kernel_ready(out.to(q.dtype), strided=False)

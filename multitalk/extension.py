@@ -159,6 +159,10 @@ class MultiTalk(Extension):
         """Several speakers are told apart by q and k."""
         return cond.masks is not None
 
+    def uses_self_attn(self, cond: SpeechCond) -> bool:
+        """One speaker needs no map."""
+        return cond.masks is not None
+
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: SpeechCond) -> tuple[Heads, SpeechCond]:
         """Measures which speaker each token belongs to."""
         if cond.masks is None:

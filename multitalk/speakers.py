@@ -98,14 +98,15 @@ def half_masks(height: int, width: int) -> Tensor:
 def speaker_map(q: Tensor, k: Tensor, masks: Tensor) -> Tensor:
     """Mean attention of every token to each class of the first frame: [B, L, P + 1] float32.
 
-    q, k [B, L, H, D] post-RoPE; masks [P + 1, S]. One attention call: the normalised masks are its value columns.
+    q, k [B, L, H, D] post-RoPE; masks [P + 1, S]. One attention call: the masks are its value columns. They are divided
+    by their sizes afterwards, because 0 and 1 are exact in 16 bits and a class's weight is not.
     """
     classes, places = masks.shape
-    columns = masks / (masks.sum(dim=1, keepdim=True) + TINY)
     padding = -classes % COLUMNS
-    values = F.pad(columns.t(), (0, padding)).to(q.dtype)
+    values = F.pad(masks.t(), (0, padding)).to(q.dtype)
     values = values[None, :, None].expand(q.shape[0], places, q.shape[2], classes + padding)
-    return sdpa()(q, k[:, :places], values)[..., :classes].float().mean(dim=2)
+    shares = sdpa()(q, k[:, :places], values)[..., :classes].float().mean(dim=2)
+    return shares / (masks.sum(dim=1) + TINY)
 
 
 def query_positions(scores: Tensor) -> Tensor:

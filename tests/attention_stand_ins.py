@@ -30,9 +30,16 @@ def sageattn(q, k, v, tensor_layout="HND"):
     return exact(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
+def sageattn_fp8(q, k, v, tensor_layout="HND", qk_quant_gran="per_thread"):
+    """SageAttention 2's 8-bit kernel on Ada and Hopper; its own `sageattn` calls it so."""
+    assert qk_quant_gran == ("per_warp" if contract.capability(q.device)[0] == 12 else "per_thread")
+    return sageattn(q, k, v, tensor_layout)
+
+
 def sageattn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """Sequences one after the other, [tokens, H, D]."""
     check(q, k, v)
+    assert q.shape[-1] in (64, 128)
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     k -= k.mean(dim=0, keepdim=True)
     parts = []
@@ -57,8 +64,8 @@ PACKAGES = {
     "sageattention": {
         "sageattn": sageattn,
         "sageattn_varlen": sageattn_varlen,
-        "sageattn_qk_int8_pv_fp8_cuda": sageattn,
-        "sageattn_qk_int8_pv_fp8_cuda_sm90": sageattn,
+        "sageattn_qk_int8_pv_fp8_cuda": sageattn_fp8,
+        "sageattn_qk_int8_pv_fp8_cuda_sm90": sageattn_fp8,
     },
     "sageattn3": {"sageattn3_blackwell": sage3_stand_in.sageattn3_blackwell},
     "flash_attn": {"flash_attn_func": flash_attn_func},

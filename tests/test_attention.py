@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, attend, resolve, sdpa
+from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, attend, reason, resolve, sdpa
 from wanvideo_wrapper.wanvideo.extension import AttentionCall
 
 
@@ -71,6 +71,29 @@ def test_spans_see_only_their_keys():
     assert_close(got[:, 4:], formula(q[:, 4:], k[:, 4:], v[:, 4:]))
 
 
+SPANS = (((0, 4), (0, 6)), ((4, 6), (2, 6)))
+
+
+@pytest.mark.parametrize("spans", [(), SPANS])
+@pytest.mark.parametrize("lengths", [(6, 6), (4, 4), (3, 5)])
+def test_padded_keys_do_not_count(lengths, spans):
+    q, k, v = qkv(queries=6, keys=6)
+    mask = (torch.arange(6) < torch.tensor(lengths)[:, None])[:, None, None].expand(2, 1, 6, 6).clone()
+    for (q0, q1), (k0, k1) in spans:
+        mask[:, :, q0:q1, :k0] = mask[:, :, q0:q1, k1:] = False
+    for row, length in enumerate(lengths):
+        k[row, length:] = v[row, length:] = float("nan")
+    got = attend(sdpa(), AttentionCall(q, k, v, spans, lengths))
+    assert_close(got, formula(q, k.nan_to_num(), v.nan_to_num(), mask))
+
+
+@pytest.mark.parametrize("lengths", [(6,), (0, 6), (6, 7)])
+def test_lengths_that_do_not_fit_are_refused(lengths):
+    q, k, v = qkv(queries=6, keys=6)
+    with pytest.raises(ValueError, match="k_lens .* do not fit keys of shape"):
+        attend(sdpa(), AttentionCall(q, k, v, k_lens=lengths))
+
+
 def test_resolve_names_every_backend_and_reason():
     spec = AttentionSpec(device=torch.device("cpu"), heads=40, head_dim=128)
     assert resolve("sdpa", spec).name == "sdpa"
@@ -78,4 +101,5 @@ def test_resolve_names_every_backend_and_reason():
     for name in [*(set(ATTENTION_MODES) - anywhere), "nonsense"]:
         with pytest.raises(ValueError, match=f"'{name}' cannot run") as error:
             resolve(name, spec)
-        assert all(mode in str(error.value) for mode in ATTENTION_MODES)
+        message = str(error.value)
+        assert all(f"{mode}: {reason(mode, spec) or 'runs'}" in message for mode in ATTENTION_MODES)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from layouts import Layout, bits, fresh, layouts, relative
 from wanvideo_wrapper import attention_cudnn
 from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.attention_backends import packages
 from wanvideo_wrapper.attention_cudnn import CudnnFp8, compiled_graph, declared_graph, uid, why_not
 from wanvideo_wrapper.kernels.fp8_rows import Fp8Rows
 from wanvideo_wrapper.kernels.norm_rope_fp8 import norm_rope_eager, tensor_fp8
@@ -156,16 +157,20 @@ def test_a_mask_is_refused():
 def capable(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: name == "triton" or None)
     monkeypatch.setattr(attention_cudnn, "_first_run", lambda device, head_dim: None)
 
 
 def with_cudnn(monkeypatch, version):
-    monkeypatch.setitem(sys.modules, "cudnn", types.SimpleNamespace(backend_version=lambda: version))
+    module = types.SimpleNamespace(backend_version=lambda: version, pygraph=None)
+    monkeypatch.setitem(sys.modules, "cudnn", module)
 
 
 def test_reasons(monkeypatch):
     assert why_not(torch.device("cpu"), 128) == "it needs an NVIDIA GPU"
+    with monkeypatch.context() as rocm:
+        rocm.setattr(torch.version, "hip", "7.0")
+        assert "this is one of another maker" in why_not(CUDA, 128)
     capable(monkeypatch, (8, 9))
     assert "A GPU has compute capability 8.9, and it needs 9.0" in why_not(CUDA, 128)
     capable(monkeypatch)
@@ -180,8 +185,32 @@ def test_reasons(monkeypatch):
     assert "pip install triton" in why_not(CUDA, 128)
 
 
-def test_a_package_that_breaks_at_import_is_a_reason(monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise OSError('libcudnn.so.9: cannot open shared object file')", "OSError: libcudnn.so.9: cannot open"),
+        ("import os; os.abort()", "the process crashed"),
+        ("", "AttributeError: cudnn has no 'pygraph'"),
+    ],
+)
+def test_it_is_first_imported_in_a_process_of_its_own(body, why, monkeypatch, tmp_path):
+    real = attention_cudnn.importlib.util.find_spec
     capable(monkeypatch)
+    monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: name == "triton" or real(name))
+    monkeypatch.delitem(sys.modules, "cudnn", raising=False)
+    (tmp_path / "cudnn.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    packages._tried.cache_clear()
+    reason = why_not(CUDA, 128)
+    packages._tried.cache_clear()
+    assert f"'nvidia-cudnn-frontend' cannot be imported: {why}" in reason and "cudnn" not in sys.modules
+
+
+def test_a_package_that_breaks_only_here_is_a_reason(monkeypatch):
+    capable(monkeypatch)
+    with_cudnn(monkeypatch, 91900)
 
     def broken():
         raise OSError("libcudnn.so.9: cannot open shared object file")
@@ -285,6 +314,15 @@ def test_graphs_are_compiled_once_a_shape(monkeypatch):
     assert len({id(g) for g in [first, *graphs]}) == 7 and module.built == 7
     assert graphs[0].handle is first.handle and graphs[1].handle is not first.handle is not graphs[-1].handle
     compiled_graph.cache_clear()
+    attention_cudnn._handle.cache_clear()
+
+
+def test_a_shape_that_cudnn_cannot_run_is_named(monkeypatch):
+    module = Recorder()
+    monkeypatch.setattr(attention_cudnn, "_cudnn", lambda: module)
+    monkeypatch.setattr(GraphRecorder, "build_plans", lambda self: 1 / 0)
+    with pytest.raises(ValueError, match=r"'cudnn_fp8' has no kernel for queries \(1, 5, 2, 64\) and 7 keys"):
+        compiled_graph(torch.device("cuda", 0), (1, 5, 2, 64), 7, 1)
     attention_cudnn._handle.cache_clear()
 
 

@@ -78,8 +78,8 @@ class AttentionPlan:
             why = probe.verdict(backend.kernel, spec, tokens)
             if why is not None:
                 raise ValueError(
-                    f"attention_mode '{backend.name}' was tried on {tokens} tokens in a process of its own and failed: "
-                    f"{why}. Choose another attention_mode, or install another build of its package."
+                    f"attention_mode '{backend.name}' cannot run on {tokens} tokens: {why}. Choose another "
+                    "attention_mode, or install another build of its package."
                 )
 
     def identity(self) -> tuple[object, ...]:
@@ -99,11 +99,10 @@ class AttentionPlan:
 
 def plan_for(name: str, spec: AttentionSpec) -> AttentionPlan:
     """The plan behind an option of the widget. Raises ValueError, with every backend's reason, if it cannot run."""
-    main = attention.resolve(name, spec)
-    ends = attention.BACKENDS[name].ends
-    rules = () if ends is None else (Rule(plan=plan_for(ends, spec), ends=True),)
-    log.info("Self-attention, '%s': %s. Cross-attention: sdpa.", name, attention.BACKENDS[name].runs)
-    if attention.BACKENDS[name].compiled and spec.dtype not in DTYPES:
+    main, row = attention.resolve(name, spec), attention.BACKENDS[name]
+    rules = () if row.ends is None else (Rule(plan=plan_for(row.ends, spec), ends=True),)
+    log.info("Self-attention, '%s': %s. Cross-attention: sdpa.", name, row.runs)
+    if spec.device.type == "cuda" and not row.any_dtype and spec.dtype not in DTYPES:
         log.info("Its kernel computes in bfloat16; base_precision is float32.")
     return AttentionPlan(main=main, rules=rules)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
+from ..kernels.fp8_rows import Fp8Rows
 from ..quantized.linear import QuantisedLinear
 from .extension import BlockInputs
 from .modules.model import WanModel, WanSelfAttention
@@ -104,6 +105,8 @@ def _after(name: str) -> Callable[..., None]:
 
 
 def _finite(value: object) -> bool:
+    if isinstance(value, Fp8Rows):
+        return _finite(value.values) and _finite(value.scale)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
     # Types of 8 bits have no test of their own.

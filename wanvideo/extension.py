@@ -25,13 +25,15 @@ Span = tuple[tuple[int, int], tuple[int, int]]
 class AttentionCall(NamedTuple):
     """Self-attention before the kernel: q, k, v [B, L, H, D].
 
-    spans: static (query range, key range) pairs; empty means that all tokens attend to all.
+    spans: static (query range, key range) pairs; empty means that all tokens attend to all. k_lens: how many keys of
+    each batch entry count, of which the rest is padding; empty means all.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     spans: tuple[Span, ...] = ()
+    k_lens: tuple[int, ...] = ()
 
 
 class Heads(NamedTuple):
@@ -200,6 +202,10 @@ class Extension:
         """Whether `self_attn` needs q and k, which a kernel may otherwise keep to itself."""
         return False
 
+    def uses_self_attn(self, cond: NamedTuple) -> bool:
+        """Whether `self_attn` does anything; where not, a kernel may give its result as FP8 rows."""
+        return True
+
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: NamedTuple) -> tuple[Heads, NamedTuple]:
         """Output heads of self-attention, before the output projection."""
         return heads, cond
@@ -223,6 +229,11 @@ Hooks = tuple[tuple[Extension, NamedTuple], ...]
 def hooked(name: str, hooks: Hooks) -> bool:
     """Whether an active extension overrides the hook `name`."""
     return any(getattr(type(extension), name) is not getattr(Extension, name) for extension, _ in hooks)
+
+
+def heads_are_used(hooks: Hooks) -> bool:
+    """Whether anything but the output projection reads what self-attention gives."""
+    return hooked("self_attn", tuple((extension, cond) for extension, cond in hooks if extension.uses_self_attn(cond)))
 
 
 def run_hooks(name: str, block: WanAttentionBlock, value: object, hooks: Hooks) -> tuple[object, Hooks]:

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import bits, fresh, layouts, relative
 from test_attention import formula
-from wanvideo_wrapper import attention
+from wanvideo_wrapper import attention, tensor_layout
 from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, GridAttention
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
 
@@ -47,3 +47,19 @@ def test_values_do_not_depend_on_the_layout(name, device, data):
     assert out.isfinite().all() and relative(out, backend(fresh(q), fresh(k), fresh(v))) < 0.02
     if name in ERRORS:
         assert relative(out, formula(q, k, v)) < ERRORS[name]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@THOROUGH
+@given(data=st.data(), dtype=st.sampled_from((torch.bfloat16, torch.float16)))
+def test_masks_in_any_layout(device, data, dtype, monkeypatch):
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
+    batch, queries, keys = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 60), st.integers(1, 60)))
+    shape = [data.draw(st.sampled_from((1, size))) for size in (batch, HEADS, queries)]
+    allowed = torch.rand(*shape, keys) > 0.5
+    allowed[..., data.draw(st.integers(0, keys - 1))] = True
+    mask = data.draw(layouts()).place(allowed.to(device))
+    q, k, v = (torch.randn(batch, n, HEADS, SIZE).to(device, dtype) for n in (queries, keys, keys))
+    before = fresh(mask)
+    assert relative(attention.sdpa()(q, k, v, mask=mask), formula(q, k, v, before)) < ERRORS["sdpa"]
+    assert torch.equal(mask, before)

@@ -12,7 +12,7 @@ from attention_stand_ins import PACKAGES, blackwell, install, pretend  # noqa: F
 from layouts import relative
 from test_attention import formula
 from wanvideo_wrapper.attention import AttentionSpec, resolve
-from wanvideo_wrapper.attention_backends import packages, probe, sage3
+from wanvideo_wrapper.attention_backends import packages, probe, probe_kernel, sage3
 from wanvideo_wrapper.attention_backends.third_party import Kernel
 from wanvideo_wrapper.wanvideo.attention_plan import plan_for
 from wanvideo_wrapper.wanvideo.extension import Step
@@ -90,7 +90,7 @@ def test_each_option_runs_what_it_says(blackwell):  # noqa: F811
 
     assert kernels("sageattn_3") == ["sageattn", "sageattn_3_fp4", "sageattn_3_fp4", "sageattn"]
     assert kernels("sageattn_3_fp4") == ["sageattn_3_fp4"] * 4
-    assert kernels("sageattn_3_fp8") == ["sageattn_3_fp8"] * 4
+    assert kernels("sageattn_3_fp8") == ["sageattn_3_fp8_sm120"] * 4
 
 
 @pytest.fixture
@@ -117,6 +117,7 @@ def other_process(monkeypatch, tmp_path):
         ("import torch\ndef sageattn3_blackwell(q, *a, **_): return torch.randn_like(q)", "its result was wrong by"),
         ("def sageattn3_blackwell(q, k, v): return good(q, k, v)", "unexpected keyword argument 'per_block_mean'"),
         ("import torch\ndef sageattn3_blackwell(*a, **_): raise torch.OutOfMemoryError", None),
+        ("def sageattn3_blackwell(*a, **_): raise RuntimeError('CUDA error: out of memory')", None),
     ],
 )
 def test_the_kernel_is_tried_in_a_process_of_its_own(body, why, other_process):
@@ -125,7 +126,7 @@ def test_the_kernel_is_tried_in_a_process_of_its_own(body, why, other_process):
     if why is None:
         plan.try_out(SPEC, 200)
         return
-    with pytest.raises(ValueError, match="'sageattn_3_fp4' was tried on 200 tokens") as error:
+    with pytest.raises(ValueError, match="'sageattn_3_fp4' cannot run on 200 tokens: a trial in a process") as error:
         plan.try_out(SPEC, 200)
     assert why in str(error.value)
 
@@ -138,6 +139,22 @@ def test_a_verdict_is_kept_by_shape(blackwell, monkeypatch):  # noqa: F811
     for tokens in (100, 100, 200):
         plan.try_out(SPEC, tokens)
     assert seen == [(n, t) for t in (100, 200) for n in ("sageattn_3_fp4", "sageattn")]
+
+
+def test_a_trial_without_memory_is_made_again(blackwell, monkeypatch):  # noqa: F811
+    done = [subprocess.CompletedProcess([], code, "", "") for code in (probe_kernel.OUT_OF_MEMORY, 0)]
+    monkeypatch.setattr(probe, "_verdicts", {})
+    monkeypatch.setattr(probe.subprocess, "run", lambda *_, **__: done.pop(0))
+    for _ in range(3):
+        assert probe.verdict(sage3.KERNEL, SPEC, 100) is None
+    assert not done
+
+
+def test_sizes_beyond_a_limit_are_refused_before_the_run(blackwell, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sage3, "LARGEST_STRIDE", 2 * 384 - 1)
+    monkeypatch.setattr(probe, "_try", lambda *_: pytest.fail("the kernel was tried"))
+    with pytest.raises(ValueError, match="'sageattn_3_fp4' cannot run on 300 tokens: 300 tokens of 2 heads"):
+        plan_for("sageattn_3_fp4", SPEC).try_out(SPEC, 300)
 
 
 @pytest.mark.slow

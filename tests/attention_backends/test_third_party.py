@@ -18,6 +18,7 @@ from wanvideo_wrapper import attention
 from wanvideo_wrapper.attention import ATTENTION_MODES, BACKENDS, AttentionSpec, resolve
 from wanvideo_wrapper.attention_backends import packages, sage
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
+from wanvideo_wrapper.wanvideo.extension import AttentionCall
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(device=CPU, heads=3, head_dim=64)
@@ -67,14 +68,24 @@ def test_equals_the_formula(name, monkeypatch):
     assert relative(resolve(name, SPEC)(q, k, v), formula(q, k, v)) < 0.02
 
 
-@pytest.mark.parametrize("name", [*THIRD_PARTY, "radial_sage_attention", "sageattn_ultravico"])
+@pytest.mark.parametrize("name", [name for name in ATTENTION_MODES if name != "sdpa"])
 def test_masks_are_refused(name, monkeypatch):
     install(monkeypatch)
     pretend(monkeypatch, capability_of(name))
     q, k, v = (torch.randn(1, 8, 3, 64) for _ in range(3))
     with pytest.raises(ValueError, match=f"'{name}' takes no mask"):
-        resolve(name, SPEC)(q, k, v, mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+        BACKENDS[name].make(SPEC)(q, k, v, mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
     assert not BACKENDS[name].masks
+
+
+@pytest.mark.parametrize("name", [name for name in THIRD_PARTY if name not in ("sageattn_3", "sageattn_3_fp4")])
+def test_padded_keys_do_not_count(name, monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, capability_of(name))
+    q, k, v = (torch.randn(2, 12, 3, 64) for _ in range(3))
+    got = attention.attend(resolve(name, SPEC), AttentionCall(q, k, v, k_lens=(5, 12)))
+    assert relative(got[:1], formula(q[:1], k[:1, :5], v[:1, :5])) < 0.02
+    assert relative(got[1:], formula(q[1:], k[1:], v[1:])) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -82,6 +93,7 @@ def test_masks_are_refused(name, monkeypatch):
     [
         ("sageattn", (7, 5), 128, "needs compute capability 8.0 or newer, and this GPU has 7.5"),
         ("sageattn", (8, 6), 80, "takes heads of 64 or 96 or 128 channels, and this model's have 80"),
+        ("sageattn_varlen", (8, 6), 96, "takes heads of 64 or 128 channels"),
         ("sageattn_3_fp8", (8, 6), 128, "needs compute capability 8.9 or newer"),
         ("sageattn_3_fp4", (9, 0), 128, "needs compute capability 12.0 or 12.1, and this GPU has 9.0"),
         ("sageattn_3_fp4", (12, 0), 96, "takes heads of 64 or 128 channels"),
@@ -169,6 +181,8 @@ def test_the_line_that_says_what_happened():
         "CUDA kernel errors might be asynchronously reported, so the stacktrace below might be incorrect.\n"
         "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA`.\n"
     )
+    for status in (-11, 0xC0000005):
+        assert "crashed" in packages.outcome(subprocess.CompletedProcess([], status, "", "W: some warning\n"))
     said = packages.outcome(subprocess.CompletedProcess([], 1, "", cuda))
     assert said == "torch.AcceleratorError: CUDA error: misaligned address"
     assert packages.outcome(subprocess.CompletedProcess([], 1, "", "W: old\nit gave NaN\n")) == "it gave NaN"
@@ -195,13 +209,20 @@ def test_hopper_has_an_eight_bit_kernel_of_its_own(monkeypatch):
     install(monkeypatch)
     pretend(monkeypatch, (9, 0))
     assert resolve("sageattn_3_fp8", SPEC).kernel is sage.FP8_HOPPER
+    # SageAttention 2.0 had none for it.
+    monkeypatch.delattr(sys.modules["sageattention"], "sageattn_qk_int8_pv_fp8_cuda_sm90")
+    assert "has no 'sageattn_qk_int8_pv_fp8_cuda_sm90'" in attention.reason("sageattn_3_fp8", SPEC)
     pretend(monkeypatch, (8, 9))
     assert resolve("sageattn_3_fp8", SPEC).kernel is sage.FP8
 
 
-def test_compiles_without_graph_break(blackwell):  # noqa: F811
+@pytest.mark.parametrize("name", THIRD_PARTY)
+def test_compiles_without_graph_break(name, monkeypatch):
+    install(monkeypatch)
+    pretend(monkeypatch, capability_of(name))
+    torch._dynamo.reset()
     q, k, v = (torch.randn(1, 9, 3, 64) for _ in range(3))
-    backend = resolve("sageattn_varlen", SPEC)
+    backend = resolve(name, SPEC)
     compiled = torch.compile(lambda q, k, v: backend(q, k, v) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), 2 * backend(q, k, v))
 

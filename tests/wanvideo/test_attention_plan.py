@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 import pytest
 import talking
 import torch
+from attention_stand_ins import blackwell  # noqa: F401
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper import attention
 from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, reason, sdpa
 from wanvideo_wrapper.attention_backends.radial import RadialAttention
 from wanvideo_wrapper.kernels.fp8_rows import quantise
@@ -62,6 +64,19 @@ def test_plans_that_run_otherwise_are_told_apart():
     ]
     assert len({digest(each.identity()) for each in made}) == len(made)
     assert digest(made[2].identity()) == digest(replace(made[2]).identity())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("sdpa", False), ("cudnn_fp8", False), ("radial_sage_attention", True), ("sol_attn", True)]
+)
+def test_kernels_of_16_bits_say_so_under_float32(name, said, monkeypatch, caplog):
+    monkeypatch.setattr(attention, "resolve", lambda name, spec: sdpa())
+    with caplog.at_level("INFO", logger="wanvideo"):
+        plan_for(name, replace(SPEC, device=torch.device("cuda")))
+        assert ("Its kernel computes in bfloat16; base_precision is float32." in caplog.messages) == said
+        caplog.clear()
+        plan_for(name, replace(SPEC, device=torch.device("cuda"), dtype=torch.float16))
+        assert len(caplog.messages) == 1
 
 
 def test_ends_are_those_of_the_schedule_not_of_the_run():
@@ -217,9 +232,10 @@ def test_rows_go_straight_into_an_fp8_output_projection(fast):
 
 
 @torch.no_grad()
-def test_steps_do_not_recompile():
+@pytest.mark.parametrize("name", ["radial_sage_attention", "sageattn_3"])
+def test_steps_do_not_recompile(name, blackwell):  # noqa: F811
     """Two backends in turns over eight steps: one graph each, by the second step that has it."""
-    config = WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=6)
+    config = WanConfig(dim=128, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=6)
     model, graphs = WanModel(config), []
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -229,7 +245,9 @@ def test_steps_do_not_recompile():
         return graph.forward
 
     torch._dynamo.reset()
-    made = AttentionPlan(main=RadialAttention(block=64), rules=(Rule(plan=AttentionPlan(main=sdpa()), ends=True),))
+    made = plan_for(name, SPEC)
+    if name == "radial_sage_attention":
+        made = made.before(Rule(plan=AttentionPlan(main=sdpa()), ends=True))
     text = (torch.randn(3, 8),)
     model.blocks[0].compile(fullgraph=True, backend=counter)
     with model.attending(made):

@@ -6,6 +6,8 @@ import pytest
 import talking
 import torch
 from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.kernels.fp8_rows import quantise
+from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo import sampling
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule
@@ -25,6 +27,17 @@ class Overflowing:
     def __call__(self, q, k, v, *, mask=None):
         out = sdpa()(q, k, v)
         return torch.cat([out[:, :-1], torch.full_like(out[:, -1:], self.value)], dim=1)
+
+
+@dataclass(frozen=True)
+class OverflowingRows(Overflowing):
+    """The same as FP8 rows, which an output projection in FP8 reads as they are."""
+
+    def fused_rows(self, q, k, v, norm_q, norm_k, rope):
+        return quantise(self(v, v, v).flatten(2))
+
+    def fused(self, *arguments):
+        return self.fused_rows(*arguments).to(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +69,14 @@ def test_attention_is_named(asked, value, context):
     rule = Rule(plan=AttentionPlan(main=Overflowing(value)), blocks=frozenset({1, 2}))
     text = message(planned(replace(asked, context=context), rule))
     assert "at step 1 of 2 (it came from self-attention 'overflowing' in block 1, whose inputs were finite)" in text
+
+
+@torch.no_grad()
+def test_attention_that_gives_fp8_rows_is_named(asked):
+    layer = asked.model.transformer.blocks[1].self_attn
+    layer.o = Fp8MatmulLinear.quantise(layer.o.weight, layer.o.bias, torch.float8_e4m3fn)
+    rule = Rule(plan=AttentionPlan(main=OverflowingRows(float("nan"))), blocks=frozenset({1}))
+    assert "self-attention 'overflowing' in block 1, whose inputs were finite" in message(planned(asked, rule))
 
 
 def test_attention_is_named_under_compiled_blocks(asked):

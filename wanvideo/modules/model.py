@@ -35,6 +35,7 @@ from ..extension import (
     RunCache,
     Step,
     Tokens,
+    heads_are_used,
     hooked,
     run_hooks,
 )
@@ -106,7 +107,7 @@ class WanSelfAttention(nn.Module):
 
     def _fused(self, attention: Attention, hooks: Hooks) -> Callable[..., Tensor | Fp8Rows] | None:
         """The backend's form that takes projections as they are, if it has one: in rows where `o` alone reads them."""
-        if all_take_rows((self.o,)) and not hooked("self_attn", hooks) and hasattr(attention, "fused_rows"):
+        if all_take_rows((self.o,)) and not heads_are_used(hooks) and hasattr(attention, "fused_rows"):
             return attention.fused_rows
         return getattr(attention, "fused", None)
 
