@@ -17,16 +17,14 @@ from torch import Tensor
 
 from .hadamard_triton import VECTOR, pairs, store_rotated
 
-LARGEST = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-30)
-EXPONENT = tl.constexpr(0x7F800000)
 # Of the kernels that rotate: threads a head (2, 4 or 8), warps, and the most registers a thread (None: no limit).
-LANES = 4
-WARPS = 1
+LANES = 8
+WARPS = 2
 REGISTERS = None
-# With so many parts of a row or fewer, it stays in registers between the sum of squares and the rest; else it is read
+# A row of so many parts or fewer stays in registers between the sum of squares and the rest; a longer one is read
 # again, out of the L1 or L2 cache.
-MOST_KEPT = 0
+MOST_KEPT = 5
 PAIRS = 1024
 # Of norm and position alone: one row a program is fastest.
 MOST_HEADS = 8
@@ -91,9 +89,10 @@ def _placed(x, pitch, row, rows, first, weight, cos, sin, PART: tl.constexpr, SI
 
 @triton.jit
 def _power_of_two(bound):
-    """The largest power of two by which values up to `bound` can be multiplied."""
-    ratio = tl.div_rn(LARGEST, tl.maximum(bound, TINY))
-    return (ratio.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
+    """The largest power of two by which values up to `bound` can be multiplied and stay within 448 = 1.75 * 2 ** 8."""
+    bits = tl.maximum(bound, TINY).to(tl.int32, bitcast=True)
+    # A mantissa above 1.75 carries into the exponent. 262 is twice its bias, and 8.
+    return ((262 - ((bits + 0x1FFFFF) >> 23)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -119,7 +118,7 @@ def _finish(even, odd, weight, more, less, shift, target, inside, V: tl.constexp
     even, odd = even * even_weight, odd * odd_weight
     if SHIFT:
         sums, differences = pairs(shift, V, LANES, "")
-        sums, differences = even * more + (odd * less - sums), even * less - (odd * more + differences)
+        sums, differences = even * more + (odd * less + sums), even * less + (differences - odd * more)
     else:
         sums, differences = even * more + odd * less, even * less - odd * more
     store_rotated(sums, differences, target, inside, V, LANES)
@@ -156,7 +155,7 @@ def _norm_rope_fp8(x, weight, rope, shift, largest, out, scale, tokens, x_batch,
             even, odd = pairs(x + part * STEP, V, LANES, "evict_last")
             total += even * even
             total += odd * odd
-    factor = tl.rsqrt(_sum_of_row(total, ROWS) / (HEADS * SIZE) + eps) * fit
+    factor = tl.rsqrt(_sum_of_row(total, ROWS) * (1.0 / (HEADS * SIZE)) + eps) * fit
     cos, sin = pairs(rope + batch * rope_batch + row * SIZE + channel, V, LANES, "")
     more, less = (cos + sin) * factor[:, None], (cos - sin) * factor[:, None]
     if KEEP:
@@ -188,19 +187,19 @@ def _rotate_fp8(x, largest, shift, out, scale, tokens, x_batch, x_token, reach, 
     sums, differences = (even + odd) * fit, (even - odd) * fit
     if SHIFT:
         even, odd = pairs(shift + batch * HEADS * SIZE + column, V, LANES, "")
-        sums, differences = sums - even, differences - odd
+        sums, differences = sums + even, differences + odd
     store_rotated(sums, differences, out + (batch * tokens + row) * HEADS * SIZE + column, inside, V, LANES)
 
 
 @triton.jit
 def _first_step(shift, largest, out, count, reach, BLOCK: tl.constexpr):
-    """The rotation's first step of a shift, scaled: sum and difference in the place of each pair."""
+    """The rotation's first step of a negative shift, scaled: sum and difference in the place of each pair."""
     fit = _power_of_two(tl.load(largest) * reach)
     place = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) * 2
     even = tl.load(shift + place, mask=place < count, other=0.0).to(tl.float32) * fit
     odd = tl.load(shift + place + 1, mask=place < count, other=0.0).to(tl.float32) * fit
-    tl.store(out + place, even + odd, mask=place < count)
-    tl.store(out + place + 1, even - odd, mask=place < count)
+    tl.store(out + place, -even - odd, mask=place < count)
+    tl.store(out + place + 1, odd - even, mask=place < count)
 
 
 @triton.jit
@@ -237,14 +236,15 @@ def _expand_fp8(x, scale, out, count, BLOCK: tl.constexpr):
     tl.store(out + place, values.to(out.dtype.element_ty), mask=place < count)
 
 
-def _parts(heads: int, lanes: int, warps: int) -> dict[str, int]:
-    """How many heads at a time, so that they divide all of them and a warp has whole rows, and how many rows."""
-    part = min(heads & -heads, 32 // lanes)
-    return {"PART": part, "ROWS": 32 * warps // (lanes * part), "LANES": lanes, "num_warps": warps}
+def _parts(heads: int) -> dict[str, int]:
+    """How many heads at a time, so that they divide all of them, and how many rows a program takes."""
+    units = 32 * WARPS // LANES
+    part = min(heads & -heads, units)
+    return {"PART": part, "ROWS": units // part, "LANES": LANES, "num_warps": WARPS}
 
 
 def _prepared(shift: Tensor | None, largest: Tensor, reach: float) -> Tensor:
-    """What a kernel subtracts; something that it never reads if there is no shift."""
+    """What a kernel adds; something that it never reads if there is no shift."""
     if shift is None:
         return largest
     out = torch.empty(shift.shape, dtype=torch.float32, device=shift.device)
@@ -277,7 +277,7 @@ def norm_rope_fp8(
         scale.fill_(1)
         return
     batch, tokens, heads, size = values.shape
-    parts = _parts(heads, LANES, WARPS)
+    parts = _parts(heads)
     reach = math.sqrt(x.shape[2] * size) * (1 if shift is None else 2)
     with torch.cuda.device_of(x):
         _norm_rope_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
@@ -293,7 +293,7 @@ def rotate_fp8(x: Tensor, largest: Tensor, shift: Tensor | None, values: Tensor,
         scale.fill_(1)
         return
     batch, tokens, heads, size = values.shape
-    parts = _parts(heads, LANES, WARPS)
+    parts = _parts(heads)
     reach = size * (1.0 if shift is None else 2.0)
     with torch.cuda.device_of(x):
         _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch, heads // parts["PART"])](
