@@ -1,7 +1,7 @@
 """Triton kernels on CPU tensors: Triton's interpreter, with the roundings of a GPU.
 
-The interpreter of Triton 3.6 truncates to bfloat16, loses the carry when it rounds to FP8, and knows no inline PTX; here PyTorch
-rounds, and NumPy runs the instructions that the kernels use.
+The interpreter of Triton 3.6 truncates to bfloat16, loses the carry when it rounds to FP8, and knows no inline PTX;
+here PyTorch rounds, and NumPy runs the instructions that the kernels use.
 """
 
 import importlib.util
@@ -43,7 +43,8 @@ def to_words(low, high):
 
 
 def to_fp8(words):
-    return torch.from_numpy(halves(words).copy()).float().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    wide = torch.from_numpy(halves(words).copy()).float().clamp(-448, 448)
+    return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 PTX = {
