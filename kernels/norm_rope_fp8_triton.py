@@ -1,9 +1,9 @@
 """Triton kernels of norm_rope_fp8.py.
 
-A program takes some whole rows, a few heads of all of them at a time: once for the sums of squares, and once more, out
-of the L2 cache, for the rest. Channels are held as pairs (even, odd), which is what the rotary position turns; their
-sums and differences are the first of the Hadamard rotation's steps, and one small matrix product does the others:
-H(2n) = H(2) x H(n).
+A program takes some whole rows, a few heads of all of them at a time: once for the sums of squares, and once more for
+the rest. Channels are held as pairs (even, odd), which is what the rotary position turns; their sums and differences,
+the first step of the Hadamard rotation (`hadamard_triton.py`), cost nothing: cos + sin and cos - sin take the place of
+cosine and sine.
 """
 
 from __future__ import annotations
@@ -177,18 +177,21 @@ def _rotate_fp8(x, largest, shift, out, scale, tokens, x_batch, x_token, reach, 
     batch = tl.program_id(1).to(tl.int64)
     row, column, _ = _units(ROWS, PART, LANES, SIZE)
     row += tl.program_id(0) * ROWS
-    column += tl.program_id(2) * PART * SIZE
     inside = row < tokens
     row = tl.minimum(row, tokens - 1).to(tl.int64)
     fit = _power_of_two(tl.load(largest) * reach)
-    if (tl.program_id(0) == 0) & (batch == 0) & (tl.program_id(2) == 0):
+    if (tl.program_id(0) == 0) & (batch == 0):
         tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), fit))
-    even, odd = pairs(x + batch * x_batch + row * x_token + column, V, LANES, "evict_first")
-    sums, differences = (even + odd) * fit, (even - odd) * fit
-    if SHIFT:
-        even, odd = pairs(shift + batch * HEADS * SIZE + column, V, LANES, "")
-        sums, differences = sums + even, differences + odd
-    store_rotated(sums, differences, out + (batch * tokens + row) * HEADS * SIZE + column, inside, V, LANES)
+    x += batch * x_batch + row * x_token + column
+    shift += batch * HEADS * SIZE + column
+    out += (batch * tokens + row) * HEADS * SIZE + column
+    for first in range(0, HEADS * SIZE, PART * SIZE):
+        even, odd = pairs(x + first, V, LANES, "evict_first")
+        sums, differences = (even + odd) * fit, (even - odd) * fit
+        if SHIFT:
+            even, odd = pairs(shift + first, V, LANES, "")
+            sums, differences = sums + even, differences + odd
+        store_rotated(sums, differences, out + first, inside, V, LANES)
 
 
 @triton.jit
@@ -296,7 +299,7 @@ def rotate_fp8(x: Tensor, largest: Tensor, shift: Tensor | None, values: Tensor,
     parts = _parts(heads)
     reach = size * (1.0 if shift is None else 2.0)
     with torch.cuda.device_of(x):
-        _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch, heads // parts["PART"])](
+        _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
             x, largest, _prepared(shift, largest, reach), values, scale, tokens, x.stride(0), x.stride(1), reach,
             SHIFT=shift is not None, HEADS=heads, SIZE=size, **parts,
         )  # fmt: skip

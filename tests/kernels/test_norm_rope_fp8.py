@@ -224,6 +224,18 @@ def test_kernels_interpreted(sizes, dtype, monkeypatch):
     compare_kernels(triton, sizes, dtype, "cpu")
 
 
+@interpreted.needed
+def test_scale_interpreted(monkeypatch):
+    interpreted.exact(monkeypatch)
+    triton = importlib.import_module("wanvideo_wrapper.kernels.norm_rope_fp8_triton")
+    edges = (torch.tensor([1.0, 1.75, 1.9]) * 2.0 ** torch.tensor([[-40], [-3], [8], [90]])).view(-1, 1)
+    for largest in (edges, edges.nextafter(torch.tensor(torch.inf)), edges.nextafter(torch.tensor(0.0))):
+        for bound in (*largest, torch.zeros(1)):
+            values, scale = empty(bound.view(1, 1, 1), 1)
+            triton.tensor_fp8(bound, bound, values, scale)
+            assert scale.equal(ops.power_of_two(bound))
+
+
 @pytest.mark.cuda
 @pytest.mark.sm89
 @pytest.mark.parametrize("dtype", DTYPES)
