@@ -25,7 +25,7 @@ REGISTERS = None
 # A row of so many parts or fewer stays in registers between the sum of squares and the rest; a longer one is read
 # again, out of the L1 or L2 cache.
 MOST_KEPT = 5
-PAIRS = 1024
+PAIRS = 256
 # Of norm and position alone: one row a program is fastest.
 MOST_HEADS = 8
 ROW_WARPS = 8
