@@ -1,4 +1,8 @@
-"""Triton kernels of fp8_rows.py: a whole row in registers, so that it is read once."""
+"""Triton kernels of fp8_rows.py: a whole row in registers, so that it is read once.
+
+A row is a tuple of pieces whose size is a power of two: one block would be padded, 5,120 columns to 8,192. Only the
+pieces behind the first FULL reach over the row's end.
+"""
 
 from __future__ import annotations
 
@@ -9,87 +13,146 @@ from torch import Tensor
 
 LARGEST = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-12)
-WARP_BYTES = 4096
+# Columns of a warp in a piece, 16 bytes of bfloat16 a thread, and the most pieces before a row gets more warps.
+WARP_COLUMNS = 256
+MOST_PIECES = 7
+# The same of the kernel with a norm, where the modulation is in registers too.
+NORM_WARP_COLUMNS = 128
+NORM_MOST_PIECES = 5
+MOST_WARPS = 32
 # Enough tokens to keep a GPU busy while every program takes several of them.
 MANY_TOKENS, SHARED_ROWS = 8192, 16
 
 
-# y is 0 behind the last column: loads put it there, and every step before keeps it.
+# Pieces are 0 behind the last column: loads put it there, and every step before `_store_row` keeps it.
 @triton.jit
-def _store_row(y, column, values, scales, row, columns_out, STATIC: tl.constexpr, static):
+def _load_row(row, exists, columns, PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        column = i * PIECE + tl.arange(0, PIECE)
+        if i < FULL:
+            pieces += (tl.load(row + column, mask=exists, other=0.0),)
+        else:
+            pieces += (tl.load(row + column, mask=exists & (column < columns), other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _store_pieces(pieces, row, columns, PIECE: tl.constexpr, FULL: tl.constexpr):
+    for i in tl.static_range(len(pieces)):
+        column = i * PIECE + tl.arange(0, PIECE)
+        if i < FULL:
+            tl.store(row + column, pieces[i].to(row.dtype.element_ty))
+        else:
+            tl.store(row + column, pieces[i].to(row.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def _sum(pieces):
+    total = pieces[0].to(tl.float32)
+    for i in tl.static_range(1, len(pieces)):
+        total += pieces[i].to(tl.float32)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _store_row(y, values, scales, row, columns_out, STATIC: tl.constexpr, static, PIECE: tl.constexpr,
+               FULL: tl.constexpr):  # fmt: skip
+    q = ()
     if STATIC:
         scale = tl.load(static).to(tl.float32)
-        q = tl.clamp(y * tl.div_rn(1.0, scale), -LARGEST, LARGEST)
+        for i in tl.static_range(len(y)):
+            q += (tl.clamp(y[i] * tl.div_rn(1.0, scale), -LARGEST, LARGEST),)
     else:
-        largest = tl.maximum(tl.max(tl.abs(y), axis=0), TINY)
+        largest = tl.abs(y[0])
+        for i in tl.static_range(1, len(y)):
+            largest = tl.maximum(largest, tl.abs(y[i]))
+        largest = tl.maximum(tl.max(largest, axis=0), TINY)
         scale = largest * (1.0 / LARGEST)
         # In the order of PyTorch, which divides a number by a tensor as reciprocal times number: else ties differ.
-        q = y * (tl.div_rn(1.0, largest) * LARGEST)
+        factor = tl.div_rn(1.0, largest) * LARGEST
+        for i in tl.static_range(len(y)):
+            q += (y[i] * factor,)
     tl.store(scales + row, scale)
-    tl.store(values + row * columns_out + column, q.to(tl.float8e4nv), mask=column < columns_out)
+    _store_pieces(q, values + row * columns_out, columns_out, PIECE, FULL)
 
 
 @triton.jit
-def _quantise(x, static, values, scales, pitch, columns, columns_out,
-              GELU: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _quantise(x, static, values, scales, pitch, columns, columns_out, GELU: tl.constexpr, STATIC: tl.constexpr,
+              PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < columns
-    y = tl.load(x + row * pitch + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    _store_row(y, column, values, scales, row, columns_out, STATIC, static)
+    pieces = _load_row(x + row * pitch, True, columns, PIECE, PIECES, FULL)
+    wide = ()
+    for i in tl.static_range(PIECES):
+        y = pieces[i].to(tl.float32)
+        if GELU:
+            # y * sigmoid(2 * sqrt(2 / pi) * (y + 0.044715 * y ** 3)), with the exponential's factor in the numbers.
+            y = y / (1 + tl.exp2(y * (-2.302208198 - 0.1029432397 * y * y)))
+        wide += (y,)
+    _store_row(wide, values, scales, row, columns_out, STATIC, static, PIECE, FULL)
 
 
 @triton.jit
-def _modulation(gain, shift, column, inside):
-    g = tl.load(gain + column, mask=inside, other=0.0)
-    return g, tl.load(shift + column, mask=inside, other=0.0)
+def _normed(pieces, gains, shifts, columns, eps, PIECE: tl.constexpr, FULL: tl.constexpr):
+    mean = _sum(pieces) / columns
+    centred, squares = (), ()
+    for i in tl.static_range(len(pieces)):
+        y = pieces[i].to(tl.float32) - mean
+        if i >= FULL:
+            y = tl.where(i * PIECE + tl.arange(0, PIECE) < columns, y, 0.0)
+        centred, squares = centred + (y,), squares + (y * y,)
+    factor = tl.rsqrt(_sum(squares) / columns + eps)
+    normed = ()
+    for i in tl.static_range(len(pieces)):
+        normed += (centred[i] * factor * gains[i] + shifts[i],)
+    return normed
 
 
 @triton.jit
 def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_token, gain_batch, gain_token,
-          shift_batch, shift_token, eps,
-          QUANTISE: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+          shift_batch, shift_token, eps, QUANTISE: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
+          PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < columns
     x += batch * x_batch
     gain += batch * gain_batch
     shift += batch * shift_batch
     if SHARED:
-        g, s = _modulation(gain, shift, column, inside)
-    ahead = tl.load(x + token * x_token + column, mask=inside, other=0.0)
+        g = _load_row(gain, True, columns, PIECE, PIECES, FULL)
+        s = _load_row(shift, True, columns, PIECE, PIECES, FULL)
+    ahead = _load_row(x + token * x_token, True, columns, PIECE, PIECES, FULL)
     for _ in range(ROWS):
-        y = ahead.to(tl.float32)
+        pieces = ahead
         following = token + tl.num_programs(0)
-        ahead = tl.load(x + following * x_token + column, mask=inside & (following < tokens), other=0.0)
+        ahead = _load_row(x + following * x_token, following < tokens, columns, PIECE, PIECES, FULL)
         if not SHARED:
-            g, s = _modulation(gain + token * gain_token, shift + token * shift_token, column, inside)
-        mean = tl.sum(y, axis=0) / columns
-        centred = tl.where(inside, y - mean, 0.0)
-        variance = tl.sum(centred * centred, axis=0) / columns
-        y = centred * tl.rsqrt(variance + eps) * g + s
+            g = _load_row(gain + token * gain_token, token < tokens, columns, PIECE, PIECES, FULL)
+            s = _load_row(shift + token * shift_token, token < tokens, columns, PIECE, PIECES, FULL)
+        y = _normed(pieces, g, s, columns, eps, PIECE, FULL)
         if token < tokens:
             row = batch * tokens + token
             if QUANTISE:
-                _store_row(y, column, out, scales, row, columns_out, False, scales)
+                _store_row(y, out, scales, row, columns_out, False, scales, PIECE, FULL)
             else:
-                tl.store(out + row * columns_out + column, y.to(out.dtype.element_ty), mask=inside)
+                _store_pieces(y, out + row * columns_out, columns, PIECE, FULL)
         token = following
 
 
-def _launch_options(columns: int, bytes_each: int = 2) -> dict[str, int]:
-    block = triton.next_power_of_2(columns)
-    return {"BLOCK": block, "num_warps": min(max(block * bytes_each // WARP_BYTES, 4), 32)}
+def _options(columns: int, columns_out: int, warp_columns: int, most_pieces: int) -> dict[str, int]:
+    warps = 1
+    while warps < MOST_WARPS and columns_out > warps * warp_columns * most_pieces:
+        warps *= 2
+    piece = warps * warp_columns
+    return {
+        "PIECE": piece, "PIECES": triton.cdiv(columns_out, piece), "FULL": columns // piece, "num_warps": warps
+    }  # fmt: skip
 
 
 def quantise(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tensor, *, gelu: bool) -> None:
     """x [M, C], last dimension dense, -> values [..., P] and scale [..., 1], both contiguous."""
     if x.shape[0] == 0:
         return
-    options = _launch_options(values.shape[-1])
+    options = _options(x.shape[1], values.shape[-1], WARP_COLUMNS, MOST_PIECES)
     static = scale if static_scale is None else static_scale
     with torch.cuda.device_of(x):
         _quantise[(x.shape[0],)](
@@ -121,7 +184,7 @@ def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, scale: Ten
         _norm[(triton.cdiv(tokens, rows), batch)](
             *operands, out, out if scale is None else scale, columns, out.shape[-1], tokens, *strides, eps,
             QUANTISE=scale is not None, SHARED=shared, ROWS=rows,
-            **_launch_options(out.shape[-1], x.element_size()),
+            **_options(columns, out.shape[-1], NORM_WARP_COLUMNS, NORM_MOST_PIECES),
         )  # fmt: skip
 
 

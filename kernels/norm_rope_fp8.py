@@ -17,7 +17,6 @@ a Triton kernel on a GPU.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 
@@ -43,24 +42,18 @@ def power_of_two(bound: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(bound), 1 - exponent)
 
 
-@functools.lru_cache(maxsize=16)
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """Sylvester's Hadamard matrix [size, size] of 1 and -1, bfloat16; size is a power of two."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix.to(device, torch.bfloat16)
-
-
 def rotated(x: Tensor) -> Tensor:
-    """Heads [..., D] float32 times the Hadamard matrix (a rotation that lengthens by D ** 0.5), as tensor cores do it.
+    """Heads [..., D] float32 times Sylvester's Hadamard matrix of 1 and -1: a rotation that lengthens by D ** 0.5.
 
-    The first step, sums and differences of neighbours, is one in float32; its results are rounded to bfloat16.
+    Sums and differences at distance 1, 2, 4 and so on. Those of neighbours are float32; the rest are float16, which
+    must hold D times the largest value.
     """
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    halves = torch.stack((first + second, first - second)).to(torch.bfloat16).float()
-    turned = halves @ hadamard(x.shape[-1] // 2, x.device).float()
-    return torch.stack(tuple(turned), dim=-1).flatten(-2)
+    distance = 1
+    while distance < x.shape[-1]:
+        first, second = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack((first + second, first - second), dim=-2).flatten(-3).half()
+        distance *= 2
+    return x.float()
 
 
 def sampled(tokens: int, device: torch.device) -> Tensor:
@@ -97,20 +90,20 @@ def rotate_fp8_eager(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def tensor_fp8_eager(x: Tensor) -> tuple[Tensor, Tensor]:
     """Values E4M3 of x [...] and their scale [1]."""
-    return _rounded(x.float(), _largest(x))
+    scale = power_of_two(_largest(x))
+    return _fp8(x.float() / scale), scale
 
 
 def _quantised(y: Tensor, shift: Tensor | None, bound: Tensor) -> tuple[Tensor, Tensor]:
     if shift is not None:
         y, bound = y - shift.view(y.shape[0], 1, *y.shape[2:]), bound * 2
     longer = y.shape[-1] ** 0.5
-    values, scale = _rounded(rotated(y), bound * longer)
-    return values, scale / longer
+    scale = power_of_two(bound * longer)
+    return _fp8(rotated(y / scale)), scale / longer
 
 
-def _rounded(y: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    scale = power_of_two(bound)
-    return (y / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+def _fp8(y: Tensor) -> Tensor:
+    return y.clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def _largest(x: Tensor) -> Tensor:

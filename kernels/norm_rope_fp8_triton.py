@@ -1,9 +1,9 @@
 """Triton kernels of norm_rope_fp8.py.
 
-A program takes some whole rows, a few heads of all of them at a time: once for the sums of squares, and once more, out
-of the L2 cache, for the rest. Channels are held as pairs (even, odd), which is what the rotary position turns; their
-sums and differences are the first of the Hadamard rotation's steps, and one small matrix product does the others:
-H(2n) = H(2) x H(n).
+A program takes some whole rows, a few heads of all of them at a time: once for the sums of squares, and once more for
+the rest. Channels are held as pairs (even, odd), which is what the rotary position turns; their sums and differences,
+the first step of the Hadamard rotation (`hadamard_triton.py`), cost nothing: cos + sin and cos - sin take the place of
+cosine and sine.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .norm_rope_fp8 import hadamard
+from .hadamard_triton import VECTOR, pairs, store_rotated
 
-LARGEST = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-30)
-EXPONENT = tl.constexpr(0x7F800000)
-# Rows of a matrix product, heads at a time times rows at a time, and warps: the fastest of 50 forms on an H200.
-DOT_ROWS = 32
+# Of the kernels that rotate: threads a head (2, 4 or 8), warps, and the most registers a thread (None: no limit).
+LANES = 8
+WARPS = 2
+REGISTERS = None
+# A row of so many parts or fewer stays in registers between the sum of squares and the rest; a longer one is read
+# again, out of the L1 or L2 cache.
+MOST_KEPT = 5
+PAIRS = 256
+# Of norm and position alone: one row a program is fastest.
 MOST_HEADS = 8
-WARPS = 4
-# Without a product one row a program is fastest.
 ROW_WARPS = 8
 BLOCK = 4096
 
@@ -86,63 +89,120 @@ def _placed(x, pitch, row, rows, first, weight, cos, sin, PART: tl.constexpr, SI
 
 @triton.jit
 def _power_of_two(bound):
-    """The largest power of two by which values up to `bound` can be multiplied."""
-    ratio = tl.div_rn(LARGEST, tl.maximum(bound, TINY))
-    return (ratio.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
+    """The largest power of two by which values up to `bound` can be multiplied and stay within 448 = 1.75 * 2 ** 8."""
+    bits = tl.maximum(bound, TINY).to(tl.int32, bitcast=True)
+    # A mantissa above 1.75 carries into the exponent. 262 is twice its bias, and 8.
+    return ((262 - ((bits + 0x1FFFFF) >> 23)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _signs(matrix, SIZE: tl.constexpr):
-    """The Hadamard matrix [SIZE / 2, SIZE / 2]."""
-    column = tl.arange(0, SIZE // 2)
-    return tl.load(matrix + column[:, None] * (SIZE // 2) + column[None, :])
+def _units(ROWS: tl.constexpr, PART: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr):
+    """A program's row, the first channel in its row and the first channel in its head, of each of its threads."""
+    unit = tl.arange(0, ROWS * PART * LANES)
+    channel = unit % LANES * VECTOR
+    return unit // (LANES * PART), unit // LANES % PART * SIZE + channel, channel
 
 
 @triton.jit
-def _store_rotated(even, odd, signs, shift, fit, out, row, rows, first,
-                   SHIFT: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+def _sum_of_row(x, ROWS: tl.constexpr):
+    """[U, K] -> [U]: what all threads of a row have together."""
+    total = tl.reshape(tl.sum(x, axis=1), [ROWS, x.shape[0] // ROWS])
+    return tl.reshape(tl.broadcast_to(tl.sum(total, axis=1)[:, None], total.shape), [x.shape[0]])
+
+
+@triton.jit
+def _finish(even, odd, weight, more, less, shift, target, inside, V: tl.constexpr, LANES: tl.constexpr,
+            SHIFT: tl.constexpr):  # fmt: skip
+    """Weight, position and shift, with the rotation's first step in the same products; then the rest of it."""
+    even_weight, odd_weight = pairs(weight, V, LANES, "")
+    even, odd = even * even_weight, odd * odd_weight
     if SHIFT:
-        even_shift, odd_shift = _pairs(_of_channels(shift, first, PART, SIZE) * fit)
-        even, odd = even - even_shift, odd - odd_shift
-    lines: tl.constexpr = PART * row.shape[0]
-    sums = tl.dot(tl.reshape((even + odd).to(tl.bfloat16), [lines, SIZE // 2]), signs)
-    differences = tl.dot(tl.reshape((even - odd).to(tl.bfloat16), [lines, SIZE // 2]), signs)
-    turned = tl.reshape(tl.join(sums, differences), [PART, row.shape[0], SIZE]).to(out.dtype.element_ty)
-    tl.store(_heads(out, HEADS * SIZE, row, first, PART, SIZE), turned, mask=(row < rows)[None, :, None])
+        sums, differences = pairs(shift, V, LANES, "")
+        sums, differences = even * more + (odd * less + sums), even * less + (differences - odd * more)
+    else:
+        sums, differences = even * more + odd * less, even * less - odd * more
+    store_rotated(sums, differences, target, inside, V, LANES)
 
 
 @triton.jit
-def _norm_rope_fp8(x, weight, rope, shift, matrix, largest, out, scale, tokens, x_batch, x_token, rope_batch, eps,
-                   reach, SHIFT: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
-                   SIZE: tl.constexpr):  # fmt: skip
+def _norm_rope_fp8(x, weight, rope, shift, largest, out, scale, tokens, x_batch, x_token, rope_batch, eps, reach,
+                   SHIFT: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+                   LANES: tl.constexpr, SIZE: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    V: tl.constexpr = SIZE // (VECTOR * LANES)
+    STEP: tl.constexpr = PART * SIZE
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    x += batch * x_batch
-    shift += batch * HEADS * SIZE
-    out += batch * tokens * HEADS * SIZE
+    row, column, channel = _units(ROWS, PART, LANES, SIZE)
+    row += tl.program_id(0) * ROWS
+    inside = row < tokens
+    # Behind the last row, that one once more.
+    row = tl.minimum(row, tokens - 1).to(tl.int64)
     fit = _power_of_two(tl.load(largest) * reach)
     if (tl.program_id(0) == 0) & (batch == 0):
         tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), fit))
-    signs = _signs(matrix, SIZE)
-    factor = _inverse_rms(x, x_token, row, tokens, eps, HEADS, PART, SIZE) * fit
-    cos, sin = _turns(rope + batch * rope_batch, row, tokens, factor, SIZE)
-    for first in range(0, HEADS, PART):
-        even, odd = _placed(x, x_token, row, tokens, first, weight, cos, sin, PART, SIZE)
-        _store_rotated(even, odd, signs, shift, fit, out, row, tokens, first, SHIFT, HEADS, PART, SIZE)
+    x += batch * x_batch + row * x_token + column
+    weight += column
+    shift += batch * HEADS * SIZE + column
+    out += (batch * tokens + row) * HEADS * SIZE + column
+    kept, total = (), tl.zeros([ROWS * PART * LANES, V * VECTOR // 2], tl.float32)
+    if KEEP:
+        for part in tl.static_range(HEADS // PART):
+            kept += (pairs(x + part * STEP, V, LANES, "evict_first"),)
+        for part in tl.static_range(HEADS // PART):
+            total += kept[part][0] * kept[part][0]
+            total += kept[part][1] * kept[part][1]
+    else:
+        for part in range(HEADS // PART):
+            even, odd = pairs(x + part * STEP, V, LANES, "evict_last")
+            total += even * even
+            total += odd * odd
+    factor = tl.rsqrt(_sum_of_row(total, ROWS) * (1.0 / (HEADS * SIZE)) + eps) * fit
+    cos, sin = pairs(rope + batch * rope_batch + row * SIZE + channel, V, LANES, "")
+    more, less = (cos + sin) * factor[:, None], (cos - sin) * factor[:, None]
+    if KEEP:
+        for part in tl.static_range(HEADS // PART):
+            _finish(kept[part][0], kept[part][1], weight + part * STEP, more, less, shift + part * STEP,
+                    out + part * STEP, inside, V, LANES, SHIFT)  # fmt: skip
+    else:
+        for part in range(HEADS // PART):
+            even, odd = pairs(x + part * STEP, V, LANES, "evict_first")
+            _finish(even, odd, weight + part * STEP, more, less, shift + part * STEP, out + part * STEP, inside, V,
+                    LANES, SHIFT)  # fmt: skip
 
 
 @triton.jit
-def _rotate_fp8(x, largest, shift, matrix, out, scale, tokens, x_batch, x_token, reach, SHIFT: tl.constexpr,
-                HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+def _rotate_fp8(x, largest, shift, out, scale, tokens, x_batch, x_token, reach, SHIFT: tl.constexpr,
+                HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+                SIZE: tl.constexpr):  # fmt: skip
+    V: tl.constexpr = SIZE // (VECTOR * LANES)
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(2) * PART
+    row, column, _ = _units(ROWS, PART, LANES, SIZE)
+    row += tl.program_id(0) * ROWS
+    inside = row < tokens
+    row = tl.minimum(row, tokens - 1).to(tl.int64)
     fit = _power_of_two(tl.load(largest) * reach)
-    if (tl.program_id(0) == 0) & (batch == 0) & (first == 0):
+    if (tl.program_id(0) == 0) & (batch == 0):
         tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), fit))
-    even, odd = _pairs(_load(x + batch * x_batch, x_token, row, tokens, first, PART, SIZE, False) * fit)
-    _store_rotated(even, odd, _signs(matrix, SIZE), shift + batch * HEADS * SIZE, fit,
-                   out + batch * tokens * HEADS * SIZE, row, tokens, first, SHIFT, HEADS, PART, SIZE)  # fmt: skip
+    x += batch * x_batch + row * x_token + column
+    shift += batch * HEADS * SIZE + column
+    out += (batch * tokens + row) * HEADS * SIZE + column
+    for first in range(0, HEADS * SIZE, PART * SIZE):
+        even, odd = pairs(x + first, V, LANES, "evict_first")
+        sums, differences = (even + odd) * fit, (even - odd) * fit
+        if SHIFT:
+            even, odd = pairs(shift + first, V, LANES, "")
+            sums, differences = sums + even, differences + odd
+        store_rotated(sums, differences, out + first, inside, V, LANES)
+
+
+@triton.jit
+def _first_step(shift, largest, out, count, reach, BLOCK: tl.constexpr):
+    """The rotation's first step of a negative shift, scaled: sum and difference in the place of each pair."""
+    fit = _power_of_two(tl.load(largest) * reach)
+    place = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) * 2
+    even = tl.load(shift + place, mask=place < count, other=0.0).to(tl.float32) * fit
+    odd = tl.load(shift + place + 1, mask=place < count, other=0.0).to(tl.float32) * fit
+    tl.store(out + place, -even - odd, mask=place < count)
+    tl.store(out + place + 1, odd - even, mask=place < count)
 
 
 @triton.jit
@@ -181,8 +241,18 @@ def _expand_fp8(x, scale, out, count, BLOCK: tl.constexpr):
 
 def _parts(heads: int) -> dict[str, int]:
     """How many heads at a time, so that they divide all of them, and how many rows a program takes."""
-    part = min(heads & -heads, MOST_HEADS)
-    return {"PART": part, "ROWS": DOT_ROWS // part}
+    units = 32 * WARPS // LANES
+    part = min(heads & -heads, units)
+    return {"PART": part, "ROWS": units // part, "LANES": LANES, "num_warps": WARPS}
+
+
+def _prepared(shift: Tensor | None, largest: Tensor, reach: float) -> Tensor:
+    """What a kernel adds; something that it never reads if there is no shift."""
+    if shift is None:
+        return largest
+    out = torch.empty(shift.shape, dtype=torch.float32, device=shift.device)
+    _first_step[(triton.cdiv(shift.numel() // 2, PAIRS),)](shift, largest, out, shift.numel(), reach, BLOCK=PAIRS)
+    return out
 
 
 def _batch_stride(rope: Tensor) -> int:
@@ -197,7 +267,7 @@ def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, out: Tensor, *, eps: floa
     with torch.cuda.device_of(x):
         _norm_rope[(count, batch)](
             x, weight, rope, out, x.shape[1], count, x.stride(0), x.stride(1), _batch_stride(rope), eps, HEADS=heads,
-            PART=_parts(heads)["PART"], ROWS=1, SIZE=size, num_warps=ROW_WARPS,
+            PART=min(heads & -heads, MOST_HEADS), ROWS=1, SIZE=size, num_warps=ROW_WARPS,
         )  # fmt: skip
 
 
@@ -214,9 +284,9 @@ def norm_rope_fp8(
     reach = math.sqrt(x.shape[2] * size) * (1 if shift is None else 2)
     with torch.cuda.device_of(x):
         _norm_rope_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
-            x, weight, rope, scale if shift is None else shift, hadamard(size // 2, x.device), largest, values, scale,
-            tokens, x.stride(0), x.stride(1), _batch_stride(rope), eps, reach, SHIFT=shift is not None, HEADS=heads,
-            SIZE=size, num_warps=WARPS, **parts,
+            x, weight, rope, _prepared(shift, largest, reach), largest, values, scale, tokens, x.stride(0),
+            x.stride(1), _batch_stride(rope), eps, reach, SHIFT=shift is not None, HEADS=heads, SIZE=size,
+            KEEP=heads // parts["PART"] <= MOST_KEPT, maxnreg=REGISTERS, **parts,
         )  # fmt: skip
 
 
@@ -229,9 +299,9 @@ def rotate_fp8(x: Tensor, largest: Tensor, shift: Tensor | None, values: Tensor,
     parts = _parts(heads)
     reach = size * (1.0 if shift is None else 2.0)
     with torch.cuda.device_of(x):
-        _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch, heads // parts["PART"])](
-            x, largest, scale if shift is None else shift, hadamard(size // 2, x.device), values, scale, tokens,
-            x.stride(0), x.stride(1), reach, SHIFT=shift is not None, HEADS=heads, SIZE=size, num_warps=WARPS, **parts,
+        _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
+            x, largest, _prepared(shift, largest, reach), values, scale, tokens, x.stride(0), x.stride(1), reach,
+            SHIFT=shift is not None, HEADS=heads, SIZE=size, **parts,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Triton kernels on CPU tensors: Triton's interpreter, with the roundings of a GPU.
 
-The interpreter of Triton 3.6 truncates to bfloat16, loses the carry when it rounds to FP8, and multiplies the bits of
-bfloat16 matrices as integers; here PyTorch does these three.
+The interpreter of Triton 3.6 truncates to bfloat16, loses the carry when it rounds to FP8, and knows no inline PTX;
+here PyTorch rounds, and NumPy runs the instructions that the kernels use.
 """
 
 import importlib.util
@@ -33,13 +33,47 @@ def convert(data, source, target, rounding_mode):
     return out.view(STORED.get(kind, kind)).numpy().reshape(np.shape(data))
 
 
+def halves(words):
+    """The float16 numbers [..., 2] of 32-bit words."""
+    return np.ascontiguousarray(words).view(np.float16).reshape(*words.shape, 2)
+
+
+def to_words(low, high):
+    return torch.stack([torch.from_numpy(t) for t in (low, high)], dim=-1).half().numpy()
+
+
+def to_fp8(words):
+    wide = torch.from_numpy(halves(words).copy()).float().clamp(-448, 448)
+    return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+PTX = {
+    "cvt.rn.f16x2.f32": lambda high, low: to_words(low, high),
+    "add.rn.f16x2": lambda a, b: halves(a) + halves(b),
+    "sub.rn.f16x2": lambda a, b: halves(a) - halves(b),
+    "fma.rn.f16x2": lambda a, b, c: halves(a) * halves(b) + halves(c),
+    "cvt.rn.satfinite.e4m3x2.f16x2": to_fp8,
+}
+
+
+def run_ptx(text, arguments, kind):
+    """One instruction on arrays of registers, of which the last two or more halves make one of type `kind`."""
+    name, _, *operands = text.removesuffix(";").replace(",", "").split()
+    found = PTX[name](*(arguments[int(operand[1:]) - 1] for operand in operands))
+    return np.ascontiguousarray(found).view(kind).squeeze(-1)
+
+
 def exact(monkeypatch):
-    """Let the interpreter round and multiply as a GPU does, for one test."""
+    """Let the interpreter round as a GPU does and run inline PTX, for one test."""
     from triton.runtime import interpreter
 
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        left, right = (as_torch(t.data, t.dtype.scalar).float().numpy() for t in (a, b))
-        return interpreter.TensorHandle(left @ right + d.data, d.dtype.scalar)
+    class Results(list):
+        get_result = list.__getitem__
+
+    def inline(self, text, constraints, arguments, types, is_pure, pack):
+        kind = types[0].scalar
+        data = run_ptx(text, [t.data for t in arguments], np.dtype(f"i{kind.primitive_bitwidth // 8}"))
+        return Results([interpreter.TensorHandle(data, kind)])
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", inline, raising=False)
