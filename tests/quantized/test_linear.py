@@ -8,6 +8,7 @@ from layouts import bits, relative
 from torch import nn
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
+from wanvideo_wrapper.quantized import fp8
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows, runs_fp8
 from wanvideo_wrapper.quantized.linear import shared_input
 from wanvideo_wrapper.quantized.nvfp4 import (
@@ -56,6 +57,30 @@ def test_product(kind, features, columns, dtype):
             assert relative(got, want) < tolerance
             assert torch.equal(bits(x), before)
         assert layer(torch.randn(0, columns).to(dtype)).shape == (0, features)
+
+
+@pytest.mark.parametrize("columns", [40, 63, 80])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_of_another_width_is_refused(kind, columns):
+    # The stored weight is padded to 64, so that the product itself would take all but the last.
+    layer = KINDS[kind][0](torch.randn(33, 50), None)
+    with pytest.raises(ValueError, match=f"reads 50 channels, but its input has {columns}"):
+        layer(torch.randn(2, columns))
+    if layer.takes_rows:
+        with pytest.raises(ValueError, match="reads 50 channels"):
+            layer(quantise(torch.randn(2, columns)))
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(50)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])])
+def test_e5m2_where_no_product_scales_its_rows(device, bias, monkeypatch):
+    weight = torch.randn(50, 70) * torch.logspace(-3, 3, 50)[:, None]
+    layer = Fp8MatmulLinear.quantise(weight, bias, E5M2).to(device)
+    x = (torch.randn(9, 70) * torch.logspace(-3, 3, 9)[:, None]).to(device, torch.bfloat16)
+    want = layer(x)
+    monkeypatch.setattr(fp8, "_scales_rows", lambda weight: False)
+    torch.testing.assert_close(layer(x), want, rtol=2**-5, atol=2**-5)
+    assert relative(layer(x), want) < 5e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
