@@ -136,10 +136,11 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
 
     Raises ValueError, in one sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
-    main = open_checkpoint(path)
-    config = config_of(main)
-    checkpoint = with_aliases(main).joined([with_aliases(open_checkpoint(module)) for module in options.modules])
-    plan = plan_of(options.quantization, checkpoint, device=host.device(), base=options.base_dtype)
+    opened = open_checkpoint(path)
+    config = config_of(opened)
+    main = with_aliases(opened)
+    checkpoint = main.joined([with_aliases(open_checkpoint(module)) for module in options.modules])
+    plan = plan_of(options.quantization, main, device=host.device(), base=options.base_dtype)
     spec = AttentionSpec(
         device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
     )

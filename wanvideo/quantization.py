@@ -85,7 +85,7 @@ class Plan:
             if fast:
                 return Fp8MatmulLinear(found.values, found.scale, bias, found.input_scale)
             return Fp8Linear(found.values, found.scale, bias)
-        return self._converted(checkpoint.tensor(weight), bias)
+        return self._converted(checkpoint.tensor(weight), bias, fast)
 
     def _nvfp4_layer(
         self, checkpoint: Checkpoint, weight: str, plain: nn.Linear, bias: torch.Tensor | None, fast: bool
@@ -98,20 +98,21 @@ class Plan:
             return Nvfp4MatmulLinear(kept, shape, bias, found.input_scale)
         return Nvfp4Fp8Linear(kept, shape, bias)
 
-    def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantisedLinear:
+    def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None, fast: bool) -> QuantisedLinear:
         weight, home = weight.to(self.device), weight.device
         if self.convert != NVFP4:
-            kind = Fp8MatmulLinear if self.fast else Fp8Linear
+            kind = Fp8MatmulLinear if fast else Fp8Linear
             return kind.quantise(weight, bias, FP8_DTYPES[self.convert]).to(home)
         kind = Nvfp4Linear
-        if self.fast:
+        if fast:
             kind = Nvfp4MatmulLinear if runs_fp4(self.device) else Nvfp4Fp8Linear
         return kind.quantise(weight, bias).to(home)
 
 
 def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: torch.dtype) -> Plan:
-    """The plan that the option `name` gives for this checkpoint on this device.
+    """The plan that the option `name` gives for the main file on this device; module files follow it.
 
+    Quantised weights of a module file stay as they are, whatever the main file holds.
     Raises ValueError, with what to choose instead, where the option cannot run or does not suit the file.
     """
     option = QUANTIZATIONS.get(name)
@@ -133,7 +134,8 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
             f"quantization '{name}' needs a file with scales, and {file} has none: choose "
             f"'{name.replace('_scaled', '')}' or 'disabled'."
         )
-    reason = runs_fp8(device) if option.fast else None
+    multiplied = {FP8_DTYPES.get(kind, torch.float8_e4m3fn) for kind in (*held, option.storage)} if option.fast else ()
+    reason = next(filter(None, (runs_fp8(device, dtype) for dtype in multiplied)), None)
     if reason is not None:
         raise ValueError(
             f"quantization '{name}' multiplies in FP8 or FP4, which this machine cannot: {reason}. Choose "

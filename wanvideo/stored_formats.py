@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .safetensors_file import DTYPES
-from .tensor_file import TensorFile
+from .tensor_file import TensorFile, unreadable
 
 SCALE_NAMES = ("weight_scale", "scale_weight")
 GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
@@ -153,11 +153,11 @@ def _sibling(file: TensorFile, layer: str, leaves: tuple[str, ...]) -> str | Non
 
 
 def _marks(file: TensorFile) -> dict[str, Mark]:
-    header = json.loads(file.metadata.get(HEADER_FIELD, "{}")).get("layers", {})
+    header = _json(file.metadata.get(HEADER_FIELD, "{}"), HEADER_FIELD, file).get("layers", {})
     marks = {layer: _mark(entry) for layer, entry in header.items()}
     for name in file.tensors:
         if name.endswith(f".{MARK}"):
-            marks[name.removesuffix(f".{MARK}")] = _mark(json.loads(bytes(file.read(name).tolist()).decode()))
+            marks[name.removesuffix(f".{MARK}")] = _mark(_json(bytes(file.read(name).tolist()), name, file))
     unread = sorted({mark.format for mark in marks.values()} - set(MARKED_FORMATS))
     if unread:
         raise ValueError(
@@ -165,6 +165,13 @@ def _marks(file: TensorFile) -> dict[str, Mark]:
             f"{', '.join(MARKED_FORMATS)} or bf16."
         )
     return marks
+
+
+def _json(text: str | bytes, name: str, file: TensorFile) -> dict[str, object]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is no JSON: {error}")) from error
 
 
 def _mark(entry: str | Mapping[str, object]) -> Mark:

@@ -222,6 +222,44 @@ def test_a_file_may_ask_for_full_precision(t2v, tmp_path):
         assert kinds(load_wan_model(tmp_path / name, replace(FP32, quantization=option), HOST)) == {kind}
 
 
+def test_full_precision_outlives_a_change_of_storage(t2v, tmp_path):
+    save_comfy_fp8(t2v, tmp_path / "m.safetensors", input_scale=1.0, mark={"full_precision_matrix_mult": True})
+    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization="fp4_scaled_fast"), HOST)
+    assert kinds(model) == {Nvfp4Linear}
+
+
+@pytest.mark.parametrize("option", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e4m3fn_scaled", "fp4_scaled", "disabled"])
+def test_a_module_file_does_not_decide_for_the_main_file(option, tmp_path):
+    main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
+    tiny.image_to_video().save(main, torch.bfloat16)
+    save_fp8(tiny.speech_module(), speech, scaled=True)
+    options = replace(FP32, quantization=option, modules=(speech,))
+    if option == "fp8_e4m3fn_scaled":
+        with pytest.raises(ValueError, match="i2v.safetensors has none: choose 'fp8_e4m3fn' or 'disabled'"):
+            load_wan_model(main, options, HOST)
+        return
+    block = load_wan_model(main, options, HOST).transformer.blocks[0]
+    assert type(block.self_attn.q) is FROM_BF16[option][0]
+    assert type(block.audio_cross_attn.proj) is (Fp8Linear if option == "disabled" else FROM_BF16[option][0])
+
+
+@pytest.mark.parametrize(("option", "format"), [("fp8_e5m2_fast", "E5M2"), ("fp8_e4m3fn_fast", "E4M3")])
+def test_the_formats_that_will_be_multiplied_are_tried(plain, option, format, monkeypatch):
+    tried = []
+    monkeypatch.setattr(quantization, "runs_fp8", lambda device, dtype: tried.append(dtype))
+    load_wan_model(plain[0], replace(FP32, quantization=option), HOST)
+    assert tried == [torch.float8_e5m2 if format == "E5M2" else torch.float8_e4m3fn]
+
+
+def test_a_broken_mark_is_named(t2v, tmp_path):
+    save_comfy_fp8(t2v, tmp_path / "m.safetensors", input_scale=1.0)
+    tensors = load_file(tmp_path / "m.safetensors")
+    tensors["blocks.0.ffn.0.comfy_quant"] = torch.tensor(list(b'{"forma'), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
+    with pytest.raises(ValueError, match=r"m\.safetensors.*'blocks\.0\.ffn\.0\.comfy_quant' is no JSON.*again\.$"):
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+
+
 def test_gguf_has_its_own(t2v, tmp_path):
     save_gguf(t2v, tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="GGUF.*choose quantization 'disabled'"):
@@ -236,7 +274,7 @@ def test_unknown_option(plain):
 @pytest.mark.parametrize("option", [o for o, row in QUANTIZATIONS.items() if row.fast])
 def test_old_gpus_are_refused_at_load(t2v, option, tmp_path, monkeypatch):
     save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
-    monkeypatch.setattr(quantization, "runs_fp8", lambda device: "it has compute capability 8.6")
+    monkeypatch.setattr(quantization, "runs_fp8", lambda device, dtype: "it has compute capability 8.6")
     with pytest.raises(ValueError, match=rf"8\.6. Choose '{option.removesuffix('_fast')}'"):
         load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
 
