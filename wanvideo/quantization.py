@@ -19,6 +19,7 @@ from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
 from ..quantized.linear import QuantisedLinear
 from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
 from .checkpoint import Checkpoint
+from .lora_merge import MergedLoras
 
 log = logging.getLogger("wanvideo")
 
@@ -68,8 +69,13 @@ class Plan:
     device: torch.device
     base: torch.dtype
 
-    def layer(self, checkpoint: Checkpoint, name: str, plain: nn.Module) -> QuantisedLinear | None:
-        """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain."""
+    def layer(
+        self, checkpoint: Checkpoint, name: str, plain: nn.Module, merged: MergedLoras
+    ) -> QuantisedLinear | None:
+        """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain.
+
+        merged: the LoRAs that are part of its weight.
+        """
         if not isinstance(plain, nn.Linear) or not name.startswith("blocks.") or keeps_precision(name):
             return None
         weight = f"{name}.weight"
@@ -78,14 +84,20 @@ class Plan:
             return None
         bias = checkpoint.tensor(f"{name}.bias").to(self.base) if f"{name}.bias" in checkpoint.shapes else None
         fast = self.fast and not checkpoint.full_precision(weight)
+        difference = merged.weight(name)
+        if stored is None or (stored != NVFP4 and self.convert == NVFP4):
+            value = checkpoint.tensor(weight)
+            return self._converted(value if difference is None else value.float() + difference, bias, fast)
         if stored == NVFP4:
-            return self._nvfp4_layer(checkpoint, weight, plain, bias, fast)
-        if stored is not None and self.convert != NVFP4:
+            layer = self._nvfp4_layer(checkpoint, weight, plain, bias, fast)
+        else:
             found = checkpoint.stored(weight)
-            if fast:
-                return Fp8MatmulLinear(found.values, found.scale, bias, found.input_scale)
-            return Fp8Linear(found.values, found.scale, bias)
-        return self._converted(checkpoint.tensor(weight), bias, fast)
+            scales = (found.scale, bias, found.input_scale) if fast else (found.scale, bias)
+            layer = (Fp8MatmulLinear if fast else Fp8Linear)(found.values, *scales)
+        if difference is not None:
+            layer.to(self.device).add(difference.to(self.device))
+            layer.to("cpu")
+        return layer
 
     def _nvfp4_layer(
         self, checkpoint: Checkpoint, weight: str, plain: nn.Linear, bias: torch.Tensor | None, fast: bool
