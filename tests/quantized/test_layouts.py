@@ -14,6 +14,7 @@ from layouts import DTYPES, Layout, bits, fresh, layouts, relative
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
 from wanvideo_wrapper.kernels.nvfp4 import expand
@@ -88,6 +89,7 @@ def entry_points(device, dtype, lay, shape=SIZE):
         "nvfp4": Nvfp4Linear(q, shape, bias),
         "nvfp4 by fp8": Nvfp4Fp8Linear(q, shape, bias),
         "nvfp4 fast": Nvfp4MatmulLinear(q, shape, bias),
+        "nvfp4 fast, scale from the file": Nvfp4MatmulLinear(q, shape, bias, measured),
         "fp8_linear_forward": lambda x: fp8_linear_forward(layer, dtype, x),
         "convert_fp8_linear": converted(plain(device, e4, s4, bias)),
         "quantise": rows(quantise),
@@ -141,8 +143,9 @@ def test_any_weight(entry, size, device):
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("entry", LAYERS)
-def test_parameters_moved_to_odd_addresses(entry, device):
+def test_parameters_moved_to_odd_addresses(entry, device, monkeypatch):
     # What a packed swap buffer does to a layer behind its back.
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
     layer = entry_points(device, torch.bfloat16, fresh)[entry]
     x = torch.randn(2, 5, COLUMNS).to(device, torch.bfloat16)
     want = layer(x)

@@ -10,6 +10,7 @@ from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_for
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+GPU = [pytest.mark.cuda, pytest.mark.sm89]
 
 
 def layer_in(dtype=E4M3, columns=50, features=33, kind=nn.Linear):
@@ -22,14 +23,31 @@ def exact(layer, x, scale=1.0):
     return x.double() @ layer.weight.double().t() * scale + layer.bias.double()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", [(50,), (1, 50), (7, 50), (2, 3, 50), (2, 1, 3, 50), (0, 50), (2, 0, 50)])
-def test_any_shape(shape, dtype):
-    layer, x = layer_in(dtype), torch.randn(shape)
+def test_any_shape(shape, dtype, device):
+    layer, x = layer_in(dtype).to(device), torch.randn(shape, device=device)
     before = bits(x)
     got, want = fp8_linear_forward(layer, BF16, x), exact(layer, x)
     assert got.shape == want.shape and got.dtype == BF16 and torch.equal(bits(x), before)
     assert relative(got, want) < 0.06
+
+
+@pytest.mark.cuda
+@pytest.mark.sm89
+@pytest.mark.parametrize("scales", [{}, {"scale_weight": torch.ones(33)}, {"scale_input": torch.tensor(0.5)}])
+def test_no_host_synchronisation(scales):
+    layer, x = layer_in().cuda(), torch.randn(2, 10, 50, device="cuda", dtype=BF16)[:, ::2]
+    for name, scale in scales.items():
+        setattr(layer, name, scale.cuda())
+    fp8_linear_forward(layer, BF16, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = fp8_linear_forward(layer, BF16, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("columns", [34, 49, 51, 64])
