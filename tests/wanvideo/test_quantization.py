@@ -178,6 +178,26 @@ def test_plain_fp8_file_keeps_its_bytes(t2v, option, tmp_path):
     assert relative(run(model), want) < 0.2
 
 
+def save_parts(path, tensors, metadata, count):
+    """Every tensor goes to the part after that of the one before, so that scales and weights are apart."""
+    names = [path.with_name(f"{path.stem}-{part:05d}-of-{count:05d}.safetensors") for part in range(1, count + 1)]
+    for part, name in enumerate(names):
+        save_file(dict(list(tensors.items())[part::count]), name, metadata=metadata)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_scales_in_another_part_of_the_file(t2v, kind, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_fp8(t2v, path, scaled=True) if kind == "fp8" else save_nvfp4(t2v, path)
+    whole = load_wan_model(path, FP32, HOST)
+    parts = save_parts(path, load_file(path), t2v.metadata, 3)
+    assert torch.equal(run(load_wan_model(parts[1], FP32, HOST)), run(whole))
+    save_file(load_file(parts[0]), parts[2])
+    with pytest.raises(ValueError, match=r"00003-of-00003.* and .*00001-of-00003.* both hold .*again\.$"):
+        load_wan_model(parts[0], FP32, HOST)
+
+
 @pytest.mark.parametrize("header", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_nvfp4_file(t2v, option, header, tmp_path):
