@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .kernels.fp8_rows import Fp8Rows, padded_size, quantise
 from .quantized.fp8 import FP8_DTYPES, Fp8MatmulLinear, row_scales, rows_product
-from .quantized.linear import ROW_MULTIPLE, QuantisedLinear, check_columns, padded
+from .quantized.linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, padded
 
 log = logging.getLogger("wanvideo")
 
@@ -51,7 +51,7 @@ def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -
     weight = padded(cls.weight.detach(), padded_size(features, ROW_MULTIPLE), padded_size(columns))
     scale = row_scales(getattr(cls, "scale_weight", None), features, weight.device)
     scale = nn.functional.pad(scale, (0, 0, 0, weight.shape[0] - features))
-    rows = _quantised(ready, getattr(cls, "scale_input", None))
+    rows = _quantised(ready, activation_scale(getattr(cls, "scale_input", None), weight.device))
     bias = _bias(cls, base_dtype)
     return rows_product(rows, weight, scale, None if bias is None else bias.detach(), features)
 
@@ -61,7 +61,6 @@ def _quantised(x: Tensor, static: Tensor | None) -> Fp8Rows:
     rows = quantise(x)
     if static is None:
         return rows
-    static = static.detach().to(x.device, torch.float32, non_blocking=True).reshape(())
     given = quantise(x, static)
     values = torch.where(static == 1, rows.values.view(torch.uint8), given.values.view(torch.uint8))
     return rows._replace(values=values.view(rows.values.dtype), scale=torch.where(static == 1, rows.scale, given.scale))
@@ -112,7 +111,6 @@ def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: 
     """Turn the layer into one that multiplies in FP8, padded and aligned once; hooks and what hangs on it stay."""
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach().to(base)
-    static = None if static is None else static.to(weight.device)
     quantised = ConvertedLinear(weight, scale, bias, static)
     # Attributes and buffers would hide the parameters of these names.
     for name in ("scale_weight", "scale_input"):
@@ -127,7 +125,7 @@ def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: 
 
 def _measured(scale: Tensor | None) -> Tensor | None:
     """A scale of activations that says something: files write 1 where none was measured."""
-    return None if scale is None or float(scale) == 1 else scale
+    return None if scale is None or (scale.numel() == 1 and float(scale) == 1) else scale
 
 
 def _bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:

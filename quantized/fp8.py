@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels import op_name
 from ..kernels.fp8_rows import Fp8Rows, padded_size, quantise
 from ..tensor_layout import check_entry, kernel_ready
-from .linear import ROW_MULTIPLE, QuantisedLinear, check_columns, frozen, padded
+from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, padded
 
 FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 TINY = 1e-12
@@ -91,7 +91,8 @@ class Fp8MatmulLinear(Fp8Linear):
         self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, input_scale: Tensor | None = None
     ) -> None:
         super().__init__(weight, scale, bias)
-        self.scale_input = None if input_scale is None else frozen(input_scale.detach().float().reshape(()))
+        static = activation_scale(input_scale, weight.device)
+        self.scale_input = None if static is None else frozen(static)
 
     @property
     def takes_rows(self) -> bool:

@@ -22,7 +22,7 @@ from ..kernels.fp8_rows import LARGEST, Fp8Rows, padded_size, quantise
 from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, LARGEST_CODE, codes_to_values, expand, unswizzled
 from ..tensor_layout import check_entry, kernel_ready
 from .fp8 import rows_product
-from .linear import ROW_MULTIPLE, QuantisedLinear, check_columns, frozen, padded
+from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, padded
 
 TINY = 1e-30
 SMALLEST_SCALE = 2**-9
@@ -138,7 +138,8 @@ class Nvfp4MatmulLinear(Nvfp4Linear):
         self, weight: Nvfp4, shape: tuple[int, int], bias: Tensor | None, input_scale: Tensor | None = None
     ) -> None:
         super().__init__(weight, shape, bias)
-        self.input_scale = None if input_scale is None else frozen(input_scale.detach().float().reshape(()))
+        static = activation_scale(input_scale, weight.codes.device)
+        self.input_scale = None if static is None else frozen(static)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""

@@ -57,7 +57,7 @@ class Stored(NamedTuple):
     """A weight as it is stored, with its scales as float32; None where the file has none.
 
     values [N, K], or NVFP4 codes [N, K / 2]; scale: of the tensor, of its rows, or NVFP4's E4M3 block scales;
-    input_scale: None too where it is 1, which files write where none was measured.
+    input_scale: None too where it is 1, which files write where none was measured, or is no single value.
     """
 
     values: Tensor

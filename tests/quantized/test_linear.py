@@ -79,8 +79,8 @@ def test_e5m2_where_no_product_scales_its_rows(device, bias, monkeypatch):
     x = (torch.randn(9, 70) * torch.logspace(-3, 3, 9)[:, None]).to(device, torch.bfloat16)
     want = layer(x)
     monkeypatch.setattr(fp8, "_scales_rows", lambda weight: False)
-    torch.testing.assert_close(layer(x), want, rtol=2**-5, atol=2**-5)
-    assert relative(layer(x), want) < 5e-3
+    size = x.float().abs() @ layer.expanded(torch.float32).abs().t() + (0 if bias is None else layer.bias.abs())
+    assert ((layer(x) - want).float().abs() <= size / 64).all() and relative(layer(x), want) < 5e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,6 +78,15 @@ def test_scales_that_fit_nothing_are_refused(scales):
         convert_fp8_linear(layer, BF16)
 
 
+def test_several_scales_of_activations_are_refused():
+    layer = layer_in()
+    layer.scale_input = torch.ones(50)
+    with pytest.raises(ValueError, match=r"shape \(50,\) must have one value: leave it out"):
+        fp8_linear_forward(layer, BF16, torch.randn(2, 50))
+    with pytest.raises(ValueError, match=r"shape \(50,\) must have one value: leave it out"):
+        convert_fp8_linear(layer, BF16)
+
+
 @pytest.mark.parametrize("input_scale", [None, 1.0, 0.02])
 def test_full_graph_of_a_layer_whose_parameters_want_gradients(input_scale):
     layer, x = layer_in(), torch.randn(2, 5, 50)
