@@ -34,9 +34,9 @@ def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -
 
     cls: a layer with a weight [N, K] and perhaps a bias. With an FP8 weight, its `scale_weight` (one value or one a
     row) and `scale_input` (one value; without it, or where it is 1, every row of the input is measured) are read where
-    they are there. Any other weight runs the layer's `original_forward`, or its plain product. Tuples become their
-    first entry. Raises ValueError for an input of another width or scales of another number. FP8 products have no
-    gradient.
+    they are there. Any other weight runs the layer's `original_forward`, or its plain product; a layer that is
+    quantised already, its own product. Tuples become their first entry. FP8 products have no gradient.
+    Raises ValueError for an input of another width or scales of another number.
     """
     # Contiguous before anything else is done with it; the operators below see to its address.
     ready = input.contiguous().to(base_dtype)
@@ -85,7 +85,8 @@ def convert_fp8_linear(
     """Let every linear layer of `module` that has an FP8 weight run on FP8 tensor cores, in place.
 
     The layers stay the same objects, and give results in base_dtype. params_to_keep: parts of names of layers that are
-    left alone, as are layers with another weight; those with a forward of their own are too, with a warning.
+    left alone, as are layers with another weight and those that the model loader quantised (choose a "_fast" option
+    there); those with a forward of their own are too, with a warning.
     scale_weight_keys: "<layer>.scale_weight" and "<layer>.scale_input" -> scales of the file; without them the layer's
     attributes of these names. Raises ValueError for scales that do not fit.
     """

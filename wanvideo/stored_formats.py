@@ -8,6 +8,7 @@ a layer with a `comfy_quant` tensor (JSON) or lists it in the header. Source: Co
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.fp8_rows import padded_size
+from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, SCALE_COLUMNS, SCALE_ROWS
 from .safetensors_file import DTYPES
 from .tensor_file import TensorFile, unreadable
 
@@ -26,7 +29,6 @@ MARKER = "scaled_fp8"
 HEADER_FIELD = "_quantization_metadata"
 FP8_FORMATS = ("F8_E4M3", "F8_E5M2")
 MARKED_FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4")
-CODES_PER_BYTE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +122,12 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
     if mark.format == "nvfp4":
         second = _sibling(file, layer, GLOBAL_SCALE_NAMES)
         if scale is None or second is None or stored.format != "U8":
-            raise ValueError(f"{file.path.name}: layer '{layer}' is marked as NVFP4 but lacks its scales.")
+            raise ValueError(
+                f"{file.path.name}: layer '{layer}' is marked as NVFP4 but lacks its scales; download it again, or use "
+                "another quantised file of the model."
+            )
         shape = (*stored.shape[:-1], stored.shape[-1] * CODES_PER_BYTE)
+        _check_block_scales(file, scale, shape)
         return Weight(
             name=name, shape=shape, format="NVFP4", dtype=torch.float32, scale=scale, global_scale=second,
             input_scale=activations, full_precision=mark.full_precision,
@@ -137,6 +143,17 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
         name=name, shape=stored.shape, format=form, dtype=dtype, scale=scale, input_scale=activations,
         full_precision=mark.full_precision,
     )  # fmt: skip
+
+
+def _check_block_scales(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
+    """Kernels read as many block scales as the weight needs, whatever is there."""
+    stored = file.tensors[name]
+    rows, columns = padded_size(shape[0], SCALE_ROWS), padded_size(-(-shape[-1] // BLOCK), SCALE_COLUMNS)
+    if len(shape) != 2 or stored.format != "F8_E4M3" or math.prod(stored.shape) != rows * columns:
+        raise ValueError(
+            f"{file.path.name}: '{name}' is {stored.format} {stored.shape}, but an NVFP4 weight of {shape} has F8_E4M3 "
+            f"block scales of {(rows, columns)}; use a file as ComfyUI writes it."
+        )
 
 
 def _is_auxiliary(name: str, file: TensorFile) -> bool:

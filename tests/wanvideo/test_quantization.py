@@ -271,6 +271,23 @@ def test_the_formats_that_will_be_multiplied_are_tried(plain, option, format, mo
     assert tried == [torch.float8_e5m2 if format == "E5M2" else torch.float8_e4m3fn]
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"weight_scale": None}, r"'blocks\.0\.ffn\.0' is marked as NVFP4 but lacks its scales; download"),
+        ({"weight_scale": torch.ones(256, 4).to(torch.float8_e4m3fn)}, r"an NVFP4 weight of \(256, 128\) has F8_E4M3"),
+        ({"weight_scale": torch.ones(256, 8)}, r"'blocks\.0\.ffn\.0\.weight_scale' is F32 \(256, 8\), but"),
+    ],
+)
+def test_block_scales_that_do_not_fit_are_named(t2v, change, match, tmp_path):
+    save_nvfp4(t2v, tmp_path / "m.safetensors")
+    tensors = load_file(tmp_path / "m.safetensors")
+    tensors |= {f"blocks.0.ffn.0.{leaf}": value for leaf, value in change.items()}
+    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "m.safetensors", metadata=t2v.metadata)
+    with pytest.raises(ValueError, match=match):
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+
+
 def test_a_broken_mark_is_named(t2v, tmp_path):
     save_comfy_fp8(t2v, tmp_path / "m.safetensors", input_scale=1.0)
     tensors = load_file(tmp_path / "m.safetensors")
