@@ -6,6 +6,7 @@ import pytest
 import torch
 from layouts import bits, relative
 from torch import nn
+from wanvideo_wrapper import kernels
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
 from wanvideo_wrapper.quantized import fp8
@@ -89,6 +90,23 @@ def test_full_graph(kind):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
     x = torch.randn(2, 5, 70)
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3)])
+@pytest.mark.parametrize("op", ["fp8_weight_only", "fp8_product", "nvfp4_weight_only", "nvfp4_product"])
+def test_fake_operators_are_like_the_real_ones(op, lead):
+    bias = torch.randn(33)
+    fp8_layer, fp4_layer = (KINDS[kind][0](torch.randn(33, 50), bias) for kind in ("e4m3 fast", "nvfp4 fast"))
+    x = torch.randn(*lead, 50).bfloat16()
+    rows, stored = quantise(x), (fp8_layer.weight, fp8_layer.scale_weight, bias, 33)
+    arguments = {
+        "fp8_weight_only": (x, *stored),
+        "fp8_product": (rows.values, rows.scale, *stored, x.dtype),
+        "nvfp4_weight_only": (x, *fp4_layer.stored, bias, 33),
+        "nvfp4_product": (x, *fp4_layer.stored, bias, None, 33),
+    }[op]
+    operator = getattr(getattr(torch.ops, kernels.NAMESPACE), op).default
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.cuda
