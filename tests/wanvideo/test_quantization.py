@@ -1,6 +1,5 @@
 """The `quantization` option against every kind of file: what is loaded, what is refused, what the model computes."""
 
-import json
 import logging
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from layouts import relative
 from safetensors.torch import load_file, save_file
-from saved_models import save_fp8, save_gguf
+from saved_models import quantisable, save_comfy_fp8, save_fp8, save_gguf, save_nvfp4
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
@@ -73,46 +72,6 @@ def plain(t2v, tmp_path_factory):
     path = tmp_path_factory.mktemp("plain") / "model.safetensors"
     t2v.save(path, torch.bfloat16)
     return path, run(load_wan_model(path, FP32, HOST))
-
-
-def quantisable(name, value):
-    return name.startswith("blocks.") and value.dim() == 2 and name.endswith(".weight") and not keeps_precision(name)
-
-
-def save_nvfp4(model, path, *, header=False, mark=None, input_scale=None):
-    """As ComfyUI saves it: marks as tensors, or in the header."""
-    tensors, layers = {}, {}
-    for name, value in model.tensors.items():
-        layer = name.removesuffix(".weight")
-        if not quantisable(name, value):
-            tensors[name] = value.bfloat16()
-            continue
-        q = quantise_nvfp4(value)
-        tensors |= {name: q.codes, f"{layer}.weight_scale": q.block_scale, f"{layer}.weight_scale_2": q.scale}
-        if input_scale is not None:
-            tensors[f"{layer}.input_scale"] = torch.tensor(input_scale)
-        layers[layer] = {"format": "nvfp4"} | (mark or {})
-        if not header:
-            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
-    metadata = dict(model.metadata)
-    if header:
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata=metadata)
-
-
-def save_comfy_fp8(model, path, *, input_scale, mark=None, dtype=torch.float8_e4m3fn):
-    tensors = {}
-    for name, value in model.tensors.items():
-        layer = name.removesuffix(".weight")
-        if not quantisable(name, value):
-            tensors[name] = value.bfloat16()
-            continue
-        scale = value.abs().max() / torch.finfo(dtype).max
-        tensors |= {name: (value / scale).to(dtype), f"{layer}.weight_scale": scale,
-                    f"{layer}.input_scale": torch.tensor(input_scale)}  # fmt: skip
-        text = json.dumps({"format": str(dtype).removeprefix("torch.")} | (mark or {}))
-        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    save_file(tensors, path, metadata=model.metadata)
 
 
 def kinds(model):
