@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .kernels.fp8_rows import padded_size, quantise
+from .kernels.fp8_rows import Fp8Rows, padded_size, quantise
 from .quantized.fp8 import FP8_DTYPES, Fp8MatmulLinear, row_scales, rows_product
-from .quantized.linear import ROW_MULTIPLE, QuantisedLinear, padded
+from .quantized.linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, padded
 
 log = logging.getLogger("wanvideo")
 
@@ -33,8 +33,10 @@ def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -
     """The forward of a linear layer `cls` on FP8 tensor cores: input [..., K] -> [..., N] in base_dtype.
 
     cls: a layer with a weight [N, K] and perhaps a bias. With an FP8 weight, its `scale_weight` (one value or one a
-    row) and `scale_input` (one value; without it every row of the input is measured) are read where they are there. Any
-    other weight runs the layer's `original_forward`, or its plain product. Tuples become their first entry.
+    row) and `scale_input` (one value; without it, or where it is 1, every row of the input is measured) are read where
+    they are there. Any other weight runs the layer's `original_forward`, or its plain product; a layer that is
+    quantised already, its own product. Tuples become their first entry. FP8 products have no gradient.
+    Raises ValueError for an input of another width or scales of another number.
     """
     # Contiguous before anything else is done with it; the operators below see to its address.
     ready = input.contiguous().to(base_dtype)
@@ -45,12 +47,33 @@ def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -
             return _first(cls.original_forward(ready))
         return nn.functional.linear(ready, cls.weight.to(base_dtype), _bias(cls, base_dtype))
     features, columns = cls.weight.shape
-    weight = padded(cls.weight, padded_size(features, ROW_MULTIPLE), padded_size(columns))
-    scale = row_scales(getattr(cls, "scale_weight", None), features).to(weight.device, non_blocking=True)
+    check_columns(ready, columns)
+    weight = padded(cls.weight.detach(), padded_size(features, ROW_MULTIPLE), padded_size(columns))
+    scale = row_scales(getattr(cls, "scale_weight", None), features, weight.device)
     scale = nn.functional.pad(scale, (0, 0, 0, weight.shape[0] - features))
-    static = getattr(cls, "scale_input", None)
-    static = None if static is None else static.to(weight.device, torch.float32, non_blocking=True).reshape(())
-    return rows_product(quantise(ready, static), weight, scale, _bias(cls, base_dtype), features)
+    rows = _quantised(ready, activation_scale(getattr(cls, "scale_input", None), weight.device))
+    bias = _bias(cls, base_dtype)
+    return rows_product(rows, weight, scale, None if bias is None else bias.detach(), features)
+
+
+def _quantised(x: Tensor, static: Tensor | None) -> Fp8Rows:
+    """x in FP8 with the scale that was measured before; 1 says that none was, which the device finds out itself."""
+    rows = quantise(x)
+    if static is None:
+        return rows
+    given = quantise(x, static)
+    values = torch.where(static == 1, rows.values.view(torch.uint8), given.values.view(torch.uint8))
+    return rows._replace(values=values.view(rows.values.dtype), scale=torch.where(static == 1, rows.scale, given.scale))
+
+
+class ConvertedLinear(Fp8MatmulLinear):
+    """What `convert_fp8_linear` makes of a layer: its results are in `base_dtype`, whatever its input's type is."""
+
+    base_dtype: torch.dtype
+
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        """[..., K] -> [..., N] in base_dtype."""
+        return super().forward(x.to(self.base_dtype) if isinstance(x, Tensor) else x._replace(dtype=self.base_dtype))
 
 
 def convert_fp8_linear(
@@ -61,39 +84,49 @@ def convert_fp8_linear(
 ) -> None:
     """Let every linear layer of `module` that has an FP8 weight run on FP8 tensor cores, in place.
 
-    The layers stay the same objects. params_to_keep: parts of names of layers that are left alone, as are layers with
-    another weight. scale_weight_keys: "<layer>.scale_weight" and "<layer>.scale_input" -> scales of the file.
+    The layers stay the same objects, and give results in base_dtype. params_to_keep: parts of names of layers that are
+    left alone, as are layers with another weight and those that the model loader quantised (choose a "_fast" option
+    there); those with a forward of their own are too, with a warning.
+    scale_weight_keys: "<layer>.scale_weight" and "<layer>.scale_input" -> scales of the file; without them the layer's
+    attributes of these names. Raises ValueError for scales that do not fit.
     """
     scales = scale_weight_keys or {}
     converted = 0
     for name, layer in module.named_modules():
-        if type(layer) is not nn.Linear or keeps_precision(name, params_to_keep):
+        if not isinstance(layer, nn.Linear) or isinstance(layer, QuantisedLinear):
             continue
-        if layer.weight.dtype in FP8_DTYPES.values():
-            scale = scales.get(f"{name}.scale_weight", getattr(layer, "scale_weight", None))
-            static = scales.get(f"{name}.scale_input", getattr(layer, "scale_input", None))
-            _adopt(layer, scale, _measured(static), base_dtype)
-            converted += 1
+        if layer.weight.dtype not in FP8_DTYPES.values() or keeps_precision(name, params_to_keep):
+            continue
+        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+            log.warning("'%s' has an FP8 weight but a forward of its own: it is left as it is.", name)
+            continue
+        prefix = f"{name}." if name else ""
+        scale = scales.get(f"{prefix}scale_weight", getattr(layer, "scale_weight", None))
+        static = scales.get(f"{prefix}scale_input", getattr(layer, "scale_input", None))
+        _adopt(layer, scale, _measured(static), base_dtype)
+        converted += 1
     log.info("FP8 matrix products: %d linear layers.", converted)
 
 
 def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: torch.dtype) -> None:
-    """Turn the layer into one that multiplies in FP8, padded and aligned once."""
+    """Turn the layer into one that multiplies in FP8, padded and aligned once; hooks and what hangs on it stay."""
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach().to(base)
-    static = None if static is None else static.to(weight.device)
-    quantised = Fp8MatmulLinear(weight, None if scale is None else scale.to(weight.device), bias, static)
-    hooks = {key: value for key, value in vars(layer).items() if "hooks" in key}
-    # Plain attributes would hide the parameters of these names.
+    quantised = ConvertedLinear(weight, scale, bias, static)
+    # Attributes and buffers would hide the parameters of these names.
     for name in ("scale_weight", "scale_input"):
         vars(layer).pop(name, None)
-    layer.__class__ = Fp8MatmulLinear
-    vars(layer).update(vars(quantised) | hooks)
+        layer._buffers.pop(name, None)
+    layer.__class__ = ConvertedLinear
+    layer.base_dtype = base
+    layer.out_features, layer.in_features = weight.shape
+    layer._parameters |= quantised._parameters
+    layer.scale_input = quantised.scale_input
 
 
 def _measured(scale: Tensor | None) -> Tensor | None:
     """A scale of activations that says something: files write 1 where none was measured."""
-    return None if scale is None or float(scale) == 1 else scale
+    return None if scale is None or (scale.numel() == 1 and float(scale) == 1) else scale
 
 
 def _bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:

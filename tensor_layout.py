@@ -25,7 +25,11 @@ _running: list[str] = []
 
 
 def is_kernel_ready(t: Tensor, strided: bool = True) -> bool:
-    """Whether `t` obeys the rule; `strided=False` asks for a contiguous tensor. Dimensions of size 1 are ignored."""
+    """Whether `t` obeys the rule; `strided=False` asks for a contiguous tensor, whatever its strides in bytes.
+
+    Dimensions of size 1 are ignored, and an empty tensor is ready. A 0-d tensor needs only the address. A stride of 0
+    (`expand`) is not ready. Of a column-major operand, hand over the [N, K] storage: its transposed view is not ready.
+    """
     if t.numel() == 0:
         return True
     if t.data_ptr() % ALIGNMENT:
@@ -58,7 +62,7 @@ def kernel_ready(t: Tensor, strided: bool = True) -> Tensor:
 
 def dense(t: Tensor) -> Tensor:
     """`t` with a dense last dimension, decided from shape and strides alone (safe while a graph is traced)."""
-    return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
+    return t if t.dim() == 0 or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 def check_entry(kernel: str, *, strided: bool = True, **arguments: Tensor | None) -> None:

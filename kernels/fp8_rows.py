@@ -88,7 +88,7 @@ def norm_quantise_eager(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> t
 def _quantise_op(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if not x.is_cuda:
         return quantise_eager(x, static_scale)
-    rows = _rows(x)
+    rows, static_scale = _rows(x), None if static_scale is None else kernel_ready(static_scale)
     check_entry("fp8_quantise", x=rows, static_scale=static_scale)
     values, scale = _empty_rows(x)
     triton_kernels("fp8_rows_triton").quantise(rows, static_scale, values, scale, gelu=False)

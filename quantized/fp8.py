@@ -16,11 +16,12 @@ from torch import Tensor
 from ..kernels import op_name
 from ..kernels.fp8_rows import Fp8Rows, padded_size, quantise
 from ..tensor_layout import check_entry, kernel_ready
-from .linear import ROW_MULTIPLE, QuantisedLinear, frozen, padded
+from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, padded
 
 FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 TINY = 1e-12
 LEAST_CAPABILITY = (8, 9)
+HOPPER = 9
 
 
 def quantise_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -30,19 +31,19 @@ def quantise_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(dtype), scale
 
 
-def row_scales(scale: Tensor | None, rows: int) -> Tensor:
-    """A scale of a tensor (any shape of one value), of its rows, or none -> float32 [rows, 1].
+def row_scales(scale: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """A scale of a tensor (any shape of one value), of its rows, or none -> float32 [rows, 1] on `device`.
 
     Raises ValueError for another number of values.
     """
     if scale is None:
-        return torch.ones(rows, 1)
+        return torch.ones(rows, 1, device=device)
     if scale.numel() not in (1, rows):
         raise ValueError(
             f"A weight scale of shape {tuple(scale.shape)} fits no weight of {rows} rows: it must have one value, or "
             "one a row; use another quantised file of the model."
         )
-    return scale.detach().float().reshape(-1, 1).expand(rows, 1)
+    return scale.detach().to(device, torch.float32, non_blocking=True).reshape(-1, 1).expand(rows, 1)
 
 
 class Fp8Linear(QuantisedLinear):
@@ -52,7 +53,7 @@ class Fp8Linear(QuantisedLinear):
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
         super().__init__(*weight.shape, bias)
-        self._store(weight, row_scales(scale, weight.shape[0]).to(weight.device))
+        self._store(weight, row_scales(scale, weight.shape[0], weight.device))
 
     @classmethod
     def quantise(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Self:
@@ -73,7 +74,8 @@ class Fp8Linear(QuantisedLinear):
         self._store(*quantise_rows(self.expanded(torch.float32) + difference, self.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
+        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
+        check_columns(x, self.in_features)
         return _weight_only(x, self.weight, self.scale_weight, self.bias, self.out_features)
 
 
@@ -89,7 +91,8 @@ class Fp8MatmulLinear(Fp8Linear):
         self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, input_scale: Tensor | None = None
     ) -> None:
         super().__init__(weight, scale, bias)
-        self.scale_input = None if input_scale is None else frozen(input_scale.detach().float().reshape(()))
+        static = activation_scale(input_scale, weight.device)
+        self.scale_input = None if static is None else frozen(static)
 
     @property
     def takes_rows(self) -> bool:
@@ -97,7 +100,8 @@ class Fp8MatmulLinear(Fp8Linear):
         return self.scale_input is None
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
+        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
+        check_columns(x, self.in_features)
         rows = quantise(x, self.scale_input) if isinstance(x, Tensor) else x
         return rows_product(rows, self.weight, self.scale_weight, self.bias, self.out_features)
 
@@ -107,10 +111,10 @@ def rows_product(rows: Fp8Rows, weight: Tensor, weight_scale: Tensor, bias: Tens
     return _product(rows.values, rows.scale, weight, weight_scale, bias, out_features, rows.dtype)
 
 
-def runs_fp8(device: torch.device) -> str | None:
+def runs_fp8(device: torch.device, dtype: torch.dtype = torch.float8_e4m3fn) -> str | None:
     """Why FP8 matrix products cannot run on the device; None where they can (the CPU computes them, slowly).
 
-    On a GPU a small one is run, and waited for.
+    On a GPU a small one, with a weight in `dtype`, is run and waited for.
     """
     if device.type == "cpu":
         return None
@@ -122,7 +126,7 @@ def runs_fp8(device: torch.device) -> str | None:
         return f"{name} has compute capability {capability[0]}.{capability[1]}, and they need 8.9 (RTX 40, L4, Hopper)"
     try:
         ones = torch.ones(16, 32, device=device)
-        Fp8MatmulLinear.quantise(ones, None, torch.float8_e4m3fn)(ones)
+        Fp8MatmulLinear.quantise(ones, None, dtype)(ones)
         torch.cuda.synchronize(device)
     # Whatever stops a first small product (Triton missing or without a compiler, a torch that lacks it) is the reason.
     except Exception as error:
@@ -158,12 +162,32 @@ def _multiply(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Ten
         "torch._scaled_mm", strided=False, rows=rows, row_scale=row_scale, weight=weight, weight_scale=weight_scale,
         bias=bias,
     )  # fmt: skip
+    weight_scale = weight_scale.view(1, -1)
+    if _scales_rows(weight):
+        return _scaled_mm(rows, weight, row_scale, weight_scale, bias)
+    # bfloat16 holds the range of unscaled products too.
+    one = torch.ones((), device=rows.device)
+    product = _scaled_mm(rows, weight, one, one, None).mul_(row_scale).mul_(weight_scale)
+    return product if bias is None else product.add_(bias)
+
+
+def _scaled_mm(rows: Tensor, weight: Tensor, row_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     # Fast accumulation: with a scale a row, the exact one is 15 to 40 % slower than the fast one on Hopper.
     out = torch._scaled_mm(
-        rows, weight.t(), scale_a=row_scale, scale_b=weight_scale.view(1, -1), bias=bias, out_dtype=torch.bfloat16,
+        rows, weight.t(), scale_a=row_scale, scale_b=weight_scale, bias=bias, out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
+
+
+def _scales_rows(weight: Tensor) -> bool:
+    """Whether the product itself takes a scale a row: of E5M2 weights only cuBLAS does, which has it for Hopper alone.
+
+    Source: PyTorch's ScaledBlas.cpp and RowwiseScaledMM.cu.
+    """
+    if weight.dtype == torch.float8_e4m3fn or not weight.is_cuda:
+        return True
+    return torch.cuda.get_device_capability(weight.device)[0] == HOPPER
 
 
 @torch.library.custom_op(op_name("fp8_product"), mutates_args=())

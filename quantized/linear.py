@@ -48,6 +48,25 @@ def frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(kernel_ready(t.detach(), strided=False), requires_grad=False)
 
 
+def activation_scale(scale: Tensor | None, device: torch.device) -> Tensor | None:
+    """The scale of all activations that a file gives -> float32, 0-d, on `device`. Raises ValueError for several."""
+    if scale is None:
+        return None
+    if scale.numel() != 1:
+        raise ValueError(
+            f"A scale of activations of shape {tuple(scale.shape)} must have one value: leave it out, and every row of "
+            "an activation is measured."
+        )
+    return scale.detach().to(device, torch.float32, non_blocking=True).reshape(())
+
+
+def check_columns(x: Tensor | Fp8Rows, columns: int) -> None:
+    """Raise ValueError unless x is `columns` wide. Stored weights are wider, so that no product would notice."""
+    width = x.shape[-1] if isinstance(x, Tensor) else x.features
+    if width != columns:
+        raise ValueError(f"The layer reads {columns} channels, but its input has {width}: check what is connected.")
+
+
 def weight_shape(layer: nn.Module) -> torch.Size:
     """Shape of the layer's weight as the model has it, whatever its storage."""
     if isinstance(layer, QuantisedLinear):

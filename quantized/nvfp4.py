@@ -22,7 +22,7 @@ from ..kernels.fp8_rows import LARGEST, Fp8Rows, padded_size, quantise
 from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, LARGEST_CODE, codes_to_values, expand, unswizzled
 from ..tensor_layout import check_entry, kernel_ready
 from .fp8 import rows_product
-from .linear import ROW_MULTIPLE, QuantisedLinear, frozen, padded
+from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, padded
 
 TINY = 1e-30
 SMALLEST_SCALE = 2**-9
@@ -98,7 +98,8 @@ class Nvfp4Linear(QuantisedLinear):
             self._store(quantise_nvfp4(self.expanded(torch.float32) + difference))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
+        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
+        check_columns(x, self.in_features)
         return _weight_only(x, *self.stored, self.bias, self.out_features)
 
 
@@ -118,7 +119,8 @@ class Nvfp4Fp8Linear(Nvfp4Linear):
         self.row_scale = frozen(self.weight_scale_2 / factor)
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
+        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
+        check_columns(x, self.in_features)
         rows = quantise(x) if isinstance(x, Tensor) else x
         weight = expand(self.weight, self.weight_scale, self.factor)
         return rows_product(rows, weight, self.row_scale, self.bias, self.out_features)
@@ -136,10 +138,12 @@ class Nvfp4MatmulLinear(Nvfp4Linear):
         self, weight: Nvfp4, shape: tuple[int, int], bias: Tensor | None, input_scale: Tensor | None = None
     ) -> None:
         super().__init__(weight, shape, bias)
-        self.input_scale = None if input_scale is None else frozen(input_scale.detach().float().reshape(()))
+        static = activation_scale(input_scale, weight.codes.device)
+        self.input_scale = None if static is None else frozen(static)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype."""
+        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
+        check_columns(x, self.in_features)
         return _product(x, *self.stored, self.bias, self.input_scale, self.out_features)
 
 
@@ -172,6 +176,7 @@ def _product(
         return x.new_empty(shape)
     weight = Nvfp4(*(kernel_ready(t, strided=False) for t in (codes, block_scale, scale)))
     rows = kernel_ready(x.reshape(-1, x.shape[-1]), strided=False)
+    input_scale = None if input_scale is None else kernel_ready(input_scale)
     check_entry("quantize_nvfp4", strided=False, x=rows, input_scale=input_scale)
     product = _multiply(quantise_nvfp4(rows, input_scale), weight, bias)
     return product[: rows.shape[0], :out_features].to(x.dtype).contiguous().view(shape)

@@ -1,5 +1,6 @@
 """Tiny models saved in the file formats, and under the file names, that saved graphs use."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from wanvideo_wrapper.demo import INPUT, tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.quantized.fp8 import quantise_rows
+from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = Path(os.environ.get("WANVIDEO_GRAPHS", ROOT.parent / "shared" / "workflows"))
@@ -90,6 +92,48 @@ def save_gguf(model, path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantisable(name, value):
+    """Whether files hold this weight in few bits."""
+    return name.startswith("blocks.") and value.dim() == 2 and name.endswith(".weight") and not keeps_precision(name)
+
+
+def save_nvfp4(model, path, *, header=False, mark=None, input_scale=None):
+    """As ComfyUI saves it: marks as tensors, or in the header."""
+    tensors, layers = {}, {}
+    for name, value in model.tensors.items():
+        layer = name.removesuffix(".weight")
+        if not quantisable(name, value):
+            tensors[name] = value.bfloat16()
+            continue
+        q = quantise_nvfp4(value)
+        tensors |= {name: q.codes, f"{layer}.weight_scale": q.block_scale, f"{layer}.weight_scale_2": q.scale}
+        if input_scale is not None:
+            tensors[f"{layer}.input_scale"] = torch.tensor(input_scale)
+        layers[layer] = {"format": "nvfp4"} | (mark or {})
+        if not header:
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+    metadata = dict(model.metadata)
+    if header:
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata=metadata)
+
+
+def save_comfy_fp8(model, path, *, input_scale, mark=None, dtype=torch.float8_e4m3fn):
+    """FP8 as ComfyUI saves it, with a mark, a scale a layer and one of its activations."""
+    tensors = {}
+    for name, value in model.tensors.items():
+        layer = name.removesuffix(".weight")
+        if not quantisable(name, value):
+            tensors[name] = value.bfloat16()
+            continue
+        scale = value.abs().max() / torch.finfo(dtype).max
+        tensors |= {name: (value / scale).to(dtype), f"{layer}.weight_scale": scale,
+                    f"{layer}.input_scale": torch.tensor(input_scale)}  # fmt: skip
+        text = json.dumps({"format": str(dtype).removeprefix("torch.")} | (mark or {}))
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    save_file(tensors, path, metadata=model.metadata)
 
 
 def save_fp8(model, path, *, scaled):

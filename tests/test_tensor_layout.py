@@ -80,6 +80,7 @@ def test_dense_copies_only_what_is_not():
     assert dense(t) is t
     assert dense(t.transpose(1, 2)).stride(-1) == 1
     assert dense(t[:, :, :1]).stride(-1) == t.stride(-1)
+    assert dense(t[0, 0, 0]).dim() == 0
 
 
 class Broken(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .key_names import Naming, naming_of
 from .stored_formats import Stored, Weight, read_stored, read_weight, weights_of
-from .tensor_file import TensorFile, open_files
+from .tensor_file import Parts, TensorFile, open_files
 
 
 class Entry(NamedTuple):
@@ -100,12 +100,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises FileNotFoundError, or ValueError for a pickle, a truncated, ambiguous or unreadable file.
     """
     files = open_files(path)
-    naming = naming_of([name for file in files for name in file.tensors], name=path.name)
+    file = files[0] if len(files) == 1 else Parts(files)
+    naming = naming_of(list(file.tensors), name=path.name)
     entries: dict[str, Entry] = {}
-    for file in files:
-        for name, weight in weights_of(file).items():
-            canonical = naming.canonical(name)
-            if canonical in entries:
-                raise ValueError(f"{path.name} has the tensor '{canonical}' twice; download it again.")
-            entries[canonical] = Entry(file, weight)
-    return Checkpoint(path, entries, metadata=files[0].metadata, naming=naming)
+    for name, weight in weights_of(file).items():
+        canonical = naming.canonical(name)
+        if canonical in entries:
+            raise ValueError(f"{path.name} has the tensor '{canonical}' twice; download it again.")
+        entries[canonical] = Entry(file, weight)
+    return Checkpoint(path, entries, metadata=file.metadata, naming=naming)

@@ -1,6 +1,6 @@
 """From a checkpoint file to a model that the sampler can run.
 
-header -> sizes and extensions -> module on the meta device -> tensors assigned -> LoRA merged -> report.
+header -> sizes and extensions -> module on the meta device -> LoRA merged and tensors assigned -> report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..attention import AttentionSpec
-from ..quantized.linear import QuantisedLinear
 from ..tensor_layout import watch
 from . import registry
 from .architecture import config_of
@@ -27,7 +26,8 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
 from .config import WanConfig
 from .families import TRANSFORMER
-from .lora import LoraFile, beside, changes_for, differences, parameter_shapes
+from .lora import LoraFile, beside
+from .lora_merge import MergedLoras
 from .modules.model import WanModel
 from .quantization import Plan, describe, plan_of
 
@@ -136,20 +136,18 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
 
     Raises ValueError, in one sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
-    main = open_checkpoint(path)
-    config = config_of(main)
-    checkpoint = with_aliases(main).joined([with_aliases(open_checkpoint(module)) for module in options.modules])
-    plan = plan_of(options.quantization, checkpoint, device=host.device(), base=options.base_dtype)
+    opened = open_checkpoint(path)
+    config = config_of(opened)
+    main = with_aliases(opened)
+    checkpoint = main.joined([with_aliases(open_checkpoint(module)) for module in options.modules])
+    plan = plan_of(options.quantization, main, device=host.device(), base=options.base_dtype)
     spec = AttentionSpec(
         device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
     )
     attention = plan_for(options.attention_mode, spec)
     with torch.device("meta"):
         model = WanModel(config, registry.detect(checkpoint.shapes))
-    merged = [file for file in options.loras if file.merge]
-    report = _fill(model, checkpoint, plan)
-    for file in merged:
-        _merge(model, file, host.device())
+    report = _fill(model, checkpoint, plan, [file for file in options.loras if file.merge])
     watch(model)
     placement = Placement(model, host.offload_device())
     placement.swap = options.block_swap
@@ -183,16 +181,18 @@ def with_aliases(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.renamed(rename)
 
 
-def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan) -> LoadReport:
+def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[LoraFile]) -> LoadReport:
     names = {name: name for name, _ in model.named_parameters()}
     report = check(model, checkpoint, names, what=TRANSFORMER)
+    merged = MergedLoras(loras, model)
     with torch.no_grad():
         for name, plain in list(model.named_modules()):
-            layer = plan.layer(checkpoint, name, plain)
+            layer = plan.layer(checkpoint, name, plain, merged)
             if layer is not None:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)
         fill(model, checkpoint, names, dtype_of=lambda name: _dtype(name, checkpoint, plan.base))
+        merged.add_to_others(model)
     describe(model)
     return report
 
@@ -204,28 +204,6 @@ def _dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:
     if any(part in name for part in KEPT_PRECISION) and stored == torch.float32:
         return torch.float32
     return base
-
-
-@torch.no_grad()
-def _merge(model: WanModel, file: LoraFile, device: torch.device) -> None:
-    """Add a LoRA to the weights, in float32; quantised ones are stored anew on `device`.
-
-    Raises ValueError if its strength changes by the step.
-    """
-    if not isinstance(file.strength, float | int):
-        raise ValueError(
-            f"The LoRA {file.path.name} has a strength for every step, so it cannot be merged: turn merge_loras off."
-        )
-    layers, shapes = dict(model.named_modules()), parameter_shapes(model)
-    for name, change in changes_for(file, model).items():
-        for target, difference in differences(name, change, shapes):
-            layer, parameter = layers.get(name), model.get_parameter(target)
-            if isinstance(layer, QuantisedLinear) and parameter is layer.weight:
-                home = parameter.device
-                layer.to(device).add((file.strength * difference).to(device))
-                layer.to(home)
-            else:
-                parameter.data = (parameter.float() + file.strength * difference).to(parameter.dtype)
 
 
 def with_loras(model: WanVideoModel, files: Sequence[LoraFile]) -> WanVideoModel:

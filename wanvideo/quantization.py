@@ -19,6 +19,7 @@ from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
 from ..quantized.linear import QuantisedLinear
 from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
 from .checkpoint import Checkpoint
+from .lora_merge import MergedLoras
 
 log = logging.getLogger("wanvideo")
 
@@ -68,8 +69,13 @@ class Plan:
     device: torch.device
     base: torch.dtype
 
-    def layer(self, checkpoint: Checkpoint, name: str, plain: nn.Module) -> QuantisedLinear | None:
-        """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain."""
+    def layer(
+        self, checkpoint: Checkpoint, name: str, plain: nn.Module, merged: MergedLoras
+    ) -> QuantisedLinear | None:
+        """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain.
+
+        merged: the LoRAs that are part of its weight.
+        """
         if not isinstance(plain, nn.Linear) or not name.startswith("blocks.") or keeps_precision(name):
             return None
         weight = f"{name}.weight"
@@ -78,14 +84,20 @@ class Plan:
             return None
         bias = checkpoint.tensor(f"{name}.bias").to(self.base) if f"{name}.bias" in checkpoint.shapes else None
         fast = self.fast and not checkpoint.full_precision(weight)
+        difference = merged.weight(name)
+        if stored is None or (stored != NVFP4 and self.convert == NVFP4):
+            value = checkpoint.tensor(weight)
+            return self._converted(value if difference is None else value.float() + difference, bias, fast)
         if stored == NVFP4:
-            return self._nvfp4_layer(checkpoint, weight, plain, bias, fast)
-        if stored is not None and self.convert != NVFP4:
+            layer = self._nvfp4_layer(checkpoint, weight, plain, bias, fast)
+        else:
             found = checkpoint.stored(weight)
-            if fast:
-                return Fp8MatmulLinear(found.values, found.scale, bias, found.input_scale)
-            return Fp8Linear(found.values, found.scale, bias)
-        return self._converted(checkpoint.tensor(weight), bias)
+            scales = (found.scale, bias, found.input_scale) if fast else (found.scale, bias)
+            layer = (Fp8MatmulLinear if fast else Fp8Linear)(found.values, *scales)
+        if difference is not None:
+            layer.to(self.device).add(difference.to(self.device))
+            layer.to("cpu")
+        return layer
 
     def _nvfp4_layer(
         self, checkpoint: Checkpoint, weight: str, plain: nn.Linear, bias: torch.Tensor | None, fast: bool
@@ -98,20 +110,21 @@ class Plan:
             return Nvfp4MatmulLinear(kept, shape, bias, found.input_scale)
         return Nvfp4Fp8Linear(kept, shape, bias)
 
-    def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantisedLinear:
+    def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None, fast: bool) -> QuantisedLinear:
         weight, home = weight.to(self.device), weight.device
         if self.convert != NVFP4:
-            kind = Fp8MatmulLinear if self.fast else Fp8Linear
+            kind = Fp8MatmulLinear if fast else Fp8Linear
             return kind.quantise(weight, bias, FP8_DTYPES[self.convert]).to(home)
         kind = Nvfp4Linear
-        if self.fast:
+        if fast:
             kind = Nvfp4MatmulLinear if runs_fp4(self.device) else Nvfp4Fp8Linear
         return kind.quantise(weight, bias).to(home)
 
 
 def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: torch.dtype) -> Plan:
-    """The plan that the option `name` gives for this checkpoint on this device.
+    """The plan that the option `name` gives for the main file on this device; module files follow it.
 
+    Quantised weights of a module file stay as they are, whatever the main file holds.
     Raises ValueError, with what to choose instead, where the option cannot run or does not suit the file.
     """
     option = QUANTIZATIONS.get(name)
@@ -133,7 +146,8 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
             f"quantization '{name}' needs a file with scales, and {file} has none: choose "
             f"'{name.replace('_scaled', '')}' or 'disabled'."
         )
-    reason = runs_fp8(device) if option.fast else None
+    multiplied = {FP8_DTYPES.get(kind, torch.float8_e4m3fn) for kind in (*held, option.storage)} if option.fast else ()
+    reason = next(filter(None, (runs_fp8(device, dtype) for dtype in multiplied)), None)
     if reason is not None:
         raise ValueError(
             f"quantization '{name}' multiplies in FP8 or FP4, which this machine cannot: {reason}. Choose "

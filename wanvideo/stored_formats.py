@@ -8,6 +8,7 @@ a layer with a `comfy_quant` tensor (JSON) or lists it in the header. Source: Co
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.fp8_rows import padded_size
+from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, SCALE_COLUMNS, SCALE_ROWS
 from .safetensors_file import DTYPES
-from .tensor_file import TensorFile
+from .tensor_file import TensorFile, unreadable
 
 SCALE_NAMES = ("weight_scale", "scale_weight")
 GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
@@ -26,7 +29,6 @@ MARKER = "scaled_fp8"
 HEADER_FIELD = "_quantization_metadata"
 FP8_FORMATS = ("F8_E4M3", "F8_E5M2")
 MARKED_FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4")
-CODES_PER_BYTE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Stored(NamedTuple):
     """A weight as it is stored, with its scales as float32; None where the file has none.
 
     values [N, K], or NVFP4 codes [N, K / 2]; scale: of the tensor, of its rows, or NVFP4's E4M3 block scales;
-    input_scale: None too where it is 1, which files write where none was measured.
+    input_scale: None too where it is 1, which files write where none was measured, or is no single value.
     """
 
     values: Tensor
@@ -120,8 +122,12 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
     if mark.format == "nvfp4":
         second = _sibling(file, layer, GLOBAL_SCALE_NAMES)
         if scale is None or second is None or stored.format != "U8":
-            raise ValueError(f"{file.path.name}: layer '{layer}' is marked as NVFP4 but lacks its scales.")
+            raise ValueError(
+                f"{file.path.name}: layer '{layer}' is marked as NVFP4 but lacks its scales; download it again, or use "
+                "another quantised file of the model."
+            )
         shape = (*stored.shape[:-1], stored.shape[-1] * CODES_PER_BYTE)
+        _check_block_scales(file, scale, shape)
         return Weight(
             name=name, shape=shape, format="NVFP4", dtype=torch.float32, scale=scale, global_scale=second,
             input_scale=activations, full_precision=mark.full_precision,
@@ -139,6 +145,17 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
     )  # fmt: skip
 
 
+def _check_block_scales(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
+    """Kernels read as many block scales as the weight needs, whatever is there."""
+    stored = file.tensors[name]
+    rows, columns = padded_size(shape[0], SCALE_ROWS), padded_size(-(-shape[-1] // BLOCK), SCALE_COLUMNS)
+    if len(shape) != 2 or stored.format != "F8_E4M3" or math.prod(stored.shape) != rows * columns:
+        raise ValueError(
+            f"{file.path.name}: '{name}' is {stored.format} {stored.shape}, but an NVFP4 weight of {shape} has F8_E4M3 "
+            f"block scales of {(rows, columns)}; use a file as ComfyUI writes it."
+        )
+
+
 def _is_auxiliary(name: str, file: TensorFile) -> bool:
     layer, _, leaf = name.rpartition(".")
     if leaf == MARKER:
@@ -153,11 +170,11 @@ def _sibling(file: TensorFile, layer: str, leaves: tuple[str, ...]) -> str | Non
 
 
 def _marks(file: TensorFile) -> dict[str, Mark]:
-    header = json.loads(file.metadata.get(HEADER_FIELD, "{}")).get("layers", {})
+    header = _json(file.metadata.get(HEADER_FIELD, "{}"), HEADER_FIELD, file).get("layers", {})
     marks = {layer: _mark(entry) for layer, entry in header.items()}
     for name in file.tensors:
         if name.endswith(f".{MARK}"):
-            marks[name.removesuffix(f".{MARK}")] = _mark(json.loads(bytes(file.read(name).tolist()).decode()))
+            marks[name.removesuffix(f".{MARK}")] = _mark(_json(bytes(file.read(name).tolist()), name, file))
     unread = sorted({mark.format for mark in marks.values()} - set(MARKED_FORMATS))
     if unread:
         raise ValueError(
@@ -165,6 +182,13 @@ def _marks(file: TensorFile) -> dict[str, Mark]:
             f"{', '.join(MARKED_FORMATS)} or bf16."
         )
     return marks
+
+
+def _json(text: str | bytes, name: str, file: TensorFile) -> dict[str, object]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is no JSON: {error}")) from error
 
 
 def _mark(entry: str | Mapping[str, object]) -> Mark:

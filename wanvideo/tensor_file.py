@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,6 +44,30 @@ class TensorFile(Protocol):
 def unreadable(path: Path, kind: str, error: Exception) -> ValueError:
     """The error for a file whose header or size is wrong."""
     return ValueError(f"{path.name} is truncated or is no {kind} file ({error}); download it again.")
+
+
+class Parts:
+    """All parts of one model as one file: a weight and its scale may be in different ones.
+
+    Raises ValueError if two parts hold the same tensor.
+    """
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        self.path = files[0].path
+        self.metadata: Mapping[str, str] = {k: v for file in reversed(files) for k, v in file.metadata.items()}
+        self._places: dict[str, TensorFile] = {}
+        for file in files:
+            both = next((name for name in file.tensors if name in self._places), None)
+            if both is not None:
+                raise ValueError(
+                    f"{file.path.name} and {self._places[both].path.name} both hold '{both}'; download the model again."
+                )
+            self._places |= dict.fromkeys(file.tensors, file)
+        self.tensors: Mapping[str, StoredTensor] = {name: file.tensors[name] for name, file in self._places.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, from the part that has it."""
+        return self._places[name].read(name)
 
 
 def open_file(path: Path) -> TensorFile:

@@ -14,6 +14,7 @@ from layouts import DTYPES, Layout, bits, fresh, layouts, relative
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
 from wanvideo_wrapper.kernels.nvfp4 import expand
@@ -27,7 +28,9 @@ from wanvideo_wrapper.quantized.nvfp4 import (
 )
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-FEATURES, COLUMNS = 48, 64
+# The second size is padded when a layer is made.
+SIZE, ODD_SIZE = (48, 64), (33, 50)
+FEATURES, COLUMNS = SIZE
 EXAMPLES = int(os.environ.get("WAN_LAYOUT_EXAMPLES", "2000" if torch.cuda.is_available() else "25"))
 SETTINGS = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False, database=None
@@ -37,7 +40,7 @@ LEADS = ((), (1,), (9,), (2, 5), (1, 1), (2, 3, 4), (0,), (2, 0))
 
 
 def plain(device, weight, scale, bias):
-    layer = nn.Linear(COLUMNS, FEATURES, device="meta")
+    layer = nn.Linear(*reversed(weight.shape), device="meta")
     layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
     layer.bias = nn.Parameter(bias.to(device), requires_grad=False)
     layer.scale_weight = scale.to(device)
@@ -49,32 +52,33 @@ def converted(layer):
     return layer
 
 
-def weights(dtype):
+def weights(dtype, size=SIZE):
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(FEATURES, COLUMNS, generator=generator), torch.randn(FEATURES, generator=generator).to(dtype)
+    return torch.randn(size, generator=generator), torch.randn(size[0], generator=generator).to(dtype)
 
 
 @functools.cache
-def in_nvfp4():
-    return quantise_nvfp4(weights(torch.float32)[0])
+def in_nvfp4(size):
+    return quantise_nvfp4(weights(torch.float32, size)[0])
 
 
-def entry_points(device, dtype, lay):
+def entry_points(device, dtype, lay, shape=SIZE):
     """Name -> function of x; weights, scales and biases lie as `lay` puts them."""
-    weight, bias = weights(dtype)
+    weight, bias = weights(dtype, shape)
     (e4, s4), (e5, s5) = (quantise_rows(weight, kind) for kind in (E4M3, E5M2))
-    q, shape = in_nvfp4(), (FEATURES, COLUMNS)
+    q = in_nvfp4(shape)
     e4, s4, e5, s5, bias = (lay(t.to(device)) for t in (e4, s4, e5, s5, bias))
     q = Nvfp4(*(lay(t.to(device)) for t in q))
     measured = lay(torch.full((1,), 0.05, device=device))[0]
-    gain, shift = (lay(torch.rand(1, 1, COLUMNS, device=device)) for _ in range(2))
+    gain, shift = (lay(torch.rand(1, 1, shape[1], device=device)) for _ in range(2))
+    factor = torch.ones(q.codes.shape[0], 1, device=device)
     layer = plain(device, e4, s4, bias)
 
     def rows(quantiser):
         return lambda x: quantiser(x).to(torch.float32)
 
     def three(x):
-        return x.reshape(1, -1, COLUMNS) if x.dim() != 3 else x
+        return x.reshape(1, -1, shape[1]) if x.dim() != 3 else x
 
     return {
         "e4m3": Fp8Linear(e4, s4, bias),
@@ -85,12 +89,13 @@ def entry_points(device, dtype, lay):
         "nvfp4": Nvfp4Linear(q, shape, bias),
         "nvfp4 by fp8": Nvfp4Fp8Linear(q, shape, bias),
         "nvfp4 fast": Nvfp4MatmulLinear(q, shape, bias),
+        "nvfp4 fast, scale from the file": Nvfp4MatmulLinear(q, shape, bias, measured),
         "fp8_linear_forward": lambda x: fp8_linear_forward(layer, dtype, x),
         "convert_fp8_linear": converted(plain(device, e4, s4, bias)),
         "quantise": rows(quantise),
         "gelu": rows(gelu_quantise),
         "norm": lambda x: norm_quantise(three(x), gain, shift, 1e-6).to(torch.float32),
-        "expand": lambda x: expand(q.codes, q.block_scale, torch.ones(FEATURES, 1, device=device)).float(),
+        "expand": lambda x: expand(q.codes, q.block_scale, factor).float(),
     }
 
 
@@ -118,17 +123,18 @@ def test_any_activation(entry, device):
 
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [SIZE, ODD_SIZE], ids=str)
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
-def test_any_weight(entry, device):
-    x = {dtype: torch.randn(2, 5, COLUMNS).to(device, dtype) for dtype in DTYPES}
+def test_any_weight(entry, size, device):
+    x = {dtype: torch.randn(2, 5, size[1]).to(device, dtype) for dtype in DTYPES}
 
     @settings(SETTINGS, max_examples=max(EXAMPLES // 10, 10))
     @given(layouts().filter(lambda layout: layout.kind != "expanded"), st.sampled_from(DTYPES))
     def check(layout, dtype):
         torch.manual_seed(layout.seed)
-        got = entry_points(device, dtype, layout.place)[entry](x[dtype])
+        got = entry_points(device, dtype, layout.place, size)[entry](x[dtype])
         torch.manual_seed(layout.seed)
-        want = entry_points(device, dtype, fresh)[entry](x[dtype])
+        want = entry_points(device, dtype, fresh, size)[entry](x[dtype])
         assert got.isfinite().all() and relative(got, want) < 5e-3
 
     check()
@@ -137,8 +143,9 @@ def test_any_weight(entry, device):
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("entry", LAYERS)
-def test_parameters_moved_to_odd_addresses(entry, device):
+def test_parameters_moved_to_odd_addresses(entry, device, monkeypatch):
     # What a packed swap buffer does to a layer behind its back.
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
     layer = entry_points(device, torch.bfloat16, fresh)[entry]
     x = torch.randn(2, 5, COLUMNS).to(device, torch.bfloat16)
     want = layer(x)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from layouts import bits, relative
 from torch import nn
+from wanvideo_wrapper import kernels
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
+from wanvideo_wrapper.quantized import fp8
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows, runs_fp8
 from wanvideo_wrapper.quantized.linear import shared_input
 from wanvideo_wrapper.quantized.nvfp4 import (
@@ -58,12 +60,53 @@ def test_product(kind, features, columns, dtype):
         assert layer(torch.randn(0, columns).to(dtype)).shape == (0, features)
 
 
+@pytest.mark.parametrize("columns", [40, 63, 80])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_of_another_width_is_refused(kind, columns):
+    # The stored weight is padded to 64, so that the product itself would take all but the last.
+    layer = KINDS[kind][0](torch.randn(33, 50), None)
+    with pytest.raises(ValueError, match=f"reads 50 channels, but its input has {columns}"):
+        layer(torch.randn(2, columns))
+    if layer.takes_rows:
+        with pytest.raises(ValueError, match="reads 50 channels"):
+            layer(quantise(torch.randn(2, columns)))
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(50)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])])
+def test_e5m2_where_no_product_scales_its_rows(device, bias, monkeypatch):
+    weight = torch.randn(50, 70) * torch.logspace(-3, 3, 50)[:, None]
+    layer = Fp8MatmulLinear.quantise(weight, bias, E5M2).to(device)
+    x = (torch.randn(9, 70) * torch.logspace(-3, 3, 9)[:, None]).to(device, torch.bfloat16)
+    want = layer(x)
+    monkeypatch.setattr(fp8, "_scales_rows", lambda weight: False)
+    size = x.float().abs() @ layer.expanded(torch.float32).abs().t() + (0 if bias is None else layer.bias.abs())
+    assert ((layer(x) - want).float().abs() <= size / 64).all() and relative(layer(x), want) < 5e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_full_graph(kind):
     layer = KINDS[kind][0](torch.randn(50, 70), torch.randn(50))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
     x = torch.randn(2, 5, 70)
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3)])
+@pytest.mark.parametrize("op", ["fp8_weight_only", "fp8_product", "nvfp4_weight_only", "nvfp4_product"])
+def test_fake_operators_are_like_the_real_ones(op, lead):
+    bias = torch.randn(33)
+    fp8_layer, fp4_layer = (KINDS[kind][0](torch.randn(33, 50), bias) for kind in ("e4m3 fast", "nvfp4 fast"))
+    x = torch.randn(*lead, 50).bfloat16()
+    rows, stored = quantise(x), (fp8_layer.weight, fp8_layer.scale_weight, bias, 33)
+    arguments = {
+        "fp8_weight_only": (x, *stored),
+        "fp8_product": (rows.values, rows.scale, *stored, x.dtype),
+        "nvfp4_weight_only": (x, *fp4_layer.stored, bias, 33),
+        "nvfp4_product": (x, *fp4_layer.stored, bias, None, 33),
+    }[op]
+    operator = getattr(getattr(torch.ops, kernels.NAMESPACE), op).default
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.cuda

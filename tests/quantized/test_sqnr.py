@@ -10,7 +10,7 @@ from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4M
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TOKENS, OUTLIERS, OUTLIER_SCALE = 32, 20, 20
-SIZES = [(5120, 5120), (13824, 5120)]
+SIZES = [(5120, 5120), (13824, 5120), (5120, 13824)]
 # Kind -> layer of a weight, and the least SQNR in dB.
 FLOORS = {
     "e4m3": (lambda w: Fp8Linear.quantise(w, None, E4M3), 31.0),

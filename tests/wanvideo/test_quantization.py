@@ -1,6 +1,5 @@
 """The `quantization` option against every kind of file: what is loaded, what is refused, what the model computes."""
 
-import json
 import logging
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from layouts import relative
 from safetensors.torch import load_file, save_file
-from saved_models import save_fp8, save_gguf
+from saved_models import quantisable, save_comfy_fp8, save_fp8, save_gguf, save_nvfp4
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
@@ -28,7 +27,7 @@ from wanvideo_wrapper.wanvideo import quantization
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
-from wanvideo_wrapper.wanvideo.lora import LoraFile
+from wanvideo_wrapper.wanvideo.lora import LoraFile, read_changes
 from wanvideo_wrapper.wanvideo.modules.model import ModelInputs
 from wanvideo_wrapper.wanvideo.quantization import QUANTIZATIONS
 
@@ -73,46 +72,6 @@ def plain(t2v, tmp_path_factory):
     path = tmp_path_factory.mktemp("plain") / "model.safetensors"
     t2v.save(path, torch.bfloat16)
     return path, run(load_wan_model(path, FP32, HOST))
-
-
-def quantisable(name, value):
-    return name.startswith("blocks.") and value.dim() == 2 and name.endswith(".weight") and not keeps_precision(name)
-
-
-def save_nvfp4(model, path, *, header=False, mark=None, input_scale=None):
-    """As ComfyUI saves it: marks as tensors, or in the header."""
-    tensors, layers = {}, {}
-    for name, value in model.tensors.items():
-        layer = name.removesuffix(".weight")
-        if not quantisable(name, value):
-            tensors[name] = value.bfloat16()
-            continue
-        q = quantise_nvfp4(value)
-        tensors |= {name: q.codes, f"{layer}.weight_scale": q.block_scale, f"{layer}.weight_scale_2": q.scale}
-        if input_scale is not None:
-            tensors[f"{layer}.input_scale"] = torch.tensor(input_scale)
-        layers[layer] = {"format": "nvfp4"} | (mark or {})
-        if not header:
-            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
-    metadata = dict(model.metadata)
-    if header:
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata=metadata)
-
-
-def save_comfy_fp8(model, path, *, input_scale, mark=None, dtype=torch.float8_e4m3fn):
-    tensors = {}
-    for name, value in model.tensors.items():
-        layer = name.removesuffix(".weight")
-        if not quantisable(name, value):
-            tensors[name] = value.bfloat16()
-            continue
-        scale = value.abs().max() / torch.finfo(dtype).max
-        tensors |= {name: (value / scale).to(dtype), f"{layer}.weight_scale": scale,
-                    f"{layer}.input_scale": torch.tensor(input_scale)}  # fmt: skip
-        text = json.dumps({"format": str(dtype).removeprefix("torch.")} | (mark or {}))
-        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    save_file(tensors, path, metadata=model.metadata)
 
 
 def kinds(model):
@@ -178,6 +137,26 @@ def test_plain_fp8_file_keeps_its_bytes(t2v, option, tmp_path):
     assert relative(run(model), want) < 0.2
 
 
+def save_parts(path, tensors, metadata, count):
+    """Every tensor goes to the part after that of the one before, so that scales and weights are apart."""
+    names = [path.with_name(f"{path.stem}-{part:05d}-of-{count:05d}.safetensors") for part in range(1, count + 1)]
+    for part, name in enumerate(names):
+        save_file(dict(list(tensors.items())[part::count]), name, metadata=metadata)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_scales_in_another_part_of_the_file(t2v, kind, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_fp8(t2v, path, scaled=True) if kind == "fp8" else save_nvfp4(t2v, path)
+    whole = load_wan_model(path, FP32, HOST)
+    parts = save_parts(path, load_file(path), t2v.metadata, 3)
+    assert torch.equal(run(load_wan_model(parts[1], FP32, HOST)), run(whole))
+    save_file(load_file(parts[0]), parts[2])
+    with pytest.raises(ValueError, match=r"00003-of-00003.* and .*00001-of-00003.* both hold .*again\.$"):
+        load_wan_model(parts[0], FP32, HOST)
+
+
 @pytest.mark.parametrize("header", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_nvfp4_file(t2v, option, header, tmp_path):
@@ -222,6 +201,61 @@ def test_a_file_may_ask_for_full_precision(t2v, tmp_path):
         assert kinds(load_wan_model(tmp_path / name, replace(FP32, quantization=option), HOST)) == {kind}
 
 
+def test_full_precision_outlives_a_change_of_storage(t2v, tmp_path):
+    save_comfy_fp8(t2v, tmp_path / "m.safetensors", input_scale=1.0, mark={"full_precision_matrix_mult": True})
+    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization="fp4_scaled_fast"), HOST)
+    assert kinds(model) == {Nvfp4Linear}
+
+
+@pytest.mark.parametrize("option", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e4m3fn_scaled", "fp4_scaled", "disabled"])
+def test_a_module_file_does_not_decide_for_the_main_file(option, tmp_path):
+    main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
+    tiny.image_to_video().save(main, torch.bfloat16)
+    save_fp8(tiny.speech_module(), speech, scaled=True)
+    options = replace(FP32, quantization=option, modules=(speech,))
+    if option == "fp8_e4m3fn_scaled":
+        with pytest.raises(ValueError, match="i2v.safetensors has none: choose 'fp8_e4m3fn' or 'disabled'"):
+            load_wan_model(main, options, HOST)
+        return
+    block = load_wan_model(main, options, HOST).transformer.blocks[0]
+    assert type(block.self_attn.q) is FROM_BF16[option][0]
+    assert type(block.audio_cross_attn.proj) is (Fp8Linear if option == "disabled" else FROM_BF16[option][0])
+
+
+@pytest.mark.parametrize(("option", "format"), [("fp8_e5m2_fast", "E5M2"), ("fp8_e4m3fn_fast", "E4M3")])
+def test_the_formats_that_will_be_multiplied_are_tried(plain, option, format, monkeypatch):
+    tried = []
+    monkeypatch.setattr(quantization, "runs_fp8", lambda device, dtype: tried.append(dtype))
+    load_wan_model(plain[0], replace(FP32, quantization=option), HOST)
+    assert tried == [torch.float8_e5m2 if format == "E5M2" else torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"weight_scale": None}, r"'blocks\.0\.ffn\.0' is marked as NVFP4 but lacks its scales; download"),
+        ({"weight_scale": torch.ones(256, 4).to(torch.float8_e4m3fn)}, r"an NVFP4 weight of \(256, 128\) has F8_E4M3"),
+        ({"weight_scale": torch.ones(256, 8)}, r"'blocks\.0\.ffn\.0\.weight_scale' is F32 \(256, 8\), but"),
+    ],
+)
+def test_block_scales_that_do_not_fit_are_named(t2v, change, match, tmp_path):
+    save_nvfp4(t2v, tmp_path / "m.safetensors")
+    tensors = load_file(tmp_path / "m.safetensors")
+    tensors |= {f"blocks.0.ffn.0.{leaf}": value for leaf, value in change.items()}
+    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "m.safetensors", metadata=t2v.metadata)
+    with pytest.raises(ValueError, match=match):
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+
+
+def test_a_broken_mark_is_named(t2v, tmp_path):
+    save_comfy_fp8(t2v, tmp_path / "m.safetensors", input_scale=1.0)
+    tensors = load_file(tmp_path / "m.safetensors")
+    tensors["blocks.0.ffn.0.comfy_quant"] = torch.tensor(list(b'{"forma'), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
+    with pytest.raises(ValueError, match=r"m\.safetensors.*'blocks\.0\.ffn\.0\.comfy_quant' is no JSON.*again\.$"):
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+
+
 def test_gguf_has_its_own(t2v, tmp_path):
     save_gguf(t2v, tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="GGUF.*choose quantization 'disabled'"):
@@ -236,7 +270,7 @@ def test_unknown_option(plain):
 @pytest.mark.parametrize("option", [o for o, row in QUANTIZATIONS.items() if row.fast])
 def test_old_gpus_are_refused_at_load(t2v, option, tmp_path, monkeypatch):
     save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
-    monkeypatch.setattr(quantization, "runs_fp8", lambda device: "it has compute capability 8.6")
+    monkeypatch.setattr(quantization, "runs_fp8", lambda device, dtype: "it has compute capability 8.6")
     with pytest.raises(ValueError, match=rf"8\.6. Choose '{option.removesuffix('_fast')}'"):
         load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
 
@@ -254,6 +288,22 @@ def test_every_kernel_argument_is_ready(t2v, option, tmp_path, monkeypatch):
 def lora(t2v, path, **options):
     tiny.lora(t2v).save(path, torch.float32)
     return LoraFile(path=path, **options)
+
+
+@pytest.mark.parametrize("scaled", [None, True])
+@pytest.mark.parametrize("option", [o for o in FROM_BF16 if o != "disabled"])
+def test_merged_loras_are_rounded_once(t2v, option, scaled, tmp_path):
+    path = tmp_path / "m.safetensors"
+    t2v.save(path, torch.float32) if scaled is None else save_fp8(t2v, path, scaled=scaled)
+    files = [lora(t2v, tmp_path / f"{n}.safetensors", strength=n / 2) for n in (1, 3)]
+    options = replace(FP32, quantization=option)
+    layer = load_wan_model(path, replace(options, loras=tuple(files)), HOST).transformer.blocks[1].self_attn.q
+    plain = load_wan_model(path, FP32, HOST).transformer.blocks[1].self_attn.q
+    exact = plain.weight if scaled is None else plain.expanded(torch.float32)
+    change = read_changes(files[0])["blocks.1.self_attn.q"].weight(exact.shape)
+    arguments = () if option.startswith("fp4") else (layer.weight.dtype,)
+    want = type(layer).quantise(exact + 2 * change, None, *arguments)
+    assert change.norm() > 0 and relative(layer.expanded(torch.float64), want.expanded(torch.float64)) < 2e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
