@@ -17,11 +17,11 @@ TINY = tl.constexpr(1e-12)
 WARP_COLUMNS = 256
 MOST_PIECES = 7
 # The same of the kernel with a norm, where the modulation is in registers too.
-NORM_WARP_COLUMNS = 128
+NORM_WARP_COLUMNS = 256
 NORM_MOST_PIECES = 5
 MOST_WARPS = 32
 # Enough tokens to keep a GPU busy while every program takes several of them.
-MANY_TOKENS, SHARED_ROWS = 8192, 16
+MANY_TOKENS, SHARED_ROWS = 8192, 8
 
 
 # Pieces are 0 behind the last column: loads put it there, and every step before `_store_row` keeps it.

@@ -42,18 +42,23 @@ def power_of_two(bound: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(bound), 1 - exponent)
 
 
-def rotated(x: Tensor) -> Tensor:
-    """Heads [..., D] float32 times Sylvester's Hadamard matrix of 1 and -1: a rotation that lengthens by D ** 0.5.
+def rotated(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Heads [..., D] float32, less `shift`, times Sylvester's Hadamard matrix of 1 and -1, which lengthens by D ** 0.5.
 
     Sums and differences at distance 1, 2, 4 and so on. Those of neighbours are float32; the rest are float16, which
-    must hold D times the largest value.
+    must hold D times the largest value. Those of the shift are rounded to float16, too: a shift that all keys share may
+    be any.
     """
-    distance = 1
+    x = _step(x, 1) if shift is None else _step(x, 1) - _step(shift, 1).half()
+    x, distance = x.half(), 2
     while distance < x.shape[-1]:
-        first, second = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
-        x = torch.stack((first + second, first - second), dim=-2).flatten(-3).half()
-        distance *= 2
+        x, distance = _step(x, distance), 2 * distance
     return x.float()
+
+
+def _step(x: Tensor, distance: int) -> Tensor:
+    first, second = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+    return torch.stack((first + second, first - second), dim=-2).flatten(-3)
 
 
 def sampled(tokens: int, device: torch.device) -> Tensor:
@@ -95,11 +100,10 @@ def tensor_fp8_eager(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantised(y: Tensor, shift: Tensor | None, bound: Tensor) -> tuple[Tensor, Tensor]:
-    if shift is not None:
-        y, bound = y - shift.view(y.shape[0], 1, *y.shape[2:]), bound * 2
     longer = y.shape[-1] ** 0.5
-    scale = power_of_two(bound * longer)
-    return _fp8(rotated(y / scale)), scale / longer
+    scale = power_of_two(bound * longer * (1 if shift is None else 2))
+    shift = None if shift is None else shift.view(y.shape[0], 1, *y.shape[2:]) / scale
+    return _fp8(rotated(y / scale, shift)), scale / longer
 
 
 def _fp8(y: Tensor) -> Tensor:

@@ -174,10 +174,11 @@ def test_other_head_sizes_are_refused():
 
 
 def same(got, want):
-    """Equal but for roundings at ties."""
+    """Equal but for roundings at ties, by one step of E4M3: of a few values in a thousand, or of one in a small tensor."""
     assert torch.allclose(got[1], want[1], rtol=1e-6, atol=0)
-    assert (got[0].float() != want[0].float()).float().mean() < 3e-3
-    assert relative(got[0].float(), want[0].float()) < 3e-3
+    a, b = got[0].float(), want[0].float()
+    assert (a != b).sum() <= max(3e-3 * a.numel(), 1)
+    assert ((a - b).abs() <= torch.maximum(a.abs(), b.abs()) / 8 + 2**-9).all()
 
 
 def empty(x, heads):

@@ -81,7 +81,8 @@ def test_e5m2_where_no_product_scales_its_rows(device, bias, monkeypatch):
     want = layer(x)
     monkeypatch.setattr(fp8, "_scales_rows", lambda weight: False)
     size = x.float().abs() @ layer.expanded(torch.float32).abs().t() + (0 if bias is None else layer.bias.abs())
-    assert ((layer(x) - want).float().abs() <= size / 64).all() and relative(layer(x), want) < 5e-3
+    # The two differ by four roundings to bfloat16.
+    assert ((layer(x) - want).float().abs() <= size / 64).all() and relative(layer(x), want) < 4 * 2**-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
