@@ -15,7 +15,7 @@ STAGES = {"see": (see_and_hear,), "talk": (talk_stage,), "all": (see_and_hear, t
 
 def main() -> None:
     """Train one stage or all."""
-    parser = argparse.ArgumentParser(description="Trains the demo's models: about 17 minutes on an H100.")
+    parser = argparse.ArgumentParser(description="Trains the demo's models: about 13 minutes on an H100.")
     parser.add_argument("--out", type=Path, required=True, help="folder for models/ and the files to go on from")
     parser.add_argument("--stage", choices=STAGES, default="all")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))

@@ -174,7 +174,7 @@ def test_other_head_sizes_are_refused():
 
 
 def same(got, want):
-    """Equal but for roundings at ties, by one step of E4M3: of a few values in a thousand, or of one in a small tensor."""
+    """Equal but for ties, one step of E4M3 apart: a few values in a thousand, or one of a small tensor."""
     assert torch.allclose(got[1], want[1], rtol=1e-6, atol=0)
     a, b = got[0].float(), want[0].float()
     assert (a != b).sum() <= max(3e-3 * a.numel(), 1)
