@@ -157,8 +157,7 @@ def norm_rope_fp8(
     shift = None if shift is None else kernel_ready(shift, strided=False)
     check_entry("norm_rope_fp8", x=x, weight=weight, rope=rope, shift=shift)
     values, scale = _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
-    triton = triton_kernels("norm_rope_fp8_triton")
-    triton.norm_rope_fp8(x, weight, rope, shift, _largest(weight), values, scale, eps=eps)
+    triton_kernels("norm_rope_fp8_triton").norm_rope_fp8(x, weight, rope, shift, values, scale, eps=eps)
     return values, scale
 
 

@@ -26,7 +26,8 @@ REGISTERS = 96
 # A row of so many parts or fewer stays in registers between the sum of squares and the rest; a longer one is read
 # again, out of the L1 or L2 cache.
 MOST_KEPT = 5
-PAIRS = 256
+# Values at a time of what is prepared for a whole launch.
+PREPARED = 1024
 # Of norm and position alone: one row a program is fastest.
 MOST_HEADS = 8
 ROW_WARPS = 8
@@ -126,9 +127,9 @@ def _finish(even, odd, weight, more, less, shift, target, inside, V: tl.constexp
 
 
 @triton.jit
-def _norm_rope_fp8(x, weight, rope, shift, largest, out, scale, tokens, x_batch, x_token, rope_batch, eps, reach,
-                   SHIFT: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
-                   LANES: tl.constexpr, SIZE: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+def _norm_rope_fp8(x, weight, rope, shift, fit, out, tokens, x_batch, x_token, rope_batch, eps, SHIFT: tl.constexpr,
+                   HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+                   SIZE: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
     V: tl.constexpr = SIZE // (VECTOR * LANES)
     STEP: tl.constexpr = PART * SIZE
     batch = tl.program_id(1).to(tl.int64)
@@ -137,9 +138,6 @@ def _norm_rope_fp8(x, weight, rope, shift, largest, out, scale, tokens, x_batch,
     inside = row < tokens
     # Behind the last row, that one once more.
     row = tl.minimum(row, tokens - 1).to(tl.int64)
-    fit = _power_of_two(tl.load(largest) * reach)
-    if (tl.program_id(0) == 0) & (batch == 0):
-        tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), fit))
     x += batch * x_batch + row * x_token + column
     weight += column
     shift += batch * HEADS * SIZE + column
@@ -156,7 +154,7 @@ def _norm_rope_fp8(x, weight, rope, shift, largest, out, scale, tokens, x_batch,
             even, odd = pairs(x + part * STEP, V, LANES, "evict_last")
             total += even * even
             total += odd * odd
-    factor = tl.rsqrt(_sum_of_row(total, ROWS) * (1.0 / (HEADS * SIZE)) + eps) * fit
+    factor = tl.rsqrt(_sum_of_row(total, ROWS) * (1.0 / (HEADS * SIZE)) + eps) * tl.load(fit)
     cos, sin = pairs(rope + batch * rope_batch + row * SIZE + channel, V, LANES, "")
     more, less = (cos + sin) * factor[:, None], (cos - sin) * factor[:, None]
     if KEEP:
@@ -171,24 +169,21 @@ def _norm_rope_fp8(x, weight, rope, shift, largest, out, scale, tokens, x_batch,
 
 
 @triton.jit
-def _rotate_fp8(x, largest, shift, out, scale, tokens, x_batch, x_token, reach, SHIFT: tl.constexpr,
-                HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-                SIZE: tl.constexpr):  # fmt: skip
+def _rotate_fp8(x, shift, fit, out, tokens, x_batch, x_token, SHIFT: tl.constexpr, HEADS: tl.constexpr,
+                PART: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     V: tl.constexpr = SIZE // (VECTOR * LANES)
     batch = tl.program_id(1).to(tl.int64)
     row, column, _ = _units(ROWS, PART, LANES, SIZE)
     row += tl.program_id(0) * ROWS
     inside = row < tokens
     row = tl.minimum(row, tokens - 1).to(tl.int64)
-    fit = _power_of_two(tl.load(largest) * reach)
-    if (tl.program_id(0) == 0) & (batch == 0):
-        tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), fit))
     x += batch * x_batch + row * x_token + column
     shift += batch * HEADS * SIZE + column
     out += (batch * tokens + row) * HEADS * SIZE + column
+    factor = tl.load(fit)
     for first in range(0, HEADS * SIZE, PART * SIZE):
         even, odd = pairs(x + first, V, LANES, "evict_first")
-        sums, differences = (even + odd) * fit, (even - odd) * fit
+        sums, differences = (even + odd) * factor, (even - odd) * factor
         if SHIFT:
             even, odd = pairs(shift + first, V, LANES, "")
             sums, differences = sums + even, differences + odd
@@ -196,17 +191,31 @@ def _rotate_fp8(x, largest, shift, out, scale, tokens, x_batch, x_token, reach, 
 
 
 @triton.jit
-def _first_step(shift, largest, out, count, reach, BLOCK: tl.constexpr):
-    """The rotation's first step of a negative shift, scaled: sum and difference in the place of each pair, float16.
+def _prepare(bounds, shift, prepared, fit, scale, reach, COUNT: tl.constexpr, CHANNELS: tl.constexpr,
+             SHIFT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of values up to `reach` times the largest of `bounds`: what they are multiplied by, and the scale of the result.
 
-    Every row of keys reads it: in float32 that was twice the bytes of the row itself.
+    Of a negative shift, multiplied: the rotation's first step, sum and difference in the place of each pair, float16.
+    Every row of keys reads it; in float32 that was twice the bytes of the row itself.
     """
-    fit = _power_of_two(tl.load(largest) * reach)
-    place = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) * 2
-    even = tl.load(shift + place, mask=place < count, other=0.0).to(tl.float32) * fit
-    odd = tl.load(shift + place + 1, mask=place < count, other=0.0).to(tl.float32) * fit
-    tl.store(out + place, (-even - odd).to(tl.float16), mask=place < count)
-    tl.store(out + place + 1, (odd - even).to(tl.float16), mask=place < count)
+    largest = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, COUNT, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(bounds + place, mask=place < COUNT, other=0.0).to(tl.float32)))
+    factor = _power_of_two(tl.max(largest, axis=0) * reach)
+    batch = tl.program_id(0).to(tl.int64)
+    if batch == 0:
+        tl.store(fit, factor)
+        tl.store(scale, tl.div_rn(tl.rsqrt(SIZE * 1.0), factor))
+    if SHIFT:
+        shift += batch * CHANNELS
+        prepared += batch * CHANNELS
+        for first in range(0, CHANNELS, 2 * BLOCK):
+            place = first + tl.arange(0, BLOCK) * 2
+            even = tl.load(shift + place, mask=place < CHANNELS, other=0.0).to(tl.float32) * factor
+            odd = tl.load(shift + place + 1, mask=place < CHANNELS, other=0.0).to(tl.float32) * factor
+            tl.store(prepared + place, (-even - odd).to(tl.float16), mask=place < CHANNELS)
+            tl.store(prepared + place + 1, (odd - even).to(tl.float16), mask=place < CHANNELS)
 
 
 @triton.jit
@@ -250,13 +259,19 @@ def _parts(heads: int) -> dict[str, int]:
     return {"PART": part, "ROWS": units // part, "LANES": LANES, "num_warps": WARPS}
 
 
-def _prepared(shift: Tensor | None, largest: Tensor, reach: float) -> Tensor:
-    """What a kernel adds; something that it never reads if there is no shift."""
-    if shift is None:
-        return largest
-    out = torch.empty(shift.shape, dtype=torch.float16, device=shift.device)
-    _first_step[(triton.cdiv(shift.numel() // 2, PAIRS),)](shift, largest, out, shift.numel(), reach, BLOCK=PAIRS)
-    return out
+def _prepared(
+    bounds: Tensor, reach: float, shift: Tensor | None, values: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes the scale of values no larger than `bounds` times `reach`; what the kernel adds, and multiplies by."""
+    batch, _, heads, size = values.shape
+    fit = torch.empty_like(scale)
+    # Without a shift something that the kernels never read.
+    out = fit if shift is None else torch.empty(shift.shape, dtype=torch.float16, device=shift.device)
+    _prepare[(1 if shift is None else batch,)](
+        bounds, fit if shift is None else shift, out, fit, scale, reach * (1 if shift is None else 2),
+        COUNT=bounds.numel(), CHANNELS=heads * size, SHIFT=shift is not None, SIZE=size, BLOCK=PREPARED,
+    )  # fmt: skip
+    return out, fit
 
 
 def _batch_stride(rope: Tensor) -> int:
@@ -276,20 +291,19 @@ def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, out: Tensor, *, eps: floa
 
 
 def norm_rope_fp8(
-    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, largest: Tensor, values: Tensor, scale: Tensor,
-    *, eps: float,
-) -> None:  # fmt: skip
-    """x [B, L, C], last dimension dense, weights no larger than largest [1] -> values [B, L, H, D] and scale [1]."""
+    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, values: Tensor, scale: Tensor, *, eps: float
+) -> None:
+    """x [B, L, C], last dimension dense, -> values [B, L, H, D] and scale [1]."""
     if x.numel() == 0:
         scale.fill_(1)
         return
     batch, tokens, heads, size = values.shape
     parts = _parts(heads)
-    reach = math.sqrt(x.shape[2] * size) * (1 if shift is None else 2)
     with torch.cuda.device_of(x):
+        added, fit = _prepared(weight, math.sqrt(x.shape[2] * size), shift, values, scale)
         _norm_rope_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
-            x, weight, rope, _prepared(shift, largest, reach), largest, values, scale, tokens, x.stride(0),
-            x.stride(1), _batch_stride(rope), eps, reach, SHIFT=shift is not None, HEADS=heads, SIZE=size,
+            x, weight, rope, added, fit, values, tokens, x.stride(0), x.stride(1), _batch_stride(rope), eps,
+            SHIFT=shift is not None, HEADS=heads, SIZE=size,
             KEEP=heads // parts["PART"] <= MOST_KEPT, maxnreg=REGISTERS, **parts,
         )  # fmt: skip
 
@@ -301,11 +315,11 @@ def rotate_fp8(x: Tensor, largest: Tensor, shift: Tensor | None, values: Tensor,
         return
     batch, tokens, heads, size = values.shape
     parts = _parts(heads)
-    reach = size * (1.0 if shift is None else 2.0)
     with torch.cuda.device_of(x):
+        added, fit = _prepared(largest, float(size), shift, values, scale)
         _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
-            x, largest, _prepared(shift, largest, reach), values, scale, tokens, x.stride(0), x.stride(1), reach,
-            SHIFT=shift is not None, HEADS=heads, SIZE=size, **parts,
+            x, added, fit, values, tokens, x.stride(0), x.stride(1), SHIFT=shift is not None, HEADS=heads, SIZE=size,
+            **parts,
         )  # fmt: skip
 
 
