@@ -33,7 +33,8 @@ class Gradients:
 
     A step of a tiny model is thousands of kernels of a few microseconds; launched one by one, the GPU waits for the
     host most of the time. loss_of(form, *inputs) gives the loss, 0-d. It must not read the device's values on the
-    host, and takes its random numbers from PyTorch's default generator.
+    host, and takes its random numbers from PyTorch's default generator. While a form is seen for the first time, no
+    other loss of the model may wait for its backward.
     """
 
     def __init__(self, model: nn.Module, loss_of: Callable[..., Tensor]) -> None:
@@ -48,7 +49,8 @@ class Gradients:
         if not self.on_gpu:
             return backward(self.model, lambda: self.loss_of(form, *inputs))
         if form not in self.captured:
-            self.captured[form] = self._capture(form, inputs)
+            with torch.cuda.device_of(self.parameters[0]):
+                self.captured[form] = self._capture(form, inputs)
         captured = self.captured[form]
         for kept, given in zip(captured.inputs, inputs, strict=True):
             kept.copy_(given, non_blocking=True)
