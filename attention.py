@@ -114,6 +114,8 @@ def _without_padding(attention: Attention, call: AttentionCall) -> Tensor:
         rows = [slice(i, i + 1) for i in range(len(lengths))]
         calls = (AttentionCall(q[i], k[i], v[i], spans, (n,)) for i, n in zip(rows, lengths, strict=True))
         return torch.cat([_without_padding(attention, one) for one in calls])
+    if any(first >= lengths[0] for _, (first, _) in spans):
+        raise ValueError(f"A span of {spans} has padding alone: k_lens is {lengths}.")
     spans = tuple((queries, (first, min(last, lengths[0]))) for queries, (first, last) in spans)
     return attend(attention, AttentionCall(q, k[:, : lengths[0]], v[:, : lengths[0]], spans))
 

@@ -36,6 +36,7 @@ from .tensor_layout import check_entry, kernel_ready
 
 PACKAGE = "cudnn"
 LEAST_CAPABILITY = (9, 0)
+LEAST_TRITON = (3, 4)
 # Older ones give wrong results for token counts that are no multiple of 128 (pytorch/pytorch issue 169849).
 LEAST_CUDNN = 91501
 # Probabilities before they are normalised are at most 1; a power of two below 448 leaves their digits alone.
@@ -89,9 +90,23 @@ def why_not(device: torch.device, head_dim: int) -> str | None:
         return f"{name} has compute capability {dotted(have)}, and it needs 9.0 (Hopper) or newer"
     if head_dim not in HEAD_SIZES:
         return f"the model's heads have {head_dim} channels, and it needs {' or '.join(map(str, HEAD_SIZES))}"
+    return _triton_reason() or _package_reason() or _first_run(device, head_dim)
+
+
+def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package 'triton' (on Windows 'triton-windows') is not installed; pip install triton"
-    return _package_reason() or _first_run(device, head_dim)
+    version = _triton_version()
+    if version < LEAST_TRITON:
+        return f"Triton {dotted(version)} cannot compile its rotation, it needs {dotted(LEAST_TRITON)} (PyTorch 2.8)"
+    return None
+
+
+def _triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _package_reason() -> str | None:
@@ -218,6 +233,8 @@ def compiled_graph(device: torch.device, shape: tuple[int, int, int, int], keys:
         graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         graph.check_support()
         graph.build_plans()
+    except torch.OutOfMemoryError:
+        raise
     # Its errors have no common class.
     except Exception as error:
         raise ValueError(

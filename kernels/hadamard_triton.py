@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 VECTOR = tl.constexpr(8)
+# A thread has 1, 2, 4 or 8 vectors. Loops over them, since Triton before 3.5 takes no function that calls itself.
+MOST_VECTORS_LOG2 = tl.constexpr(3)
 # +1 and -1 in both halves of a word.
 ONES, MINUS_ONES = tl.constexpr(0x3C003C00), tl.constexpr(-0x43FF4400)
 
@@ -54,23 +56,36 @@ def _fp8(word):
 
 
 @triton.jit
+def _beside(a, b):
+    """[U, K] and [U, K] -> [U, 2 K]"""
+    both = tl.permute(tl.join(a, b), (0, 2, 1))
+    return tl.reshape(both, [both.shape[0], 2 * both.shape[2]])
+
+
+@triton.jit
 def _joined(parts):
     """[U, K] of every vector -> [U, V * K]"""
-    x = parts[0]
-    if len(parts) > 1:
-        half: tl.constexpr = len(parts) // 2
-        both = tl.permute(tl.join(_joined(parts[:half]), _joined(parts[half:])), (0, 2, 1))
-        x = tl.reshape(both, [both.shape[0], 2 * both.shape[2]])
-    return x
+    for _ in tl.static_range(MOST_VECTORS_LOG2):
+        if len(parts) > 1:
+            wider = ()
+            for i in tl.static_range(len(parts) // 2):
+                wider += (_beside(parts[2 * i], parts[2 * i + 1]),)
+            parts = wider
+    return parts[0]
 
 
 @triton.jit
 def _parted(x, V: tl.constexpr):
     """The reverse."""
     parts = (x,)
-    if V > 1:
-        first, second = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-        parts = _parted(first, V // 2) + _parted(second, V // 2)
+    for _ in tl.static_range(MOST_VECTORS_LOG2):
+        if len(parts) < V:
+            narrower = ()
+            for i in tl.static_range(len(parts)):
+                halves = tl.reshape(parts[i], [parts[i].shape[0], 2, parts[i].shape[1] // 2])
+                first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+                narrower += (first, second)
+            parts = narrower
     return parts
 
 
@@ -101,8 +116,7 @@ def pairs(base, V: tl.constexpr, LANES: tl.constexpr, POLICY: tl.constexpr):
 def _step(x):
     """Sums and differences of neighbours, which go to the two ends of K: so the next step's neighbours meet."""
     first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    both = tl.permute(tl.join(_add(first, second), _subtract(first, second)), (0, 2, 1))
-    return tl.reshape(both, [x.shape[0], x.shape[1]])
+    return _beside(_add(first, second), _subtract(first, second))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from .hadamard_triton import VECTOR, pairs, store_rotated
 
 TINY = tl.constexpr(1e-30)
 # Of the kernels that rotate: threads a head (2, 4 or 8), warps, and the most registers a thread, which let one more
-# program run beside the others. The fastest of eight forms on an H100.
+# program run beside the others. The fastest form on an H100.
 LANES = 8
 WARPS = 2
 REGISTERS = 96

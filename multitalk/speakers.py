@@ -76,22 +76,22 @@ def token_masks(masks: Tensor | None, speakers: int, grid: tuple[int, int, int],
     """
     _, height, width = grid
     check_masks(masks, [f"speaker {number + 1}" for number in range(speakers)])
-    masks = half_masks(height, width) if masks is None else masks
+    masks = half_masks(height, width, device) if masks is None else masks
     on_grid = F.interpolate(masks[None].float().to(device), size=(height, width), mode="nearest")[0] > 0
     if masks.shape[0] == speakers:
         on_grid = torch.cat((on_grid, ~on_grid.any(dim=0, keepdim=True)))
     return on_grid.flatten(1).float()
 
 
-def half_masks(height: int, width: int) -> Tensor:
+def half_masks(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Masks [2, height, width] of two speakers who stand in the left and the right half."""
-    masks = torch.zeros(2, height, width)
+    masks = torch.zeros(2, height, width, device=device)
     top, bottom = int(height * FACE_MARGIN), max(int(height * (1 - FACE_MARGIN)), 1)
     for side in range(2):
         start = side * (width // 2)
         left = start + int(width // 2 * FACE_MARGIN)
         right = max(start + int(width // 2 * (1 - FACE_MARGIN)), left + 1)
-        masks[side, top:bottom, left:right] = 1
+        masks[side, top:bottom, left:right].fill_(1)
     return masks
 
 

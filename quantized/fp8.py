@@ -7,6 +7,7 @@ as tensor cores need. Those give bfloat16, whose rounding is 20 dB below that of
 
 from __future__ import annotations
 
+import functools
 from typing import Self
 
 import torch
@@ -16,12 +17,11 @@ from torch import Tensor
 from ..kernels import op_name
 from ..kernels.fp8_rows import Fp8Rows, padded_size, quantise
 from ..tensor_layout import check_entry, kernel_ready
-from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, padded
+from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, moved, padded
 
 FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 TINY = 1e-12
 LEAST_CAPABILITY = (8, 9)
-HOPPER = 9
 
 
 def quantise_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def row_scales(scale: Tensor | None, rows: int, device: torch.device) -> Tensor:
             f"A weight scale of shape {tuple(scale.shape)} fits no weight of {rows} rows: it must have one value, or "
             "one a row; use another quantised file of the model."
         )
-    return scale.detach().to(device, torch.float32, non_blocking=True).reshape(-1, 1).expand(rows, 1)
+    return moved(scale, device).reshape(-1, 1).expand(rows, 1)
 
 
 class Fp8Linear(QuantisedLinear):
@@ -181,13 +181,24 @@ def _scaled_mm(rows: Tensor, weight: Tensor, row_scale: Tensor, weight_scale: Te
 
 
 def _scales_rows(weight: Tensor) -> bool:
-    """Whether the product itself takes a scale a row: of E5M2 weights only cuBLAS does, which has it for Hopper alone.
+    """Whether the product itself takes a scale a row, which for E5M2 weights depends on GPU, CUDA and PyTorch."""
+    return weight.dtype == torch.float8_e4m3fn or not weight.is_cuda or _scales_e5m2_rows(weight.device)
+
+
+@functools.cache
+def _scales_e5m2_rows(device: torch.device) -> bool:
+    """Tried once a device: cuBLAS has it for Hopper from CUDA 12.9 on, PyTorch's own kernel wants E4M3 weights.
 
     Source: PyTorch's ScaledBlas.cpp and RowwiseScaledMM.cu.
     """
-    if weight.dtype == torch.float8_e4m3fn or not weight.is_cuda:
-        return True
-    return torch.cuda.get_device_capability(weight.device)[0] == HOPPER
+    rows, weight = (torch.ones(16, 32, device=device).to(dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2))
+    scale = torch.ones(16, 1, device=device)
+    try:
+        _scaled_mm(rows, weight, scale, scale.view(1, -1), None)
+    # It says no in the words of whichever kernel it would have been.
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 @torch.library.custom_op(op_name("fp8_product"), mutates_args=())

@@ -48,6 +48,11 @@ def frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(kernel_ready(t.detach(), strided=False), requires_grad=False)
 
 
+def moved(scale: Tensor, device: torch.device) -> Tensor:
+    """A scale as float32 on `device`. The host waits only where it reads the result itself."""
+    return scale.detach().to(device, torch.float32, non_blocking=device.type == "cuda")
+
+
 def activation_scale(scale: Tensor | None, device: torch.device) -> Tensor | None:
     """The scale of all activations that a file gives -> float32, 0-d, on `device`. Raises ValueError for several."""
     if scale is None:
@@ -57,7 +62,7 @@ def activation_scale(scale: Tensor | None, device: torch.device) -> Tensor | Non
             f"A scale of activations of shape {tuple(scale.shape)} must have one value: leave it out, and every row of "
             "an activation is measured."
         )
-    return scale.detach().to(device, torch.float32, non_blocking=True).reshape(())
+    return moved(scale, device).reshape(())
 
 
 def check_columns(x: Tensor | Fp8Rows, columns: int) -> None:

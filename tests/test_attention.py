@@ -94,6 +94,12 @@ def test_lengths_that_do_not_fit_are_refused(lengths):
         attend(sdpa(), AttentionCall(q, k, v, k_lens=lengths))
 
 
+def test_a_span_of_padding_alone_is_refused():
+    q, k, v = (torch.randn(2, 6, 1, 8) for _ in range(3))
+    with pytest.raises(ValueError, match="has padding alone: k_lens is"):
+        attend(sdpa(), AttentionCall(q, k, v, spans=(((0, 3), (0, 3)), ((3, 6), (3, 6))), k_lens=(2, 6)))
+
+
 def test_resolve_names_every_backend_and_reason():
     spec = AttentionSpec(device=torch.device("cpu"), heads=40, head_dim=128)
     assert resolve("sdpa", spec).name == "sdpa"

@@ -19,6 +19,7 @@ def capable(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    monkeypatch.setattr(attention_cudnn, "_triton_version", lambda: (3, 4))
     monkeypatch.setattr(attention_cudnn, "_first_run", lambda device, head_dim: None)
 
 
@@ -42,6 +43,9 @@ def test_reasons(monkeypatch):
     assert "cuDNN 91002 is too old, it needs 91501" in why_not(CUDA, 128)
     with_cudnn(monkeypatch, 91900)
     assert why_not(CUDA, 128) is None
+    with monkeypatch.context() as older:
+        older.setattr(attention_cudnn, "_triton_version", lambda: (3, 3))
+        assert "Triton 3.3 cannot compile its rotation, it needs 3.4 (PyTorch 2.8)" in why_not(CUDA, 128)
     monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in why_not(CUDA, 128)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.fp8_rows import padded_size
 from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, SCALE_COLUMNS, SCALE_ROWS
 from .safetensors_file import DTYPES
-from .tensor_file import TensorFile, unreadable
+from .tensor_file import TensorFile, parts_of, unreadable
 
 SCALE_NAMES = ("weight_scale", "scale_weight")
 GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
@@ -170,8 +170,9 @@ def _sibling(file: TensorFile, layer: str, leaves: tuple[str, ...]) -> str | Non
 
 
 def _marks(file: TensorFile) -> dict[str, Mark]:
-    header = _json(file.metadata.get(HEADER_FIELD, "{}"), HEADER_FIELD, file).get("layers", {})
-    marks = {layer: _mark(entry) for layer, entry in header.items()}
+    # A model in parts may say in the header of each what that part holds.
+    headers = (_json(part.metadata.get(HEADER_FIELD, "{}"), HEADER_FIELD, file) for part in parts_of(file))
+    marks = {layer: _mark(entry) for header in headers for layer, entry in header.get("layers", {}).items()}
     for name in file.tensors:
         if name.endswith(f".{MARK}"):
             marks[name.removesuffix(f".{MARK}")] = _mark(_json(bytes(file.read(name).tolist()), name, file))
@@ -186,9 +187,12 @@ def _marks(file: TensorFile) -> dict[str, Mark]:
 
 def _json(text: str | bytes, name: str, file: TensorFile) -> dict[str, object]:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
         raise unreadable(file.path, "quantised", ValueError(f"'{name}' is no JSON: {error}")) from error
+    if not isinstance(found, dict) or not isinstance(found.get("layers", {}), dict):
+        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is no JSON object of layers"))
+    return found
 
 
 def _mark(entry: str | Mapping[str, object]) -> Mark:

@@ -53,7 +53,7 @@ class Parts:
     """
 
     def __init__(self, files: Sequence[TensorFile]) -> None:
-        self.path = files[0].path
+        self.path, self.files = files[0].path, tuple(files)
         self.metadata: Mapping[str, str] = {k: v for file in reversed(files) for k, v in file.metadata.items()}
         self._places: dict[str, TensorFile] = {}
         for file in files:
@@ -68,6 +68,11 @@ class Parts:
     def read(self, name: str) -> Tensor:
         """One tensor, from the part that has it."""
         return self._places[name].read(name)
+
+
+def parts_of(file: TensorFile) -> tuple[TensorFile, ...]:
+    """The parts of a model; a file that is no part is the only one."""
+    return file.files if isinstance(file, Parts) else (file,)
 
 
 def open_file(path: Path) -> TensorFile:

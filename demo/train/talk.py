@@ -16,7 +16,8 @@ from ...wanvideo.extension import Extension
 from ...wanvideo.extensions.clip_image import ClipImage
 from ...wanvideo.modules.model import ModelInputs, WanModel
 from ..faces import SIZE
-from .clips import Clips
+from . import sizes
+from .clips import LATENT_SIDE, Clips
 from .gradients import Gradients
 from .speech import Bank
 from .trainer import Trainer
@@ -30,7 +31,7 @@ DROP_SHARE = 0.08
 MOUTH_WEIGHT = 4.0
 GIVEN_NOISE = 0.1
 HEAD_MARGIN = (0.42, 0.5)
-TOKEN_SIDE = 8
+TOKEN_SIDE = LATENT_SIDE // sizes.TRANSFORMER.patch_size[1]
 
 
 class Prompts(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...wanvideo.modules.vae import MEAN_21, STD_21, build_vae, channels_last
-from ..faces import Characters, Dice, draw_characters, draw_motions, mouth_boxes, render, to_device
+from ..faces import SIZE, Characters, Dice, draw_characters, draw_motions, mouth_boxes, render, to_device
 from . import sizes
 from .gradients import Gradients
 from .speech import Take
@@ -68,12 +68,14 @@ class Pictures:
 
     def keep(self, count: int, frames: int) -> Drawn:
         """`count` clips of so many frames, of one person or two. Drawn many at a time: drawing is bound by the host."""
-        parts = []
+        pixels = torch.empty(count, frames, SIZE, SIZE, 3, dtype=torch.uint8, device=self.device)
+        weights = torch.empty(count, SIZE, SIZE, device=self.device)
         for start in range(0, count, max(DRAWN_FRAMES // frames, 1)):
+            some = slice(start, min(start + max(DRAWN_FRAMES // frames, 1), count))
             people = 2 if float(self.dice.between(0, 1)) < PAIR_SHARE else 1
-            clips, weights = self.draw(min(max(DRAWN_FRAMES // frames, 1), count - start), frames, people)
-            parts.append(((clips.movedim(1, -1) * 127.5 + 127.5).round().to(torch.uint8), weights))
-        return Drawn(*(torch.cat(side) for side in zip(*parts, strict=True)))
+            clips, weights[some] = self.draw(some.stop - start, frames, people)
+            pixels[some] = (clips.movedim(1, -1) * 127.5 + 127.5).round()
+        return Drawn(pixels, weights)
 
     def draw(self, count: int, frames: int, people: int) -> tuple[Tensor, Tensor]:
         """Clips [count, 3, frames, 128, 128] in -1..1 and weights [count, 128, 128]."""

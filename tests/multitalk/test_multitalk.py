@@ -239,3 +239,22 @@ def test_payload_slices_and_stacks():
     assert torch.equal(both.audio[:1], payload.audio)
     pair = AudioWindow(torch.randn(1, 2, 9, 5, LAYERS, CHANNELS), torch.tensor(1.0), torch.ones(3, 4, 4))
     assert pair.silent().audio.shape[1] == 1 and pair.silent().masks is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("given", [False, True])
+def test_the_host_does_not_wait_for_several_speakers(given):
+    grid, device = (3, 6, 8), torch.device("cuda")
+    masks = (torch.rand(2, 48, 64) > 0.5).float().to(device) if given else None
+    q, k = (torch.randn(1, 3 * 6 * 8, 2, 64, device=device) for _ in range(2))
+
+    def forward():
+        scores = speaker_map(q, k, token_masks(masks, 2, grid, device))
+        return speakers_module.query_positions(scores), speakers_module.key_positions(2, 8, device)
+
+    forward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

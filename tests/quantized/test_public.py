@@ -65,7 +65,7 @@ def test_an_input_scale_of_one_was_never_measured():
     measured = fp8_linear_forward(layer, BF16, x)
     assert relative(measured, exact(layer, x)) < 0.06
     # A measured one is used: what it does not reach saturates.
-    assert relative(fp8_linear_forward(layer, BF16, 2 * x), 2 * measured) > 0.1
+    assert relative(fp8_linear_forward(layer, BF16, 2 * x), 2 * measured) > 0.05
 
 
 @pytest.mark.parametrize("scales", [torch.rand(2), torch.rand(50)])

@@ -1,11 +1,13 @@
 """The `quantization` option against every kind of file: what is loaded, what is refused, what the model computes."""
 
+import json
 import logging
 from dataclasses import replace
 
 import pytest
 import torch
 from layouts import relative
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved_models import quantisable, save_comfy_fp8, save_fp8, save_gguf, save_nvfp4
 from wanvideo_wrapper import tensor_layout
@@ -138,19 +140,27 @@ def test_plain_fp8_file_keeps_its_bytes(t2v, option, tmp_path):
 
 
 def save_parts(path, tensors, metadata, count):
-    """Every tensor goes to the part after that of the one before, so that scales and weights are apart."""
+    """Every tensor goes to the part after that of the one before, so that scales and weights are apart.
+
+    The header of a part names the layers that it holds.
+    """
     names = [path.with_name(f"{path.stem}-{part:05d}-of-{count:05d}.safetensors") for part in range(1, count + 1)]
+    layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
     for part, name in enumerate(names):
-        save_file(dict(list(tensors.items())[part::count]), name, metadata=metadata)
+        held = dict(list(tensors.items())[part::count])
+        own = {layer: mark for layer, mark in layers.items() if f"{layer}.weight" in held}
+        marks = {"_quantization_metadata": json.dumps({"layers": own})} if layers else {}
+        save_file(held, name, metadata={**metadata, **marks})
     return names
 
 
-@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4", "nvfp4, marked in the header"])
 def test_scales_in_another_part_of_the_file(t2v, kind, tmp_path):
     path = tmp_path / "m.safetensors"
-    save_fp8(t2v, path, scaled=True) if kind == "fp8" else save_nvfp4(t2v, path)
+    save_fp8(t2v, path, scaled=True) if kind == "fp8" else save_nvfp4(t2v, path, header="header" in kind)
     whole = load_wan_model(path, FP32, HOST)
-    parts = save_parts(path, load_file(path), t2v.metadata, 3)
+    with safe_open(path, "pt") as file:
+        parts = save_parts(path, load_file(path), file.metadata(), 3)
     assert torch.equal(run(load_wan_model(parts[1], FP32, HOST)), run(whole))
     save_file(load_file(parts[0]), parts[2])
     with pytest.raises(ValueError, match=r"00003-of-00003.* and .*00001-of-00003.* both hold .*again\.$"):
@@ -254,6 +264,11 @@ def test_a_broken_mark_is_named(t2v, tmp_path):
     save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
     with pytest.raises(ValueError, match=r"m\.safetensors.*'blocks\.0\.ffn\.0\.comfy_quant' is no JSON.*again\.$"):
         load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    for text in (b"null", b"[]", b'{"layers": []}'):
+        tensors["blocks.0.ffn.0.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+        save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
+        with pytest.raises(ValueError, match=r"'blocks\.0\.ffn\.0\.comfy_quant' is no JSON object.*again\.$"):
+            load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
 
 
 def test_gguf_has_its_own(t2v, tmp_path):
