@@ -70,8 +70,9 @@ class Pictures:
         """`count` clips of so many frames, of one person or two. Drawn many at a time: drawing is bound by the host."""
         pixels = torch.empty(count, frames, SIZE, SIZE, 3, dtype=torch.uint8, device=self.device)
         weights = torch.empty(count, SIZE, SIZE, device=self.device)
-        for start in range(0, count, max(DRAWN_FRAMES // frames, 1)):
-            some = slice(start, min(start + max(DRAWN_FRAMES // frames, 1), count))
+        many = max(DRAWN_FRAMES // frames, 1)
+        for start in range(0, count, many):
+            some = slice(start, min(start + many, count))
             people = 2 if float(self.dice.between(0, 1)) < PAIR_SHARE else 1
             clips, weights[some] = self.draw(some.stop - start, frames, people)
             pixels[some] = (clips.movedim(1, -1) * 127.5 + 127.5).round()
