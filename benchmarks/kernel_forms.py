@@ -88,8 +88,8 @@ QUANTISE = ("fp8_rows_triton", ("WARP_COLUMNS", "MOST_PIECES"), ((256, 7), (256,
 KERNELS = {
     "norm_rope_fp8": Kernel(
         "norm_rope_fp8_triton",
-        ("LANES", "WARPS", "MOST_KEPT", "REGISTERS"),
-        ((8, 2, 5, 96), (8, 2, 5, None), (8, 1, 10, None), (4, 1, 5, None), (4, 1, 0, None), (4, 4, 0, None)),
+        ("LANES", "WARPS", "REGISTERS"),
+        ((8, 2, 64), (8, 2, None), (8, 2, 80), (8, 4, 64), (8, 1, 64), (4, 2, 96)),
         placed,
         6 * CHANNELS,
     ),

@@ -18,14 +18,11 @@ from torch import Tensor
 from .hadamard_triton import VECTOR, pairs, store_rotated
 
 TINY = tl.constexpr(1e-30)
-# Of the kernels that rotate: threads a head (2, 4 or 8), warps, and the most registers a thread, which let one more
-# program run beside the others. The fastest form on an H100.
+# Of the kernels that rotate: threads a head (2, 4 or 8) and warps. The fastest form on an H200.
 LANES = 8
 WARPS = 2
-REGISTERS = 96
-# A row of so many parts or fewer stays in registers between the sum of squares and the rest; a longer one is read
-# again, out of the L1 or L2 cache.
-MOST_KEPT = 5
+# The most registers a thread of norm_rope_fp8: 16 programs fit a multiprocessor.
+REGISTERS = 64
 # Values at a time of what is prepared for a whole launch.
 PREPARED = 1024
 # Of norm and position alone: one row a program is fastest.
@@ -129,7 +126,7 @@ def _finish(even, odd, weight, more, less, shift, target, inside, V: tl.constexp
 @triton.jit
 def _norm_rope_fp8(x, weight, rope, shift, fit, out, tokens, x_batch, x_token, rope_batch, eps, SHIFT: tl.constexpr,
                    HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-                   SIZE: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+                   SIZE: tl.constexpr):  # fmt: skip
     V: tl.constexpr = SIZE // (VECTOR * LANES)
     STEP: tl.constexpr = PART * SIZE
     batch = tl.program_id(1).to(tl.int64)
@@ -142,30 +139,19 @@ def _norm_rope_fp8(x, weight, rope, shift, fit, out, tokens, x_batch, x_token, r
     weight += column
     shift += batch * HEADS * SIZE + column
     out += (batch * tokens + row) * HEADS * SIZE + column
-    kept, total = (), tl.zeros([ROWS * PART * LANES, V * VECTOR // 2], tl.float32)
-    if KEEP:
-        for part in tl.static_range(HEADS // PART):
-            kept += (pairs(x + part * STEP, V, LANES, "evict_first"),)
-        for part in tl.static_range(HEADS // PART):
-            total += kept[part][0] * kept[part][0]
-            total += kept[part][1] * kept[part][1]
-    else:
-        for part in range(HEADS // PART):
-            even, odd = pairs(x + part * STEP, V, LANES, "evict_last")
-            total += even * even
-            total += odd * odd
+    total = tl.zeros([ROWS * PART * LANES, V * VECTOR // 2], tl.float32)
+    for part in tl.static_range(HEADS // PART):
+        even, odd = pairs(x + part * STEP, V, LANES, "evict_last")
+        total += even * even
+        total += odd * odd
     factor = tl.rsqrt(_sum_of_row(total, ROWS) * (1.0 / (HEADS * SIZE)) + eps) * tl.load(fit)
     cos, sin = pairs(rope + batch * rope_batch + row * SIZE + channel, V, LANES, "")
     more, less = (cos + sin) * factor[:, None], (cos - sin) * factor[:, None]
-    if KEEP:
-        for part in tl.static_range(HEADS // PART):
-            _finish(kept[part][0], kept[part][1], weight + part * STEP, more, less, shift + part * STEP,
-                    out + part * STEP, inside, V, LANES, SHIFT)  # fmt: skip
-    else:
-        for part in range(HEADS // PART):
-            even, odd = pairs(x + part * STEP, V, LANES, "evict_first")
-            _finish(even, odd, weight + part * STEP, more, less, shift + part * STEP, out + part * STEP, inside, V,
-                    LANES, SHIFT)  # fmt: skip
+    # The row once more, out of the L1 cache. Kept in registers it would leave room for too few programs.
+    for part in tl.static_range(HEADS // PART):
+        even, odd = pairs(x + part * STEP, V, LANES, "evict_first")
+        _finish(even, odd, weight + part * STEP, more, less, shift + part * STEP, out + part * STEP, inside, V, LANES,
+                SHIFT)  # fmt: skip
 
 
 @triton.jit
@@ -303,8 +289,7 @@ def norm_rope_fp8(
         added, fit = _prepared(weight, math.sqrt(x.shape[2] * size), shift, values, scale)
         _norm_rope_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
             x, weight, rope, added, fit, values, tokens, x.stride(0), x.stride(1), _batch_stride(rope), eps,
-            SHIFT=shift is not None, HEADS=heads, SIZE=size,
-            KEEP=heads // parts["PART"] <= MOST_KEPT, maxnreg=REGISTERS, **parts,
+            SHIFT=shift is not None, HEADS=heads, SIZE=size, maxnreg=REGISTERS, **parts,
         )  # fmt: skip
 
 

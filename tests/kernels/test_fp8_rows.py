@@ -50,6 +50,8 @@ def test_quantise(size, dtype):
     same_rows(fp8_rows.quantise(x)[:2], fp8_rows.quantise_eager(x))
     scale = torch.tensor(0.03, device="cuda")
     same_rows(fp8_rows.quantise(x, scale)[:2], fp8_rows.quantise_eager(x, scale))
+    # The scale of a row should not be that of a large negative number, where PyTorch's GELU is rounding alone.
+    x[..., 0] = x[..., 0].abs() + 1
     same_rows(fp8_rows.gelu_quantise(x)[:2], fp8_rows.gelu_quantise_eager(x))
 
 

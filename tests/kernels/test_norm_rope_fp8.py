@@ -175,11 +175,14 @@ def test_other_head_sizes_are_refused():
 
 
 def same(got, want):
-    """Equal but for ties, one step of E4M3 apart: a few values in a thousand, or one of a small tensor."""
+    """Equal but for ties, one step of E4M3 apart: a few values in a thousand, or one of a small tensor.
+
+    Near zero more steps: the rotation's sums are float16, up to 16 on the way, where their last bit is 2 ** -7.
+    """
     assert torch.allclose(got[1], want[1], rtol=1e-6, atol=0)
     a, b = got[0].float(), want[0].float()
     assert (a != b).sum() <= max(3e-3 * a.numel(), 1)
-    assert ((a - b).abs() <= torch.maximum(a.abs(), b.abs()) / 8 + 2**-9).all()
+    assert ((a - b).abs() <= torch.maximum(a.abs(), b.abs()) / 8 + 2**-6).all()
 
 
 def empty(x, heads):
