@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import op_name
-from ..tensor_layout import check_entry, kernel_ready
+from ..tensor_layout import ALIGNMENT, check_entry, kernel_ready
 
 
 def _sdpa_bshd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -17,10 +17,23 @@ def _sdpa_bshd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
 
 
+def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores [.., Lq, Lk], kernel-ready, with 16 bytes to read wherever the rows begin some.
+
+    cuDNN reads two numbers at a time, and so behind the end of an odd row. The numbers that torch makes of a boolean
+    mask end with the row, and the read goes to somebody else's memory.
+    """
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    keys = mask.shape[-1]
+    missing = -keys % (ALIGNMENT // mask.element_size())
+    return kernel_ready(F.pad(mask, (0, missing))[..., :keys] if missing else mask)
+
+
 @torch.library.custom_op(op_name("sdpa"), mutates_args=())
 def _sdpa_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
-    mask = mask if mask is None else kernel_ready(mask)
+    mask = mask if mask is None else added_mask(mask, q.dtype)
     check_entry("sdpa", q=q, k=k, v=v, mask=mask)
     out = _sdpa_bshd(q, k, v, mask)
     # An operator may not return one of its inputs, which a zero-copy transpose of v could be for a single key.

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, attend, reason, resolve, sdpa
+from wanvideo_wrapper.attention_backends.torch_sdpa import added_mask
+from wanvideo_wrapper.tensor_layout import is_kernel_ready
 from wanvideo_wrapper.wanvideo.extension import AttentionCall
 
 
@@ -37,6 +39,21 @@ def test_mask():
     mask = torch.rand(2, 1, 7, 5) > 0.4
     mask[..., 0] = True
     assert_close(sdpa()(q, k, v, mask=mask), formula(q, k, v, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 47), (2, 1, 3, 8), (2, 3, 5, 1), (1, 1, 4, 13)], ids=str)
+@pytest.mark.parametrize("boolean", [True, False])
+def test_a_kernel_can_read_16_bytes_at_the_end_of_a_mask(shape, dtype, boolean):
+    allowed = torch.rand(shape) > 0.5
+    mask = allowed if boolean else torch.randn(shape).to(dtype)
+    got = added_mask(mask, dtype)
+    assert is_kernel_ready(got) and got.dtype == dtype
+    assert torch.equal(got, torch.zeros(shape, dtype=dtype).masked_fill(~allowed, -torch.inf) if boolean else mask)
+    last = got.storage_offset() + sum((size - 1) * stride for size, stride in zip(shape, got.stride(), strict=True))
+    row_start = last - shape[-1] + 1
+    row_bytes = -(-shape[-1] * got.element_size() // 16) * 16
+    assert row_start * got.element_size() + row_bytes <= got.untyped_storage().nbytes()
 
 
 def test_views_at_odd_offsets():

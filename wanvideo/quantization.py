@@ -69,9 +69,7 @@ class Plan:
     device: torch.device
     base: torch.dtype
 
-    def layer(
-        self, checkpoint: Checkpoint, name: str, plain: nn.Module, merged: MergedLoras
-    ) -> QuantisedLinear | None:
+    def layer(self, checkpoint: Checkpoint, name: str, plain: nn.Module, merged: MergedLoras) -> QuantisedLinear | None:
         """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain.
 
         merged: the LoRAs that are part of its weight.
