@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..wanvideo.denoise import NotFiniteError
 from ..wanvideo.fingerprint import digest
 from ..wanvideo.payloads import latent_frames
-from ..wanvideo.sampling import NotFiniteError, RunWatcher, SampleRequest
+from ..wanvideo.sampling import RunWatcher, SampleRequest
 from .footage import FolderFootage, Footage, MemoryFootage
 from .plan import Window, loop_settings, plan_windows
 from .window import WindowMaker

@@ -16,20 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..wanvideo.denoise import LatentHook, NotFiniteError, denoise
 from ..wanvideo.guidance import Conditions
 from ..wanvideo.images import to_images
 from ..wanvideo.latents import Inpainting, add_noise, change_mask, condition_channels, start_noise
 from ..wanvideo.modules.vae import Tile
 from ..wanvideo.payloads import VAE_TIME_STRIDE, LoopSettings, latent_frames
-from ..wanvideo.sampling import (
-    LatentHook,
-    NotFiniteError,
-    RunWatcher,
-    SampleRequest,
-    conditionings,
-    denoise,
-    make_denoiser,
-)
+from ..wanvideo.sampling import RunWatcher, SampleRequest, conditionings, make_denoiser
 from .colormatch import match_colors
 from .motion import KeptMotion, NoisedMotion
 from .pictures import Pictures, SourceFrames, StartPictures, grey, keyframe

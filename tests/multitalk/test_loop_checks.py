@@ -16,7 +16,8 @@ from wanvideo_wrapper.multitalk.pictures import keyframe
 from wanvideo_wrapper.multitalk.plan import plan_windows
 from wanvideo_wrapper.multitalk.window import WindowMaker
 from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.sampling import NotFiniteError, sample
+from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
+from wanvideo_wrapper.wanvideo.sampling import sample
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo import sampling
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
+from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
 from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds
-from wanvideo_wrapper.wanvideo.sampling import NotFiniteError, sample
+from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.windows import ContextOptions
 
 

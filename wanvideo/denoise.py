@@ -1,0 +1,137 @@
+"""The loop over a schedule: noise to latents, with hooks around each step and a guard against NaN.
+
+The plain sampler (`sampling.py`) and the long talking video (`../multitalk/window.py`) run it. Latents are [C, F, H, W]
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .diagnosis import origin
+from .extension import Step
+from .guidance import Denoiser
+from .schedulers import Schedule
+from .windows import WindowedDenoiser
+
+
+class LatentHook(Protocol):
+    """Changes latents [C, F, H, W] around a step. index counts from 0 in the run; return new latents or the same."""
+
+    def before(self, latents: Tensor, index: int) -> Tensor:
+        """Latents at schedule.sigmas[index], before the model and the solver see them."""
+
+    def after(self, latents: Tensor, index: int) -> Tensor:
+        """Latents at schedule.sigmas[index + 1], after the solver's step."""
+
+
+class Watcher(Protocol):
+    """Told about every step: cancellation, progress, preview. May raise to stop the run."""
+
+    def begin(self, index: int) -> None:
+        """Before the model runs."""
+
+    def end(self, index: int, clean: Tensor) -> None:
+        """After the step; clean: the estimate of the finished latents [C, F, H, W]."""
+
+
+class Denoised(NamedTuple):
+    """latents at the end of the schedule, and the last estimate of the clean ones, [C, F, H, W] float32."""
+
+    latents: Tensor
+    clean: Tensor
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser | WindowedDenoiser,
+    schedule: Schedule,
+    *,
+    latents: Tensor,
+    generator: torch.Generator,
+    hooks: Sequence[LatentHook] = (),
+    clean_frames: Sequence[int] = (),
+    watcher: Watcher | None = None,
+) -> Denoised:
+    """Run every step of a fresh `schedule` on `latents` [C, F, H, W].
+
+    generator: CPU generator for solvers that draw noise. hooks run in order. clean_frames: latent frames that the model
+    sees at timestep 0 (given images, 5B). The result is on the denoiser's device.
+    Raises NotFiniteError if the model's output is not finite.
+    """
+    latents = latents.to(denoiser.device, torch.float32)
+    clean = latents
+    tripwire = _Tripwire(schedule)
+    for index, timestep in enumerate(schedule.timesteps):
+        if watcher is not None:
+            watcher.begin(index)
+        for hook in hooks:
+            latents = hook.before(latents, index)
+        given, timesteps = latents, _frame_timesteps(timestep, latents, clean_frames)
+        step = Step(index=schedule.first_index + index, total=schedule.total, in_run=index)
+        velocity = denoiser(given, timesteps, step, index)
+        clean = latents - schedule.sigmas[index] * velocity
+        clean[:, list(clean_frames)] = latents[:, list(clean_frames)]
+        latents = schedule.step(velocity, index, latents, generator)
+        for hook in hooks:
+            latents = hook.after(latents, index)
+        tripwire.look(velocity, latents, partial(_origin, denoiser, given, timesteps, step))
+        if watcher is not None:
+            watcher.end(index, clean)
+    denoiser.report()
+    return Denoised(latents, clean)
+
+
+def _origin(denoiser: Denoiser | WindowedDenoiser, latents: Tensor, timesteps: Tensor, step: Step) -> str | None:
+    """Where the model's first NaN or infinity arises in this step."""
+    denoiser.forget()
+    return origin(denoiser.model, lambda: denoiser(latents, timesteps, step, step.in_run))
+
+
+def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[int]) -> Tensor:
+    if not clean_frames:
+        return timestep
+    timesteps = timestep.repeat(latents.shape[1])
+    timesteps[list(clean_frames)] = 0.0
+    return timesteps
+
+
+class NotFiniteError(ValueError):
+    """The model, the solver or the VAE gave NaN or infinite values: the video would be black."""
+
+
+class _Tripwire:
+    """The guard against black videos. It looks at every step but asks the device after the first and the last one."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._steps: list[Tensor] = []
+
+    def look(self, velocity: Tensor, latents: Tensor, second_look: Callable[[], str | None]) -> None:
+        """Raises NotFiniteError, naming the first step that went wrong, and the layer if it is the first step.
+
+        second_look: runs the step once more and says where it goes wrong.
+        """
+        self._steps.append(torch.stack((torch.isfinite(velocity).all(), torch.isfinite(latents).all())))
+        if len(self._steps) not in (1, len(self._schedule)):
+            return
+        for index, (velocity_is, latents_are) in enumerate(torch.stack(self._steps).tolist()):
+            at = f"step {index + 1} of {len(self._schedule)}"
+            if not velocity_is:
+                place = second_look() if len(self._steps) == 1 else None
+                place = "" if place is None else f" ({place})"
+                raise NotFiniteError(
+                    f"The model's output was NaN or infinite at {at}{place}: choose base_precision bf16, another "
+                    "attention_mode or another quantization in WanVideoModelLoader, and check that the model file is "
+                    "complete."
+                )
+            if not latents_are:
+                raise NotFiniteError(
+                    f"The latents became NaN or infinite at {at} although the model's output was finite: check the "
+                    "samples and sigmas that are connected, or choose another scheduler."
+                )
