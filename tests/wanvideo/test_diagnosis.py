@@ -9,7 +9,7 @@ from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.kernels.fp8_rows import quantise
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo import sampling
+from wanvideo_wrapper.wanvideo import denoise
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
@@ -103,7 +103,7 @@ def test_layers_are_named(asked, layer, value, want):
 
 
 def test_a_healthy_run_is_not_looked_at(asked, monkeypatch):
-    monkeypatch.setattr(sampling, "origin", lambda *_: pytest.fail("a second look"))
+    monkeypatch.setattr(denoise, "origin", lambda *_: pytest.fail("a second look"))
     sample(asked, StandaloneHost(device="cpu"))
 
 
