@@ -11,7 +11,7 @@ Source of the calls: the samples and `docs/operations/Attention.md` of NVIDIA/cu
 from __future__ import annotations
 
 import functools
-import importlib.util
+import logging
 import threading
 from dataclasses import dataclass
 from types import ModuleType
@@ -33,6 +33,8 @@ from .kernels.norm_rope_fp8 import (
     tensor_fp8,
 )
 from .tensor_layout import check_entry, kernel_ready
+
+log = logging.getLogger("wanvideo")
 
 PACKAGE = "cudnn"
 LEAST_CAPABILITY = (9, 0)
@@ -94,8 +96,11 @@ def why_not(device: torch.device, head_dim: int) -> str | None:
 
 
 def _triton_reason() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    why = packages.trouble(("triton", "jit"))
+    if why == packages.NOT_INSTALLED:
         return "the package 'triton' (on Windows 'triton-windows') is not installed; pip install triton"
+    if why is not None:
+        return f"the package 'triton' cannot be imported: {why}"
     version = _triton_version()
     if version < LEAST_TRITON:
         return f"Triton {dotted(version)} cannot compile its rotation, it needs {dotted(LEAST_TRITON)} (PyTorch 2.8)"
@@ -133,6 +138,9 @@ def _first_run(device: torch.device, head_dim: int) -> str | None:
     try:
         q, k, v = torch.randn(3, 1, PROBE_TOKENS, 2, head_dim, device=device, dtype=torch.bfloat16)
         finite = bool(CudnnFp8()(q, k, v).isfinite().all())
+    except torch.OutOfMemoryError:
+        log.warning("'cudnn_fp8' was not tried: there was not enough free memory on the GPU.")
+        return None
     # Whatever stops a first small run (no kernel for the GPU, a Triton without a compiler) is the reason.
     except Exception as error:
         return f"a first small run failed with {type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}"

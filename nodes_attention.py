@@ -52,6 +52,11 @@ class WanVideoSetAttentionModeOverride:
         """The same model with this override; a later one counts before an earlier one."""
         if isinstance(blocks, int):
             blocks = (blocks,)
+        if start_step >= end_step or blocks == []:
+            raise ValueError(
+                f"This override of the attention applies nowhere (steps {start_step} to {end_step}, blocks "
+                f"{'all' if blocks is None else list(blocks)}): let start_step be below end_step, and name a block."
+            )
         rule = Rule(
             plan=plan_for(attention_mode, model.attention_spec),
             steps=(start_step, end_step),
@@ -171,6 +176,8 @@ class WanVideoBlockList:
             first, _, last = part.partition("-")
             if not first.strip().isdigit() or (last and not last.strip().isdigit()):
                 raise ValueError(f"'{part}' is neither a block number nor a range such as 0-5.")
+            if int(last or first) < int(first):
+                raise ValueError(f"The range '{part}' is empty: the smaller number comes first.")
             found += range(int(first), int(last or first) + 1)
         return (found,)
 

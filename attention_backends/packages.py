@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+
+from .probe_kernel import REASON
 
 Export = tuple[str, str]
 
@@ -20,13 +23,14 @@ TIMEOUT_S = 120
 NOT_INSTALLED = "ModuleNotFoundError: it is not installed"
 TRACEBACK = "Traceback (most recent call last)"
 _RAISED = re.compile(r"[\w.]+: ")
-# Prints what the module has, or ends with what its import raised.
+# Prints what the module has, or the first line of what its import raised.
 _IMPORT = (
     "import importlib, sys, torch\n"
     "try:\n"
     "    module = importlib.import_module(sys.argv[1])\n"
     "except BaseException as error:\n"
-    "    sys.exit(f'{type(error).__name__}: {error}')\n"
+    "    said = (str(error).strip().splitlines() or ['no message'])[0]\n"
+    f"    sys.exit(f'\\n{REASON}{{type(error).__name__}}: {{said}}')\n"
     "sys.stdout.write('\\n'.join(dir(module)))\n"
 )
 
@@ -83,12 +87,27 @@ def _is_there(module: str) -> bool:
 @functools.cache
 def _tried(module: str) -> tuple[tuple[str, ...], str | None]:
     """The names in a module, and what went wrong with its import in another process."""
-    command = [sys.executable, "-c", _IMPORT, module]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = other_process("-c", _IMPORT, module, timeout_s=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return (), f"the import took more than {TIMEOUT_S} s"
+    except OSError as error:
+        return (), f"it is first imported in a process of its own, and none could be started: {error}"
     return tuple(done.stdout.splitlines()), outcome(done)
+
+
+def other_process(*arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Another Python that imports from where this one does, and from no folder of its script's or the shell's.
+
+    Raises subprocess.TimeoutExpired, and OSError where no process can be started.
+    """
+    # A folder with a `sage3.py`, such as this one, would hide the package of that name. And what a package says may be
+    # in any encoding.
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8:replace"}
+    return subprocess.run(
+        [sys.executable, "-P", *arguments], capture_output=True, encoding="utf-8", errors="replace",
+        timeout=timeout_s, env=os.environ | environment, check=False,
+    )  # fmt: skip
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> str | None:
@@ -99,6 +118,9 @@ def outcome(done: subprocess.CompletedProcess[str]) -> str | None:
     # Signals end with negative numbers, Windows exceptions with very large ones.
     if not 0 < done.returncode < 256 or not lines:
         return f"the process crashed (exit status {done.returncode})"
+    given = [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]
+    if given:
+        return given[-1]
     # CUDA's errors go on for lines of general advice after the one that says what happened.
     raised = [line for line in lines if _RAISED.match(line)] if TRACEBACK in done.stderr else []
     return raised[-1] if raised else lines[-1]

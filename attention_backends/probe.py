@@ -1,7 +1,7 @@
 """Try a third-party kernel in a process of its own, at the run's shape, before the model goes to the device.
 
 A kernel that faults poisons the CUDA context: no `except` saves the run then. Verdicts are kept for the process, keyed
-by GPU, driver, package versions and shape.
+by GPU, package versions and shape.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import importlib.metadata
 import json
 import logging
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from .contract import AttentionSpec
-from .packages import outcome
+from .packages import other_process, outcome
 from .probe_kernel import OUT_OF_MEMORY
 from .third_party import DTYPES, Kernel, Sizes
 
@@ -27,15 +26,15 @@ TIMEOUT_S = 300
 _verdicts: dict[tuple[object, ...], str | None] = {}
 
 
-def verdict(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
+def verdict(kernel: Kernel, spec: AttentionSpec, tokens: int, batch: int = 1) -> str | None:
     """Why the kernel cannot run self-attention of so many tokens; None if it can, or had no memory to be tried."""
     refused = kernel.limit(Sizes(tokens, tokens, spec.heads, spec.device))
     if refused is not None:
         return refused
-    key = (kernel.name, _versions(kernel), _machine(spec.device), spec, tokens)
+    key = (kernel.name, _versions(kernel), _machine(spec.device), spec, tokens, batch)
     if key not in _verdicts:
         try:
-            why = _try(kernel, spec, tokens)
+            why = _try(kernel, spec, tokens, batch)
         except MemoryError:
             # No verdict: the next run may find room for the trial.
             log.warning("'%s' was not tried before the run: there was not enough free memory on the GPU.", kernel.name)
@@ -44,7 +43,7 @@ def verdict(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
     return _verdicts[key]
 
 
-def _try(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
+def _try(kernel: Kernel, spec: AttentionSpec, tokens: int, batch: int) -> str | None:
     """The verdict of another process. Raises MemoryError where that found no room on the device."""
     dtype = spec.dtype if spec.dtype in DTYPES else DTYPES[0]
     asked = {
@@ -52,15 +51,16 @@ def _try(kernel: Kernel, spec: AttentionSpec, tokens: int) -> str | None:
         "heads_first": kernel.heads_first,
         "packed": kernel.packed,
         "options": dict(kernel.options),
-        "shape": (1, tokens, spec.heads, spec.head_dim),
+        "shape": (batch, tokens, spec.heads, spec.head_dim),
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(spec.device),
     }
-    command = [sys.executable, str(SCRIPT), json.dumps(asked)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = other_process(str(SCRIPT), json.dumps(asked), timeout_s=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"it did not finish within {TIMEOUT_S} s"
+    except OSError as error:
+        return f"no process could be started: {error}"
     if done.returncode == OUT_OF_MEMORY:
         raise MemoryError
     return outcome(done)

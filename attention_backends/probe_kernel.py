@@ -1,7 +1,7 @@
 """Run one attention kernel on random tensors, in a process of its own: `python probe_kernel.py '<json>'`.
 
 Imports nothing of this project, so that it runs wherever the pack is installed. Ends with 0 if the kernel gave finite
-numbers near to torch's, with `OUT_OF_MEMORY` if it could not be tried, else with a sentence on stderr.
+numbers near to torch's, with `OUT_OF_MEMORY` if it could not be tried, else with a sentence behind `REASON` on stderr.
 """
 
 import importlib
@@ -11,6 +11,10 @@ import sys
 import torch
 
 OUT_OF_MEMORY = 75
+# Packages write to stderr, too, some of them at exit.
+REASON = "reason: "
+# CUDA's own words, and those of cuBLAS and cuDNN for a device without room for their handles.
+NO_ROOM = ("out of memory", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
 # Far above the error of 4-bit attention on random tensors, far below that of noise.
 LARGEST_ERROR = 0.5
 ROWS = 64
@@ -46,10 +50,10 @@ def main(asked: dict) -> None:
         out = out[0] if isinstance(out, tuple) else out
         out = out.transpose(1, 2) if asked["heads_first"] else out
     if not bool(torch.isfinite(out).all()):
-        sys.exit("it gave NaN or infinite values")
+        sys.exit(f"{REASON}it gave NaN or infinite values")
     error = ((out[:1, :ROWS].float() - want).norm() / want.norm()).item()
     if not error < LARGEST_ERROR:
-        sys.exit(f"its result was wrong by {error:.0%}")
+        sys.exit(f"{REASON}its result was wrong by {error:.0%}")
 
 
 if __name__ == "__main__":
@@ -57,6 +61,6 @@ if __name__ == "__main__":
         main(json.loads(sys.argv[1]))
     except RuntimeError as error:
         # A device too full for this process's context, or for Triton, raises an error of another class.
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in NO_ROOM):
             sys.exit(OUT_OF_MEMORY)
         raise

@@ -6,8 +6,10 @@ and values.
 
 from __future__ import annotations
 
+import importlib.metadata
+
 from . import packages
-from .contract import AttentionSpec, Backend, capability
+from .contract import AttentionSpec, Backend, capability, dotted
 from .third_party import Kernel, Sizes, backend_of, register
 
 PACKAGE = "sageattention"
@@ -21,7 +23,25 @@ GET = "pip install sageattention (1.0.6, Triton), or a wheel of SageAttention 2.
 # The FP8 kernel gives noise above this many keys on consumer Blackwell (SageAttention issue 388).
 NOISY_KEYS = 160_000
 CONSUMER_BLACKWELL = ((12, 0), (12, 1))
+# What `sageattn` of version 2.2 knows (its core.py).
+DISPATCHED = ((8, 0), (8, 6), (8, 9), (9, 0), *CONSUMER_BLACKWELL)
 ROW_LAYOUT = {"tensor_layout": "NHD"}
+
+
+def _undispatched(spec: AttentionSpec) -> str | None:
+    """Why SageAttention's own choice has nothing for the GPU; its version 1 is Triton's and runs on any."""
+    if spec.capability is None or spec.capability in DISPATCHED:
+        return None
+    try:
+        installed = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if installed.startswith("1."):
+        return None
+    return (
+        f"SageAttention {installed} picks no kernel for compute capability {dotted(spec.capability)}, only for "
+        + ", ".join(dotted(known) for known in DISPATCHED)
+    )
 
 
 def _noise_limit(sizes: Sizes) -> str | None:
@@ -57,7 +77,7 @@ def auto(name: str, runs: str) -> Backend:
     """A row that runs the kernel SageAttention picks for the GPU."""
     return Backend(
         runs=runs, make=backend_of(AUTO, name), exports=AUTO.exports, least=LEAST, head_dims=HEAD_DIMS, get=GET,
-        compiled=True,
+        compiled=True, extra=_undispatched,
     )  # fmt: skip
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import re
 from types import ModuleType
+
+import torch
+
+log = logging.getLogger("wanvideo")
 
 # The pack may be loaded twice in one process (by ComfyUI from its folder and as `wanvideo_wrapper`); operators are
 # global to the process, so each copy registers under its own name.
@@ -14,6 +20,27 @@ NAMESPACE = "wan_" + re.sub(r"\W", "_", __name__)
 def op_name(name: str) -> str:
     """The operator's registered name."""
     return f"{NAMESPACE}::{name}"
+
+
+@functools.cache
+def triton_runs(device: torch.device) -> bool:
+    """Whether Triton's kernels run on the GPU; if not, the log says why, once.
+
+    For operators that are as exact in eager PyTorch: Triton is installed with torch, but needs a C compiler.
+    """
+    if importlib.util.find_spec("triton") is None:
+        why = "the package is not installed"
+    else:
+        try:
+            triton_kernels("trial_triton").run(device)
+            return True
+        # A missing compiler, a DLL that does not load, a GPU that is too old: all are reasons.
+        except Exception as error:
+            why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    log.warning(
+        "Triton does not run here (%s): norm and position take several passes in PyTorch, which is slower.", why
+    )
+    return False
 
 
 def triton_kernels(name: str) -> ModuleType:

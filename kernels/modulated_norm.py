@@ -1,19 +1,17 @@
 """LayerNorm with modulation in one kernel, for layers that read it in base precision.
 
 The modulation is float32 whatever the activation's type: comfy-kitchen's `adaln` reads both in the activation's type,
-so it cannot be used here. On the CPU, and where Triton is missing, the operator is the eager PyTorch beside it.
+so it cannot be used here. On the CPU, and where Triton does not run, the operator is the eager PyTorch beside it.
 """
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..tensor_layout import check_entry, kernel_ready
-from . import op_name, triton_kernels
+from . import op_name, triton_kernels, triton_runs
 
 
 def norm_modulate(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -32,7 +30,7 @@ def norm_modulate_eager(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> T
 
 @torch.library.custom_op(op_name("norm_modulate"), mutates_args=())
 def _norm_modulate_op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-    if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    if not x.is_cuda or x.dtype == torch.float64 or not triton_runs(x.device):
         return norm_modulate_eager(x, gain, shift, eps)
     x, gain, shift = kernel_ready(x), kernel_ready(gain), kernel_ready(shift)
     check_entry("norm_modulate", x=x, gain=gain, shift=shift)

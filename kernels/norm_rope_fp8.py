@@ -17,7 +17,6 @@ a Triton kernel on a GPU.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ..tensor_layout import check_entry, kernel_ready
 from ..wanvideo.rope import apply_rope
-from . import op_name, triton_kernels
+from . import op_name, triton_kernels, triton_runs
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -121,7 +120,7 @@ def _largest(x: Tensor) -> Tensor:
 def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor:
     """The operator of `norm_rope_eager`, rounded to x's dtype: for attention in base precision.
 
-    It is eager PyTorch where Triton is missing too, as nothing but speed depends on it.
+    It is eager PyTorch where Triton does not run too, as nothing but speed depends on it.
     """
     if not x.is_cuda or not _has_kernel(x, heads):
         return norm_rope_eager(x, weight, rope, eps, heads).to(x.dtype)
@@ -235,7 +234,7 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
 
 def _has_kernel(x: Tensor, heads: int) -> bool:
     size = x.shape[-1] // heads
-    return importlib.util.find_spec("triton") is not None and x.dtype != torch.float64 and size & (size - 1) == 0
+    return x.dtype != torch.float64 and size & (size - 1) == 0 and triton_runs(x.device)
 
 
 def _check_size(size: int) -> None:

@@ -46,7 +46,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[dict[str, object], dic
     windows = plan_windows(total, loop.window_frames, loop.motion_frames, loop.drop_frames)
     log.info("Sampling %d frames in %d windows of %dx%d.", total, len(windows), loop.width, loop.height)
     sides = (side // loop.vae.spatial_factor for side in (loop.height, loop.width))
-    request.model.try_attention((latent_frames(loop.window_frames), *sides))
+    request.model.try_attention((latent_frames(loop.window_frames), *sides), request.guidance.batch)
     footage: Footage = MemoryFootage(total)
     if loop.output_path:
         parts = fingerprint_parts(request)

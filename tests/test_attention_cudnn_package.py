@@ -18,9 +18,12 @@ CUDA = torch.device("cuda")
 def capable(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: name == "triton" or None)
-    monkeypatch.setattr(attention_cudnn, "_triton_version", lambda: (3, 4))
+    with_triton(monkeypatch, "3.4.0")
     monkeypatch.setattr(attention_cudnn, "_first_run", lambda device, head_dim: None)
+
+
+def with_triton(monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version, jit=None))
 
 
 def with_cudnn(monkeypatch, version):
@@ -44,10 +47,22 @@ def test_reasons(monkeypatch):
     with_cudnn(monkeypatch, 91900)
     assert why_not(CUDA, 128) is None
     with monkeypatch.context() as older:
-        older.setattr(attention_cudnn, "_triton_version", lambda: (3, 3))
+        with_triton(older, "3.3.1")
         assert "Triton 3.3 cannot compile its rotation, it needs 3.4 (PyTorch 2.8)" in why_not(CUDA, 128)
-    monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert "pip install triton" in why_not(CUDA, 128)
+
+
+@pytest.mark.slow
+def test_a_broken_triton_is_a_reason(monkeypatch, tmp_path):
+    capable(monkeypatch)
+    monkeypatch.delitem(sys.modules, "triton")
+    (tmp_path / "triton.py").write_text("raise ImportError('DLL load failed while importing libtriton\\nSee the docs')")
+    monkeypatch.syspath_prepend(tmp_path)
+    packages._tried.cache_clear()
+    reason = why_not(CUDA, 128)
+    packages._tried.cache_clear()
+    assert reason.endswith("'triton' cannot be imported: ImportError: DLL load failed while importing libtriton")
 
 
 @pytest.mark.slow
@@ -60,13 +75,10 @@ def test_reasons(monkeypatch):
     ],
 )
 def test_it_is_first_imported_in_a_process_of_its_own(body, why, monkeypatch, tmp_path):
-    real = attention_cudnn.importlib.util.find_spec
     capable(monkeypatch)
-    monkeypatch.setattr(attention_cudnn.importlib.util, "find_spec", lambda name: name == "triton" or real(name))
     monkeypatch.delitem(sys.modules, "cudnn", raising=False)
     (tmp_path / "cudnn.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     packages._tried.cache_clear()
     reason = why_not(CUDA, 128)
     packages._tried.cache_clear()

@@ -26,7 +26,8 @@ class Rule:
     """An exception: `plan` runs instead in these steps and blocks.
 
     steps: [start, stop) counted in the sampler's run; ends: only the first and the last step of the whole schedule;
-    blocks: their indices, None for all; verbose: log each step where it applies.
+    blocks: their indices, None for all; verbose: log each step where it applies; radial: it belongs to the settings of
+    Radial Attention, and goes when those are set anew.
     """
 
     plan: AttentionPlan
@@ -34,6 +35,7 @@ class Rule:
     ends: bool = False
     blocks: frozenset[int] | None = None
     verbose: bool = False
+    radial: bool = False
 
     def applies(self, step: Step) -> bool:
         """Whether it concerns any block in this step."""
@@ -68,14 +70,14 @@ class AttentionPlan:
         """Every backend that may run."""
         return self.main, *(backend for rule in self.rules for backend in rule.plan.backends())
 
-    def try_out(self, spec: AttentionSpec, tokens: int) -> None:
-        """Try every third-party kernel of the plan on so many tokens, in processes of their own.
+    def try_out(self, spec: AttentionSpec, tokens: int, batch: int = 1) -> None:
+        """Try every third-party kernel of the plan on so many videos of so many tokens, in processes of their own.
 
         Raises ValueError that says what went wrong with the first that fails.
         """
         kernels = [backend for backend in self.backends() if isinstance(backend, ThirdParty)]
         for backend in dict.fromkeys(kernels):
-            why = probe.verdict(backend.kernel, spec, tokens)
+            why = probe.verdict(backend.kernel, spec, tokens, batch)
             if why is not None:
                 raise ValueError(
                     f"attention_mode '{backend.name}' cannot run on {tokens} tokens: {why}. Choose another "
@@ -119,36 +121,46 @@ class RadialSettings:
 
 
 def with_radial(plan: AttentionPlan, settings: RadialSettings, spec: AttentionSpec) -> AttentionPlan:
-    """A radial plan with these settings. Raises ValueError where the plan is another or the dense option cannot run."""
-    if not isinstance(plan.main, RadialAttention):
+    """The same plan with these settings wherever Radial Attention runs, in the place of earlier ones.
+
+    Raises ValueError where it runs nowhere or the dense option cannot run.
+    """
+    if not _runs(plan, RadialAttention):
         raise ValueError(
             "WanVideo Set Radial Attention needs a model with attention_mode 'radial_sage_attention': choose that in "
-            "WanVideo Model Loader."
+            "WanVideo Model Loader, or in an override before this node."
         )
+    rules = tuple(
+        replace(rule, plan=with_radial(rule.plan, settings, spec)) if _runs(rule.plan, RadialAttention) else rule
+        for rule in plan.rules
+        if not rule.radial
+    )
+    if not isinstance(plan.main, RadialAttention):
+        return AttentionPlan(main=plan.main, rules=rules)
     sparse = replace(plan.main, decay=settings.decay, block=settings.block)
     if settings.dense == "sparse_sage_attention":
         dense = AttentionPlan(main=replace(sparse, everything=True))
     else:
         dense = plan_for(settings.dense, spec)
-    rules = (
-        Rule(plan=dense, blocks=frozenset(range(settings.dense_blocks))),
-        Rule(plan=dense, steps=(0, settings.dense_steps)),
-    )
-    return AttentionPlan(main=sparse, rules=(*plan.rules, *rules))
+    blocks = Rule(plan=dense, blocks=frozenset(range(settings.dense_blocks)), radial=True)
+    steps = Rule(plan=dense, steps=(0, settings.dense_steps), radial=True)
+    return AttentionPlan(main=sparse, rules=(*rules, blocks, steps))
 
 
 def with_ultravico(plan: AttentionPlan, alpha: float) -> AttentionPlan:
     """The same plan with this alpha wherever UltraViCo runs. Raises ValueError where it runs nowhere."""
-    if not any(isinstance(backend, UltraVico) for backend in plan.backends()):
+    if not _runs(plan, UltraVico):
         raise ValueError(
             "WanVideo UltraVico Settings needs a model with attention_mode 'sageattn_ultravico': choose that in "
             "WanVideo Model Loader, or in an override before this node."
         )
     main = replace(plan.main, alpha=alpha) if isinstance(plan.main, UltraVico) else plan.main
     rules = tuple(
-        replace(rule, plan=with_ultravico(rule.plan, alpha))
-        if any(isinstance(backend, UltraVico) for backend in rule.plan.backends())
-        else rule
+        replace(rule, plan=with_ultravico(rule.plan, alpha)) if _runs(rule.plan, UltraVico) else rule
         for rule in plan.rules
     )
     return AttentionPlan(main=main, rules=rules)
+
+
+def _runs(plan: AttentionPlan, kind: type) -> bool:
+    return any(isinstance(backend, kind) for backend in plan.backends())

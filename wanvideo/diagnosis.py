@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from .modules.model import WanModel, WanSelfAttention
 
 # Layers whose input is what an attention kernel gave.
 _AFTER_KERNEL = re.compile(r"blocks\.(\d+)\.(self_attn\.o|cross_attn\.o|audio_cross_attn\.proj)$")
-_KERNELS = {"cross_attn.o": "text cross-attention ('sdpa')", "audio_cross_attn.proj": "audio attention ('sdpa')"}
+_KERNELS = {
+    "cross_attn.o": "cross-attention to the text or the picture ('sdpa')",
+    "audio_cross_attn.proj": "audio attention ('sdpa')",
+}
 
 
 class _FoundError(Exception):
@@ -53,14 +57,14 @@ def _plain(model: WanModel) -> Iterator[None]:
 
 @contextmanager
 def _watched(model: WanModel) -> Iterator[None]:
-    names: dict[int, str] = {}
+    running: dict[int, _SelfAttention] = {}
     hooks = []
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
-            hooks.append(module.register_forward_pre_hook(_before(name, names)))
+            hooks.append(module.register_forward_pre_hook(_before(name, running)))
             hooks.append(module.register_forward_hook(_after(name)))
         elif isinstance(module, WanSelfAttention):
-            hooks.append(module.register_forward_pre_hook(_remember_backend(name, names)))
+            hooks.append(module.register_forward_pre_hook(_remember(name, running)))
     try:
         yield
     finally:
@@ -68,17 +72,22 @@ def _watched(model: WanModel) -> Iterator[None]:
             hook.remove()
 
 
-def _remember_backend(name: str, names: dict[int, str]) -> Callable[..., None]:
+class _SelfAttention(NamedTuple):
+    layer: WanSelfAttention
+    backend: str
+
+
+def _remember(name: str, running: dict[int, _SelfAttention]) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[object, ...]) -> None:
         found = _AFTER_KERNEL.match(f"{name}.o")
         inputs = next((a for a in arguments if isinstance(a, BlockInputs)), None)
         if found is not None and inputs is not None and found[2] == "self_attn.o":
-            names[int(found[1])] = (inputs.attention or module.attention).name
+            running[int(found[1])] = _SelfAttention(module, (inputs.attention or module.attention).name)
 
     return hook
 
 
-def _before(name: str, names: dict[int, str]) -> Callable[..., None]:
+def _before(name: str, running: dict[int, _SelfAttention]) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[object, ...]) -> None:
         if all(_finite(argument) for argument in arguments):
             return
@@ -86,10 +95,21 @@ def _before(name: str, names: dict[int, str]) -> Callable[..., None]:
         if kernel is None:
             raise _FoundError(f"it arose before layer {name}")
         block, layer = int(kernel[1]), kernel[2]
-        what = _KERNELS.get(layer) or f"self-attention '{names.get(block, 'unknown')}'"
+        what = _KERNELS.get(layer) or _self_attention(block, running)
         raise _FoundError(f"it came from {what} in block {block}, whose inputs were finite")
 
     return hook
+
+
+def _self_attention(block: int, running: dict[int, _SelfAttention]) -> str:
+    """The kernel in words. Raises _FoundError for the weights of norms, which one kernel reads without calling them."""
+    if block not in running:
+        return "self-attention"
+    layer, backend = running[block]
+    for name in ("norm_q", "norm_k"):
+        if not all(_finite(parameter) for parameter in getattr(layer, name).parameters()):
+            raise _FoundError(f"the weights of layer blocks.{block}.self_attn.{name} are not finite")
+    return f"self-attention '{backend}'"
 
 
 def _after(name: str) -> Callable[..., None]:

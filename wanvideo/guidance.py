@@ -67,6 +67,14 @@ class Guidance:
         """Text and audio scale of step `index`, counted from 0 in this run."""
         return _at(self.cfg, index), _at(self.audio_cfg, index)
 
+    @property
+    def batch(self) -> int:
+        """The most passes that may share a forward."""
+        if not self.batched:
+            return 1
+        steps = range(max(len(self.cfg), len(self.audio_cfg)))
+        return max(len(guidance_rows(*self.scales(index))) for index in steps)
+
 
 def per_step(value: float | Sequence[float]) -> tuple[float, ...]:
     """A scale as a tuple: a number stands for every step. Raises ValueError for an empty list."""

@@ -87,13 +87,13 @@ class WanVideoModel:
         names = [self.path.name, *(module.name for module in self.options.modules)]
         return "infinitetalk" if any("infinite" in name.lower() for name in names) else "multitalk"
 
-    def try_attention(self, latent_size: Sequence[int]) -> None:
+    def try_attention(self, latent_size: Sequence[int], batch: int) -> None:
         """Try the attention kernels on latents of this size (frames, height, width), before the model needs the memory.
 
-        Raises ValueError where one fails.
+        batch: how many passes share a forward. Raises ValueError where one fails.
         """
         sizes = zip(latent_size, self.config.patch_size, strict=True)
-        self.attention.try_out(self.attention_spec, math.prod(size // patch for size, patch in sizes))
+        self.attention.try_out(self.attention_spec, math.prod(size // patch for size, patch in sizes), batch)
 
     def set_step(self, index: int) -> None:
         """Strengths of per-step LoRAs for the step that comes, counted from 0 in the run."""

@@ -71,6 +71,12 @@ class SampleRequest:
         """Whether `samples` are clean video to be noised, rather than latents to go on from."""
         return self.add_noise_to_samples or self.schedule.spec.denoise_strength < 1
 
+    @property
+    def guidance(self) -> Guidance:
+        """The scales of every step."""
+        audio = (1.0,) if self.multitalk is None else per_step(self.multitalk.cfg_scale)
+        return Guidance(cfg=per_step(self.cfg), audio_cfg=audio, batched=self.batched_cfg)
+
 
 class Start(NamedTuple):
     """latents to begin with, the hooks that go with them, frames at timestep 0, and the original under a mask."""
@@ -126,7 +132,8 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
     frames, height, width = start.latents.shape[1:]
     log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
     windowed = request.context is not None and request.context.apply_to(frames)
-    request.model.try_attention((request.context.latent_size if windowed else frames, height, width))
+    tried = (request.context.latent_size if windowed else frames, height, width)
+    request.model.try_attention(tried, request.guidance.batch)
     try:
         with host.progress(len(schedule), "Sampling") as progress, request.model.active() as transformer:
             denoiser = _denoiser(request, transformer, host, frames)
@@ -190,16 +197,10 @@ def make_denoiser(
 
     texts: as Denoiser's. kept: what the step cache remembers; None begins anew.
     """
-    speech = request.multitalk
-    guidance = Guidance(
-        cfg=per_step(request.cfg),
-        audio_cfg=(1.0,) if speech is None else per_step(speech.cfg_scale),
-        batched=request.batched_cfg,
-    )
     return Denoiser(
         transformer,
         conditions,
-        guidance=guidance,
+        guidance=request.guidance,
         device=host.device(),
         dtype=request.model.base_dtype,
         riflex_index=request.riflex_index,

@@ -98,7 +98,7 @@ def other_process(monkeypatch, tmp_path):
     """write(body): the package sageattn3 of processes that are started."""
     pretend(monkeypatch, (12, 0))
     install(monkeypatch, {"sageattn3": PACKAGES["sageattn3"]})
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(sage3_stand_in.__file__).parent}")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(Path(sage3_stand_in.__file__).parent), *sys.path])
     monkeypatch.setattr(probe, "_verdicts", {})
 
     def write(body):
@@ -131,10 +131,32 @@ def test_the_kernel_is_tried_in_a_process_of_its_own(body, why, other_process):
     assert why in str(error.value)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "function"), NAMES)
+def test_every_name_can_be_tried(module, function, other_process, monkeypatch, tmp_path):
+    other_process("sageattn3_blackwell = good")
+    monkeypatch.delitem(sys.modules, "sageattn3")
+    (tmp_path / "sageattn3.py").rename(tmp_path / f"{module}.py")
+    with (tmp_path / f"{module}.py").open("a") as file:
+        file.write(f"{function} = good\n")
+    packages._tried.cache_clear()
+    plan_for("sageattn_3_fp4", SPEC).try_out(SPEC, 200)
+    packages._tried.cache_clear()
+
+
+@pytest.mark.slow
+def test_as_many_videos_are_tried_as_share_a_forward(other_process):
+    other_process("def sageattn3_blackwell(q, *a, **k):\n    assert len(q) < 2, 'two'\n    return good(q, *a, **k)")
+    plan = plan_for("sageattn_3_fp4", SPEC)
+    plan.try_out(SPEC, 200)
+    with pytest.raises(ValueError, match="AssertionError: two"):
+        plan.try_out(SPEC, 200, batch=2)
+
+
 def test_a_verdict_is_kept_by_shape(blackwell, monkeypatch):  # noqa: F811
     seen = []
     monkeypatch.setattr(probe, "_verdicts", {})
-    monkeypatch.setattr(probe, "_try", lambda kernel, spec, tokens: seen.append((kernel.name, tokens)))
+    monkeypatch.setattr(probe, "_try", lambda kernel, spec, tokens, batch: seen.append((kernel.name, tokens)))
     plan = plan_for("sageattn_3", SPEC)
     for tokens in (100, 100, 200):
         plan.try_out(SPEC, tokens)
@@ -144,7 +166,7 @@ def test_a_verdict_is_kept_by_shape(blackwell, monkeypatch):  # noqa: F811
 def test_a_trial_without_memory_is_made_again(blackwell, monkeypatch):  # noqa: F811
     done = [subprocess.CompletedProcess([], code, "", "") for code in (probe_kernel.OUT_OF_MEMORY, 0)]
     monkeypatch.setattr(probe, "_verdicts", {})
-    monkeypatch.setattr(probe.subprocess, "run", lambda *_, **__: done.pop(0))
+    monkeypatch.setattr(probe, "other_process", lambda *_, **__: done.pop(0))
     for _ in range(3):
         assert probe.verdict(sage3.KERNEL, SPEC, 100) is None
     assert not done

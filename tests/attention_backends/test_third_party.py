@@ -1,6 +1,6 @@
 """The options behind optional packages, through stand-ins that enforce the kernels' contracts."""
 
-import os
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -9,7 +9,7 @@ from pathlib import Path
 import attention_stand_ins
 import pytest
 import torch
-from attention_stand_ins import blackwell, install, pretend  # noqa: F401
+from attention_stand_ins import PACKAGES, blackwell, install, pretend  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import bits, fresh, layouts, relative
@@ -143,12 +143,23 @@ def test_a_missing_kernel_of_the_ends_is_named(monkeypatch):
         ("raise RuntimeError('built for another torch')", "RuntimeError: built for another torch"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the process crashed"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
+        (
+            "import sys; sys.stderr.buffer.write(b'f\\xfcr \\xff\\n'); raise OSError('not for this GPU')",
+            "not for this GPU",
+        ),
+        (
+            "raise ImportError('undefined symbol: x\\nSee https://example.invalid/help')",
+            "ImportError: undefined symbol: x",
+        ),
+        (
+            "import atexit; atexit.register(print, 'E: late', file=__import__('sys').stderr); raise OSError('a')",
+            "OSError: a",
+        ),
     ],
 )
 def test_broken_packages_stay_in_their_own_process(body, why, monkeypatch, tmp_path):
     (tmp_path / "sageattention.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pretend(monkeypatch, (8, 9))
     packages._tried.cache_clear()
     with pytest.raises(ValueError, match="'sageattn' cannot run") as error:
@@ -161,8 +172,7 @@ def test_broken_packages_stay_in_their_own_process(body, why, monkeypatch, tmp_p
 def test_a_sound_package_is_imported_when_it_first_runs(monkeypatch, tmp_path):
     (tmp_path / "sageattention.py").write_text("from attention_stand_ins import sageattn\n")
     here = Path(attention_stand_ins.__file__).parent
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(here))))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(here), *sys.path])
     pretend(monkeypatch, (8, 9))
     packages._tried.cache_clear()
     backend = resolve("sageattn", SPEC)
@@ -195,6 +205,23 @@ def test_the_pack_imports_no_optional_package():
     code = f"import sys, wanvideo_wrapper as w; print(len(w.NODE_CLASS_MAPPINGS), set({names!r}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split(maxsplit=1)[1].strip() == "set()" and int(done.stdout.split()[0]) > 30
+
+
+@pytest.mark.parametrize(("version", "fits"), [("2.2.0", False), ("1.0.6", True), (None, True)])
+def test_gpus_that_sageattention_picks_no_kernel_for(version, fits, monkeypatch):
+    install(monkeypatch, {"sageattention": PACKAGES["sageattention"]})
+
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    pretend(monkeypatch, (8, 9))
+    assert attention.reason("sageattn", SPEC) is None
+    pretend(monkeypatch, (10, 0))
+    why = attention.reason("sageattn", SPEC)
+    assert (why is None) if fits else why.startswith("SageAttention 2.2.0 picks no kernel for compute capability 10.0")
 
 
 def test_noise_above_a_token_limit_is_refused(blackwell):  # noqa: F811

@@ -1,5 +1,7 @@
 """The fused norm equals float64 for every type of activation, with float32 modulation of every shape."""
 
+import types
+
 import interpreted
 import pytest
 import torch
@@ -86,3 +88,24 @@ def test_quantise_interpreted(columns, gelu, monkeypatch):
     kernels.triton_kernels("fp8_rows_triton").quantise(x, None, got, got_scale, gelu=gelu)
     assert torch.allclose(got_scale, scale, rtol=1e-5, atol=1e-9) and not got[:, columns:].float().any()
     assert relative(got.float() * got_scale, values.float() * scale) < 3e-3
+
+
+def test_without_a_compiler_triton_does_not_run(monkeypatch, caplog):
+    def no_compiler(device):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore advice")
+
+    trial = types.SimpleNamespace(run=no_compiler)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(kernels, "triton_kernels", lambda name: trial)
+    kernels.triton_runs.cache_clear()
+    assert not kernels.triton_runs(torch.device("cpu")) and not kernels.triton_runs(torch.device("cpu"))
+    kernels.triton_runs.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "Triton does not run here (RuntimeError: Failed to find C compiler. Please specify via CC environment variable.):"
+        " norm and position take several passes in PyTorch, which is slower."
+    ]
+
+
+@pytest.mark.cuda
+def test_triton_runs_on_a_gpu():
+    assert kernels.triton_runs(torch.device("cuda", torch.cuda.current_device()))

@@ -122,6 +122,11 @@ def test_override_node(asked):
         override(asked.model, "sageattn", 0, 1, False)
     with pytest.raises(ValueError, match="'x' is neither"):
         N["WanVideoBlockList"]().create_list("1,x")
+    with pytest.raises(ValueError, match="range '5-3' is empty"):
+        N["WanVideoBlockList"]().create_list("1,5-3")
+    for start, end, blocks in ((3, 3, None), (4, 2, None), (0, 9, [])):
+        with pytest.raises(ValueError, match="applies nowhere"):
+            override(asked.model, "sdpa", start, end, False, blocks=blocks)
 
 
 def test_radial_node(asked):
@@ -136,6 +141,26 @@ def test_radial_node(asked):
     (same,) = set_radial(model, "sparse_sage_attention", 1, 1, 0, 0.4, 64)
     first, second, _ = same.attention.at(Step(), GRID, 3)
     assert first.everything and not second.everything
+
+
+def test_radial_settings_take_the_place_of_earlier_ones(asked):
+    set_radial = N["WanVideoSetRadialAttention"]().loadmodel
+    override = N["WanVideoSetAttentionModeOverride"]().getmodelpath
+    model = replace(asked.model, attention=plan_for("radial_sage_attention", SPEC))
+    (first,) = set_radial(model, "sparse_sage_attention", 3, 1, 2, 0.2, 128)
+    (first,) = override(first, "sdpa", 1, 2, False, blocks=[2])
+    (second,) = set_radial(first, "sdpa", 0, 1, 0, 0.4, 64)
+    for step, last in ((0, "radial_sage_attention"), (1, "sdpa"), (5, "radial_sage_attention")):
+        chosen = second.attention.at(Step(in_run=step), GRID, 3)
+        assert chosen[0] == chosen[1] == RadialAttention(GRID, 0.4, 64) and chosen[2].name == last
+
+
+def test_radial_settings_reach_an_override(asked):
+    (model,) = N["WanVideoSetAttentionModeOverride"]().getmodelpath(asked.model, "radial_sage_attention", 1, 4, False)
+    (model,) = N["WanVideoSetRadialAttention"]().loadmodel(model, "sdpa", 1, 1, 0, 0.4, 64)
+    assert names(model.attention, Step(in_run=0), 3) == ["sdpa"] * 3
+    first, *others = model.attention.at(Step(in_run=1), GRID, 3)
+    assert first.name == "sdpa" and others == [RadialAttention(GRID, 0.4, 64)] * 2
 
 
 def test_ultravico_node(asked):

@@ -132,6 +132,13 @@ def test_scales_go_on_with_their_last_value():
         per_step([])
 
 
+def test_how_many_passes_may_share_a_forward():
+    assert Guidance(cfg=(6.0,), audio_cfg=(4.0,)).batch == 1
+    assert Guidance(cfg=(1.0,), batched=True).batch == 1
+    assert Guidance(cfg=(1.0, 6.0), batched=True).batch == 2
+    assert Guidance(cfg=(6.0,), audio_cfg=(1.0, 1.0, 4.0), batched=True).batch == 3
+
+
 def test_missing_negative_prompt_is_named():
     model = LinearModel()
     guided = denoiser(model, Guidance(cfg=(5.0, 1.0)), negative=False)

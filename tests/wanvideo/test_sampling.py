@@ -85,7 +85,7 @@ class FakeModel:
         self.config, self.base_dtype, self.loras = self.transformer.config, torch.float32, loras
         self.managed, self.events = self, []
 
-    def try_attention(self, latent_size):
+    def try_attention(self, latent_size, batch):
         self.tried = tuple(latent_size)
 
     def set_step(self, index):
