@@ -83,9 +83,8 @@ class Backend:
     runs: in words, for the log and the doctor. exports: (module, function) pairs of which one must import. least: the
     lowest compute capability; only: those that it has kernels for; both None: any device. head_dims: sizes it takes,
     None for all. any_dtype: whether it computes in the model's precision, not in 16 bits. masks: whether it honours
-    masks. get: how a user gets it. extra: any other reason. compiled: its
-    kernel is third-party machine code, to be tried in a process of its own before a run. ends: the option that runs on
-    the first and last step instead.
+    masks. get: how a user gets it. extra: any other reason. ends: the option that runs on the first and last step
+    instead.
     """
 
     runs: str
@@ -98,7 +97,6 @@ class Backend:
     masks: bool = False
     get: str = ""
     extra: Callable[[AttentionSpec], str | None] = lambda spec: None
-    compiled: bool = False
     ends: str | None = None
 
     def reason(self, spec: AttentionSpec) -> str | None:

@@ -23,7 +23,6 @@ FLASH_2 = Backend(
     least=(8, 0),
     extra=_head_size,
     get="pip install flash-attn",
-    compiled=True,
 )
 FLASH_3 = Backend(
     runs="FlashAttention 3, 16-bit",
@@ -32,5 +31,4 @@ FLASH_3 = Backend(
     only=((9, 0),),
     extra=_head_size,
     get="build the folder 'hopper' of Dao-AILab/flash-attention, which gives the module flash_attn_interface",
-    compiled=True,
 )

@@ -77,7 +77,7 @@ def auto(name: str, runs: str) -> Backend:
     """A row that runs the kernel SageAttention picks for the GPU."""
     return Backend(
         runs=runs, make=backend_of(AUTO, name), exports=AUTO.exports, least=LEAST, head_dims=HEAD_DIMS, get=GET,
-        compiled=True, extra=_undispatched,
+        extra=_undispatched,
     )  # fmt: skip
 
 
@@ -95,7 +95,6 @@ VARLEN = Backend(
     least=LEAST,
     head_dims=HEAD_DIMS_PACKED,
     get=GET,
-    compiled=True,
 )
 EIGHT_BIT = Backend(
     runs="SageAttention 2's 8-bit kernel (INT8 QK, FP8 PV) on every step",
@@ -104,5 +103,4 @@ EIGHT_BIT = Backend(
     head_dims=(64, 128),
     extra=lambda spec: packages.reason(fp8_kernel(spec).exports),
     get="a wheel of SageAttention 2.2 built for your torch and CUDA; PyPI's 1.0.6 has no FP8 kernel",
-    compiled=True,
 )

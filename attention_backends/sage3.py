@@ -53,7 +53,7 @@ KERNEL = register(
 def row(name: str, runs: str, ends: str | None = None) -> Backend:
     """A row that runs this kernel, with another option on the first and last step if `ends` names one."""
     return Backend(
-        runs=runs, make=backend_of(KERNEL, name), exports=EXPORTS, only=BLACKWELL, head_dims=HEAD_DIMS, compiled=True,
+        runs=runs, make=backend_of(KERNEL, name), exports=EXPORTS, only=BLACKWELL, head_dims=HEAD_DIMS,
         get="a wheel of SageAttention 3 built for your torch and CUDA (RTX 50, RTX PRO Blackwell)"
         + ("" if ends is None else f", and what '{ends}' needs"), ends=ends,
     )  # fmt: skip
