@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ...quiet_imports import kernels_hidden
 from ..assign import assign, head_count, layer_count
 from ..checkpoint import Checkpoint, open_checkpoint
 
@@ -154,7 +155,8 @@ def _wan_sources(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
 
 
 def _build(checkpoint: _Plain) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    with kernels_hidden("transformers"):
+        from transformers import CLIPVisionConfig, CLIPVisionModel
 
     width, _, patch, _ = checkpoint.shapes["embeddings.patch_embedding.weight"]
     positions = max(checkpoint.shapes["embeddings.position_embedding.weight"][:-1])
