@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..multitalk.extension import MultiTalk
+from ..quiet_imports import kernels_hidden
 from ..wanvideo.config import WanConfig
 from ..wanvideo.extension import Extension
 from ..wanvideo.extensions.clip_image import ClipImageExtension
@@ -127,7 +128,8 @@ def vae_names(units: int = 16) -> Iterable[str]:
 
 def text_encoder(seed: int = 3, *, wan_names: bool = True, sentences: Sequence[str] = SENTENCES) -> Tiny:
     """A UMT5 encoder of two layers with its tokenizer, trained on the sentences, inside."""
-    from transformers import UMT5Config, UMT5EncoderModel
+    with kernels_hidden("transformers"):
+        from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
     config = UMT5Config(vocab_size=VOCABULARY, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
@@ -163,7 +165,8 @@ def tokenizer(sentences: Sequence[str] = SENTENCES) -> Tensor:
 
 def clip_vision(seed: int = 4, patch: int = 14) -> Tiny:
     """A CLIP vision tower of two layers under ComfyUI's names; patches of 14 pixels give 257 tokens."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    with kernels_hidden("transformers"):
+        from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
@@ -182,7 +185,8 @@ def wav2vec(seed: int = 5) -> Tiny:
 
 def wav2vec_model(seed: int) -> nn.Module:
     """An untrained Wav2Vec2 encoder of two layers."""
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
+    with kernels_hidden("transformers"):
+        from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     torch.manual_seed(seed)
     config = Wav2Vec2Config(

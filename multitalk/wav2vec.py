@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..quiet_imports import kernels_hidden
 from ..wanvideo.assign import assign, head_count, layer_count
 from ..wanvideo.checkpoint import Checkpoint, open_checkpoint
 
@@ -187,7 +188,8 @@ def _stored_name(name: str, checkpoint: Checkpoint, prefix: str) -> str:
 
 
 def _build(checkpoint: Checkpoint, prefix: str) -> nn.Module:
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
+    with kernels_hidden("transformers"):
+        from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     shapes = {k.removeprefix(prefix): v for k, v in checkpoint.shapes.items() if k.startswith(prefix)}
     if "feature_extractor.conv_layers.1.layer_norm.weight" in shapes:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ...quiet_imports import kernels_hidden
 from ..assign import assign, head_count, layer_count
 from ..checkpoint import Checkpoint, open_checkpoint
 
@@ -46,7 +47,6 @@ class ClipVision:
     def __init__(self, model: nn.Module, *, host: Host) -> None:
         self.model = model
         self.managed = host.manage(model)
-        self._vision = getattr(model, "vision_model", model)
         self._size = model.config.image_size
 
     @torch.no_grad()
@@ -57,11 +57,7 @@ class ClipVision:
         """
         device = self.managed.acquire()
         pixels = preprocess(images, self._size, crop=crop).to(device, next(self.model.parameters()).dtype)
-        hidden = self._vision.pre_layrnorm(self._vision.embeddings(pixels))
-        for layer in self._vision.encoder.layers[:-1]:
-            hidden = layer(hidden, attention_mask=None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return hidden.float().cpu()
+        return self.model(pixels, output_hidden_states=True).hidden_states[-2].float().cpu()
 
     def encode_image(self, images: Tensor, crop: bool = True) -> SimpleNamespace:
         """As ComfyUI's: an object whose penultimate_hidden_states are the features."""
@@ -154,7 +150,8 @@ def _wan_sources(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
 
 
 def _build(checkpoint: _Plain) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    with kernels_hidden("transformers"):
+        from transformers import CLIPVisionConfig, CLIPVisionModel
 
     width, _, patch, _ = checkpoint.shapes["embeddings.patch_embedding.weight"]
     positions = max(checkpoint.shapes["embeddings.position_embedding.weight"][:-1])

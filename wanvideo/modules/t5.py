@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quantized.fp8 import Fp8Linear
+from ...quiet_imports import kernels_hidden
 from ..assign import check, fill, layer_count
 from ..checkpoint import Checkpoint, open_checkpoint
 from .tokenizer import Tokenizer, find_tokenizer
@@ -173,7 +174,8 @@ def _file_names(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def _build(checkpoint: Checkpoint, names: Mapping[str, str]) -> nn.Module:
-    from transformers import UMT5Config, UMT5EncoderModel
+    with kernels_hidden("transformers"):
+        from transformers import UMT5Config, UMT5EncoderModel
 
     shapes = checkpoint.shapes
     vocabulary, dim = shapes[names["shared.weight"]]

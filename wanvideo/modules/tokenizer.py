@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ...quiet_imports import kernels_hidden
 from ..checkpoint import Checkpoint
 
 log = logging.getLogger("wanvideo")
@@ -80,10 +81,11 @@ def _sentencepiece(model: bytes) -> Encode:
 
 
 def _from_cache() -> Encode | None:
-    from transformers import AutoTokenizer
+    with kernels_hidden("transformers"):
+        from transformers import AutoTokenizer
 
-    try:
-        cached = AutoTokenizer.from_pretrained(HUB_NAME, local_files_only=True)
-    except (OSError, ValueError):
-        return None
+        try:
+            cached = AutoTokenizer.from_pretrained(HUB_NAME, local_files_only=True)
+        except (OSError, ValueError):
+            return None
     return lambda text: cached.encode(text, add_special_tokens=False)

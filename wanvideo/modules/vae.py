@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...quiet_imports import kernels_hidden
 from ..assign import assign
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..payloads import VAE_TIME_STRIDE, latent_frames, round_frames
@@ -80,8 +82,7 @@ class WanVAE:
     def __init__(
         self, model: nn.Module, layout: VaeLayout, statistics: tuple[Tensor, Tensor], *, dtype: torch.dtype, host: Host
     ) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
+        causal_conv = _diffusers_wan().WanCausalConv3d
         self.model = model
         self.layout = layout
         self.dtype = dtype
@@ -89,7 +90,7 @@ class WanVAE:
         self._host = host
         self._mean, self._std = (s.float().view(-1, 1, 1, 1) for s in statistics)
         self._convs = {
-            side: sum(isinstance(m, WanCausalConv3d) for m in getattr(model, side).modules())
+            side: sum(isinstance(m, causal_conv) for m in getattr(model, side).modules())
             for side in ("encoder", "decoder")
         }
 
@@ -215,8 +216,7 @@ class WanVAE:
 
     def _encode_chunks(self, video: Tensor, device: torch.device) -> Iterator[Tensor]:
         """Posterior means [z, 1, h, w]: of the first frame, then of four frames at a time."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
+        patchify = _diffusers_wan().patchify
         cache: list[Tensor | str | None] = [None] * self._convs["encoder"]
         for chunk in video.split([1] + [VAE_TIME_STRIDE] * (latent_frames(video.shape[1]) - 1), dim=1):
             self._host.check_cancelled()
@@ -226,8 +226,7 @@ class WanVAE:
 
     def _decode_chunks(self, raw: Tensor, device: torch.device) -> Iterator[Tensor]:
         """Frames [3, f, H, W] of each latent frame: one of the first, four of the others."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
+        unpatchify = _diffusers_wan().unpatchify
         cache: list[Tensor | str | None] = [None] * self._convs["decoder"]
         for index, frame in enumerate(raw.split(1, dim=1)):
             self._host.check_cancelled()
@@ -304,9 +303,7 @@ def load_vae(path: Path, *, dtype: torch.dtype, host: Host) -> WanVAE:
 
 def build_vae(layout: VaeLayout) -> nn.Module:
     """An untrained VAE of this layout."""
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
+    return _diffusers_wan().AutoencoderKLWan(
         base_dim=layout.base_dim,
         decoder_base_dim=layout.decoder_base_dim,
         z_dim=layout.z_dim,
@@ -319,6 +316,14 @@ def build_vae(layout: VaeLayout) -> nn.Module:
         patch_size=layout.patch if layout.nested else None,
         scale_factor_spatial=layout.spatial_factor,
     )
+
+
+def _diffusers_wan() -> ModuleType:
+    """diffusers' module of the Wan VAE, which is slow to load and therefore loaded when it is needed."""
+    with kernels_hidden("diffusers"):
+        from diffusers.models.autoencoders import autoencoder_kl_wan
+
+    return autoencoder_kl_wan
 
 
 def channels_last(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...quiet_imports import kernels_hidden
 from . import grids
 from .grids import Grid
 
@@ -54,19 +55,22 @@ class Solver(Protocol):
 
 
 def _unipc() -> Solver:
-    from diffusers import UniPCMultistepScheduler
+    with kernels_hidden("diffusers"):
+        from diffusers import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
 def _dpm() -> Solver:
-    from diffusers import DPMSolverMultistepScheduler
+    with kernels_hidden("diffusers"):
+        from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
 def _dpm_sde() -> Solver:
-    from diffusers import DPMSolverMultistepScheduler
+    with kernels_hidden("diffusers"):
+        from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True
@@ -74,19 +78,22 @@ def _dpm_sde() -> Solver:
 
 
 def _deis() -> Solver:
-    from diffusers import DEISMultistepScheduler
+    with kernels_hidden("diffusers"):
+        from diffusers import DEISMultistepScheduler
 
     return DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 
 def _euler() -> Solver:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    with kernels_hidden("diffusers"):
+        from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler()
 
 
 def _lcm() -> Solver:
-    from diffusers import FlowMatchLCMScheduler
+    with kernels_hidden("diffusers"):
+        from diffusers import FlowMatchLCMScheduler
 
     return FlowMatchLCMScheduler()
 
