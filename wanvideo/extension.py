@@ -110,7 +110,7 @@ class Payload(Protocol):
     needs: ClassVar[str]
 
     def window(self, frames: Sequence[int]) -> Self:
-        """The part that belongs to these pixel frames."""
+        """The part that belongs to these pixel frames. Itself if all windows have the same: they share what is kept."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """A copy whose floating-point tensors are on `device` in `dtype`."""

@@ -104,10 +104,53 @@ class Conditioning:
             return self.no_text
         return self.payload
 
+    def window(self, frames: Sequence[int]) -> Conditioning:
+        """The part that belongs to these pixel frames; itself if it is the same in every window."""
+        forms = (self.payload, self.no_text, self.no_audio)
+        parts = tuple(form if form is None else form.window(frames) for form in forms)
+        return self if all(part is form for part, form in zip(parts, forms, strict=True)) else Conditioning(*parts)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
         """All forms on `device`, floating-point tensors in `dtype`."""
         moved = (p if p is None else p.to(device, dtype) for p in (self.payload, self.no_text, self.no_audio))
         return Conditioning(*moved)
+
+
+class KeptConditioning:
+    """A conditioning on the device, with what is kept of it over the steps: its batches, and what blocks make of them.
+
+    It lives as long as a run, or as a window that comes again.
+    """
+
+    def __init__(self, conditioning: Conditioning, device: torch.device, dtype: torch.dtype) -> None:
+        self._forms = conditioning.to(device, dtype)
+        self._batches: dict[tuple[tuple[bool, bool], ...], Payload] = {}
+        # What is kept has the batch size of the forward that made it.
+        self._caches: dict[int, RunCache] = {}
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether speech can be left out of it."""
+        return self._forms.no_audio is not None
+
+    def of(self, row: Row) -> Payload:
+        """The payload that this pass reads."""
+        return self._forms.of(row)
+
+    def batch(self, rows: Sequence[Row]) -> Payload:
+        """One payload for passes that share a forward: the same object every time."""
+        key = tuple((row.text, row.audio) for row in rows)
+        if key not in self._batches:
+            self._batches[key] = _stack([self.of(row) for row in rows])
+        return self._batches[key]
+
+    def cache(self, count: int) -> RunCache:
+        """Where blocks keep what they make of a batch of so many passes."""
+        return self._caches.setdefault(count, RunCache())
+
+    def forget(self) -> None:
+        """Compute anew, in the next forward, what blocks make of it."""
+        self._caches.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,23 +158,22 @@ class Conditions:
     """What one video, or one window of it, is denoised under.
 
     positive, negative: encoded prompts [tokens, text_dim]. channels: [condition channels, F, H, W], joined to the
-    noise.
+    noise. conditionings: a KeptConditioning is one that windows share.
     """
 
     positive: Tensor
     negative: Tensor | None = None
     channels: Tensor | None = None
-    conditionings: tuple[Conditioning, ...] = ()
+    conditionings: tuple[Conditioning | KeptConditioning, ...] = ()
 
 
 class Denoiser:
     """Velocity of a Wan model under conditions and guidance.
 
-    Everything is moved to `device` once, so that what extensions keep for the run (`RunCache`) stays valid: make a new
-    Denoiser for every window. dtype is that of payloads and texts; latents go in as float32. keeps=False computes
-    everything anew in every step, for weights that change within the run (per-step LoRA). texts: where keys and
-    values of the prompts are kept, for windows that share prompts; None for a cache of its own. memories: of the step
-    cache, if there is one.
+    Everything is moved to `device` once, so that what is kept of it stays valid: make a new Denoiser for every window.
+    dtype is that of payloads and texts; latents go in as float32. keeps=False computes everything anew in every step,
+    for weights that change within the run (per-step LoRA). texts: where keys and values of the prompts are kept, for
+    windows that share prompts; None for a cache of its own. memories: of the step cache, if there is one.
     """
 
     def __init__(
@@ -155,12 +197,13 @@ class Denoiser:
         self._positive = conditions.positive.to(device, dtype)
         self._negative = None if conditions.negative is None else conditions.negative.to(device, dtype)
         self._channels = None if conditions.channels is None else conditions.channels.to(device, torch.float32)
-        self._conditionings = tuple(c.to(device, dtype) for c in conditions.conditionings)
-        self._has_audio = any(c.no_audio is not None for c in self._conditionings)
-        # What is kept has the batch size of the forward that made it.
-        self._caches: dict[int, RunCache] | None = {} if keeps else None
+        self._conditionings = tuple(
+            c if isinstance(c, KeptConditioning) else KeptConditioning(c, device, dtype)
+            for c in conditions.conditionings
+        )
+        self._has_audio = any(c.has_audio for c in self._conditionings)
+        self._keeps = keeps
         self._texts = (RunCache() if texts is None else texts) if keeps else None
-        self._stacked: dict[tuple[tuple[bool, bool], ...], tuple[Payload, ...]] = {}
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: Step, index: int) -> Tensor:
         """Guided velocity [C, F, H, W] float32 of latents [C, F, H, W].
@@ -186,8 +229,10 @@ class Denoiser:
 
     def forget(self) -> None:
         """Compute anew, in the next forward, what was kept of the conditions."""
-        for cache in (*(self._caches or {}).values(), *(() if self._texts is None else (self._texts,))):
-            cache.clear()
+        for conditioning in self._conditionings:
+            conditioning.forget()
+        if self._texts is not None:
+            self._texts.clear()
         if self.memories is not None:
             self.memories.clear()
 
@@ -197,10 +242,10 @@ class Denoiser:
             latents=video.expand(count, *video.shape),
             timestep=timestep.to(self.device).expand(count, *timestep.shape),
             text=tuple(self._text(row) for row in rows),
-            payloads=self._payloads(rows),
+            payloads=tuple(c.batch(rows) for c in self._conditionings),
             step=step,
             riflex_index=self.riflex_index,
-            cache=None if self._caches is None else self._caches.setdefault(count, RunCache()),
+            caches=tuple(c.cache(count) for c in self._conditionings) if self._keeps else (),
             texts=self._texts,
             memory=None if self.memories is None else self.memories.of(prediction_name(rows)),
         )
@@ -224,12 +269,6 @@ class Denoiser:
             shape = tuple(_shape_of(c.of(row)) for c in self._conditionings)
             groups.setdefault(shape, []).append(row)
         return list(groups.values())
-
-    def _payloads(self, rows: Sequence[Row]) -> tuple[Payload, ...]:
-        key = tuple((row.text, row.audio) for row in rows)
-        if key not in self._stacked:
-            self._stacked[key] = tuple(_stack([c.of(row) for row in rows]) for c in self._conditionings)
-        return self._stacked[key]
 
 
 def _stack(payloads: Sequence[Payload]) -> Payload:

@@ -14,7 +14,7 @@ from .denoise import LatentHook, denoise
 from .extension import Payload, RunCache
 from .extensions.clip_image import ClipImage
 from .extensions.prompt_segments import PromptSegments
-from .guidance import Conditioning, Conditions, Denoiser, Guidance, per_step
+from .guidance import Conditioning, Conditions, Denoiser, Guidance, KeptConditioning, per_step
 from .latents import (
     CHANNELS_2_2,
     GivenLatents,
@@ -244,12 +244,13 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
         if context is not None:
             log.info("The video is not longer than context_frames, so context_options have no effect.")
         return make_denoiser(request, transformer, host=host, conditions=conditions)
-    # The prompts are moved once, so that windows share what is kept of them.
+    # Prompts, and what else is the same in every window, are moved once, so that windows share what is kept of them.
     device, dtype = host.device(), request.model.base_dtype
+    shared = tuple(KeptConditioning(c, device, dtype) if c.window((0,)) is c else c for c in conditions.conditionings)
     negative = None if conditions.negative is None else conditions.negative.to(device, dtype)
     texts = RunCache()
     return WindowedDenoiser(
-        replace(conditions, negative=negative),
+        replace(conditions, negative=negative, conditionings=shared),
         options=context,
         texts=[prompt.to(device, dtype) for prompt in request.text.positive],
         device=device,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .extension import Payload, Step
-from .guidance import Conditioning, Conditions, Denoiser
+from .extension import Step
+from .guidance import Conditions, Denoiser, KeptConditioning
 from .modules.model import WanModel
 from .payloads import VAE_TIME_STRIDE, latent_frames
 from .step_cache import StepMemories
@@ -29,6 +29,8 @@ FUSE_METHODS = ("linear", "pyramid")
 MASK_CHANNELS = 4
 # A frame that only one window's end covers must still count.
 LEAST_WEIGHT = 1e-4
+# Share of the GPU's memory that stays free of what windows keep: forwards to come may need more than those so far.
+SPARE = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,12 +179,24 @@ def pixel_frames(window: Frames) -> list[int]:
     return [VAE_TIME_STRIDE * window[0], *(max(frame, 0) for frame in later)]
 
 
+def has_room(device: torch.device) -> bool:
+    """Whether what a window keeps (550 MB for the speech of 81 frames and 14B) may stay on `device` after its forward.
+
+    What PyTorch holds in reserve does not count as free: the next forward needs it.
+    """
+    if device.type != "cuda":
+        return device.type == "cpu"
+    free, total = torch.cuda.mem_get_info(device)
+    return free > SPARE * total
+
+
 class WindowedDenoiser:
     """Velocity of a long video from windows; stands in for a `Denoiser`.
 
-    conditions: of the whole video. texts: prompts [tokens, text_dim] that share it out. make: a Denoiser of one
-    window's conditions; it lives for one forward, so that what extensions keep does not add up over windows. memories:
-    makes what the step cache remembers of one window. model: what they run.
+    conditions: of the whole video; what all windows share is a KeptConditioning. texts: prompts [tokens, text_dim] that
+    share it out. make: a Denoiser of one window's conditions. It is kept, with all that it keeps, if the next step has
+    the same window and there is room; or else it lives for one forward. memories: makes what the step cache remembers
+    of one window. model: what they run.
     """
 
     def __init__(
@@ -200,7 +214,8 @@ class WindowedDenoiser:
         self.model = model
         self._conditions, self._options, self._texts = conditions, options, texts
         self._make, self._memories = make, memories
-        self._kept: dict[Frames, StepMemories | None] = {}
+        self._remembered: dict[Frames, StepMemories | None] = {}
+        self._denoisers: dict[Frames, Denoiser] = {}
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: Step, index: int) -> Tensor:
         """As Denoiser."""
@@ -208,15 +223,21 @@ class WindowedDenoiser:
         count = latents.shape[1]
         total, weight = torch.zeros_like(latents), latents.new_zeros(1, count, 1, 1)
         windows = self._options.windows(index, count)
+        again = self._options.windows(index + 1, count) if step.index + 1 < step.total else ()
         # What is remembered of a window that has moved on can serve no step any more.
-        self._kept = {window: self._kept[window] if window in self._kept else self._memories() for window in windows}
+        old = self._remembered
+        self._remembered = {window: old[window] if window in old else self._memories() for window in windows}
         for window in windows:
             if self._options.verbose:
                 log.info("Step %d, context window %s.", index + 1, window)
             places = torch.tensor(window, device=self.device)
-            denoiser = self._make(self._of(window, count), self._kept[window])
             times = timestep[places.to(timestep.device)] if timestep.dim() else timestep
+            kept = self._denoisers.pop(window, None)
+            denoiser = kept or self._make(self._of(window, count), self._remembered[window])
             velocity = denoiser(latents[:, places], times, step, index)
+            # The first to come stay: if windows took turns, each would be gone before its next step.
+            if window in again and (kept or has_room(self.device)):
+                self._denoisers[window] = denoiser
             share = blend_weights(window, count, self._options).to(self.device)[None, :, None, None]
             total.index_add_(1, places, velocity * share)
             weight.index_add_(1, places, share)
@@ -224,14 +245,16 @@ class WindowedDenoiser:
 
     def report(self) -> None:
         """As Denoiser."""
-        for kept in self._kept.values():
-            if kept is not None:
-                kept.report()
+        for memories in self._remembered.values():
+            if memories is not None:
+                memories.report()
 
     def forget(self) -> None:
         """As Denoiser."""
-        self._make(self._conditions, None).forget()
-        self._kept.clear()
+        shared = tuple(c for c in self._conditions.conditionings if isinstance(c, KeptConditioning))
+        self._make(replace(self._conditions, channels=None, conditionings=shared), None).forget()
+        self._remembered.clear()
+        self._denoisers.clear()
 
     def _of(self, window: Frames, count: int) -> Conditions:
         """The window's part of the conditions."""
@@ -240,7 +263,9 @@ class WindowedDenoiser:
             self._conditions,
             positive=_part(self._texts, window, count),
             channels=self._channels(window, count),
-            conditionings=tuple(_windowed(c, pixels) for c in self._conditions.conditionings),
+            conditionings=tuple(
+                c if isinstance(c, KeptConditioning) else c.window(pixels) for c in self._conditions.conditionings
+            ),
         )
 
     def _channels(self, window: Frames, count: int) -> Tensor | None:
@@ -257,8 +282,3 @@ class WindowedDenoiser:
 def _part(values: Sequence[Tensor] | Tensor, window: Frames, count: int) -> Tensor:
     """The one of several prompts or pictures, in the order of the video, that the window's last frame belongs to."""
     return values[min(int(max(window) / (count / len(values))), len(values) - 1)]
-
-
-def _windowed(conditioning: Conditioning, pixels: Sequence[int]) -> Conditioning:
-    forms: tuple[Payload | None, ...] = (conditioning.payload, conditioning.no_text, conditioning.no_audio)
-    return Conditioning(*(form if form is None else form.window(pixels) for form in forms))

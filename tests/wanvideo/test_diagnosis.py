@@ -18,6 +18,9 @@ from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.windows import ContextOptions
 
+MOVING = ContextOptions(size=17, overlap=8)
+STATIC = replace(MOVING, schedule="static_standard")
+
 
 @dataclass(frozen=True)
 class Overflowing:
@@ -74,7 +77,7 @@ def test_norms_that_are_part_of_a_kernel_are_named(asked, fused, norm, monkeypat
     assert f"the weights of layer {layer} are not finite" in message(asked)
 
 
-@pytest.mark.parametrize("context", [None, ContextOptions(size=17, overlap=8)])
+@pytest.mark.parametrize("context", [None, MOVING, STATIC])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_attention_is_named(asked, value, context):
     rule = Rule(plan=AttentionPlan(main=Overflowing(value)), blocks=frozenset({1, 2}))
@@ -106,10 +109,11 @@ def test_attention_is_named_under_compiled_blocks(asked):
         ("blocks.0.audio_cross_attn.kv_linear", float("inf"), "layer blocks.0.audio_cross_attn.kv_linear are not"),
     ],
 )
-def test_layers_are_named(asked, layer, value, want):
+@pytest.mark.parametrize("context", [None, MOVING, STATIC])
+def test_layers_are_named(asked, layer, value, want, context):
     weight = asked.model.transformer.get_submodule(layer).weight
     weight.requires_grad_(False).fill_(value)
-    assert want in message(asked)
+    assert want in message(replace(asked, context=context))
 
 
 def test_a_healthy_run_is_not_looked_at(asked, monkeypatch):

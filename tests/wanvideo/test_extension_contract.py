@@ -136,9 +136,9 @@ def test_full_graph_and_no_recompile_while_strength_and_step_change(case):
     for block in model.blocks:
         block.compile(fullgraph=True, backend=counter)
     cache = RunCache()
-    got = [model(inputs(p, step=s, cache=cache)) for s, p in enumerate(changing(case.payload))]
+    got = [model(inputs(p, step=s, caches=(cache,))) for s, p in enumerate(changing(case.payload))]
     frames = counter.frame_count
-    got += [model(inputs(p, step=s, cache=cache)) for s, p in enumerate(changing(case.payload))]
+    got += [model(inputs(p, step=s, caches=(cache,))) for s, p in enumerate(changing(case.payload))]
     assert counter.frame_count == frames <= len(model.blocks)
     assert list(model.state_dict()) == keys
     for a, b in zip(want, got[: len(want)], strict=True):

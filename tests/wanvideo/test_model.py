@@ -115,7 +115,7 @@ def test_cache_changes_nothing():
             latents=torch.randn(1, 36, 2, 4, 4), timestep=torch.tensor([timestep]), text=(torch.randn(3, TEXT),),
             payloads=(image,),
         )  # fmt: skip
-        assert torch.equal(model(ModelInputs(**inputs)), model(ModelInputs(**inputs, cache=cache)))
+        assert torch.equal(model(ModelInputs(**inputs)), model(ModelInputs(**inputs, caches=(cache,))))
 
 
 def test_wrong_inputs_are_named():

@@ -357,7 +357,7 @@ def test_payloads_reach_the_model(caplog):
     sample(asked, FakeHost())
     kinds = [[type(payload) for payload in call.payloads] for call in transformer.calls]
     assert kinds == [[ClipImage, AudioWindow, EnhanceArgs]] * (3 + 5)
-    assert all(call.riflex_index == 3 and call.cache is not None for call in transformer.calls)
+    assert all(call.riflex_index == 3 and len(call.caches) == 3 for call in transformer.calls)
     audio = transformer.calls[0].payloads[1]
     assert audio.audio.shape == (1, 1, 9, 5, 2, 3) and float(audio.scale) == pytest.approx(0.7)
     assert bool((transformer.calls[2].payloads[1].audio == 0).all())
@@ -396,7 +396,7 @@ def test_nothing_is_kept_where_loras_change_with_the_step():
     lora = type("Lora", (), {"strength": (1.0, 0.5)})()
     model = FakeModel(loras=(lora,))
     sample(request(model), FakeHost())
-    assert all(call.cache is None and call.texts is None for call in model.transformer.calls)
+    assert all(call.caches == () and call.texts is None for call in model.transformer.calls)
 
 
 def test_tiny_transformer_end_to_end():

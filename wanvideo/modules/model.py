@@ -190,8 +190,8 @@ class ModelInputs:
 
     latents [B, in_dim, F, H, W]: noise, joined with the condition channels where the model has them.
     timestep [B], or [B, F] for one per latent frame, 0..1000. text: B tensors [tokens, text_dim] without padding.
-    payloads: what the extensions read. cache: what extensions keep over the steps of a run; texts: keys and values of
-    the prompts, which outlive a context window; None computes everything anew.
+    payloads: what the extensions read. caches: where extensions keep, over the steps of a run, what blocks make of each
+    payload, in the same order; empty computes it anew. texts: the same for the prompts, or None.
     """
 
     latents: Tensor
@@ -200,18 +200,19 @@ class ModelInputs:
     payloads: tuple[Payload, ...] = ()
     step: Step = Step()
     riflex_index: int = 0
-    cache: RunCache | None = None
+    caches: tuple[RunCache, ...] = ()
     texts: RunCache | None = None
     memory: StepMemory | None = None
 
 
 class Active(NamedTuple):
-    """An extension that runs in this forward, its place in the registry order, its payload and state."""
+    """An extension that runs in this forward, its place in the registry order, its payload, state and cache."""
 
     place: int
     extension: Extension
     payload: Payload
     state: object
+    cache: RunCache | None
 
 
 class WanModel(nn.Module):
@@ -275,7 +276,7 @@ class WanModel(nn.Module):
                 block_inputs = BlockInputs(
                     tokens.mod, tokens.rows, tokens.rope, text_of(index), tokens.grid, attention_of[index]
                 )
-                x = block(x, block_inputs, self._conds(index, active, inputs.cache))
+                x = block(x, block_inputs, self._conds(index, active))
                 for entry in active:
                     x = entry.extension.after_block(self, index, x, block_inputs, entry.state)
         return x
@@ -344,21 +345,21 @@ class WanModel(nn.Module):
 
     def _prepare(self, inputs: ModelInputs, tokens: Tokens) -> tuple[tuple[Active, ...], Tokens]:
         active = []
-        unread = list(inputs.payloads)
+        unread = list(zip(inputs.payloads, inputs.caches or (None,) * len(inputs.payloads), strict=True))
         for place, extension in enumerate(self.extensions):
-            mine = [payload for payload in unread if isinstance(payload, extension.payload)]
+            mine = [given for given in unread if isinstance(given[0], extension.payload)]
             if len(mine) > 1:
-                raise ValueError(f"The model was given {type(mine[0]).__name__} twice; connect only one.")
-            for payload in mine:
-                unread.remove(payload)
+                raise ValueError(f"The model was given {type(mine[0][0]).__name__} twice; connect only one.")
+            for payload, cache in mine:
+                unread.remove((payload, cache))
                 tokens, state = extension.prepare(self, payload, inputs.step, tokens)
                 if state is not None:
-                    active.append(Active(place, extension, payload, state))
+                    active.append(Active(place, extension, payload, state, cache))
         if unread:
-            raise ValueError(unread[0].needs)
+            raise ValueError(unread[0][0].needs)
         return tuple(active), tokens
 
-    def _conds(self, index: int, active: Sequence[Active], cache: RunCache | None) -> tuple[NamedTuple | None, ...]:
+    def _conds(self, index: int, active: Sequence[Active]) -> tuple[NamedTuple | None, ...]:
         block = self.blocks[index]
         conds: list[NamedTuple | None] = [None] * len(self.extensions)
         for entry in active:
@@ -368,7 +369,7 @@ class WanModel(nn.Module):
             def make(entry: Active = entry) -> object | None:
                 return entry.extension.once(block, entry.state, index)
 
-            kept = make() if cache is None else cache.get((entry.payload,), index, make)
+            kept = make() if entry.cache is None else entry.cache.get((entry.payload,), index, make)
             conds[entry.place] = entry.extension.block_cond(entry.state, index, kept)
         return tuple(conds)
 
