@@ -95,7 +95,7 @@ def read_weight(file: TensorFile, weight: Weight) -> Tensor:
         return _nvfp4(file, weight, stored)
     if weight.scale is None:
         return stored
-    return stored.float().mul_(_broadcast(file.read(weight.scale).float(), weight, file))
+    return stored.float().mul_(_broadcast(file.read(weight.scale).float(), weight))
 
 
 def read_stored(file: TensorFile, weight: Weight) -> Stored:
@@ -137,12 +137,24 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
             f"{file.path.name}: '{name}' is quantised in a way this version cannot read ({stored.format}, without a "
             "comfy_quant mark); use a bf16, fp16, FP8 or GGUF file of the model."
         )
+    if scale is not None:
+        _check_scale(file, scale, name)
     form = stored.format if scale is None else f"{stored.format} scaled"
     dtype = torch.float32 if scale is not None else DTYPES.get(stored.format, torch.float32)
     return Weight(
         name=name, shape=stored.shape, format=form, dtype=dtype, scale=scale, input_scale=activations,
         full_precision=mark.full_precision,
     )  # fmt: skip
+
+
+def _check_scale(file: TensorFile, scale: str, name: str) -> None:
+    # By shape, not by number of values: blocks of 64 x 64 of a weight with 4096 columns are as many as its rows.
+    shape, rows = file.tensors[scale].shape, file.tensors[name].shape[:1]
+    if [size for size in shape if size != 1] not in ([], list(rows)):
+        raise ValueError(
+            f"{file.path.name}: the scale of '{name}' has the shape {shape}, but only one value per tensor or per "
+            "output row can be read; use another quantised file of the model."
+        )
 
 
 def _check_block_scales(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
@@ -201,16 +213,8 @@ def _mark(entry: str | Mapping[str, object]) -> Mark:
     return Mark(str(entry.get("format", "")), bool(entry.get("full_precision_matrix_mult", False)))
 
 
-def _broadcast(scale: Tensor, weight: Weight, file: TensorFile) -> Tensor:
-    rows = weight.shape[0] if weight.shape else 1
-    if scale.numel() == 1:
-        return scale.reshape(())
-    if scale.numel() == rows and scale.shape[0] == rows:
-        return scale.reshape(rows, *(1 for _ in weight.shape[1:]))
-    raise ValueError(
-        f"{file.path.name}: the scale of '{weight.name}' has the shape {tuple(scale.shape)}, but only one value per "
-        "tensor or per output row can be read; use another quantised file of the model."
-    )
+def _broadcast(scale: Tensor, weight: Weight) -> Tensor:
+    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *(1 for _ in weight.shape[1:]))
 
 
 def _nvfp4(file: TensorFile, weight: Weight, codes: Tensor) -> Tensor:
