@@ -184,10 +184,11 @@ def _sibling(file: TensorFile, layer: str, leaves: tuple[str, ...]) -> str | Non
 def _marks(file: TensorFile) -> dict[str, Mark]:
     # A model in parts may say in the header of each what that part holds.
     headers = (_json(part.metadata.get(HEADER_FIELD, "{}"), HEADER_FIELD, file) for part in parts_of(file))
-    marks = {layer: _mark(entry) for header in headers for layer, entry in header.get("layers", {}).items()}
+    entries = {layer: entry for header in headers for layer, entry in header.get("layers", {}).items()}
+    marks = {layer: _mark(entry, f"{HEADER_FIELD}, layer {layer}", file) for layer, entry in entries.items()}
     for name in file.tensors:
         if name.endswith(f".{MARK}"):
-            marks[name.removesuffix(f".{MARK}")] = _mark(_json(bytes(file.read(name).tolist()), name, file))
+            marks[name.removesuffix(f".{MARK}")] = _mark(_json(bytes(file.read(name).tolist()), name, file), name, file)
     unread = sorted({mark.format for mark in marks.values()} - set(MARKED_FORMATS))
     if unread:
         raise ValueError(
@@ -207,9 +208,11 @@ def _json(text: str | bytes, name: str, file: TensorFile) -> dict[str, object]:
     return found
 
 
-def _mark(entry: str | Mapping[str, object]) -> Mark:
+def _mark(entry: object, name: str, file: TensorFile) -> Mark:
     if isinstance(entry, str):
         return Mark(entry)
+    if not isinstance(entry, dict):
+        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is neither a format nor a JSON object"))
     return Mark(str(entry.get("format", "")), bool(entry.get("full_precision_matrix_mult", False)))
 
 

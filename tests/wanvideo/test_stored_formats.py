@@ -1,5 +1,6 @@
 """What files may say of their quantised weights: shapes of scales, marks, padding; what cannot be read is named."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -85,3 +86,13 @@ def test_a_text_encoder_with_a_scale_a_row(quantization, tmp_path):
         )
         encoded += encoder.encode(["a red panda"])
     assert relative(*encoded) < 1e-5
+
+
+@pytest.mark.parametrize("entry", [None, 3, ["nvfp4"]])
+def test_a_header_that_says_nothing_of_a_layer_is_named(t2v, entry, tmp_path):
+    save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
+    field = {"_quantization_metadata": json.dumps({"layers": {"blocks.0.ffn.0": entry}})}
+    save_file(load_file(tmp_path / "m.safetensors"), tmp_path / "m.safetensors", metadata={**t2v.metadata, **field})
+    message = r"m\.safetensors.*'_quantization_metadata, layer blocks\.0\.ffn\.0' is neither a format nor.*again\.$"
+    with pytest.raises(ValueError, match=message):
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
