@@ -174,6 +174,23 @@ def _say(name: str, option: Option, held: set[str], scaled: bool, file: str) -> 
         log.info("%s holds %s, which is kept as it is.", file, ", ".join(sorted(others)))
 
 
+def say_what_is_overruled(name: str, checkpoint: Checkpoint) -> None:
+    """Log which files ask for full-precision products by a mark that a fast option does not follow.
+
+    Many files have the mark by their converter's habit, and following it would make the option do nothing for them.
+    """
+    option = QUANTIZATIONS[name]
+    if not option.fast:
+        return
+    product = "FP8 or FP4" if option.storage == NVFP4 else "FP8"
+    for file in checkpoint.asking_full_precision:
+        log.info(
+            "%s asks for full-precision products (its scaled_fp8 mark has two elements), but quantization '%s' "
+            "multiplies in %s all the same; '%s' does as the file asks.",
+            file, name, product, name.removesuffix("_fast"),
+        )  # fmt: skip
+
+
 def describe(model: nn.Module) -> None:
     """Log how many linear layers are quantised, and how."""
     counts = Counter(layer.label for layer in model.modules() if isinstance(layer, QuantisedLinear))

@@ -88,6 +88,15 @@ def weights_of(file: TensorFile) -> dict[str, Weight]:
     return found
 
 
+def asks_full_precision(file: TensorFile) -> bool:
+    """Whether the mark of older scaled FP8 files asks for products in base precision, by having two elements.
+
+    Several converters write two for every model, so that it is no property of the weights.
+    """
+    marked = (stored for name, stored in file.tensors.items() if name.rpartition(".")[2] == MARKER)
+    return any(math.prod(stored.shape) == 2 for stored in marked)
+
+
 def read_weight(file: TensorFile, weight: Weight) -> Tensor:
     """The values: as stored where nothing scales them, else float32."""
     stored = file.read(weight.name)

@@ -1,6 +1,7 @@
 """What files may say of their quantised weights: shapes of scales, marks, padding; what cannot be read is named."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from layouts import relative
 from safetensors.torch import load_file, save_file
 from saved_models import save_fp8
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
 from wanvideo_wrapper.wanvideo.modules import t5
@@ -96,3 +98,18 @@ def test_a_header_that_says_nothing_of_a_layer_is_named(t2v, entry, tmp_path):
     message = r"m\.safetensors.*'_quantization_metadata, layer blocks\.0\.ffn\.0' is neither a format nor.*again\.$"
     with pytest.raises(ValueError, match=message):
         load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+
+
+@pytest.mark.parametrize("option", ["fp8_e4m3fn_scaled", "fp8_e4m3fn_scaled_fast"])
+@pytest.mark.parametrize("elements", [0, 1, 2])
+def test_a_mark_of_two_elements_is_overruled_aloud(t2v, elements, option, tmp_path, caplog):
+    save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
+    tensors = load_file(tmp_path / "m.safetensors")
+    tensors["scaled_fp8"] = torch.zeros(elements).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
+    with caplog.at_level(logging.INFO, "wanvideo"):
+        model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
+    fast = option.endswith("_fast")
+    assert isinstance(model.transformer.blocks[0].ffn[0], Fp8MatmulLinear) == fast
+    said = [m for m in caplog.messages if "m.safetensors asks for full-precision products" in m]
+    assert len(said) == (fast and elements == 2) and all("multiplies in FP8 all the same" in m for m in said)
