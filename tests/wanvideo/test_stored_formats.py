@@ -8,11 +8,15 @@ import pytest
 import torch
 from layouts import relative
 from safetensors.torch import load_file, save_file
-from saved_models import save_fp8
+from saved_models import quantisable, save_fp8, save_nvfp4
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
+from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4, values_of
 from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.wanvideo.assign import assign
+from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules import t5
 from wanvideo_wrapper.wanvideo.modules.model import ModelInputs
 
@@ -113,3 +117,51 @@ def test_a_mark_of_two_elements_is_overruled_aloud(t2v, elements, option, tmp_pa
     assert isinstance(model.transformer.blocks[0].ffn[0], Fp8MatmulLinear) == fast
     said = [m for m in caplog.messages if "m.safetensors asks for full-precision products" in m]
     assert len(said) == (fast and elements == 2) and all("multiplies in FP8 all the same" in m for m in said)
+
+
+def narrower(model, width):
+    """The model with feed-forward layers of `width` channels."""
+    cut = {"ffn.0.weight": slice(width), "ffn.0.bias": slice(width), "ffn.2.weight": (slice(None), slice(width))}
+    parts = {k: next((at for end, at in cut.items() if k.endswith(end)), ...) for k in model.tensors}
+    return replace(model, tensors={k: v[parts[k]].clone() for k, v in model.tensors.items()})
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(("option", "tolerance"), [("disabled", 1e-5), ("fp4_scaled", 1e-5), ("fp4_scaled_fast", 0.06)])
+@pytest.mark.parametrize("width", [208, 200])
+def test_nvfp4_that_was_filled_up_to_whole_blocks(t2v, width, option, tolerance, merged, tmp_path):
+    model = narrower(t2v, width)
+    save_nvfp4(model, tmp_path / "filled.safetensors")
+    assert load_file(tmp_path / "filled.safetensors")["blocks.0.ffn.2.weight"].shape == (128, 224 / 2)
+    exact = {
+        k: values_of(quantise_nvfp4(v))[: v.shape[0], : v.shape[1]] if quantisable(k, v) else v.bfloat16().float()
+        for k, v in model.tensors.items()
+    }
+    replace(model, tensors=exact).save(tmp_path / "exact.safetensors", torch.float32)
+    tiny.lora(model).save(tmp_path / "lora.safetensors", torch.float32)
+    options = replace(FP32, loras=(LoraFile(path=tmp_path / "lora.safetensors", strength=0.5),) if merged else ())
+    loaded = load_wan_model(tmp_path / "filled.safetensors", replace(options, quantization=option), HOST)
+    assert loaded.transformer.blocks[0].ffn[2].in_features == width == loaded.config.ffn_dim
+    want = run(load_wan_model(tmp_path / "exact.safetensors", options, HOST))
+    assert relative(run(loaded), want) < (0.2 if merged else tolerance)
+
+
+def save_one_nvfp4(weight, path):
+    q, mark = quantise_nvfp4(weight), torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    scales = {"layer.weight_scale": q.block_scale, "layer.weight_scale_2": q.scale, "layer.comfy_quant": mark}
+    save_file({"layer.weight": q.codes, **scales}, path)
+    return values_of(q)
+
+
+@pytest.mark.parametrize(("wanted", "fits"), [((24, 40), True), ((32, 64), True), ((16, 40), False), ((24, 32), False)])
+def test_nvfp4_of_a_plain_layer_loses_what_filled_it_up(wanted, fits, tmp_path):
+    values = save_one_nvfp4(torch.randn(24, 40), tmp_path / "m.safetensors")
+    model = torch.nn.Module()
+    model.layer = torch.nn.Linear(*wanted[::-1], bias=False, device="meta")
+    checkpoint, names = open_checkpoint(tmp_path / "m.safetensors"), {"layer.weight": "layer.weight"}
+    if not fits:
+        with pytest.raises(ValueError, match=r"'layer\.weight' has the shape \(32, 64\) where a test has"):
+            assign(model, checkpoint, names, dtype=torch.float32, what="test")
+        return
+    assign(model, checkpoint, names, dtype=torch.float32, what="test")
+    torch.testing.assert_close(model.layer.weight, torch.nn.Parameter(values[: wanted[0], : wanted[1]]))
