@@ -46,7 +46,8 @@ def _config(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Wa
     text_dim = shapes["text_embedding.0.weight"][1]
     return WanConfig(
         dim=dim,
-        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        # NVFP4 fills weights up to whole blocks, but never their bias.
+        ffn_dim=shapes.get("blocks.0.ffn.0.bias", shapes["blocks.0.ffn.0.weight"])[0],
         num_heads=head_count(checkpoint, dim, HEAD_SIZE),
         num_layers=layer_count(shapes, "blocks."),
         in_dim=in_dim,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..kernels.fp8_rows import padded_size
+from ..kernels.nvfp4 import BLOCK
 from ..tensor_layout import kernel_ready
 from .checkpoint import Checkpoint
 
@@ -34,8 +36,9 @@ def assign(
 ) -> LoadReport:
     """Fill every parameter of `model`, in place, and log one line of what matched.
 
-    names: parameter -> tensor of the checkpoint. Shapes may differ by dimensions of size 1. what: the kind of model,
-    for messages. Raises ValueError, naming the first, if tensors are missing or do not fit.
+    names: parameter -> tensor of the checkpoint. Shapes may differ by dimensions of size 1, and by the zeros that fill
+    NVFP4 up. what: the kind of model, for messages. Raises ValueError, naming the first, if tensors are missing or do
+    not fit.
     """
     report = check(model, checkpoint, names, what=what)
     fill(model, checkpoint, names, dtype_of=lambda name: dtype)
@@ -53,7 +56,7 @@ def check(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *,
         )
     for name, parameter in wanted.items():
         shape = checkpoint.shapes[names[name]]
-        if [s for s in shape if s != 1] != [s for s in parameter.shape if s != 1]:
+        if not _fits(shape, parameter.shape, checkpoint.formats[names[name]]):
             raise ValueError(
                 f"{checkpoint.path.name}: '{names[name]}' has the shape {tuple(shape)} where a {what} has "
                 f"{tuple(parameter.shape)}; choose another file."
@@ -67,12 +70,30 @@ def check(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *,
 def fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype_of: DtypeOf) -> None:
     """The second half of `assign`: read the tensors of all parameters that are still on the meta device."""
     state = {
-        name: kernel_ready(checkpoint.tensor(names[name]).reshape(parameter.shape).to(dtype_of(name)), strided=False)
+        name: kernel_ready(read(checkpoint, names[name], parameter.shape).to(dtype_of(name)), strided=False)
         for name, parameter in model.named_parameters()
         if parameter.is_meta
     }
     model.load_state_dict(state, assign=True, strict=False)
     model.eval().requires_grad_(False)
+
+
+def read(checkpoint: Checkpoint, name: str, shape: torch.Size) -> Tensor:
+    """The tensor `name` in the model's shape, which `check` has found to fit."""
+    value = checkpoint.tensor(name)
+    if value.numel() != shape.numel():
+        value = value[: shape[0], : shape[1]]
+    return value.reshape(shape)
+
+
+def _fits(stored: Sequence[int], wanted: Sequence[int], form: str) -> bool:
+    if [size for size in stored if size != 1] == [size for size in wanted if size != 1]:
+        return True
+    if form != "NVFP4" or len(wanted) != 2:
+        return False
+    # A kernel reads whole blocks of columns; ComfyUI fills rows up too, and FP8 products want 32 columns.
+    (rows, columns), (n, k) = stored, wanted
+    return rows in (n, padded_size(n, BLOCK)) and columns in (padded_size(k, BLOCK), padded_size(k))
 
 
 def layer_count(keys: Mapping[str, object], prefix: str) -> int:

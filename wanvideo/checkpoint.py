@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .key_names import Naming, naming_of
-from .stored_formats import Stored, Weight, read_stored, read_weight, weights_of
+from .stored_formats import Stored, Weight, asks_full_precision, read_stored, read_weight, weights_of
 from .tensor_file import Parts, TensorFile, open_files
 
 
@@ -52,6 +52,12 @@ class Checkpoint:
     def quantised(self) -> tuple[str, ...]:
         """Names of the tensors that are stored in fewer bits than bfloat16."""
         return tuple(name for name, entry in self._entries.items() if entry.weight.quantised)
+
+    @property
+    def asking_full_precision(self) -> tuple[str, ...]:
+        """Names of the files whose `scaled_fp8` mark asks for products in base precision."""
+        files = dict.fromkeys(entry.file for entry in self._entries.values())
+        return tuple(file.path.name for file in files if asks_full_precision(file))
 
     @property
     def parameters(self) -> int:

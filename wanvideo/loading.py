@@ -29,7 +29,7 @@ from .families import TRANSFORMER
 from .lora import LoraFile, beside
 from .lora_merge import MergedLoras
 from .modules.model import WanModel
-from .quantization import Plan, describe, plan_of
+from .quantization import Plan, describe, plan_of, say_what_is_overruled
 
 if TYPE_CHECKING:
     from ..host import Host, Managed
@@ -141,6 +141,7 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     main = with_aliases(opened)
     checkpoint = main.joined([with_aliases(open_checkpoint(module)) for module in options.modules])
     plan = plan_of(options.quantization, main, device=host.device(), base=options.base_dtype)
+    say_what_is_overruled(options.quantization, checkpoint)
     spec = AttentionSpec(
         device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
     )

@@ -61,13 +61,15 @@ class Plan:
     """How one model's linear layers are made.
 
     convert: storage of weights that the file holds in base precision, None to leave them; fast: see Option; device:
-    where the model will run, and where weights are converted; base: precision of activations.
+    where the model will run, and where weights are converted; base: precision of activations; anew: names of weights
+    that are converted although the file holds them in few bits.
     """
 
     convert: str | None
     fast: bool
     device: torch.device
     base: torch.dtype
+    anew: frozenset[str] = frozenset()
 
     def layer(self, checkpoint: Checkpoint, name: str, plain: nn.Module, merged: MergedLoras) -> QuantisedLinear | None:
         """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain.
@@ -83,7 +85,7 @@ class Plan:
         bias = checkpoint.tensor(f"{name}.bias").to(self.base) if f"{name}.bias" in checkpoint.shapes else None
         fast = self.fast and not checkpoint.full_precision(weight)
         difference = merged.weight(name)
-        if stored is None or (stored != NVFP4 and self.convert == NVFP4):
+        if stored is None or weight in self.anew:
             value = checkpoint.tensor(weight)
             return self._converted(value if difference is None else value.float() + difference, bias, fast)
         if stored == NVFP4:
@@ -153,7 +155,9 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
         )
     _say(name, option, held, scaled, file)
     kept = NVFP4 in held if option.storage == NVFP4 else scaled
-    return Plan(convert=None if kept else option.storage, fast=option.fast, device=device, base=base)
+    convert = None if kept else option.storage
+    anew = {key for key, form in checkpoint.formats.items() if form.startswith("F8_")} if convert == NVFP4 else ()
+    return Plan(convert=convert, fast=option.fast, device=device, base=base, anew=frozenset(anew))
 
 
 def _say(name: str, option: Option, held: set[str], scaled: bool, file: str) -> None:
@@ -168,6 +172,23 @@ def _say(name: str, option: Option, held: set[str], scaled: bool, file: str) -> 
     others = held - {option.storage}
     if others:
         log.info("%s holds %s, which is kept as it is.", file, ", ".join(sorted(others)))
+
+
+def say_what_is_overruled(name: str, checkpoint: Checkpoint) -> None:
+    """Log which files ask for full-precision products by a mark that a fast option does not follow.
+
+    Many files have the mark by their converter's habit, and following it would make the option do nothing for them.
+    """
+    option = QUANTIZATIONS[name]
+    if not option.fast:
+        return
+    product = "FP8 or FP4" if option.storage == NVFP4 else "FP8"
+    for file in checkpoint.asking_full_precision:
+        log.info(
+            "%s asks for full-precision products (its scaled_fp8 mark has two elements), but quantization '%s' "
+            "multiplies in %s all the same; '%s' does as the file asks.",
+            file, name, product, name.removesuffix("_fast"),
+        )  # fmt: skip
 
 
 def describe(model: nn.Module) -> None:

@@ -88,6 +88,15 @@ def weights_of(file: TensorFile) -> dict[str, Weight]:
     return found
 
 
+def asks_full_precision(file: TensorFile) -> bool:
+    """Whether the mark of older scaled FP8 files asks for products in base precision, by having two elements.
+
+    Several converters write two for every model, so that it is no property of the weights.
+    """
+    marked = (stored for name, stored in file.tensors.items() if name.rpartition(".")[2] == MARKER)
+    return any(math.prod(stored.shape) == 2 for stored in marked)
+
+
 def read_weight(file: TensorFile, weight: Weight) -> Tensor:
     """The values: as stored where nothing scales them, else float32."""
     stored = file.read(weight.name)
@@ -95,7 +104,7 @@ def read_weight(file: TensorFile, weight: Weight) -> Tensor:
         return _nvfp4(file, weight, stored)
     if weight.scale is None:
         return stored
-    return stored.float().mul_(_broadcast(file.read(weight.scale).float(), weight, file))
+    return stored.float().mul_(_broadcast(file.read(weight.scale).float(), weight))
 
 
 def read_stored(file: TensorFile, weight: Weight) -> Stored:
@@ -137,12 +146,24 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
             f"{file.path.name}: '{name}' is quantised in a way this version cannot read ({stored.format}, without a "
             "comfy_quant mark); use a bf16, fp16, FP8 or GGUF file of the model."
         )
+    if scale is not None:
+        _check_scale(file, scale, name)
     form = stored.format if scale is None else f"{stored.format} scaled"
     dtype = torch.float32 if scale is not None else DTYPES.get(stored.format, torch.float32)
     return Weight(
         name=name, shape=stored.shape, format=form, dtype=dtype, scale=scale, input_scale=activations,
         full_precision=mark.full_precision,
     )  # fmt: skip
+
+
+def _check_scale(file: TensorFile, scale: str, name: str) -> None:
+    # By shape, not by number of values: blocks of 64 x 64 of a weight with 4096 columns are as many as its rows.
+    shape, rows = file.tensors[scale].shape, file.tensors[name].shape[:1]
+    if [size for size in shape if size != 1] not in ([], list(rows)):
+        raise ValueError(
+            f"{file.path.name}: the scale of '{name}' has the shape {shape}, but only one value per tensor or per "
+            "output row can be read; use another quantised file of the model."
+        )
 
 
 def _check_block_scales(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
@@ -172,10 +193,11 @@ def _sibling(file: TensorFile, layer: str, leaves: tuple[str, ...]) -> str | Non
 def _marks(file: TensorFile) -> dict[str, Mark]:
     # A model in parts may say in the header of each what that part holds.
     headers = (_json(part.metadata.get(HEADER_FIELD, "{}"), HEADER_FIELD, file) for part in parts_of(file))
-    marks = {layer: _mark(entry) for header in headers for layer, entry in header.get("layers", {}).items()}
+    entries = {layer: entry for header in headers for layer, entry in header.get("layers", {}).items()}
+    marks = {layer: _mark(entry, f"{HEADER_FIELD}, layer {layer}", file) for layer, entry in entries.items()}
     for name in file.tensors:
         if name.endswith(f".{MARK}"):
-            marks[name.removesuffix(f".{MARK}")] = _mark(_json(bytes(file.read(name).tolist()), name, file))
+            marks[name.removesuffix(f".{MARK}")] = _mark(_json(bytes(file.read(name).tolist()), name, file), name, file)
     unread = sorted({mark.format for mark in marks.values()} - set(MARKED_FORMATS))
     if unread:
         raise ValueError(
@@ -195,22 +217,16 @@ def _json(text: str | bytes, name: str, file: TensorFile) -> dict[str, object]:
     return found
 
 
-def _mark(entry: str | Mapping[str, object]) -> Mark:
+def _mark(entry: object, name: str, file: TensorFile) -> Mark:
     if isinstance(entry, str):
         return Mark(entry)
+    if not isinstance(entry, dict):
+        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is neither a format nor a JSON object"))
     return Mark(str(entry.get("format", "")), bool(entry.get("full_precision_matrix_mult", False)))
 
 
-def _broadcast(scale: Tensor, weight: Weight, file: TensorFile) -> Tensor:
-    rows = weight.shape[0] if weight.shape else 1
-    if scale.numel() == 1:
-        return scale.reshape(())
-    if scale.numel() == rows and scale.shape[0] == rows:
-        return scale.reshape(rows, *(1 for _ in weight.shape[1:]))
-    raise ValueError(
-        f"{file.path.name}: the scale of '{weight.name}' has the shape {tuple(scale.shape)}, but only one value per "
-        "tensor or per output row can be read; use another quantised file of the model."
-    )
+def _broadcast(scale: Tensor, weight: Weight) -> Tensor:
+    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *(1 for _ in weight.shape[1:]))
 
 
 def _nvfp4(file: TensorFile, weight: Weight, codes: Tensor) -> Tensor:

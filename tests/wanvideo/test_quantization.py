@@ -217,7 +217,7 @@ def test_full_precision_outlives_a_change_of_storage(t2v, tmp_path):
     assert kinds(model) == {Nvfp4Linear}
 
 
-@pytest.mark.parametrize("option", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e4m3fn_scaled", "fp4_scaled", "disabled"])
+@pytest.mark.parametrize("option", ["fp8_e4m3fn_scaled", *FROM_BF16])
 def test_a_module_file_does_not_decide_for_the_main_file(option, tmp_path):
     main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
     tiny.image_to_video().save(main, torch.bfloat16)
@@ -229,7 +229,18 @@ def test_a_module_file_does_not_decide_for_the_main_file(option, tmp_path):
         return
     block = load_wan_model(main, options, HOST).transformer.blocks[0]
     assert type(block.self_attn.q) is FROM_BF16[option][0]
-    assert type(block.audio_cross_attn.proj) is (Fp8Linear if option == "disabled" else FROM_BF16[option][0])
+    kept = block.audio_cross_attn.proj
+    assert type(kept) is (Fp8MatmulLinear if option.endswith("_fast") else Fp8Linear)
+    stored = load_file(speech)["blocks.0.audio_cross_attn.proj.weight"]
+    assert torch.equal(kept.weight.view(torch.uint8), stored.view(torch.uint8))
+
+
+def test_a_module_file_in_base_precision_becomes_nvfp4_with_the_main_file(tmp_path):
+    main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
+    save_fp8(tiny.image_to_video(), main, scaled=True)
+    tiny.speech_module().save(speech, torch.bfloat16)
+    options = replace(FP32, quantization="fp4_experimental", modules=(speech,))
+    assert kinds(load_wan_model(main, options, HOST)) == {Nvfp4Linear}
 
 
 @pytest.mark.parametrize(("option", "format"), [("fp8_e5m2_fast", "E5M2"), ("fp8_e4m3fn_fast", "E4M3")])

@@ -104,6 +104,7 @@ class _Plain:
         self.path, self.metadata = checkpoint.path, checkpoint.metadata
         self._checkpoint, self._source = checkpoint, source
         self.shapes = {name: self._shape(*entry) for name, entry in source.items()}
+        self.formats = {name: checkpoint.formats[key] for name, (key, _) in source.items()}
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Plain:

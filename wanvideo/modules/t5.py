@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...quantized.fp8 import Fp8Linear
 from ...quiet_imports import kernels_hidden
-from ..assign import check, fill, layer_count
+from ..assign import check, fill, layer_count, read
 from ..checkpoint import Checkpoint, open_checkpoint
 from .tokenizer import Tokenizer, find_tokenizer
 
@@ -140,7 +140,7 @@ def _store_in_fp8(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, 
             found = checkpoint.stored(key)
             quantised = Fp8Linear(found.values, found.scale, None)
         else:
-            quantised = Fp8Linear.quantise(checkpoint.tensor(key), None, torch.float8_e4m3fn)
+            quantised = Fp8Linear.quantise(read(checkpoint, key, layer.weight.shape), None, torch.float8_e4m3fn)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantised)
 
