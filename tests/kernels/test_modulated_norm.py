@@ -86,3 +86,16 @@ def test_quantise_interpreted(columns, gelu, monkeypatch):
     kernels.triton_kernels("fp8_rows_triton").quantise(x, None, got, got_scale, gelu=gelu)
     assert torch.allclose(got_scale, scale, rtol=1e-5, atol=1e-9) and not got[:, columns:].float().any()
     assert relative(got.float() * got_scale, values.float() * scale) < 3e-3
+
+
+@interpreted.needed
+def test_quantise_with_a_scale_of_the_file_interpreted(monkeypatch):
+    interpreted.exact(monkeypatch)
+    x = torch.randn(4, 33)
+    x[0, 3], x[1, 5], x[2, 7] = float("nan"), float("inf"), -1e6
+    values, scale = quantise_eager(x, torch.tensor(0.02))
+    got = torch.zeros_like(values)
+    got_scale = torch.full_like(scale, float("nan"))
+    kernels.triton_kernels("fp8_rows_triton").quantise(x, torch.tensor(0.02), got, got_scale, gelu=False)
+    assert torch.equal(got_scale, scale) and got.float()[0].isnan().nonzero().tolist() == [[3]]
+    assert torch.equal(got.float().nan_to_num(), values.float().nan_to_num())
