@@ -6,16 +6,29 @@ The layers themselves are in `quantized/`: one class for each storage format and
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .kernels.fp8_rows import Fp8Rows, padded_size, quantise
 from .quantized.fp8 import FP8_DTYPES, Fp8MatmulLinear, row_scales, rows_product
-from .quantized.linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, padded
+from .quantized.linear import (
+    INPUT_SCALE_NAMES,
+    ROW_MULTIPLE,
+    SCALE_NAMES,
+    QuantisedLinear,
+    activation_scale,
+    check_columns,
+    frozen,
+    padded,
+)
 
 log = logging.getLogger("wanvideo")
+
+Scale = Tensor | float
+# Scales in an error message.
+MOST_NAMED = 8
 
 # Parts of a layer's name that keep it in base precision: small, and sensitive.
 KEEP = (
@@ -32,26 +45,28 @@ def keeps_precision(name: str, params_to_keep: Collection[str] = KEEP) -> bool:
 def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -> Tensor:  # noqa: A002
     """The forward of a linear layer `cls` on FP8 tensor cores: input [..., K] -> [..., N] in base_dtype.
 
-    cls: a layer with a weight [N, K] and perhaps a bias. With an FP8 weight, its `scale_weight` (one value or one a
-    row) and `scale_input` (one value; without it, or where it is 1, every row of the input is measured) are read where
-    they are there. Any other weight runs the layer's `original_forward`, or its plain product; a layer that is
-    quantised already, its own product. Tuples become their first entry. FP8 products have no gradient.
-    Raises ValueError for an input of another width or scales of another number.
+    cls: a layer with a weight [N, K] and perhaps a bias. With an FP8 weight, its `weight_scale` or `scale_weight` (one
+    value or one a row) and `input_scale` or `scale_input` (one value; without it, or where it is 1, every row of the
+    input is measured) are read where they are there. Any other weight runs the layer's `original_forward`, or its plain
+    product; a layer that is quantised already, its own product. Tuples become their first entry. FP8 products have no
+    gradient.
+    Raises ValueError for an input of another width or scales of another number, TypeError for a scale that is no
+    number and no tensor.
     """
     # Contiguous before anything else is done with it; the operators below see to its address.
     ready = input.contiguous().to(base_dtype)
     if isinstance(cls, QuantisedLinear):
-        return _first(cls(ready))
+        return _first(cls(ready)).to(base_dtype)
     if cls.weight.dtype not in FP8_DTYPES.values():
         if hasattr(cls, "original_forward"):
-            return _first(cls.original_forward(ready))
+            return _first(cls.original_forward(ready)).to(base_dtype)
         return nn.functional.linear(ready, cls.weight.to(base_dtype), _bias(cls, base_dtype))
     features, columns = cls.weight.shape
     check_columns(ready, columns)
     weight = padded(cls.weight.detach(), padded_size(features, ROW_MULTIPLE), padded_size(columns))
-    scale = row_scales(getattr(cls, "scale_weight", None), features, weight.device)
+    scale = row_scales(_scale(cls, SCALE_NAMES), features, weight.device)
     scale = nn.functional.pad(scale, (0, 0, 0, weight.shape[0] - features))
-    rows = _quantised(ready, activation_scale(getattr(cls, "scale_input", None), weight.device))
+    rows = _quantised(ready, activation_scale(_scale(cls, INPUT_SCALE_NAMES), weight.device))
     bias = _bias(cls, base_dtype)
     return rows_product(rows, weight, scale, None if bias is None else bias.detach(), features)
 
@@ -80,32 +95,79 @@ def convert_fp8_linear(
     module: nn.Module,
     base_dtype: torch.dtype,
     params_to_keep: Collection[str] = (),
-    scale_weight_keys: Mapping[str, Tensor] | None = None,
+    scale_weight_keys: Mapping[str, Scale] | None = None,
 ) -> None:
     """Let every linear layer of `module` that has an FP8 weight run on FP8 tensor cores, in place.
 
-    The layers stay the same objects, and give results in base_dtype. params_to_keep: parts of names of layers that are
-    left alone, as are layers with another weight and those that the model loader quantised (choose a "_fast" option
-    there); those with a forward of their own are too, with a warning.
-    scale_weight_keys: "<layer>.scale_weight" and "<layer>.scale_input" -> scales of the file; without them the layer's
-    attributes of these names. Raises ValueError for scales that do not fit.
+    The layers stay the same objects, and give results in base_dtype; so do layers that were converted before, with the
+    scales that they have. params_to_keep: parts of names of layers that are left alone, as are layers with another
+    weight and those that the model loader quantised (choose a "_fast" option there); those with a forward of their own
+    are too, with a warning.
+    scale_weight_keys: "<layer>.weight_scale" or "<layer>.scale_weight", and "<layer>.input_scale" or
+    "<layer>.scale_input" -> scales of the file; without them the layer's attributes of these names.
+    Raises ValueError for scales of layers that the module does not have, before anything is changed, and for scales
+    that do not fit; TypeError for a scale that is no number and no tensor.
     """
-    scales = scale_weight_keys or {}
+    scales = _scales_by_layer(module, scale_weight_keys or {})
     converted = 0
     for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear) or isinstance(layer, QuantisedLinear):
+        if not isinstance(layer, nn.Linear) or keeps_precision(name, params_to_keep):
             continue
-        if layer.weight.dtype not in FP8_DTYPES.values() or keeps_precision(name, params_to_keep):
+        if isinstance(layer, ConvertedLinear):
+            _rebase(layer, base_dtype)
+            continue
+        if isinstance(layer, QuantisedLinear) or layer.weight.dtype not in FP8_DTYPES.values():
             continue
         if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
             log.warning("'%s' has an FP8 weight but a forward of its own: it is left as it is.", name)
             continue
-        prefix = f"{name}." if name else ""
-        scale = scales.get(f"{prefix}scale_weight", getattr(layer, "scale_weight", None))
-        static = scales.get(f"{prefix}scale_input", getattr(layer, "scale_input", None))
-        _adopt(layer, scale, _measured(static), base_dtype)
+        given = scales.get(layer, {})
+        static = _measured(_scale(layer, INPUT_SCALE_NAMES, given))
+        _adopt(layer, _scale(layer, SCALE_NAMES, given), static, base_dtype)
         converted += 1
     log.info("FP8 matrix products: %d linear layers.", converted)
+
+
+def _scales_by_layer(module: nn.Module, scales: Mapping[str, Scale]) -> dict[nn.Module, dict[str, Scale]]:
+    """Layer -> its scales by their last name; a layer with several names is found under each.
+
+    Raises ValueError that names the scales of layers that are not there: without theirs, those meant would use 1.
+    """
+    layers = dict(module.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, dict[str, Scale]] = {}
+    strays = []
+    for key, scale in scales.items():
+        name, _, leaf = key.rpartition(".")
+        if leaf not in (*SCALE_NAMES, *INPUT_SCALE_NAMES):
+            continue
+        if hasattr(layers.get(name), "weight"):
+            found.setdefault(layers[name], {})[leaf] = scale
+        else:
+            strays.append(key)
+    if strays:
+        more = f" and {len(strays) - MOST_NAMED} more" if len(strays) > MOST_NAMED else ""
+        raise ValueError(
+            "scale_weight_keys has scales of layers that the module does not have: "
+            f"{', '.join(strays[:MOST_NAMED])}{more}. Name layers as the module's `named_modules` does, without a "
+            "prefix of the file such as 'diffusion_model.', and leave out those of other modules."
+        )
+    return found
+
+
+def _scale(layer: nn.Module, names: Sequence[str], given: Mapping[str, Scale] | None = None) -> Tensor | None:
+    """The scale under the first of the names that has one, in `given` or else on the layer.
+
+    Raises TypeError for anything but a number or a tensor.
+    """
+    candidates = [(given or {}).get(name) for name in names] + [getattr(layer, name, None) for name in names]
+    scale = next((one for one in candidates if one is not None), None)
+    if scale is None or isinstance(scale, Tensor):
+        return scale
+    if isinstance(scale, (int, float)):
+        return torch.tensor(float(scale))
+    raise TypeError(
+        f"A scale of a layer is a number or a tensor, not {type(scale).__name__}: convert it to one of them."
+    )
 
 
 def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: torch.dtype) -> None:
@@ -113,10 +175,10 @@ def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: 
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach().to(base)
     quantised = ConvertedLinear(weight, scale, bias, static)
-    # Attributes and buffers would hide the parameters of these names.
-    for name in ("scale_weight", "scale_input"):
-        vars(layer).pop(name, None)
-        layer._buffers.pop(name, None)
+    # Attributes and buffers would hide the parameters of these names, and the other names would be stored twice.
+    for name in (*SCALE_NAMES, *INPUT_SCALE_NAMES):
+        for place in (vars(layer), layer._buffers, layer._parameters):
+            place.pop(name, None)
     layer.__class__ = ConvertedLinear
     layer.base_dtype = base
     layer.out_features, layer.in_features = weight.shape
@@ -124,9 +186,15 @@ def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: 
     layer.scale_input = quantised.scale_input
 
 
+def _rebase(layer: ConvertedLinear, base: torch.dtype) -> None:
+    """Let a converted layer give its results in another precision."""
+    layer.base_dtype = base
+    layer.bias = None if layer.bias is None else frozen(layer.bias.to(base))
+
+
 def _measured(scale: Tensor | None) -> Tensor | None:
     """A scale of activations that says something: files write 1 where none was measured."""
-    return None if scale is None or (scale.numel() == 1 and float(scale) == 1) else scale
+    return None if scale is None or (scale.numel() == 1 and float(scale.detach()) == 1) else scale
 
 
 def _bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:

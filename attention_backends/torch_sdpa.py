@@ -45,6 +45,20 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same outside the operator, which has no gradient; copies that make an argument ready have one."""
+    # While a graph is traced there are no addresses to look at.
+    if torch.compiler.is_compiling():
+        return _sdpa_bshd(q, k, v, mask)
+    q, k, v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
+    mask = mask if mask is None else added_mask(mask, q.dtype)
+    check_entry("sdpa", q=q, k=k, v=v, mask=mask)
+    out = _sdpa_bshd(q, k, v, mask)
+    # Kernels of the backward pass read the gradient, which comes from anywhere.
+    out.register_hook(kernel_ready)
+    return out
+
+
 @dataclass(frozen=True)
 class Sdpa:
     """The fastest kernel that torch has for the device: cuDNN on Hopper and newer."""
@@ -53,6 +67,6 @@ class Sdpa:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Attention of q to k, v; differentiable when gradients are on."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return _sdpa_bshd(q, k, v, mask)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask)):
+            return _differentiable(q, k, v, mask)
         return _sdpa_op(q, k, v, mask)

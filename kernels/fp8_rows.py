@@ -46,6 +46,9 @@ def padded_size(size: int, multiple: int = COLUMN_MULTIPLE) -> int:
 
 def quantise(x: Tensor, static_scale: Tensor | None = None) -> Fp8Rows:
     """x [..., C] in FP8; with `static_scale`, 0-d, that one for all rows, and larger values saturate."""
+    if x.shape[-1] == 0:
+        # There is nothing to measure, and no kernel for it.
+        return Fp8Rows(x.to(ROWS_DTYPE), x.new_ones((*x.shape[:-1], 1), dtype=torch.float32), 0, x.dtype)
     values, scale = _quantise_op(x, static_scale)
     return Fp8Rows(values, scale, x.shape[-1], x.dtype)
 

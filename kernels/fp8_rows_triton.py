@@ -62,7 +62,9 @@ def _store_row(y, values, scales, row, columns_out, STATIC: tl.constexpr, static
     if STATIC:
         scale = tl.load(static).to(tl.float32)
         for i in tl.static_range(len(y)):
-            q += (tl.clamp(y[i] * tl.div_rn(1.0, scale), -LARGEST, LARGEST),)
+            # A NaN stays one, as in PyTorch; without the option it becomes a limit, and nobody would notice.
+            z = y[i] * tl.div_rn(1.0, scale)
+            q += (tl.clamp(z, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL),)
     else:
         largest = tl.abs(y[0])
         for i in tl.static_range(1, len(y)):

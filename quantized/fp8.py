@@ -141,7 +141,7 @@ def _expanded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op(op_name("fp8_weight_only"), mutates_args=())
 def _weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    rows = kernel_ready(x.reshape(-1, x.shape[-1]))
+    rows = kernel_ready(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     wide = _expanded(weight, scale, x.dtype)[:out_features, : x.shape[-1]]
     bias = None if bias is None else kernel_ready(bias.to(x.dtype))
     check_entry("fp8_weight_only", x=rows, weight=wide, bias=bias)
@@ -208,7 +208,9 @@ def _product(
 ) -> Tensor:  # fmt: skip
     shape = (*values.shape[:-1], out_features)
     if values.numel() == 0:
-        return values.new_empty(shape, dtype=dtype)
+        # No rows, or no columns: then the bias alone.
+        empty = values.new_zeros(shape, dtype=dtype)
+        return empty if bias is None else empty + bias.to(dtype)
     fused = None
     if bias is not None and dtype == torch.bfloat16:
         fused = F.pad(bias.to(dtype), (0, weight.shape[0] - out_features))

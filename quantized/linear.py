@@ -18,6 +18,10 @@ from ..kernels.fp8_rows import Fp8Rows, quantise
 from ..tensor_layout import kernel_ready
 
 ROW_MULTIPLE = 16
+# What files and layers call a layer's scales: ComfyUI and LightX2V, then older FP8 files and the original pack.
+SCALE_NAMES = ("weight_scale", "scale_weight")
+GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
+INPUT_SCALE_NAMES = ("input_scale", "scale_input")
 
 
 class QuantisedLinear(nn.Linear):

@@ -43,8 +43,6 @@ def quantise_nvfp4(t: Tensor, scale: Tensor | None = None) -> Nvfp4:
     """A matrix [N, K] of any precision in NVFP4; without `scale` one that fits its largest value, measured here."""
     if scale is None:
         scale = largest_scale(t)
-    if t.is_cuda and t.dtype not in KERNEL_DTYPES:
-        t = t.bfloat16()
     if padded_size(t.shape[1]) != t.shape[1]:
         t = F.pad(t, (0, padded_size(t.shape[1]) - t.shape[1]))
     return Nvfp4(*comfy_kitchen.quantize_nvfp4(kernel_ready(t, strided=False), scale, pad_16x=True), scale)
@@ -73,7 +71,7 @@ class Nvfp4Linear(QuantisedLinear):
 
     @classmethod
     def quantise(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """From a weight [N, K] in any precision. In plain PyTorch, so that every machine makes the same bytes."""
+        """From a weight [N, K] in any precision. Plain PyTorch in float32: machines differ at ties at most."""
         with registry.use_backend("eager"):
             return cls(quantise_nvfp4(weight.float()), tuple(weight.shape), bias)
 
@@ -154,7 +152,10 @@ def _weight_only(
     codes, block_scale, scale = (kernel_ready(t, strided=False) for t in (codes, block_scale, scale))
     rows = kernel_ready(x.reshape(-1, x.shape[-1]))
     check_entry("dequantize_nvfp4", strided=False, codes=codes, block_scale=block_scale, scale=scale)
-    wide = comfy_kitchen.dequantize_nvfp4(codes, scale, block_scale, output_type=x.dtype)
+    # comfy-kitchen's eager form rounds the scale to the type that it is asked for. float16 has nothing below 6e-8, and
+    # scales are a 2,688th of the largest weight: some would become 0.
+    asked = torch.float32 if x.dtype == torch.float16 else x.dtype
+    wide = comfy_kitchen.dequantize_nvfp4(codes, scale, block_scale, output_type=asked).to(x.dtype)
     wide = wide[:out_features, : x.shape[-1]]
     bias = None if bias is None else kernel_ready(bias.to(x.dtype))
     check_entry("nvfp4_weight_only", x=rows, weight=wide, bias=bias)
@@ -177,6 +178,8 @@ def _product(
     weight = Nvfp4(*(kernel_ready(t, strided=False) for t in (codes, block_scale, scale)))
     rows = kernel_ready(x.reshape(-1, x.shape[-1]), strided=False)
     input_scale = None if input_scale is None else kernel_ready(input_scale)
+    if rows.is_cuda and rows.dtype not in KERNEL_DTYPES:
+        rows = rows.bfloat16()
     check_entry("quantize_nvfp4", strided=False, x=rows, input_scale=input_scale)
     product = _multiply(quantise_nvfp4(rows, input_scale), weight, bias)
     return product[: rows.shape[0], :out_features].to(x.dtype).contiguous().view(shape)

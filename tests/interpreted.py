@@ -1,7 +1,7 @@
 """Triton kernels on CPU tensors: Triton's interpreter, with the roundings of a GPU.
 
-The interpreter of Triton 3.6 truncates to bfloat16, loses the carry when it rounds to FP8, and knows no inline PTX;
-here PyTorch rounds, and NumPy runs the instructions that the kernels use.
+The interpreter of Triton 3.6 truncates to bfloat16, loses the carry when it rounds to FP8, keeps every NaN when it
+clamps, and knows no inline PTX; here PyTorch rounds, and NumPy runs the instructions that the kernels use.
 """
 
 import importlib.util
@@ -63,8 +63,14 @@ def run_ptx(text, arguments, kind):
     return np.ascontiguousarray(found).view(kind).squeeze(-1)
 
 
+def clamp_numbers(x, low, high):
+    """A clamp that does not ask for NaN: a GPU's makes a limit of it."""
+    return np.fmin(np.fmax(x, low), high)
+
+
 def exact(monkeypatch):
-    """Let the interpreter round as a GPU does and run inline PTX, for one test."""
+    """Let the interpreter round and clamp as a GPU does and run inline PTX, for one test."""
+    from triton.language import PropagateNan
     from triton.runtime import interpreter
 
     class Results(list):
@@ -75,5 +81,9 @@ def exact(monkeypatch):
         data = run_ptx(text, [t.data for t in arguments], np.dtype(f"i{kind.primitive_bitwidth // 8}"))
         return Results([interpreter.TensorHandle(data, kind)])
 
+    def clamp(self, x, low, high, propagate_nan):
+        return self.ternary_op(x, low, high, np.clip if propagate_nan == PropagateNan.ALL else clamp_numbers)
+
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_clampf", clamp)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", inline, raising=False)

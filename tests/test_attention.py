@@ -75,6 +75,45 @@ def test_gradients_flow():
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (q, k, v))
 
 
+@pytest.mark.parametrize("masked", ["no mask", "boolean", "numbers"])
+def test_gradients_flow_through_views_at_odd_offsets(masked, monkeypatch):
+    storage = torch.randn(3, 2 * 7 * 3 * 16 + 1)
+    leaf = storage.clone().requires_grad_()
+    allowed = torch.rand(7, 8)[:, 1:] > 0.4
+    allowed[:, 0] = True
+    added = torch.zeros(7, 8)[:, 1:].masked_fill(~allowed, -1e4).requires_grad_()
+    mask = {"no mask": None, "boolean": allowed, "numbers": added}[masked]
+    upstream = torch.randn(2 * 7 * 3 * 16 + 1)[1:].view(2, 7, 3, 16)
+    ready, product = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, attn_mask):
+        ready.extend(is_kernel_ready(t) for t in (*arguments, attn_mask) if t is not None)
+        out = product(*arguments, attn_mask=attn_mask)
+        out.register_hook(lambda gradient: ready.append(is_kernel_ready(gradient)))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    got = sdpa()(*(leaf[i, 1:].view(2, 3, 7, 16).transpose(1, 2) for i in range(3)), mask=mask)
+    got.backward(upstream)
+    wide = storage.double().requires_grad_()
+    q, k, v = (wide[i, 1:].view(2, 3, 7, 16).transpose(1, 2) for i in range(3))
+    want = formula(q, k, v, None if mask is None else allowed)
+    want.backward(upstream.double())
+    assert len(ready) >= 4 and all(ready)
+    assert_close(got, want)
+    assert_close(leaf.grad, wide.grad)
+    assert masked != "numbers" or added.grad.abs().sum() > 0
+
+
+def test_a_compiled_graph_has_gradients():
+    q, k, v = (t.requires_grad_() for t in qkv())
+    compiled = torch.compile(lambda q, k, v: sdpa()(q, k, v), fullgraph=True, backend="aot_eager")
+    got = compiled(q, k, v)
+    got.sum().backward()
+    assert_close(got, formula(q, k, v))
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (q, k, v))
+
+
 def test_compiles_without_graph_break():
     q, k, v = qkv()
     compiled = torch.compile(lambda q, k, v: sdpa()(q, k, v) * 2, fullgraph=True, backend="aot_eager")

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from ..kernels.fp8_rows import padded_size
 from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, SCALE_COLUMNS, SCALE_ROWS
+from ..quantized.linear import GLOBAL_SCALE_NAMES, INPUT_SCALE_NAMES, SCALE_NAMES
 from .safetensors_file import DTYPES
 from .tensor_file import TensorFile, parts_of, unreadable
 
-SCALE_NAMES = ("weight_scale", "scale_weight")
-GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
-INPUT_SCALE_NAMES = ("input_scale", "scale_input")
 MARK = "comfy_quant"
 MARKER = "scaled_fp8"
 HEADER_FIELD = "_quantization_metadata"

@@ -109,3 +109,16 @@ def test_without_a_compiler_triton_does_not_run(monkeypatch, caplog):
 @pytest.mark.cuda
 def test_triton_runs_on_a_gpu():
     assert kernels.triton_runs(torch.device("cuda", torch.cuda.current_device()))
+
+
+@interpreted.needed
+def test_quantise_with_a_scale_of_the_file_interpreted(monkeypatch):
+    interpreted.exact(monkeypatch)
+    x = torch.randn(4, 33)
+    x[0, 3], x[1, 5], x[2, 7] = float("nan"), float("inf"), -1e6
+    values, scale = quantise_eager(x, torch.tensor(0.02))
+    got = torch.zeros_like(values)
+    got_scale = torch.full_like(scale, float("nan"))
+    kernels.triton_kernels("fp8_rows_triton").quantise(x, torch.tensor(0.02), got, got_scale, gelu=False)
+    assert torch.equal(got_scale, scale) and got.float()[0].isnan().nonzero().tolist() == [[3]]
+    assert torch.equal(got.float().nan_to_num(), values.float().nan_to_num())

@@ -2,6 +2,7 @@
 
 import re
 
+import comfy_kitchen
 import pytest
 import torch
 from layouts import bits, relative
@@ -242,6 +243,37 @@ def test_nvfp4_bytes_are_comfy_kitchens():
     want = dequantize_nvfp4(q.codes, q.scale, q.block_scale, output_type=torch.float32)
     assert relative(values_of(q), want) < 1e-6
     assert q.block_scale.shape == (256, 8) and q.codes.shape == (144, 48)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("std", [1e-5, 1e-4, 2e-2])
+def test_nvfp4_of_small_weights_in_float16(std, device):
+    # The scale of the first is below float16's least number, that of the others among its subnormal ones.
+    layer = Nvfp4Linear.quantise(torch.randn(50, 70) * std, None).to(device)
+    x = torch.randn(9, 70, device=device).half()
+    assert relative(layer(x), x.double() @ layer.expanded(torch.float64).t()) < 5e-3
+
+
+def test_nvfp4_weights_are_not_rounded_before_they_are_quantised(monkeypatch):
+    asked, quantize = [], comfy_kitchen.quantize_nvfp4
+    monkeypatch.setattr(
+        comfy_kitchen, "quantize_nvfp4", lambda t, *a, **k: asked.append(t.dtype) or quantize(t, *a, **k)
+    )
+    weight = torch.randn(32, 64)
+    want = Nvfp4Linear.quantise(weight, None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    layer = Nvfp4Linear.quantise(weight, None)
+    assert torch.equal(layer.weight, want.weight) and torch.equal(bits(layer.weight_scale), bits(want.weight_scale))
+    layer.add(torch.randn(32, 64))
+    assert asked == [torch.float32] * 3
+
+
+@pytest.mark.cuda
+def test_nvfp4_weights_of_a_gpu_are_those_of_the_cpu():
+    weight = torch.randn(512, 512)
+    ours, theirs = Nvfp4Linear.quantise(weight, None), Nvfp4Linear.quantise(weight.cuda(), None).cpu()
+    assert torch.allclose(ours.weight_scale_2, theirs.weight_scale_2, rtol=2**-22, atol=0)
+    assert (ours.weight != theirs.weight).float().mean() < 1e-4
 
 
 def test_nvfp4_fills_up_odd_columns_of_files():

@@ -7,7 +7,7 @@ import torch
 from layouts import bits, relative
 from torch import nn
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
-from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
 
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 GPU = [pytest.mark.cuda, pytest.mark.sm89]
@@ -54,6 +54,95 @@ def test_no_host_synchronisation(scales):
 def test_an_input_of_another_width_is_refused(columns):
     with pytest.raises(ValueError, match=f"reads 50 channels, but its input has {columns}"):
         fp8_linear_forward(layer_in(), BF16, torch.randn(2, columns))
+
+
+NAMES = [("scale_weight", "scale_input"), ("weight_scale", "input_scale")]
+# A scale as a file, a module and a caller may have it.
+FORMS = [torch.tensor, lambda value: nn.Parameter(torch.tensor([value])), float]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("kept", ["keys", "attributes"])
+def test_scales_under_both_names(kept, names, form):
+    model = nn.Sequential(layer := layer_in())
+    x, scales = torch.randn(9, 50), {names[0]: form(0.01), names[1]: form(0.02)}
+    want = exact(layer, x, 0.01)
+    if kept == "attributes":
+        for name, scale in scales.items():
+            setattr(layer, name, scale)
+        assert relative(fp8_linear_forward(layer, BF16, x), want) < 0.06
+        compiled = torch.compile(lambda x: fp8_linear_forward(layer, BF16, x), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), fp8_linear_forward(layer, BF16, x))
+    keys = {f"0.{name}": scale for name, scale in scales.items()} if kept == "keys" else None
+    convert_fp8_linear(model, BF16, (), keys)
+    assert relative(layer(x), want) < 0.06 and torch.allclose(layer.scale_input, torch.tensor(0.02))
+    assert list(layer.state_dict()) == ["weight", "bias", "scale_weight", "scale_input"]
+
+
+def test_a_scale_of_another_kind_is_refused():
+    layer = layer_in()
+    layer.scale_weight = "0.5"
+    with pytest.raises(TypeError, match="A scale of a layer is a number or a tensor, not str"):
+        fp8_linear_forward(layer, BF16, torch.randn(2, 50))
+    with pytest.raises(TypeError, match="A scale of a layer is a number or a tensor, not list"):
+        convert_fp8_linear(layer_in(), BF16, (), {"scale_input": [0.5]})
+
+
+@pytest.mark.parametrize("leaf", ["scale_weight", "weight_scale", "scale_input", "input_scale"])
+def test_scales_of_no_layer_are_refused(leaf):
+    model = nn.Sequential(nn.Sequential(layer_in()), nn.Linear(33, 8))
+    for key in (f"diffusion_model.0.0.{leaf}", f"0.{leaf}", f"3.{leaf}", leaf):
+        with pytest.raises(ValueError, match=f"layers that the module does not have: {key}. Name .*without a prefix"):
+            convert_fp8_linear(model, BF16, (), {key: torch.tensor(0.5), f"0.0.{leaf}": torch.tensor(0.5)})
+    with pytest.raises(ValueError, match=r"x\.7\.\w+ and 2 more\. Name"):
+        convert_fp8_linear(model, BF16, (), {f"x.{i}.{leaf}": torch.tensor(0.5) for i in range(10)})
+    assert type(model[0][0]) is nn.Linear
+
+
+def test_scales_of_layers_that_are_left_alone():
+    model = nn.ModuleDict({"head": layer_in(), "plain": nn.Linear(50, 33), "conv": nn.Conv1d(4, 4, 1)})
+    model["ours"], model["doubling"] = layer_in(), layer_in(kind=Doubling)
+    model["tied"] = model["ours"]
+    x, keys = torch.randn(3, 50), {f"{name}.weight_scale": torch.tensor(0.5) for name in model if name != "ours"}
+    want = exact(model["ours"], x, 0.5)
+    convert_fp8_linear(model, BF16, ("head",), keys | {"scaled_fp8": torch.ones(1)})
+    assert type(model["head"]) is nn.Linear and relative(model["ours"](x), want) < 0.06
+
+
+@pytest.mark.parametrize("first", [BF16, torch.float32])
+def test_the_base_precision_of_a_converted_layer_can_change(first):
+    layer, x = layer_in(), torch.randn(3, 50)
+    layer.scale_input = 0.02
+    convert_fp8_linear(layer, first)
+    want = layer(x)
+    assert fp8_linear_forward(layer, torch.float16, x).dtype == torch.float16
+    convert_fp8_linear(layer, torch.float16)
+    got = layer(x)
+    assert got.dtype == layer.bias.dtype == layer.base_dtype == torch.float16
+    # bfloat16's rounding of the input may end at another FP8 value.
+    assert relative(got, want) < 0.03 and layer.scale_input == torch.tensor(0.02)
+    convert_fp8_linear(layer, BF16, ("",))
+    assert layer(x).dtype == torch.float16
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 0), (2, 3)])
+def test_no_columns_give_the_bias(lead, bias, device):
+    layer = nn.Linear(0, 5, bias=bias, device=device)
+    if bias:
+        nn.init.normal_(layer.bias)
+    x = torch.randn(*lead, 0, device=device, dtype=BF16)
+    want = layer.bfloat16()(x)
+    layer.weight.data = layer.weight.data.to(E4M3)
+    assert torch.equal(fp8_linear_forward(layer, BF16, x), want)
+    for kind in (Fp8Linear, Fp8MatmulLinear):
+        assert torch.equal(kind(layer.weight, None, layer.bias)(x), want)
+    convert_fp8_linear(layer, BF16)
+    assert torch.equal(layer(x), want)
 
 
 def test_an_input_scale_of_one_was_never_measured():
