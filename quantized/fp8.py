@@ -214,7 +214,8 @@ def _product(
     fused = None
     if bias is not None and dtype == torch.bfloat16:
         fused = F.pad(bias.to(dtype), (0, weight.shape[0] - out_features))
-    rows, row_scale = values.reshape(-1, values.shape[-1]), scale.reshape(-1, 1)
+    # Flat in between: a dimension of size 1 may have any stride, and the product reads it.
+    rows, row_scale = values.reshape(-1).view(-1, values.shape[-1]), scale.reshape(-1).unsqueeze(1)
     product = _multiply(rows, row_scale, weight, weight_scale, fused)[:, :out_features].to(dtype)
     product = product if bias is None or fused is not None else product + bias.to(dtype)
     return product.contiguous().view(shape)

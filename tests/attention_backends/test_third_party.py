@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import bits, fresh, layouts, relative
 from test_attention import formula
-from wanvideo_wrapper import attention
+from wanvideo_wrapper import attention, tensor_layout
 from wanvideo_wrapper.attention import ATTENTION_MODES, BACKENDS, AttentionSpec, resolve
 from wanvideo_wrapper.attention_backends import packages, sage
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
@@ -48,6 +48,7 @@ def test_the_list_is_the_original_s_then_ours():
 @given(data=st.data(), dtype=st.sampled_from((torch.bfloat16, torch.float16, torch.float32)))
 def test_any_layout(name, data, dtype, monkeypatch):
     """Whatever memory q, k, v lie in: the contract is kept, they are unchanged, the output is dense and its own."""
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
     install(monkeypatch)
     pretend(monkeypatch, capability_of(name))
     backend = resolve(name, SPEC)

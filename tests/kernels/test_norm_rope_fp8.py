@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import DTYPES, bits, fresh, layouts, relative
 from scipy.linalg import hadamard
-from wanvideo_wrapper import kernels
+from wanvideo_wrapper import kernels, tensor_layout
 from wanvideo_wrapper.kernels import norm_rope_fp8 as ops
 from wanvideo_wrapper.wanvideo.rope import rope_table
 
@@ -255,7 +255,8 @@ def test_kernels(sizes, dtype):
 @pytest.mark.parametrize(
     "entry", ["norm_rope", "norm_rope_mean", "norm_rope_fp8", "rotate_fp8", "tensor_fp8", "expand_fp8"]
 )
-def test_any_layout(entry, device):
+def test_any_layout(entry, device, monkeypatch):
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
     heads, size = 3, 64
     weight, rope = torch.rand(heads * size, device=device), rope_table((1, 2, 3), size).to(device)
 

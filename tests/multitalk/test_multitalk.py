@@ -180,6 +180,17 @@ def test_two_speakers_default_to_the_halves_and_the_background_is_the_rest():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("trailing", [0, 1])
+@pytest.mark.parametrize("speakers", [1, 2, 3])
+def test_no_value_is_read_by_the_host(speakers, trailing):
+    # Tensors without values: counts that were compared on the device would have nothing to compare.
+    module = SingleStreamMultiAttention(24, OUT, 2).to("meta")
+    x, audio = torch.empty(1, (3 + trailing) * 10, 24, device="meta"), torch.empty(3, speakers * 4, OUT, device="meta")
+    scores = torch.empty(*x.shape[:2], speakers + 1, device="meta")
+    assert module(x, audio, (3, 2, 5), scores, speakers).shape == x.shape
+
+
+@torch.no_grad()
 def test_strided_input_equals_dense():
     module = randomise(SingleStreamMultiAttention(24, OUT, 2))
     x, audio = torch.randn(24, 10).t()[None], torch.randn(1, OUT, TOKENS).transpose(1, 2)

@@ -8,7 +8,7 @@ import torch
 from layouts import bits, relative
 from torch import nn
 from wanvideo_wrapper import kernels
-from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
+from wanvideo_wrapper.fp8_optimization import KEEP, convert_fp8_linear, fp8_linear_forward, keeps_precision
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
 from wanvideo_wrapper.quantized import fp8
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows, runs_fp8
@@ -205,11 +205,11 @@ def test_public_functions_work_in_place(scale, bias):
     direct = fp8_linear_forward(layer, torch.bfloat16, x)
     assert relative(direct, want) < 0.06 and direct.dtype == torch.bfloat16
     calls = []
-    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.register_forward_pre_hook(lambda _, given: calls.append(given[0].is_contiguous()))
     convert_fp8_linear(module, torch.bfloat16, {"head"}, None if scale is None else {"0.scale_weight": scale})
     assert module[0] is layer and isinstance(layer, Fp8MatmulLinear) and type(module[1]) is nn.Linear
-    assert torch.equal(layer(x.bfloat16()), direct) and calls
-    assert torch.equal(fp8_linear_forward(layer, torch.bfloat16, x), direct)
+    assert torch.equal(layer(x.bfloat16()), direct)
+    assert torch.equal(fp8_linear_forward(layer, torch.bfloat16, x), direct) and calls == [False, True]
     assert torch.equal(bits(x), before)
     convert_fp8_linear(module, torch.bfloat16)
     assert torch.equal(layer(x.bfloat16()), direct)
@@ -225,6 +225,19 @@ def test_public_functions_leave_other_layers():
     assert torch.equal(fp8_linear_forward(plain, torch.float32, x), plain(x))
     plain.original_forward = lambda x: (x, "state")
     assert torch.equal(fp8_linear_forward(plain, torch.float32, x), x)
+    assert fp8_linear_forward(plain, torch.float32, torch.randn(8, 3).t()).is_contiguous()
+
+
+def test_the_audio_projection_is_kept_by_name():
+    for layer in ("proj1", "proj1_vf", "proj2", "proj3", "norm"):
+        assert keeps_precision(f"multitalk_audio_proj.{layer}") and keeps_precision(f"audio_proj.{layer}")
+    for layer in ("audio_cross_attn.q_linear", "audio_cross_attn.proj", "self_attn.o", "cross_attn.k_img", "ffn.0"):
+        assert not keeps_precision(f"blocks.0.{layer}")
+    # The original's own list names it too, for those who pass a part of the list.
+    assert "multitalk_audio_proj" in KEEP
+    module = nn.ModuleDict({"multitalk_audio_proj": plain_layer(), "ffn": plain_layer()})
+    convert_fp8_linear(module, torch.bfloat16, KEEP)
+    assert type(module["multitalk_audio_proj"]) is nn.Linear and isinstance(module["ffn"], Fp8MatmulLinear)
 
 
 def test_older_products_give_tuples(monkeypatch):

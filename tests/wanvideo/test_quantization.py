@@ -368,8 +368,9 @@ def test_block_swap_takes_the_scales_along(plain, option, ahead):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_talking_video(option, base, device, tmp_path):
+def test_talking_video(option, base, device, tmp_path, monkeypatch):
     """The matrix for a memory checker: every option through self-, cross-, image and audio attention."""
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
     main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
     save_fp8(tiny.image_to_video(), main, scaled=True)
     tiny.speech_module().save(speech, torch.bfloat16)

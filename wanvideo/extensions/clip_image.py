@@ -106,7 +106,7 @@ class ClipImageExtension(Extension):
     def prepare(self, model: WanModel, payload: ClipImage, step: Step, tokens: Tokens) -> tuple[Tokens, Tensor]:
         """Image tokens [B, N, C]; one row serves the whole batch."""
         image = model.img_emb(payload.tokens).to(tokens.x.dtype)
-        return tokens, image.expand(tokens.x.shape[0], -1, -1)
+        return tokens, image.expand(tokens.x.shape[0], -1, -1).contiguous()
 
     def once(self, block: WanAttentionBlock, state: Tensor, index: int) -> ClipCond:
         """Keys and values depend on the image alone."""
