@@ -7,6 +7,7 @@ numbers near to torch's, with `OUT_OF_MEMORY` if it could not be tried, else wit
 import importlib
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -20,17 +21,20 @@ LARGEST_ERROR = 0.5
 ROWS = 64
 
 
+def load(exports: list[tuple[str, str]]) -> Callable:
+    """The first of the functions that is there; else the process ends with what went wrong with each."""
+    why = []
+    for module, name in exports:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except Exception as error:
+            why.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    sys.exit(REASON + "; ".join(why))
+
+
 def main(asked: dict) -> None:
     """Run the kernel as `asked`: exports, heads_first, packed, options, shape [B, L, H, D], dtype, device."""
-    function = None
-    for module, name in asked["exports"]:
-        try:
-            function = getattr(importlib.import_module(module), name)
-            break
-        except Exception as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-    if function is None:
-        sys.exit(1)
+    function = load(asked["exports"])
     batch, tokens, heads, size = asked["shape"]
     dtype = getattr(torch, asked["dtype"])
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The full talking-video case that this project began with, at tiny widths: one merged checkpoint named as its users'
 file, 81 frames at 8 fps, 6 steps, CFG 1, through the public nodes."""
 
-import os
+import sys
 from pathlib import Path
 
 import attention_stand_ins
@@ -87,7 +87,7 @@ def test_full_case(host, quantization, attention, monkeypatch, tmp_path):
         attention_stand_ins.install(monkeypatch)
         attention_stand_ins.pretend(monkeypatch, (12, 0))
         (tmp_path / "sageattn3.py").write_text("from sage3_stand_in import sageattn3_blackwell\n")
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(Path(sage3_stand_in.__file__).parent))))
+        monkeypatch.setattr(sys, "path", [str(tmp_path), str(Path(sage3_stand_in.__file__).parent), *sys.path])
         sage3_stand_in.calls.clear()
     images, count = talk(quantization, attention, size)
     assert count == FRAMES and images.shape == (FRAMES, size, size, 3)

@@ -186,7 +186,7 @@ def test_a_kernel_that_faults_does_not_reach_this_process(monkeypatch, tmp_path)
     (tmp_path / "faulty.py").write_text(
         "import torch\ndef fault(q, k, v): return q.flatten()[torch.full((9,), 2**40, device='cuda')].sum() + q\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     kernel = Kernel(name="faulty", exports=(("faulty", "fault"),))
     assert "device-side assert" in probe.verdict(
         kernel, AttentionSpec(device=torch.device("cuda"), heads=2, head_dim=64), 64
