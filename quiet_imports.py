@@ -56,8 +56,10 @@ def _out_of_sight(names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
+            # Unless another thread has loaded it in the meantime.
+            if sys.modules.get(name) is None:
+                sys.modules.pop(name, None)
+                sys.modules.update({name: before[name]} if name in before else {})
         _forget_answers()
 
 
@@ -71,13 +73,13 @@ def _flags_down(utils: ModuleType, names: Sequence[str]) -> Iterator[None]:
     finally:
         # Once its attention modules are loaded they hold no kernels of these packages. With the flags up, others would
         # call them nevertheless; with the flags down they are told so, or take torch's.
-        if not any(name.startswith("diffusers.models.attention") for name in sys.modules):
+        if not any(name.startswith("diffusers.models.attention") for name in list(sys.modules)):
             vars(utils).update(flags)
 
 
 def _forget_answers() -> None:
     """transformers remembers whether FlashAttention is installed, but imports it only when a model wants it."""
     utils = sys.modules.get("transformers.utils.import_utils")
-    for name, function in vars(utils).items() if utils else ():
+    for name, function in list(vars(utils).items()) if utils else ():
         if "flash_attn" in name and hasattr(function, "cache_clear"):
             function.cache_clear()

@@ -9,29 +9,29 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .probe_kernel import REASON
 
 Export = tuple[str, str]
 
+SCRIPT = Path(__file__).with_name("probe_kernel.py")
 TIMEOUT_S = 120
 NOT_INSTALLED = "ModuleNotFoundError: it is not installed"
 TRACEBACK = "Traceback (most recent call last)"
 _RAISED = re.compile(r"[\w.]+: ")
-# Prints what the module has, or the first line of what its import raised.
-_IMPORT = (
-    "import importlib, sys, torch\n"
-    "try:\n"
-    "    module = importlib.import_module(sys.argv[1])\n"
-    "except BaseException as error:\n"
-    "    said = (str(error).strip().splitlines() or ['no message'])[0]\n"
-    f"    sys.exit(f'\\n{REASON}{{type(error).__name__}}: {{said}}')\n"
-    "sys.stdout.write('\\n'.join(dir(module)))\n"
+# Starts the probe with this process' path. Not through PYTHONPATH, which comes before Python's own modules and is read
+# by no embedded Python; nor from the folder of the script, whose `sage3.py` would hide the package of that name.
+_START = (
+    "import json, runpy, sys\n"
+    "for stream in (sys.stdout, sys.stderr): stream.reconfigure(encoding='utf-8', errors='replace')\n"
+    "sys.path[:], script = json.loads(sys.argv.pop(1)), sys.argv.pop(1)\n"
+    "runpy.run_path(script, run_name='__main__')\n"
 )
 
 
@@ -88,7 +88,7 @@ def _is_there(module: str) -> bool:
 def _tried(module: str) -> tuple[tuple[str, ...], str | None]:
     """The names in a module, and what went wrong with its import in another process."""
     try:
-        done = other_process("-c", _IMPORT, module, timeout_s=TIMEOUT_S)
+        done = other_process({"module": module}, timeout_s=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return (), f"the import took more than {TIMEOUT_S} s"
     except OSError as error:
@@ -96,17 +96,16 @@ def _tried(module: str) -> tuple[tuple[str, ...], str | None]:
     return tuple(done.stdout.splitlines()), outcome(done)
 
 
-def other_process(*arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Another Python that imports from where this one does, and from no folder of its script's or the shell's.
+def other_process(asked: dict[str, object], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """What `probe_kernel.py` says to `asked`, in a Python that imports from where this one does.
 
     Raises subprocess.TimeoutExpired, and OSError where no process can be started.
     """
-    # A folder with a `sage3.py`, such as this one, would hide the package of that name. And what a package says may be
-    # in any encoding.
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8:replace"}
+    # Other packs put paths of other types there, which Python passes over.
+    path = json.dumps([entry for entry in sys.path if isinstance(entry, str) and entry])
     return subprocess.run(
-        [sys.executable, "-P", *arguments], capture_output=True, encoding="utf-8", errors="replace",
-        timeout=timeout_s, env=os.environ | environment, check=False,
+        [sys.executable, "-P", "-c", _START, path, str(SCRIPT), json.dumps(asked)],
+        capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s, check=False,
     )  # fmt: skip
 
 

@@ -7,10 +7,8 @@ by GPU, package versions and shape.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import subprocess
-from pathlib import Path
 
 import torch
 
@@ -21,7 +19,6 @@ from .third_party import DTYPES, Kernel, Sizes
 
 log = logging.getLogger("wanvideo")
 
-SCRIPT = Path(__file__).with_name("probe_kernel.py")
 TIMEOUT_S = 300
 _verdicts: dict[tuple[object, ...], str | None] = {}
 
@@ -56,7 +53,7 @@ def _try(kernel: Kernel, spec: AttentionSpec, tokens: int, batch: int) -> str | 
         "device": str(spec.device),
     }
     try:
-        done = other_process(str(SCRIPT), json.dumps(asked), timeout_s=TIMEOUT_S)
+        done = other_process(asked, timeout_s=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"it did not finish within {TIMEOUT_S} s"
     except OSError as error:

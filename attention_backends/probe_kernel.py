@@ -1,4 +1,6 @@
-"""Run one attention kernel on random tensors, in a process of its own: `python probe_kernel.py '<json>'`.
+"""Import a package, or run one of its attention kernels on random tensors, in a process of its own.
+
+`python probe_kernel.py '<json>'`: {"module": name} prints the names in the module; anything else is a kernel (`main`).
 
 Imports nothing of this project, so that it runs wherever the pack is installed. Ends with 0 if the kernel gave finite
 numbers near to torch's, with `OUT_OF_MEMORY` if it could not be tried, else with a sentence behind `REASON` on stderr.
@@ -32,6 +34,16 @@ def load(exports: list[tuple[str, str]]) -> Callable:
     sys.exit(REASON + "; ".join(why))
 
 
+def names(module: str) -> None:
+    """Print what is in the module; end with what its import raised, in one line."""
+    try:
+        found = importlib.import_module(module)
+    # Packages end processes, too.
+    except BaseException as error:
+        sys.exit(f"\n{REASON}{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}")
+    sys.stdout.write("\n".join(dir(found)))
+
+
 def main(asked: dict) -> None:
     """Run the kernel as `asked`: exports, heads_first, packed, options, shape [B, L, H, D], dtype, device."""
     function = load(asked["exports"])
@@ -61,8 +73,12 @@ def main(asked: dict) -> None:
 
 
 if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
     try:
-        main(json.loads(sys.argv[1]))
+        if "module" in request:
+            names(request["module"])
+        else:
+            main(request)
     except RuntimeError as error:
         # A device too full for this process's context, or for Triton, raises an error of another class.
         if isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in NO_ROOM):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import re
@@ -22,25 +21,47 @@ def op_name(name: str) -> str:
     return f"{NAMESPACE}::{name}"
 
 
-@functools.cache
+_runs: dict[torch.device, bool] = {}
+
+
 def triton_runs(device: torch.device) -> bool:
     """Whether Triton's kernels run on the GPU; if not, the log says why, once.
 
-    For operators that are as exact in eager PyTorch: Triton is installed with torch, but needs a C compiler.
+    For operators that are as exact in eager PyTorch: Triton is installed with torch, but needs a C compiler. Raises
+    torch.AcceleratorError for a fault of a kernel before.
     """
+    if device in _runs:
+        return _runs[device]
+    try:
+        why = _trouble(device)
+    except _FullError:
+        # Says nothing of Triton. The kernel that is to run will find memory, or say so itself.
+        return True
+    _runs[device] = why is None
+    if why is not None:
+        log.warning(
+            "Triton does not run here (%s): norm and position take several passes in PyTorch, which is slower.", why
+        )
+    return _runs[device]
+
+
+class _FullError(Exception):
+    """No memory for a trial."""
+
+
+def _trouble(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        why = "the package is not installed"
-    else:
-        try:
-            triton_kernels("trial_triton").run(device)
-            return True
-        # A missing compiler, a DLL that does not load, a GPU that is too old: all are reasons.
-        except Exception as error:
-            why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-    log.warning(
-        "Triton does not run here (%s): norm and position take several passes in PyTorch, which is slower.", why
-    )
-    return False
+        return "the package is not installed"
+    try:
+        triton_kernels("trial_triton").run(device)
+    # A missing compiler, a DLL that does not load, a GPU that is too old: all are reasons.
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise _FullError from error
+        if isinstance(error, getattr(torch, "AcceleratorError", ())):
+            raise
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    return None
 
 
 def triton_kernels(name: str) -> ModuleType:

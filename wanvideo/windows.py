@@ -31,6 +31,8 @@ MASK_CHANNELS = 4
 LEAST_WEIGHT = 1e-4
 # Share of the GPU's memory that stays free of what windows keep: forwards to come may need more than those so far.
 SPARE = 1 / 8
+# Bytes that are no growth of what a window keeps.
+LITTLE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,15 +181,19 @@ def pixel_frames(window: Frames) -> list[int]:
     return [VAE_TIME_STRIDE * window[0], *(max(frame, 0) for frame in later)]
 
 
-def has_room(device: torch.device) -> bool:
-    """Whether what a window keeps (550 MB for the speech of 81 frames and 14B) may stay on `device` after its forward.
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether a window may keep `size` bytes on `device` after its forward, where the next window will want as many.
 
     What PyTorch holds in reserve does not count as free: the next forward needs it.
     """
     if device.type != "cuda":
         return device.type == "cpu"
     free, total = torch.cuda.mem_get_info(device)
-    return free > SPARE * total
+    return free > SPARE * total + size
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 class WindowedDenoiser:
@@ -232,11 +238,13 @@ class WindowedDenoiser:
                 log.info("Step %d, context window %s.", index + 1, window)
             places = torch.tensor(window, device=self.device)
             times = timestep[places.to(timestep.device)] if timestep.dim() else timestep
-            kept = self._denoisers.pop(window, None)
+            kept, before = self._denoisers.pop(window, None), _allocated(self.device)
             denoiser = kept or self._make(self._of(window, count), self._remembered[window])
             velocity = denoiser(latents[:, places], times, step, index)
-            # The first to come stay: if windows took turns, each would be gone before its next step.
-            if window in again and (kept or has_room(self.device)):
+            more = _allocated(self.device) - before - velocity.nbytes
+            # The first to come stay: if windows took turns, each would be gone before its next step. But what a window
+            # keeps grows with the first pass without speech, say.
+            if window in again and ((kept and more < LITTLE) or has_room(self.device, more)):
                 self._denoisers[window] = denoiser
             share = blend_weights(window, count, self._options).to(self.device)[None, :, None, None]
             total.index_add_(1, places, velocity * share)

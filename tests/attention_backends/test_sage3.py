@@ -195,7 +195,7 @@ def test_a_kernel_that_faults_does_not_reach_this_process(monkeypatch, tmp_path)
 
 
 def test_the_probe_imports_nothing_of_the_project():
-    code = f"import runpy, sys; runpy.run_path({str(probe.SCRIPT)!r}); print('wanvideo_wrapper' in sys.modules)"
+    code = f"import runpy, sys; runpy.run_path({str(packages.SCRIPT)!r}); print('wanvideo_wrapper' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert json.loads(json.dumps(dict(sage3.KERNEL.options))) == {"per_block_mean": False}

@@ -173,6 +173,16 @@ def test_broken_packages_stay_in_their_own_process(body, why, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
+def test_paths_that_others_added_do_no_harm(monkeypatch, tmp_path):
+    (tmp_path / "sageattention.py").write_text("def sageattn(): pass")
+    (tmp_path / "tokenize.py").write_text("raise RuntimeError('another pack has a module of this name')")
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path, str(tmp_path), ""])
+    packages._tried.cache_clear()
+    assert packages.trouble(("sageattention", "sageattn")) is None
+    packages._tried.cache_clear()
+
+
+@pytest.mark.slow
 def test_a_sound_package_is_imported_when_it_first_runs(monkeypatch, tmp_path):
     (tmp_path / "sageattention.py").write_text("from attention_stand_ins import sageattn\n")
     here = Path(attention_stand_ins.__file__).parent

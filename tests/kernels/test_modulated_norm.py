@@ -97,9 +97,9 @@ def test_without_a_compiler_triton_does_not_run(monkeypatch, caplog):
     trial = types.SimpleNamespace(run=no_compiler)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(kernels, "triton_kernels", lambda name: trial)
-    kernels.triton_runs.cache_clear()
-    assert not kernels.triton_runs(torch.device("cpu")) and not kernels.triton_runs(torch.device("cpu"))
-    kernels.triton_runs.cache_clear()
+    monkeypatch.setattr(kernels, "_runs", {})
+    for _ in range(2):
+        assert not kernels.triton_runs(torch.device("cpu"))
     assert [record.message for record in caplog.records] == [
         "Triton does not run here (RuntimeError: Failed to find C compiler.): norm and position take several passes in "
         "PyTorch, which is slower."
@@ -122,3 +122,16 @@ def test_quantise_with_a_scale_of_the_file_interpreted(monkeypatch):
     kernels.triton_kernels("fp8_rows_triton").quantise(x, torch.tensor(0.02), got, got_scale, gelu=False)
     assert torch.equal(got_scale, scale) and got.float()[0].isnan().nonzero().tolist() == [[3]]
     assert torch.equal(got.float().nan_to_num(), values.float().nan_to_num())
+
+
+def test_a_full_gpu_says_nothing_of_triton(monkeypatch, caplog):
+    said = ["CUDA out of memory. Tried to allocate 2.00 MiB", "Triton Error [CUDA]: out of memory", "no compiler"]
+
+    def run(device):
+        raise RuntimeError(said.pop(0))
+
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(kernels, "triton_kernels", lambda name: types.SimpleNamespace(run=run))
+    monkeypatch.setattr(kernels, "_runs", {})
+    assert [kernels.triton_runs(torch.device("cpu")) for _ in range(4)] == [True, True, False, False]
+    assert len(caplog.records) == 1

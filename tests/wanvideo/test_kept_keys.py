@@ -1,6 +1,7 @@
 """Keys and values of prompts, pictures and speech are computed once a run or window, and change nothing."""
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
 
@@ -150,7 +151,7 @@ def test_windows_that_move_keep_what_comes_in_the_next_step(folder):
 def test_windows_without_room_are_computed_anew(folder, room, monkeypatch):
     asked = request(folder, **CASES["static windows"])
     want, asks = latents(asked), []
-    monkeypatch.setattr(windows, "has_room", lambda device: asks.append(device) or len(asks) <= room)
+    monkeypatch.setattr(windows, "has_room", lambda device, size: asks.append(device) or len(asks) <= room)
     got, calls = count(asked, "cross_attn.k", SPEECH)
     assert torch.equal(got, want) and calls["cross_attn.k"] == 3 * BLOCKS
     assert calls[SPEECH] == (room + (COUNT - room) * STEPS) * BLOCKS
@@ -178,9 +179,18 @@ def test_a_window_that_does_not_come_again_is_let_go(folder, monkeypatch):
 
 def test_room_is_a_share_of_the_memory(monkeypatch):
     device = torch.device("cuda")
-    for free, want in ((11, False), (13, True)):
+    for free, size, want in ((11, 0, False), (13, 0, True), (22, 10, False), (23, 10, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 100))
-        assert windows.has_room(device) is want
+        assert windows.has_room(device, size) is want
+
+
+def test_a_window_that_grows_asks_for_room_again(folder, monkeypatch):
+    asked = request(folder, **CASES["static windows"])
+    want, sizes, held = latents(asked), [], itertools.count(step=windows.LITTLE + 2**20)
+    monkeypatch.setattr(windows, "_allocated", lambda device: next(held))
+    monkeypatch.setattr(windows, "has_room", lambda device, size: sizes.append(size) or True)
+    assert torch.equal(latents(asked), want)
+    assert len(sizes) == COUNT * (STEPS - 1) and min(sizes) > windows.LITTLE
 
 
 @pytest.mark.parametrize(("context", "number"), [(None, 1), (STATIC, COUNT)])

@@ -7,6 +7,7 @@ Source: Wan-Video/Wan2.1, Wan-Video/Wan2.2 (architecture, latent statistics), hu
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -318,6 +319,7 @@ def build_vae(layout: VaeLayout) -> nn.Module:
     )
 
 
+@functools.cache
 def _diffusers_wan() -> ModuleType:
     """diffusers' module of the Wan VAE, which is slow to load and therefore loaded when it is needed."""
     with kernels_hidden("diffusers"):
