@@ -153,6 +153,17 @@ def test_as_many_videos_are_tried_as_share_a_forward(other_process):
         plan.try_out(SPEC, 200, batch=2)
 
 
+@pytest.mark.slow
+def test_every_video_of_a_trial_is_compared(other_process):
+    other_process(
+        "def sageattn3_blackwell(q, *a, **k):\n    out = good(q, *a, **k)\n    out[1:] = q[1:]\n    return out"
+    )
+    plan = plan_for("sageattn_3_fp4", SPEC)
+    plan.try_out(SPEC, 200)
+    with pytest.raises(ValueError, match="its result was wrong by"):
+        plan.try_out(SPEC, 200, batch=2)
+
+
 def test_a_verdict_is_kept_by_shape(blackwell, monkeypatch):  # noqa: F811
     seen = []
     monkeypatch.setattr(probe, "_verdicts", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -54,48 +55,26 @@ class Solver(Protocol):
         """Move `sample` one step; batch first."""
 
 
-def _unipc() -> Solver:
+@functools.cache
+def _class(name: str) -> Callable[..., Solver]:
+    """A scheduler of diffusers, which is slow to load and therefore loaded when it is needed."""
     with kernels_hidden("diffusers"):
-        from diffusers import UniPCMultistepScheduler
+        import diffusers
 
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-
-
-def _dpm() -> Solver:
-    with kernels_hidden("diffusers"):
-        from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        return getattr(diffusers, name)
 
 
-def _dpm_sde() -> Solver:
-    with kernels_hidden("diffusers"):
-        from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(
-        algorithm_type="sde-dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True
-    )
+def _solver(name: str, **options: str | bool) -> Callable[[], Solver]:
+    return lambda: _class(name)(**options)
 
 
-def _deis() -> Solver:
-    with kernels_hidden("diffusers"):
-        from diffusers import DEISMultistepScheduler
-
-    return DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-
-
-def _euler() -> Solver:
-    with kernels_hidden("diffusers"):
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler()
-
-
-def _lcm() -> Solver:
-    with kernels_hidden("diffusers"):
-        from diffusers import FlowMatchLCMScheduler
-
-    return FlowMatchLCMScheduler()
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+_unipc = _solver("UniPCMultistepScheduler", **_FLOW)
+_dpm = _solver("DPMSolverMultistepScheduler", **_FLOW)
+_dpm_sde = _solver("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", **_FLOW)
+_deis = _solver("DEISMultistepScheduler", **_FLOW)
+_euler = _solver("FlowMatchEulerDiscreteScheduler")
+_lcm = _solver("FlowMatchLCMScheduler")
 
 
 @dataclass(frozen=True, kw_only=True)
