@@ -6,8 +6,8 @@ The kernel itself runs on a GPU only; elsewhere `cudnn_model.py` stands for it, 
 import pytest
 import torch
 from cudnn_model import cudnn_fp8_reference, exact
-from hypothesis import HealthCheck, given, settings
-from layouts import bits, fresh, layouts, relative
+from hypothesis import given
+from layouts import SETTINGS, bits, fresh, layouts, relative
 from wanvideo_wrapper import attention_cudnn
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.attention_cudnn import CudnnFp8, why_not
@@ -238,7 +238,7 @@ def test_any_layout_on_a_gpu(form):
             return CudnnFp8()(*(t.unflatten(-1, (count, size)) for t in (q, k, v)))
         return CudnnFp8().fused(q, k, v.unflatten(-1, (count, size)), norm, norm, rope)
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @SETTINGS
     @given(for_q=layouts(), for_k=layouts(), for_v=layouts())
     def check(for_q, for_k, for_v):
         shape = (2, tokens, count * size)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from layouts import bits, fresh, layouts, relative
+from layouts import SETTINGS, bits, fresh, layouts, relative
 from test_attention import formula
 from wanvideo_wrapper import attention, tensor_layout
 from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, GridAttention
@@ -17,9 +17,6 @@ ERRORS = {
     "sageattn_varlen": 0.08, "sageattn_3_fp8": 0.08, "cudnn_fp8": 0.1, "sageattn_3": 0.35, "sageattn_3_fp4": 0.35,
     "comfy": 0.08,
 }  # fmt: skip
-THOROUGH = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +26,7 @@ def checking(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("name", ATTENTION_MODES)
-@THOROUGH
+@SETTINGS
 @given(data=st.data())
 def test_values_do_not_depend_on_the_layout(name, device, data):
     spec = AttentionSpec(device=torch.device(device), heads=HEADS, head_dim=SIZE)
@@ -55,7 +52,7 @@ def test_values_do_not_depend_on_the_layout(name, device, data):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@THOROUGH
+@SETTINGS
 @given(data=st.data(), dtype=st.sampled_from((torch.bfloat16, torch.float16)))
 def test_masks_in_any_layout(device, data, dtype):
     # Rows of whole 16 bytes are not padded, so that nothing but the rule copies them.

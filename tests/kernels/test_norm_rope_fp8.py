@@ -1,14 +1,13 @@
 """Queries, keys and values in FP8: eager PyTorch equals float64, and the Triton kernels equal eager PyTorch."""
 
 import importlib
-import os
 
 import interpreted
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from layouts import DTYPES, bits, fresh, layouts, relative
+from layouts import DTYPES, SETTINGS, bits, fresh, layouts, relative
 from scipy.linalg import hadamard
 from wanvideo_wrapper import kernels, tensor_layout
 from wanvideo_wrapper.kernels import norm_rope_fp8 as ops
@@ -16,10 +15,6 @@ from wanvideo_wrapper.wanvideo.rope import rope_table
 
 ON_GPU = [pytest.mark.cuda, pytest.mark.sm89]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
-EXAMPLES = int(os.environ.get("WAN_LAYOUT_EXAMPLES", "2000" if torch.cuda.is_available() else "25"))
-SETTINGS = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False, database=None
-)
 EPS = 1e-6
 # Heads, head size, token grid, batch.
 SIZES = [(40, 128, (2, 3, 4), 1), (12, 128, (3, 2, 2), 2), (24, 128, (1, 1, 1), 1), (3, 64, (2, 3, 5), 2),

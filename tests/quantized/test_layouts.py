@@ -5,13 +5,12 @@ argument was left as it was, for the CPU reads any memory: the layout check asse
 """
 
 import functools
-import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import DTYPES, Layout, bits, fresh, layouts, relative, save_in_order
+from layouts import DTYPES, EXAMPLES, SETTINGS, Layout, bits, fresh, layouts, relative, save_in_order
 from safetensors import safe_open
 from torch import nn
 from wanvideo_wrapper import tensor_layout
@@ -32,10 +31,6 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # The second size is padded when a layer is made.
 SIZE, ODD_SIZE = (48, 64), (33, 50)
 FEATURES, COLUMNS = SIZE
-EXAMPLES = int(os.environ.get("WAN_LAYOUT_EXAMPLES", "2000" if torch.cuda.is_available() else "25"))
-SETTINGS = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False, database=None
-)
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])]
 LEADS = ((), (1,), (9,), (2, 5), (1, 1), (2, 3, 4), (0,), (2, 0))
 
