@@ -124,8 +124,7 @@ def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -
     """
     if not x.is_cuda or not _has_kernel(x, heads):
         return norm_rope_eager(x, weight, rope, eps, heads).to(x.dtype)
-    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
-    check_entry("norm_rope", x=x, weight=weight, rope=rope)
+    x, weight, rope = _ready("norm_rope", x, weight, rope)
     out = torch.empty((*x.shape[:2], heads, x.shape[-1] // heads), dtype=x.dtype, device=x.device)
     triton_kernels("norm_rope_fp8_triton").norm_rope(x, weight, rope, out, eps=eps)
     return out
@@ -136,8 +135,7 @@ def norm_rope_mean(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: i
     """The operator of `mean_eager`: a shift that makes keys small, at the cost of a few tokens."""
     if not x.is_cuda:
         return mean_eager(x, weight, rope, eps, heads)
-    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
-    check_entry("norm_rope_mean", x=x, weight=weight, rope=rope)
+    x, weight, rope = _ready("norm_rope_mean", x, weight, rope)
     shape = (x.shape[0], min(SAMPLE, x.shape[1]), heads, x.shape[-1] // heads)
     placed = torch.empty(shape, dtype=torch.float32, device=x.device)
     triton_kernels("norm_rope_fp8_triton").norm_rope(x, weight, rope, placed, eps=eps)
@@ -152,9 +150,9 @@ def norm_rope_fp8(
     _check_size(x.shape[-1] // heads)
     if not x.is_cuda:
         return norm_rope_fp8_eager(x, weight, rope, shift, eps, heads)
-    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
+    x, weight, rope = _ready("norm_rope_fp8", x, weight, rope)
     shift = None if shift is None else kernel_ready(shift, strided=False)
-    check_entry("norm_rope_fp8", x=x, weight=weight, rope=rope, shift=shift)
+    check_entry("norm_rope_fp8", strided=False, shift=shift)
     values, scale = _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
     triton_kernels("norm_rope_fp8_triton").norm_rope_fp8(x, weight, rope, shift, values, scale, eps=eps)
     return values, scale
@@ -168,7 +166,8 @@ def rotate_fp8(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         return rotate_fp8_eager(x, shift)
     rows = kernel_ready(x.flatten(2))
     shift = None if shift is None else kernel_ready(shift, strided=False)
-    check_entry("rotate_fp8", x=rows, shift=shift)
+    check_entry("rotate_fp8", x=rows)
+    check_entry("rotate_fp8", strided=False, shift=shift)
     values, scale = _empty(x.shape, x.device)
     triton_kernels("norm_rope_fp8_triton").rotate_fp8(rows, _largest(x), shift, values, scale)
     return values, scale
@@ -226,6 +225,14 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 @expand_fp8.register_fake
 def _(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(values.shape, dtype=dtype, device=values.device)
+
+
+def _ready(kernel: str, x: Tensor, weight: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments as the kernels read them: x by rows, the pairs of rope as one block."""
+    x, weight, rope = kernel_ready(x), kernel_ready(weight), kernel_ready(rope, strided=False)
+    check_entry(kernel, x=x, weight=weight)
+    check_entry(kernel, strided=False, rope=rope)
+    return x, weight, rope
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
