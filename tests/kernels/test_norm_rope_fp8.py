@@ -282,6 +282,17 @@ def test_any_layout(entry, device, monkeypatch):
     check()
 
 
+@SETTINGS
+@given(layouts(), layouts().filter(lambda layout: layout.kind != "expanded"), st.sampled_from(DTYPES))
+def test_what_reaches_the_kernels_passes_the_layout_check(layout, other, dtype):
+    x, weight, rope = layout.build((2, 6, 192), dtype), torch.rand(192).to(dtype), rope_table((1, 2, 3), 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_layout, "CHECKING", True)
+        ready = ops._ready("norm_rope", x, other.place(weight), other.place(rope))
+    assert all(torch.equal(got, want) for got, want in zip(ready, (x, weight, rope), strict=True))
+    assert ready[2].is_contiguous() and all(t.data_ptr() % 16 == 0 for t in ready)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_operators_are_well_formed(device):
     x, weight, rope = inputs(3, 64, (1, 2, 3), 2, device=device)
