@@ -21,8 +21,6 @@ FAMILIES = (
     ".nodes_sampler",
     ".nodes_utility",
     ".cache_methods.nodes_cache",
-    ".multitalk.nodes_audio",
-    ".multitalk.nodes",
 )
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
@@ -40,6 +38,6 @@ def _register(family: str) -> None:
 
 
 if __package__:
-    for _family in FAMILIES:
+    for _family in (*FAMILIES, *importlib.import_module(".registry", package=__package__).NODE_MODULES):
         _register(_family)
     importlib.import_module(".host", package=__package__).warn_about_copies()

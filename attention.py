@@ -14,19 +14,26 @@ from torch import Tensor
 
 from .attention_backends import sage, sage3
 from .attention_backends.comfy import COMFY
-from .attention_backends.contract import Attention, AttentionSpec, Backend, FusedAttention, GridAttention
+from .attention_backends.contract import (
+    Attention,
+    AttentionCall,
+    AttentionSpec,
+    Backend,
+    FusedAttention,
+    GridAttention,
+)
+from .attention_backends.cudnn import CudnnFp8, why_not
 from .attention_backends.flash import FLASH_2, FLASH_3
 from .attention_backends.radial import RADIAL
 from .attention_backends.sol import SOL
 from .attention_backends.torch_sdpa import Sdpa
 from .attention_backends.ultravico import ULTRAVICO
-from .attention_cudnn import CudnnFp8, why_not
-from .wanvideo.extension import AttentionCall
 
 __all__ = [
     "ATTENTION_MODES",
     "BACKENDS",
     "Attention",
+    "AttentionCall",
     "AttentionSpec",
     "Backend",
     "FusedAttention",

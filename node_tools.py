@@ -9,8 +9,12 @@ from pathlib import Path
 import torch
 
 from .host import get_host
+from .wanvideo.frames import round_frames
 
 log = logging.getLogger("wanvideo")
+
+Inputs = dict[str, dict[str, tuple[object, ...]]]
+Latent = dict[str, object]
 
 CATEGORY = "WanVideoWrapper"
 SIZE_STEP = 16
@@ -46,6 +50,14 @@ def round_size(width: int, height: int) -> tuple[int, int]:
     rounded = (max(width // SIZE_STEP, 1) * SIZE_STEP, max(height // SIZE_STEP, 1) * SIZE_STEP)
     if rounded != (width, height):
         log.info("%dx%d is rounded to %dx%d: sides must divide by %d.", width, height, *rounded, SIZE_STEP)
+    return rounded
+
+
+def whole_frames(num_frames: int) -> int:
+    """The largest 4n+1 that is not more; says so where that changes it."""
+    rounded = round_frames(num_frames)
+    if rounded != num_frames:
+        log.info("%d frames are rounded to %d: the VAE works in 4n+1 frames.", num_frames, rounded)
     return rounded
 
 

@@ -1,203 +1,18 @@
-"""Conditioning nodes: pictures and latents in, embeds for the sampler out; latents back to pictures."""
+"""Nodes around the VAE, and the embeds of a video that starts from text alone."""
 
 from __future__ import annotations
-
-import logging
 
 import torch
 from torch import Tensor
 
-from .enhance_a_video import EnhanceArgs
-from .node_tools import CATEGORY, mappings, reject, round_size
-from .wanvideo.i2v import GivenFrames, encode_given
+from .node_tools import CATEGORY, Inputs, Latent, mappings, round_size, whole_frames
+from .wanvideo.frames import latent_frames
 from .wanvideo.images import resize_images, to_images, to_video
 from .wanvideo.modules.vae import Tile, WanVAE
-from .wanvideo.payloads import ClipEmbeds, ImageEmbeds, latent_frames, round_frames
+from .wanvideo.request import ImageEmbeds, payloads_of
 
-log = logging.getLogger("wanvideo")
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
-Latent = dict[str, object]
 LATENT_CHANNELS = 16
 LATENT_FACTOR = 8
-
-
-class WanVideoClipVisionEncode:
-    """CLIP features of one or two pictures, for image-to-video models."""
-
-    DISPLAY_NAME = "WanVideo ClipVision Encode"
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("WANVIDIMAGE_CLIPEMBEDS",)
-    RETURN_NAMES = ("image_embeds",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        strength = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.001})
-        return {
-            "required": {
-                "clip_vision": ("CLIP_VISION",),
-                "image_1": ("IMAGE",),
-                "strength_1": strength,
-                "strength_2": strength,
-                "crop": (["center", "disabled"], {"default": "center", "tooltip": "Cut the middle out, or squeeze"}),
-                "combine_embeds": (["average", "sum", "concat", "batch"], {"default": "average"}),
-                "force_offload": ("BOOLEAN", {"default": True}),
-            },
-            "optional": {
-                "image_2": ("IMAGE",),
-                "negative_image": ("IMAGE", {"tooltip": "For the pass without the prompt"}),
-                "tiles": ("INT", {"default": 0, "min": 0, "max": 16, "step": 2, "tooltip": "Not available: 0"}),
-                "ratio": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
-            },
-        }
-
-    def process(
-        self,
-        clip_vision: object,
-        image_1: Tensor,
-        strength_1: float,
-        strength_2: float,
-        crop: str,
-        combine_embeds: str,
-        force_offload: bool,
-        image_2: Tensor | None = None,
-        negative_image: Tensor | None = None,
-        tiles: int = 0,
-        ratio: float = 0.5,
-    ) -> tuple[ClipEmbeds]:
-        """Features of all pictures, weighted and combined."""
-        reject("WanVideo ClipVision Encode", {"tiles": tiles or None})
-        images = [image_1] if image_2 is None else [image_1, image_2]
-        rows = [row for image in images for row in _clip_features(clip_vision, image, crop)]
-        weights = [strength_1, strength_2, *(1.0 for _ in rows[2:])]
-        weighted = [row[None] * weight for row, weight in zip(rows, weights, strict=False)]
-        combine = {
-            "average": lambda parts: torch.stack(parts).mean(dim=0),
-            "sum": lambda parts: torch.stack(parts).sum(dim=0),
-            "concat": lambda parts: torch.cat(parts, dim=1),
-            "batch": lambda parts: torch.cat(parts, dim=0),
-        }[combine_embeds]
-        negative = None if negative_image is None else _clip_features(clip_vision, negative_image, crop)[:1]
-        if force_offload and hasattr(clip_vision, "managed"):
-            clip_vision.managed.release()
-        return (ClipEmbeds(positive=combine(weighted), negative=negative),)
-
-
-def _clip_features(clip_vision: object, image: Tensor, crop: str) -> Tensor:
-    encoded = clip_vision.encode_image(image[..., :3], crop=crop == "center")
-    return encoded.penultimate_hidden_states.float().cpu()
-
-
-class WanVideoImageToVideoEncode:
-    """Encodes start and end pictures as the condition of an image-to-video model."""
-
-    DISPLAY_NAME = "WanVideo ImageToVideo Encode"
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES = ("WANVIDIMAGE_EMBEDS",)
-    RETURN_NAMES = ("image_embeds",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        size = {"min": 64, "max": 8096, "step": 8}
-        strength = {"min": 0.0, "max": 10.0, "step": 0.001}
-        return {
-            "required": {
-                "width": ("INT", {"default": 832, **size}),
-                "height": ("INT", {"default": 480, **size}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4}),
-                "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength, "tooltip": "Noise on the pictures"}),
-                "start_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
-                "end_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
-                "force_offload": ("BOOLEAN", {"default": True}),
-            },
-            "optional": {
-                "vae": ("WANVAE",),
-                "clip_embeds": ("WANVIDIMAGE_CLIPEMBEDS",),
-                "start_image": ("IMAGE",),
-                "end_image": ("IMAGE",),
-                "control_embeds": ("WANVIDIMAGE_EMBEDS",),
-                "fun_or_fl2v_model": ("BOOLEAN", {"default": True, "tooltip": "The end picture is the last frame"}),
-                "temporal_mask": ("MASK", {"tooltip": "1 where a frame is given"}),
-                "extra_latents": ("LATENT", {"tooltip": "Reference latents in front"}),
-                "tiled_vae": ("BOOLEAN", {"default": False}),
-                "add_cond_latents": ("ADD_COND_LATENTS", {"advanced": True}),
-                "augment_empty_frames": (
-                    "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 10.0, "step": 0.01, "tooltip": "More motion, experimental"},
-                ),
-                "empty_frame_pad_image": ("IMAGE", {"tooltip": "Instead of grey in frames that are not given"}),
-            },
-        }
-
-    def process(
-        self,
-        width: int,
-        height: int,
-        num_frames: int,
-        noise_aug_strength: float,
-        start_latent_strength: float,
-        end_latent_strength: float,
-        force_offload: bool,
-        vae: WanVAE | None = None,
-        clip_embeds: ClipEmbeds | None = None,
-        start_image: Tensor | None = None,
-        end_image: Tensor | None = None,
-        control_embeds: object = None,
-        fun_or_fl2v_model: bool = True,
-        temporal_mask: Tensor | None = None,
-        extra_latents: Latent | None = None,
-        tiled_vae: bool = False,
-        add_cond_latents: object = None,
-        augment_empty_frames: float = 0.0,
-        empty_frame_pad_image: Tensor | None = None,
-    ) -> tuple[ImageEmbeds]:
-        """Condition latents, mask and CLIP features."""
-        reject("WanVideo ImageToVideo Encode", {"control_embeds": control_embeds, "add_cond_latents": add_cond_latents})
-        if vae is None:
-            raise ValueError("Pictures are encoded by the VAE: connect WanVideoVAELoader to 'vae'.")
-        width, height = round_size(width, height)
-        given = GivenFrames(
-            width=width,
-            height=height,
-            num_frames=_whole_frames(num_frames),
-            start=start_image,
-            end=end_image,
-            pad=empty_frame_pad_image,
-            mask=temporal_mask,
-            end_in_video=fun_or_fl2v_model or start_image is None,
-            noise=noise_aug_strength,
-            start_strength=start_latent_strength,
-            end_strength=end_latent_strength,
-            spread=augment_empty_frames,
-        )
-        cond, mask = encode_given(given, vae, tile=Tile() if tiled_vae else None)
-        leading = 0
-        if extra_latents is not None:
-            reference = extra_latents["samples"][0].float()
-            leading = reference.shape[1]
-            cond = torch.cat((reference, cond), dim=1)
-            mask = torch.cat((torch.ones_like(mask[:, :1]).expand(-1, leading, -1, -1), mask), dim=1)
-        if force_offload:
-            vae.managed.release()
-        embeds = ImageEmbeds(
-            latent_shape=tuple(cond.shape),
-            num_frames=given.num_frames,
-            cond=cond,
-            mask=mask,
-            clip=clip_embeds,
-            extra_end_frame=given.extra_end,
-            leading_latents=leading,
-        )
-        return (embeds,)
-
-
-def _whole_frames(num_frames: int) -> int:
-    rounded = round_frames(num_frames)
-    if rounded != num_frames:
-        log.info("%d frames are rounded to %d: the VAE works in 4n+1 frames.", num_frames, rounded)
-    return rounded
 
 
 class WanVideoEmptyEmbeds:
@@ -229,16 +44,16 @@ class WanVideoEmptyEmbeds:
         width: int,
         height: int,
         num_frames: int,
-        control_embeds: object = None,
+        control_embeds: ImageEmbeds | None = None,
         extra_latents: Latent | None = None,
     ) -> tuple[ImageEmbeds]:
         """Sizes for the sampler."""
-        reject("WanVideo Empty Embeds", {"control_embeds": control_embeds})
         width, height = round_size(width, height)
-        frames = _whole_frames(num_frames)
+        frames = whole_frames(num_frames)
         shape = (LATENT_CHANNELS, latent_frames(frames), height // LATENT_FACTOR, width // LATENT_FACTOR)
         given = () if extra_latents is None else ((0, extra_latents["samples"][0].float()),)
-        return (ImageEmbeds(latent_shape=shape, num_frames=frames, given_latents=given),)
+        payloads = payloads_of(control_embeds)
+        return (ImageEmbeds(latent_shape=shape, num_frames=frames, payloads=payloads, given_latents=given),)
 
 
 TILE_TIP = "Less memory; seams fade where tiles overlap"
@@ -290,7 +105,7 @@ class WanVideoEncode:
     ) -> tuple[Latent]:
         """Latents of the first 4n+1 frames."""
         width, height = round_size(image.shape[2], image.shape[1])
-        video = to_video(resize_images(image, width, height))[:, : _whole_frames(image.shape[0])]
+        video = to_video(resize_images(image, width, height))[:, : whole_frames(image.shape[0])]
         if noise_aug_strength > 0:
             noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
             video = video + noise * noise_aug_strength
@@ -348,7 +163,8 @@ class WanVideoDecode:
         if samples.get("video") is not None:
             return (samples["video"].float().clamp(-1, 1).add(1).div(2),)
         latents = samples["samples"][0].float()
-        latents = latents[:, int(samples.get("has_ref") or 0) :]
+        last = latents.shape[1] - int(samples.get("trailing_latents") or 0)
+        latents = latents[:, int(samples.get("has_ref") or 0) : last]
         if samples.get("extra_end_frame"):
             latents = latents[:, :-1]
         tile = Tile(x=tile_x, y=tile_y, stride_x=tile_stride_x, stride_y=tile_stride_y) if enable_vae_tiling else None
@@ -369,36 +185,4 @@ class WanVideoDecode:
         return (to_images(video),)
 
 
-class WanVideoEnhanceAVideo:
-    """Amplifies self-attention where frames agree, for more detail and consistency."""
-
-    DISPLAY_NAME = "WanVideo Enhance-A-Video"
-    CATEGORY = CATEGORY
-    FUNCTION = "setargs"
-    RETURN_TYPES = ("FETAARGS",)
-    RETURN_NAMES = ("feta_args",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        percent = {"min": 0.0, "max": 1.0, "step": 0.01}
-        return {
-            "required": {
-                "weight": ("FLOAT", {"default": 2.0, "min": 0, "max": 100, "step": 0.01}),
-                "start_percent": ("FLOAT", {"default": 0.0, **percent}),
-                "end_percent": ("FLOAT", {"default": 1.0, **percent}),
-            }
-        }
-
-    def setargs(self, weight: float, start_percent: float, end_percent: float) -> tuple[EnhanceArgs]:
-        """Collect the settings."""
-        return (EnhanceArgs(weight, start_percent, end_percent),)
-
-
-NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
-    WanVideoClipVisionEncode,
-    WanVideoImageToVideoEncode,
-    WanVideoEmptyEmbeds,
-    WanVideoEncode,
-    WanVideoDecode,
-    WanVideoEnhanceAVideo,
-)
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoEmptyEmbeds, WanVideoEncode, WanVideoDecode)

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 from .attention import ATTENTION_MODES
 from .host import get_host
-from .multitalk.nodes import MultiTalkFile
-from .node_tools import CATEGORY, DTYPES, files, find_model, mappings, reject
+from .node_tools import CATEGORY, DTYPES, Inputs, files, find_model, mappings, reject
+from .registry import SYSTEMS
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
-from .wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model
+from .wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model, module_files
 from .wanvideo.lora import LoraFile
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
 from .wanvideo.modules.vae import WanVAE, load_vae
 from .wanvideo.quantization import QUANTIZATIONS
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 LOAD_DEVICES = ["main_device", "offload_device"]
 
 
@@ -72,35 +71,22 @@ class WanVideoModelLoader:
         compile_args: CompileArgs | None = None,
         block_swap_args: BlockSwapArgs | None = None,
         lora: Sequence[LoraFile] | None = None,
-        vram_management_args: object = None,
-        extra_model: object = None,
-        fantasytalking_model: object = None,
-        multitalk_model: MultiTalkFile | None = None,
-        fantasyportrait_model: object = None,
         rms_norm_function: str = "default",
+        **sockets: object,
     ) -> tuple[WanVideoModel]:
-        """Load it as the widgets say."""
-        reject(
-            "WanVideo Model Loader",
-            {
-                "vram_management_args": vram_management_args,
-                "extra_model": extra_model,
-                "fantasytalking_model": fantasytalking_model,
-                "fantasyportrait_model": fantasyportrait_model,
-            },
-        )
+        """Load it as the widgets say. sockets: module files, by their names."""
         options = LoadOptions(
             base_dtype=DTYPES[base_precision],
             quantization=quantization,
             attention_mode=attention_mode,
-            modules=() if multitalk_model is None else (multitalk_model.path,),
+            modules=module_files(sockets.items()),
             loras=tuple(lora or ()),
             block_swap=block_swap_args,
             compile=compile_args,
             fp16_accumulation=base_precision == "fp16_fast",
             keep_on_device=load_device == "main_device",
         )
-        return (load_wan_model(find_model(model), options, get_host()),)
+        return (load_wan_model(find_model(model), options, get_host(), SYSTEMS),)
 
 
 class WanVideoVAELoader:

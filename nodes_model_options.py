@@ -111,12 +111,12 @@ class WanVideoBlockSwap:
         block_swap_debug: bool = False,
     ) -> tuple[BlockSwapArgs]:
         """Collect the settings."""
+        waiting = {"img_emb": offload_img_emb, "text_embedding": offload_txt_emb}
         args = BlockSwapArgs(
             blocks_to_swap=blocks_to_swap,
-            offload_img_emb=offload_img_emb,
-            offload_txt_emb=offload_txt_emb,
+            embeddings=tuple(name for name, waits in waiting.items() if waits),
             use_non_blocking=use_non_blocking,
-            vace_blocks_to_swap=vace_blocks_to_swap,
+            others={"vace_blocks": vace_blocks_to_swap},
             prefetch_blocks=prefetch_blocks,
             block_swap_debug=block_swap_debug,
         )

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from torch import Tensor
 
-from .enhance_a_video import EnhanceArgs
 from .host import get_host
-from .multitalk.audio import MultiTalkEmbeds
-from .node_tools import CATEGORY, mappings, reject
+from .node_tools import CATEGORY, Inputs, Latent, mappings
 from .nodes_schedule import SCHEDULER, SHIFT
 from .wanvideo.loading import WanVideoModel
-from .wanvideo.payloads import ImageEmbeds, TextEmbeds
-from .wanvideo.sampling import SampleRequest, sample
+from .wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds, contributions
+from .wanvideo.sampling import sample
 from .wanvideo.schedulers import Schedule, ScheduleSpec, make_schedule
 from .wanvideo.step_cache import StepCache
 from .wanvideo.windows import ContextOptions
 
 log = logging.getLogger("wanvideo")
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
-Latent = dict[str, object]
 SamplerArgs = dict[str, object]
 
 SEED = ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF})
@@ -35,6 +30,7 @@ RIFLEX = (
 )
 ROPE = (["default", "comfy", "comfy_chunked"], {"default": "comfy", "tooltip": "All run the same kernel here"})
 ADD_NOISE = ("BOOLEAN", {"default": False, "tooltip": "For samples that are clean video"})
+# Sockets of the original, in its order: saved graphs count on both. What comes out of them is handled alike.
 ADVANCED = {
     "unianimate_poses": ("UNIANIMATE_POSE",),
     "fantasytalking_embeds": ("FANTASYTALKING_EMBEDS",),
@@ -102,40 +98,19 @@ class WanVideoSampler:
         text_embeds: TextEmbeds | None = None,
         samples: Latent | None = None,
         denoise_strength: float = 1.0,
-        feta_args: EnhanceArgs | None = None,
         context_options: ContextOptions | None = None,
         cache_args: StepCache | None = None,
-        flowedit_args: object = None,
         batched_cfg: bool = False,
-        slg_args: object = None,
-        rope_function: str = "comfy",
-        loop_args: object = None,
-        experimental_args: object = None,
         sigmas: Tensor | None = None,
-        unianimate_poses: object = None,
-        fantasytalking_embeds: object = None,
-        uni3c_embeds: object = None,
-        multitalk_embeds: MultiTalkEmbeds | None = None,
-        freeinit_args: object = None,
         start_step: int = 0,
         end_step: int = -1,
         add_noise_to_samples: bool = False,
+        rope_function: str = "comfy",
+        **sockets: object,
     ) -> tuple[Latent, Latent]:
-        """The result and the last estimate of the clean latents."""
-        _reject_unbuilt(
-            "WanVideo Sampler",
-            {
-                "flowedit_args": flowedit_args,
-                "slg_args": slg_args,
-                "rope_function": rope_function,
-                "loop_args": loop_args,
-                "experimental_args": experimental_args,
-                "unianimate_poses": unianimate_poses,
-                "fantasytalking_embeds": fantasytalking_embeds,
-                "uni3c_embeds": uni3c_embeds,
-                "freeinit_args": freeinit_args,
-            },
-        )
+        """The result and the last estimate of the clean latents. sockets: payloads and modifiers, by their names."""
+        _check_rope(rope_function)
+        payloads, modifiers = contributions(sockets.items())
         part = {
             "sigmas": sigmas, "denoise_strength": denoise_strength, "start_step": start_step, "end_step": end_step,
         }  # fmt: skip
@@ -154,8 +129,8 @@ class WanVideoSampler:
             add_noise_to_samples=bool(add_noise_to_samples),
             batched_cfg=bool(batched_cfg),
             riflex_index=riflex_freq_index,
-            multitalk=multitalk_embeds,
-            feta=feta_args,
+            payloads=payloads,
+            modifiers=modifiers,
             context=context_options,
             cache=cache_args,
             force_offload=force_offload,
@@ -173,11 +148,9 @@ def _connected(schedule: Schedule, steps: int, shift: float, part: SamplerArgs) 
     return make_schedule(replace(spec, **chosen)) if chosen else schedule
 
 
-def _reject_unbuilt(node: str, options: SamplerArgs) -> None:
-    rope = options.get("rope_function")
-    if rope is not None and rope not in (*ROPE[0], ""):
-        raise ValueError(f"rope_function of '{node}' must be one of {', '.join(ROPE[0])} in this version.")
-    reject(node, {name: value for name, value in options.items() if name != "rope_function"})
+def _check_rope(function: str) -> None:
+    if function not in (*ROPE[0], ""):
+        raise ValueError(f"rope_function must be one of {', '.join(ROPE[0])} in this version, not '{function}'.")
 
 
 class WanVideoSamplerSettings(WanVideoSampler):
@@ -187,11 +160,9 @@ class WanVideoSamplerSettings(WanVideoSampler):
     RETURN_TYPES = ("SAMPLER_ARGS",)
     RETURN_NAMES = ("sampler_inputs",)
 
-    def process(self, *args: object, **kwargs: object) -> tuple[SamplerArgs]:
+    def process(self, **inputs: object) -> tuple[SamplerArgs]:
         """The inputs under their names."""
-        bound = inspect.signature(WanVideoSampler.process).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        return ({name: value for name, value in bound.arguments.items() if name != "self"},)
+        return (inputs,)
 
 
 class WanVideoSamplerFromSettings:
@@ -241,32 +212,15 @@ class WanVideoSamplerExtraArgs:
     def process(
         self,
         riflex_freq_index: int = 0,
-        feta_args: EnhanceArgs | None = None,
         context_options: ContextOptions | None = None,
         cache_args: StepCache | None = None,
-        slg_args: object = None,
         rope_function: str = "comfy",
-        loop_args: object = None,
-        experimental_args: object = None,
-        unianimate_poses: object = None,
-        fantasytalking_embeds: object = None,
-        uni3c_embeds: object = None,
-        multitalk_embeds: MultiTalkEmbeds | None = None,
+        **sockets: object,
     ) -> tuple[SamplerArgs]:
-        """The options that this version has."""
-        _reject_unbuilt(
-            "WanVideoSampler v2 Extra Args",
-            {
-                "slg_args": slg_args,
-                "rope_function": rope_function,
-                "loop_args": loop_args,
-                "experimental_args": experimental_args,
-                "unianimate_poses": unianimate_poses,
-                "fantasytalking_embeds": fantasytalking_embeds,
-                "uni3c_embeds": uni3c_embeds,
-            },
-        )
-        args = {"riflex_index": riflex_freq_index, "feta": feta_args, "multitalk": multitalk_embeds}
+        """Fields of the request. sockets: payloads and modifiers, by their names."""
+        _check_rope(rope_function)
+        payloads, modifiers = contributions(sockets.items())
+        args = {"riflex_index": riflex_freq_index, "payloads": payloads, "modifiers": modifiers}
         return ({**args, "context": context_options, "cache": cache_args},)
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .host import get_host
 from .node_tools import CATEGORY, DTYPES, files, mappings, reject
+from .prompt_segments.extension import segments
 from .wanvideo.loading import WanVideoModel
 from .wanvideo.modules.t5 import TextEncoder, encoder_name, load_text_encoder
-from .wanvideo.payloads import TextEmbeds
+from .wanvideo.request import TextEmbeds
 from .wanvideo.text_cache import TextCache
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
@@ -93,7 +94,7 @@ class WanVideoTextEncode:
         both = _encode_prompts([*parts, negative_prompt], name, encode, _cache(use_disk_cache))
         if t5 is not None and force_offload:
             t5.managed.release()
-        return (TextEmbeds(positive=both[:-1], negative=both[-1:]),)
+        return (TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=segments(both[:-1])),)
 
 
 class WanVideoTextEncodeSingle:
@@ -120,7 +121,7 @@ class WanVideoTextEncodeSingle:
     ) -> tuple[TextEmbeds]:
         """Embeds without a negative prompt."""
         both = WanVideoTextEncode().process(prompt, "", t5, force_offload, model_to_offload, use_disk_cache, device)[0]
-        return (TextEmbeds(positive=both.positive),)
+        return (TextEmbeds(positive=both.positive, payloads=both.payloads),)
 
 
 class WanVideoTextEncodeCached:
@@ -173,7 +174,7 @@ class WanVideoTextEncodeCached:
         name = encoder_name(path, DTYPES[precision], quantization)
         both = _encode_prompts(prompts, name, encode, _cache(use_disk_cache))
         negative = TextEmbeds(positive=both[-1:])
-        return TextEmbeds(positive=both[:-1], negative=both[-1:]), negative, positive_prompt
+        return TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=segments(both[:-1])), negative, positive_prompt
 
 
 class WanVideoTextEmbedBridge:

@@ -5,16 +5,19 @@ Shapes: B batch, L tokens, H heads, D head size, C = H * D.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.fp8_rows import Fp8Rows
 from . import packages
 
 Capability = tuple[int, int]
+Span = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Attention(Protocol):
@@ -29,20 +32,39 @@ class Attention(Protocol):
         """
 
 
-class FusedAttention(Protocol):
-    """A backend that also takes queries and keys as the linear layers give them, to norm and turn them itself."""
+class AttentionCall(NamedTuple):
+    """Self-attention before the kernel: q, k, v [B, L, H, D].
 
-    name: str
+    spans: static (query range, key range) pairs; empty means that all tokens attend to all. k_lens: how many keys of
+    each batch entry count, of which the rest is padding; empty means all.
+    """
 
-    def fused(
-        self, q_raw: Tensor, k_raw: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
-    ) -> Tensor:
-        """q_raw, k_raw [B, L, C], v [B, L, H, D], rope [L, D/2, 2] cosine and sine float32 -> [B, L, H, D].
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    spans: tuple[Span, ...] = ()
+    k_lens: tuple[int, ...] = ()
 
-        norm_q, norm_k: WanRMSNorm (`weight` [C], `eps`), over all heads at once. Called where no extension reads or
-        replaces q, k and v. A backend may also have `fused_rows`, the same with FP8 rows of [B, L, C] as its result,
-        which is called where the output projection multiplies in FP8 and nothing else reads it.
+
+class FusedAttention(ABC):
+    """A backend that also takes queries and keys as the linear layers give them, to norm and turn them itself.
+
+    Its forms are called where no extension reads or replaces q, k and v.
+    """
+
+    @abstractmethod
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor) -> Tensor:
+        """Projections q, k [B, L, C], v [B, L, H, D] -> [B, L, H, D].
+
+        norm_q, norm_k: WanRMSNorm (`weight` [C], `eps`), over all heads at once; rope [L or (B, L), D/2, 2] cosine and
+        sine float32.
         """
+
+    @abstractmethod
+    def fused_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+    ) -> Fp8Rows:
+        """The same as FP8 rows [B, L, C], where the output projection multiplies in FP8 and nothing else reads them."""
 
 
 @runtime_checkable

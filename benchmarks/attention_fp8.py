@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from timing import milliseconds
 from torch import Tensor
-from wanvideo_wrapper import attention_cudnn
 from wanvideo_wrapper.attention import AttentionSpec, resolve
+from wanvideo_wrapper.attention_backends import cudnn as attention_cudnn
 from wanvideo_wrapper.kernels import norm_rope_fp8 as ops
+from wanvideo_wrapper.kernels.rope import apply_rope
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
-from wanvideo_wrapper.wanvideo.rope import apply_rope, rope_table
+from wanvideo_wrapper.wanvideo.rope import rope_table
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 HEADS, SIZE = 40, 128

@@ -19,7 +19,8 @@ from diffusers import WanTransformer3DModel
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 LAYERS = 40
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16

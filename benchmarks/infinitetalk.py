@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from wanvideo_wrapper.host import set_host
+from wanvideo_wrapper.clip_image.extension import ClipImage
+from wanvideo_wrapper.host import StandaloneHost, set_host
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import checkpoint
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
-from wanvideo_wrapper.wanvideo.payloads import ClipEmbeds, ImageEmbeds, TextEmbeds
-from wanvideo_wrapper.wanvideo.sampling import SampleRequest, sample
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
+from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor
 
@@ -111,7 +112,7 @@ def request(option: str, case: argparse.Namespace, host: StandaloneHost) -> Samp
     speakers, size = case.speakers, case.size
     checkpoint.open_files = lambda path: (RandomFile(path, case.blocks),)
     options = LoadOptions(base_dtype=torch.bfloat16, quantization=quantization, attention_mode=attention)
-    model = load_wan_model(Path("random_InfiniteTalk.safetensors"), options, host)
+    model = load_wan_model(Path("random_InfiniteTalk.safetensors"), options, host, SYSTEMS)
     latent = ((FRAMES - 1) // 4 + 1, size // 8, size // 8)
     mask = torch.zeros(4, *latent)
     mask[:, 0] = 1
@@ -125,14 +126,15 @@ def request(option: str, case: argparse.Namespace, host: StandaloneHost) -> Samp
         image=ImageEmbeds(
             latent_shape=(16, *latent),
             num_frames=FRAMES,
-            cond=torch.randn(16, *latent),
-            mask=mask,
-            clip=ClipEmbeds(positive=torch.randn(1, 257, 1280)),
+            payloads=(
+                ImageCondition(torch.randn(1, 16, *latent), mask[None]),
+                ClipImage(positive=torch.randn(1, 257, 1280)),
+            ),
         ),
         schedule=make_schedule(ScheduleSpec(name="dpm++_sde", steps=case.steps, shift=11.0)),
         cfg=1.0,
         seed=0,
-        multitalk=MultiTalkEmbeds(features=features, masks=masks if speakers > 1 else None),
+        payloads=(MultiTalkEmbeds(features=features, masks=masks if speakers > 1 else None),),
     )
 
 

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.host import set_host
+from wanvideo_wrapper.host import StandaloneHost, set_host
 from wanvideo_wrapper.multitalk.nodes import WanVideoImageToVideoMultiTalk
 from wanvideo_wrapper.multitalk.nodes_audio import MultiTalkWav2VecEmbeds
 from wanvideo_wrapper.multitalk.wav2vec import SAMPLE_RATE, load_wav2vec
-from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
-from wanvideo_wrapper.wanvideo.payloads import TextEmbeds
-from wanvideo_wrapper.wanvideo.sampling import SampleRequest, sample
+from wanvideo_wrapper.wanvideo.request import SampleRequest, TextEmbeds
+from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 
 FPS, SIZE, WINDOW, MOTION = 25.0, 64, 81, 9
@@ -48,8 +48,8 @@ def talk(seconds: float, folder: Path, *, on_disk: bool) -> dict[str, float]:
     tiny.wav2vec().save(folder / "wav2vec.safetensors")
     wav2vec = load_wav2vec(folder / "wav2vec.safetensors", dtype=torch.float32, host=host)
     vae = load_vae(folder / "vae.safetensors", dtype=torch.float32, host=host)
-    options = LoadOptions(base_dtype=torch.float32, modules=(folder / "infinitetalk.safetensors",))
-    model = load_wan_model(folder / "base.safetensors", options, host)
+    options = LoadOptions(base_dtype=torch.float32, modules=(ModuleFile(folder / "infinitetalk.safetensors"),))
+    model = load_wan_model(folder / "base.safetensors", options, host, SYSTEMS)
     rng = np.random.default_rng(0)
     waveform = torch.from_numpy(rng.standard_normal((1, 1, round(seconds * SAMPLE_RATE)), dtype=np.float32) * 0.1)
     began = time.monotonic()
@@ -68,7 +68,7 @@ def talk(seconds: float, folder: Path, *, on_disk: bool) -> dict[str, float]:
         schedule=make_schedule(ScheduleSpec(name="euler", steps=1, shift=5.0)),
         cfg=1.0,
         seed=0,
-        multitalk=speech,
+        payloads=(speech,),
     )
     sample(request, host)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / MEGABYTE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..wanvideo.extension import Step
+from ..wanvideo.conditioning import Step
 from ..wanvideo.step_cache import StepCache, StepMemory
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..wanvideo.extension import Step
+from ..wanvideo.conditioning import Step
 from ..wanvideo.step_cache import Moment, StepCache, StepMemory
 from .published import MODELS, variant_of
 

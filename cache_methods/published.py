@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..wanvideo.extensions.clip_image import ClipImageExtension
+from ..clip_image.extension import ClipImageExtension
 
 if TYPE_CHECKING:
     from ..wanvideo.loading import WanVideoModel

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..clip_image.extension import ClipImageExtension
 from ..multitalk.extension import MultiTalk
 from ..quiet_imports import kernels_hidden
 from ..wanvideo.config import WanConfig
 from ..wanvideo.extension import Extension
-from ..wanvideo.extensions.clip_image import ClipImageExtension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.modules.t5 import wan_name
 from ..wanvideo.modules.vae import build_vae

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..demo.quality import command as quality_command
-from ..host import CancelledError, set_host
-from ..standalone_host import StandaloneHost
+from ..host import CancelledError, StandaloneHost, set_host
+from ..registry import SYSTEMS
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 FAILED, CANCELLED = 2, 130
@@ -144,7 +144,7 @@ def _doctor(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from ..wanvideo.inspect import describe
 
-    sys.stdout.write(f"{describe(options.file)}\n")
+    sys.stdout.write(f"{describe(options.file, SYSTEMS)}\n")
 
 
 if __name__ == "__main__":

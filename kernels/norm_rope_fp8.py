@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tensor_layout import check_entry, kernel_ready
-from ..wanvideo.rope import apply_rope
 from . import op_name, triton_kernels, triton_runs
+from .rope import apply_rope
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max

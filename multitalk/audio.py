@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .extension import AudioWindow
+from ..wanvideo.conditioning import Payload, Row, Step, Window
+from ..wanvideo.guidance import NO_TEXT, at_step, per_step
+from .extension import AUDIO, NEEDS, AudioWindow
 from .multitalk import AUDIO_WINDOW
 from .wav2vec import SAMPLE_RATE, Wav2Vec
 
@@ -24,6 +27,7 @@ MARGIN_SECONDS = 1
 LOUDNESS_BLOCK = 0.4
 NOISE_FLOOR_DB = -45.0
 TRANSIENT_CUTOFF = 3000.0
+NO_AUDIO = frozenset({AUDIO})
 # Rounding error of times in floating point, far below one sample.
 SLACK = 1e-6
 
@@ -38,8 +42,8 @@ class AudioOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiTalkEmbeds:
-    """Encoded speech (socket MULTITALK_EMBEDS).
+class MultiTalkEmbeds(Payload):
+    """Encoded speech (socket MULTITALK_EMBEDS); `window` makes what the model reads.
 
     features: one tensor [frames, layers, channels] per speaker, all of one length. scale: strength; cfg_scale: audio
     guidance, one number or one a step. masks [P or P + 1, H, W]: where each speaker is. silence [n, layers, channels]:
@@ -51,19 +55,34 @@ class MultiTalkEmbeds:
     cfg_scale: float | Sequence[float] = 1.0
     masks: Tensor | None = None
     silence: Tensor | None = None
+    needs: ClassVar[str] = NEEDS
+    holds_given: ClassVar[bool] = True
+    part: ClassVar[type[Payload]] = AudioWindow
 
     @property
     def num_frames(self) -> int:
         """Frames of the sound."""
         return int(self.features[0].shape[0])
 
-    def window(self, frames: Sequence[int]) -> AudioWindow:
-        """The speech of these frames of the whole video, each with its two neighbours on both sides.
+    def guidance(self, scale: float, step: Step) -> tuple[Row, ...] | None:
+        """Nothing + scale * (all - no text) + cfg_scale * (no text - nothing): each term has a scale of its own.
+
+        Without text guidance, speech is dropped under the same prompt.
+        """
+        audio = at_step(per_step(self.cfg_scale), step)
+        if math.isclose(audio, 1.0):
+            return None
+        if math.isclose(scale, 1.0):
+            return Row(audio), Row(1.0 - audio, NO_AUDIO)
+        return Row(scale), Row(audio - scale, NO_TEXT), Row(1.0 - audio, NO_TEXT | NO_AUDIO)
+
+    def window(self, window: Window) -> AudioWindow:
+        """The speech of these frames of the whole video, each with its two neighbors on both sides.
 
         Frames before the start repeat the first; after the end comes silence, or the sound mirrored.
         """
         half = AUDIO_WINDOW // 2
-        index = torch.tensor([[f + offset for offset in range(-half, half + 1)] for f in frames]).clamp(min=0)
+        index = torch.tensor([[f + offset for offset in range(-half, half + 1)] for f in window.sounding]).clamp(min=0)
         speakers = [self._at(feature, index) for feature in self.features]
         return AudioWindow(torch.stack(speakers)[None], torch.tensor(float(self.scale)), self.masks)
 

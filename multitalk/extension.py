@@ -9,68 +9,65 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.extension import Extension, Heads, Step, Tokens
+from ..wanvideo.conditioning import Payload
+from ..wanvideo.extension import Extension
+from ..wanvideo.families import Kind
 from ..wanvideo.modules.layers import WanLayerNorm
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.tokens import Grid, Heads, ModelInputs, Tokens, video_tokens
 from .multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention, latent_windows
 from .speakers import speaker_map, token_masks
 
 PROJECTION = "multitalk_audio_proj."
 BLOCK_KEYS = ("audio_cross_attn.", "norm_x.")
+# The name of the speech in guidance.
+AUDIO = "audio"
+NEEDS = (
+    "Speech needs a model with multitalk_audio_proj.proj1.weight: connect MultiTalkModelLoader to the "
+    "'multitalk_model' input of WanVideoModelLoader, or load a checkpoint that has the audio layers merged in."
+)
 
 
 @dataclass(frozen=True)
-class AudioWindow:
-    """Payload: the speech of one window.
+class AudioWindow(Payload):
+    """The speech of one window.
 
-    audio [B, P, pixel frames, 5, layers, channels]: Wav2Vec2 features of P speakers, each frame with its neighbours.
+    audio [B, P, pixel frames, 5, layers, channels]: Wav2Vec2 features of P speakers, each frame with its neighbors.
     scale: strength, 0-d. masks [P or P + 1, height, width]: where each speaker is, background last; None for one.
     """
 
     audio: Tensor
     scale: Tensor
     masks: Tensor | None = None
-    needs: ClassVar[str] = (
-        "Speech needs a model with multitalk_audio_proj.proj1.weight: connect MultiTalkModelLoader to the "
-        "'multitalk_model' input of WanVideoModelLoader, or load a checkpoint that has the audio layers merged in."
-    )
+    needs: ClassVar[str] = NEEDS
 
-    def window(self, frames: Sequence[int]) -> Self:
-        """The speech of these pixel frames."""
-        return replace(self, audio=self.audio[:, :, list(frames)])
+    def without(self, names: frozenset[str]) -> Self:
+        """Without audio: zero features of a single speaker, as the authors train the unconditional form."""
+        return replace(self, audio=torch.zeros_like(self.audio[:, -1:]), masks=None) if AUDIO in names else self
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move and cast the features; the masks stay exact."""
+        """Moves and casts the features; the masks stay exact."""
         masks = None if self.masks is None else self.masks.to(device)
         return replace(self, audio=self.audio.to(device, dtype), scale=self.scale.to(device), masks=masks)
 
     def stack(self, others: Sequence[Self]) -> Self:
-        """Join batch rows of the same length, speakers and strength."""
+        """Joins batch rows of the same length, speakers and strength."""
+        if all(other is self for other in others):
+            return self
         return replace(self, audio=torch.cat([self.audio, *(other.audio for other in others)]))
-
-    def silent(self) -> Self:
-        """The unconditional form that audio guidance compares with: zero features of a single speaker."""
-        return replace(self, audio=torch.zeros_like(self.audio[:, -1:]), masks=None)
 
 
 class Speech(NamedTuple):
-    """State of a forward: audio tokens [B, F, P * T, C], strength, token grid; masks [P + 1, S] for several."""
+    """Audio tokens [B, F, P * T, C], strength, token grid; masks [P + 1, S] for several speakers, and how many.
+
+    scores [B, S, P + 1]: how much each video token attends to each speaker, once self-attention measured it.
+    """
 
     tokens: Tensor
     scale: Tensor
-    grid: tuple[int, int, int]
+    grid: Grid
     masks: Tensor | None
     speakers: int
-
-
-class SpeechCond(NamedTuple):
-    """Keys and values [B * F, P * T, H, D], strength, grid, masks; scores [B, L, P + 1] from self-attention."""
-
-    k: Tensor
-    v: Tensor
-    scale: Tensor
-    grid: tuple[int, int, int]
-    masks: Tensor | None
     scores: Tensor | None = None
 
 
@@ -84,6 +81,12 @@ class MultiTalk(Extension):
     output_dim: int
     voiced: tuple[int, ...]
     payload: ClassVar[type] = AudioWindow
+    file: ClassVar[Kind] = Kind(
+        "MultiTalk or InfiniteTalk module",
+        "Multi/InfiniteTalk Model Loader",
+        (r"^(multitalk_)?audio_proj\.proj1\.weight$", r"^blocks\.\d+\.audio_cross_attn\."),
+    )
+    high_precision: ClassVar[tuple[str, ...]] = (PROJECTION.rstrip("."),)
     aliases: ClassVar[Mapping[str, str]] = {
         f"audio_proj.{name}": f"{PROJECTION}{name}" for name in ("proj1.", "proj1_vf.", "proj2.", "proj3.", "norm.")
     }
@@ -120,13 +123,9 @@ class MultiTalk(Extension):
             block.norm_x = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
             block.audio_cross_attn = SingleStreamMultiAttention(config.dim, self.output_dim, config.num_heads)
 
-    def blocks(self, model: WanModel) -> Sequence[int]:
-        """Blocks with audio layers."""
-        return self.voiced
-
     def prepare(
-        self, model: WanModel, payload: AudioWindow, step: Step, tokens: Tokens
-    ) -> tuple[Tokens, Speech | None]:
+        self, model: WanModel, payload: AudioWindow, inputs: ModelInputs, tokens: Tokens
+    ) -> tuple[Tokens, Speech]:
         """Audio tokens of every latent frame."""
         audio = payload.audio
         speakers = int(audio.shape[1])
@@ -147,31 +146,25 @@ class MultiTalk(Extension):
             masks = token_masks(payload.masks, speakers, tokens.grid, tokens.x.device)
         return tokens, Speech(projected.expand(batch, -1, -1, -1), payload.scale, tokens.grid, masks, speakers)
 
-    def once(self, block: WanAttentionBlock, state: Speech, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values depend on the speech alone."""
-        return block.audio_cross_attn.speaker_keys_values(state.tokens.flatten(0, 1), state.speakers)
+    def block_cond(self, state: Speech, index: int) -> Speech | None:
+        """The same in every block that has audio layers."""
+        return state if index in self.voiced else None
 
-    def block_cond(self, state: Speech, index: int, kept: tuple[Tensor, Tensor]) -> SpeechCond:
-        """What `once` kept, with the strength of this run."""
-        return SpeechCond(*kept, state.scale, state.grid, state.masks)
-
-    def reads_heads(self, cond: SpeechCond) -> bool:
-        """Several speakers are told apart by q and k."""
+    def reads_heads(self, cond: Speech) -> bool:
+        """Several speakers are told apart by q and k; one needs no map."""
         return cond.masks is not None
 
-    def uses_self_attn(self, cond: SpeechCond) -> bool:
-        """One speaker needs no map."""
-        return cond.masks is not None
+    def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: Speech) -> tuple[Heads, Speech]:
+        """Measures which speaker each video token belongs to."""
+        count = video_tokens(cond.grid)
+        return heads, cond._replace(scores=speaker_map(heads.q[:, :count], heads.k[:, :count], cond.masks))
 
-    def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: SpeechCond) -> tuple[Heads, SpeechCond]:
-        """Measures which speaker each token belongs to."""
-        if cond.masks is None:
-            return heads, cond
-        return heads, cond._replace(scores=speaker_map(heads.q, heads.k, cond.masks))
-
-    def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: SpeechCond) -> tuple[Tensor, SpeechCond]:
+    def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Speech) -> tuple[Tensor, Speech]:
         """Adds audio attention to the residual stream."""
-        attention = block.audio_cross_attn
-        rope = None if cond.scores is None else attention.query_rope(cond.scores)
-        spoken = attention.attend(block.norm_x(x).contiguous(), cond.k, cond.v, cond.grid, rope)
+        spoken = block.audio_cross_attn(
+            block.norm_x(x).contiguous(), cond.tokens.flatten(0, 1), cond.grid, cond.scores, cond.speakers
+        )
         return x + spoken * cond.scale.to(x.dtype), cond
+
+
+EXTENSION = MultiTalk

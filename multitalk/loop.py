@@ -20,10 +20,14 @@ from torch import Tensor
 
 from ..wanvideo.denoise import NotFiniteError
 from ..wanvideo.fingerprint import digest
-from ..wanvideo.payloads import latent_frames
-from ..wanvideo.sampling import RunWatcher, SampleRequest
+from ..wanvideo.frames import latent_frames
+from ..wanvideo.loading import WanVideoModel
+from ..wanvideo.request import Latent, SampleRequest
+from ..wanvideo.sampling import RunWatcher
+from .audio import MultiTalkEmbeds
 from .footage import FolderFootage, Footage, MemoryFootage
 from .plan import Window, loop_settings, plan_windows
+from .settings import LoopSettings
 from .window import WindowMaker
 
 if TYPE_CHECKING:
@@ -32,7 +36,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("wanvideo")
 
 
-def run_loop(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[str, object]]:
+class TalkingLoop(LoopSettings):
+    """The settings, as what the sampler runs."""
+
+    def run(self, request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
+        """As `run_loop`."""
+        return run_loop(request, host)
+
+
+def talk_kind(model: WanVideoModel) -> str:
+    """How its talking video goes on from window to window; file names tell, as for the original's users."""
+    names = [model.path.name, *(module.path.name for module in model.options.modules)]
+    return "infinitetalk" if any("infinite" in name.lower() for name in names) else "multitalk"
+
+
+def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     """Sample a whole talking video: two LATENT dicts with `video` [frames, H, W, 3] in -1..1 and `output_path`.
 
     The video is as long as the speech. With an output_path, frames are written as they are made, and an equal run that
@@ -40,13 +58,14 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[dict[str, object], dic
     turns out NaN or black.
     """
     _check_inputs(request)
-    loop = loop_settings(request.image.loop, request.model.talk_kind)
+    loop = loop_settings(request.image.loop, talk_kind(request.model))
     request = replace(request, image=replace(request.image, loop=loop))
-    total = request.multitalk.num_frames
+    total = request.find(MultiTalkEmbeds).num_frames
     windows = plan_windows(total, loop.window_frames, loop.motion_frames, loop.drop_frames)
     log.info("Sampling %d frames in %d windows of %dx%d.", total, len(windows), loop.width, loop.height)
     sides = (side // loop.vae.spatial_factor for side in (loop.height, loop.width))
-    request.model.try_attention((latent_frames(loop.window_frames), *sides), request.guidance.batch)
+    passes = request.guidance.most_passes(len(request.schedule))
+    request.model.try_attention((latent_frames(loop.window_frames), *sides), passes)
     footage: Footage = MemoryFootage(total)
     if loop.output_path:
         parts = fingerprint_parts(request)
@@ -63,7 +82,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[dict[str, object], dic
 
 
 def _check_inputs(request: SampleRequest) -> None:
-    if request.multitalk is None:
+    if request.find(MultiTalkEmbeds) is None:
         raise ValueError("A long talking video needs speech: connect multitalk_embeds to the sampler.")
     if request.text is None or not request.text.positive:
         raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
@@ -160,12 +179,13 @@ class LoopWatcher(RunWatcher):
 
 def fingerprint_parts(request: SampleRequest) -> dict[str, object]:
     """What decides about the frames of a run, by the names that users know."""
-    loop, model = request.image.loop, request.model
+    loop, model, speech = request.image.loop, request.model, request.find(MultiTalkEmbeds)
     settings = replace(
         loop, vae=None, output_path="", start_images=None, reference_video=None, offload_between_windows=False
     )
     options = {"window settings": settings, "image_embeds": replace(request.image, loop=None)}
-    names = ("cfg", "seed", "samples", "add_noise_to_samples", "batched_cfg", "riflex_index", "feta", "text", "cache")
+    names = ("cfg", "seed", "samples", "add_noise_to_samples", "batched_cfg", "riflex_index", "text")
+    names += ("modifiers", "cache")
     return {
         "model": (model.path, replace(model.options, block_swap=None, keep_on_device=False)),
         "vae": (loop.vae.model, str(loop.vae.dtype)),
@@ -173,7 +193,8 @@ def fingerprint_parts(request: SampleRequest) -> dict[str, object]:
         "LoRA": model.loras,
         "start_image": loop.start_images,
         "reference_video": loop.reference_video,
-        "multitalk_embeds": request.multitalk,
+        "multitalk_embeds": speech,
+        "other conditions": tuple(payload for payload in request.payloads if payload is not speech),
         "schedule": request.schedule.spec,
         **options,
         **{name: getattr(request, name) for name in names},

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import sdpa
+from ..kernels.rope import apply_rope
 from ..wanvideo.modules.layers import WanLayerNorm
-from ..wanvideo.rope import apply_rope
 from .speakers import key_positions, query_positions, rotation
 
 AUDIO_WINDOW = 5
@@ -85,14 +85,12 @@ class SingleStreamAttention(nn.Module):
         k, v = kv.unflatten(-1, (2, *self.heads)).unbind(2)
         return k.contiguous(), v.contiguous()
 
-    def forward(self, x: Tensor, encoder_hidden_states: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """x [B, L, C], audio [B * F, T, audio channels], shape (F, height, width) in tokens -> [B, L, C]."""
-        return self.attend(x, *self.keys_values(encoder_hidden_states), shape)
-
     def attend(
         self, x: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int], rope: Tensor | None = None
     ) -> Tensor:
-        """The same with keys and values at hand. Tokens after the frames that have audio get zeros.
+        """x [B, L, C], k, v [B * F, T, H, D], shape (F, height, width) in tokens -> [B, L, C].
+
+        Tokens after the frames that have audio get zeros.
 
         rope [B, L, D / 2, 2] turns the queries, for several speakers.
         """

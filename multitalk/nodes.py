@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import logging
-from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from ..host import get_host
-from ..node_tools import CATEGORY, files, find_model, mappings, round_size
+from ..node_tools import CATEGORY, Inputs, files, find_model, mappings, round_size
+from ..wanvideo.conditioning import Payload
+from ..wanvideo.frames import latent_frames
 from ..wanvideo.images import to_video
+from ..wanvideo.loading import ModuleFile
 from ..wanvideo.modules.vae import WanVAE
-from ..wanvideo.payloads import ClipEmbeds, ImageEmbeds, LoopSettings, latent_frames
+from ..wanvideo.request import ImageEmbeds, payloads_of
+from . import nodes_audio
 from .colormatch import match_colors
-
-log = logging.getLogger("wanvideo")
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
+from .extension import MultiTalk
+from .loop import TalkingLoop
 
 COLOR_METHODS = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
-
-
-@dataclass(frozen=True)
-class MultiTalkFile:
-    """A module file that WanVideoModelLoader joins to the transformer (socket MULTITALKMODEL)."""
-
-    path: Path
 
 
 class MultiTalkModelLoader:
@@ -50,9 +42,9 @@ class MultiTalkModelLoader:
             }
         }
 
-    def loadmodel(self, model: str) -> tuple[MultiTalkFile]:
+    def loadmodel(self, model: str) -> tuple[ModuleFile]:
         """Find it."""
-        return (MultiTalkFile(find_model(model)),)
+        return (ModuleFile(find_model(model), MultiTalk.file),)
 
 
 class WanVideoImageToVideoMultiTalk:
@@ -102,13 +94,13 @@ class WanVideoImageToVideoMultiTalk:
         colormatch: str,
         start_image: Tensor | None = None,
         tiled_vae: bool = False,
-        clip_embeds: ClipEmbeds | None = None,
+        clip_embeds: Payload | None = None,
         mode: str = "auto",
         output_path: str = "",
     ) -> tuple[ImageEmbeds, str]:
         """Picture and settings for the sampler."""
         width, height = round_size(width, height)
-        loop = LoopSettings(
+        loop = TalkingLoop(
             vae=vae,
             width=width,
             height=height,
@@ -171,7 +163,7 @@ class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved gr
         colormatch: str,
         start_image: Tensor | None = None,
         reference_video: Tensor | None = None,
-        clip_embeds: ClipEmbeds | None = None,
+        clip_embeds: Payload | None = None,
         output_path: str = "",
     ) -> tuple[ImageEmbeds, str]:
         """Picture, reference and settings for the sampler."""
@@ -182,7 +174,7 @@ class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved gr
             if colormatch == "reinhard_torch" and start_image is not None:
                 images = match_colors(images, start_image[0, ..., :3].float(), colormatch)
             reference = to_video(images, width, height)
-        loop = LoopSettings(
+        loop = TalkingLoop(
             vae=vae,
             width=width,
             height=height,
@@ -200,10 +192,10 @@ class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved gr
         return _loop_embeds(loop, clip_embeds), loop.output_path
 
 
-def _loop_embeds(loop: LoopSettings, clip: ClipEmbeds | None) -> ImageEmbeds:
+def _loop_embeds(loop: TalkingLoop, clip: Payload | None) -> ImageEmbeds:
     factor = loop.vae.spatial_factor
     shape = (loop.vae.latent_channels, latent_frames(loop.window_frames), loop.height // factor, loop.width // factor)
-    return ImageEmbeds(latent_shape=shape, num_frames=loop.window_frames, clip=clip, loop=loop)
+    return ImageEmbeds(latent_shape=shape, num_frames=loop.window_frames, payloads=payloads_of(clip), loop=loop)
 
 
 def _output_folder(path: str, mode: str) -> str:
@@ -218,3 +210,5 @@ NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     WanVideoImageToVideoMultiTalk,
     WanVideoImageToVideoSkyreelsv3_audio,
 )
+NODE_CLASS_MAPPINGS |= nodes_audio.NODE_CLASS_MAPPINGS
+NODE_DISPLAY_NAME_MAPPINGS |= nodes_audio.NODE_DISPLAY_NAME_MAPPINGS

@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..wanvideo.frames import VAE_TIME_STRIDE
 from ..wanvideo.modules.vae import Tile
-from ..wanvideo.payloads import VAE_TIME_STRIDE, LoopSettings
 from .plan import Window
+from .settings import LoopSettings
 
 # Latent frames before a frame that the VAE's decoder is shown, so that its causal convolutions have a past.
 DECODED_PAST = 2

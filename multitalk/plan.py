@@ -6,7 +6,8 @@ import logging
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..wanvideo.payloads import LoopSettings, round_frames
+from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames, round_frames
+from .settings import LoopSettings
 
 log = logging.getLogger("wanvideo")
 
@@ -20,6 +21,12 @@ class Window(NamedTuple):
     index: int
     frames: range
     kept: int
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """The latent frames of the whole video that stand for these frames."""
+        first = self.frames.start // VAE_TIME_STRIDE
+        return tuple(range(first, first + latent_frames(len(self.frames))))
 
 
 def plan_windows(total: int, size: int, motion: int, drop: int = 0) -> list[Window]:

@@ -9,28 +9,33 @@ four.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..image_to_video.extension import ImageCondition
+from ..wanvideo import conditioning
 from ..wanvideo.denoise import LatentHook, NotFiniteError, denoise
+from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.guidance import Conditions
 from ..wanvideo.images import to_images
-from ..wanvideo.latents import Inpainting, add_noise, change_mask, condition_channels, start_noise
+from ..wanvideo.latents import Inpainting, add_noise, change_mask, start_noise
 from ..wanvideo.modules.vae import Tile
-from ..wanvideo.payloads import VAE_TIME_STRIDE, LoopSettings, latent_frames
-from ..wanvideo.sampling import RunWatcher, SampleRequest, conditionings, make_denoiser
+from ..wanvideo.request import SampleRequest
+from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
+from .audio import MultiTalkEmbeds
 from .colormatch import match_colors
 from .motion import KeptMotion, NoisedMotion
 from .pictures import Pictures, SourceFrames, StartPictures, grey, keyframe
 from .plan import KEYFRAME_REPEATS, Window
+from .settings import LoopSettings
 
 if TYPE_CHECKING:
     from ..host import Host
-    from ..wanvideo.modules.model import WanModel
+    from ..wanvideo.conditioning import Payload
     from ..wanvideo.schedulers import Schedule
 
 # In 0..1: a frame with nothing above the first, under a picture whose mean is above the second, is a broken one.
@@ -147,11 +152,11 @@ class WindowMaker:
         schedule = request.schedule.fresh()
         latents, inpainting = self._start(window, schedule)
         condition, hooks = self._given(window, schedule)
-        with request.model.active() as transformer:
-            channels = None
-            if condition is not None:
-                channels = condition_channels(condition.cond, condition.mask, transformer.config)
-            conditions = self._conditions(window, transformer, channels)
+        if condition is not None:
+            picture = ImageCondition(condition.cond[None], condition.mask[None])
+            request = replace(request, payloads=(*request.payloads, picture))
+        with active_model(request) as transformer:
+            conditions = self._conditions(window, readable_payloads(request, transformer))
             result = denoise(
                 make_denoiser(request, transformer, host=self.host, conditions=conditions),
                 schedule,
@@ -159,6 +164,7 @@ class WindowMaker:
                 generator=self.generator,
                 # Motion frames last: they hold also where a mask keeps the source video.
                 hooks=(*inpainting, *hooks),
+                modifiers=request.modifiers,
                 watcher=watcher,
             )
         if loop.offload_between_windows:
@@ -186,7 +192,7 @@ class WindowMaker:
     def _condition(self, given: Tensor, window: Window) -> Condition:
         """The condition that begins with the given frames [3, n, H, W], and ends with the window's keyframe if any."""
         size = self.loop.window_frames
-        end = keyframe(self.loop, window, self.request.multitalk.num_frames)
+        end = keyframe(self.loop, window, self.request.find(MultiTalkEmbeds).num_frames)
         repeats = 0 if end is None else KEYFRAME_REPEATS
         parts = [given, grey(given, size - given.shape[1] - repeats)]
         if end is not None:
@@ -218,16 +224,14 @@ class WindowMaker:
         change = change_mask(_masks_of(source["noise_mask"], window.frames), noise.shape)
         return latents, (Inpainting(clean, noise, change, schedule),)
 
-    def _conditions(self, window: Window, transformer: WanModel, channels: Tensor | None) -> Conditions:
+    def _conditions(self, window: Window, payloads: Sequence[Payload]) -> Conditions:
         text = self.request.text
-        image = self.request.image
-        payloads = tuple(payload.window(window.frames) for payload in image.payloads)
-        request = replace(self.request, image=replace(image, payloads=payloads))
+        part = conditioning.Window(latents=window.latents, pixels=tuple(window.frames))
+        parts = (payload if isinstance(payload, ImageCondition) else payload.window(part) for payload in payloads)
         return Conditions(
             positive=text.positive[min(window.index, len(text.positive) - 1)],
             negative=text.negative[0] if text.negative else None,
-            channels=channels,
-            conditionings=conditionings(request, transformer, request.multitalk.window(window.frames)),
+            payloads=tuple(part for part in parts if part is not None),
         )
 
 

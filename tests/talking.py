@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
-from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.multitalk.loop import TalkingLoop
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
-from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds, LoopSettings, TextEmbeds
-from wanvideo_wrapper.wanvideo.sampling import SampleRequest, sample
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
+from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 
 WINDOW, MOTION, TOTAL = 13, 5, 42
@@ -31,22 +33,22 @@ def request(folder, *, base="base", total=TOTAL, mode="infinitetalk", scheduler=
     """A run of five windows at 32x32. lora: strengths by the step."""
     host = StandaloneHost(device="cpu")
     loras = () if lora is None else (LoraFile(path=folder / "lora.safetensors", strength=lora, merge=False),)
-    options = LoadOptions(base_dtype=torch.float32, modules=(folder / "infinite.safetensors",), loras=loras)
+    options = LoadOptions(base_dtype=torch.float32, modules=(ModuleFile(folder / "infinite.safetensors"),), loras=loras)
     vae = load_vae(folder / "vae.safetensors", dtype=torch.float32, host=host)
     generator = torch.Generator().manual_seed(3)
-    settings = LoopSettings(
+    settings = TalkingLoop(
         vae=vae, width=32, height=32, window_frames=WINDOW, motion_frames=MOTION, mode=mode,
         start_images=torch.rand(3, 1, 32, 32, generator=generator) * 2 - 1,
     )  # fmt: skip
     features = torch.randn(total, tiny.SPEECH_LAYERS, tiny.SPEECH_DIM, generator=generator)
     return SampleRequest(
-        model=load_wan_model(folder / f"{base}.safetensors", options, host),
+        model=load_wan_model(folder / f"{base}.safetensors", options, host, SYSTEMS),
         text=TextEmbeds(positive=(torch.randn(4, tiny.TEXT_DIM, generator=generator),)),
         image=ImageEmbeds(latent_shape=(16, 4, 4, 4), num_frames=WINDOW, loop=replace(settings, **loop)),
         schedule=make_schedule(ScheduleSpec(name=scheduler, steps=2, shift=5.0)),
         cfg=1.0,
         seed=11,
-        multitalk=MultiTalkEmbeds(features=(features,), silence=features[:3]),
+        payloads=(MultiTalkEmbeds(features=(features,), silence=features[:3]),),
     )
 
 

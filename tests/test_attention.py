@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, attend, reason, resolve, sdpa
+from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionCall, AttentionSpec, attend, reason, resolve, sdpa
 from wanvideo_wrapper.attention_backends.torch_sdpa import added_mask
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
-from wanvideo_wrapper.wanvideo.extension import AttentionCall
 
 
 def formula(q, k, v, mask=None):

@@ -8,17 +8,17 @@ import torch
 from cudnn_model import cudnn_fp8_reference, exact
 from hypothesis import given
 from layouts import SETTINGS, bits, fresh, layouts, relative
-from wanvideo_wrapper import attention_cudnn
 from wanvideo_wrapper.attention import sdpa
-from wanvideo_wrapper.attention_cudnn import CudnnFp8, why_not
+from wanvideo_wrapper.attention_backends import cudnn as attention_cudnn
+from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8, why_not
 from wanvideo_wrapper.kernels.fp8_rows import Fp8Rows
 from wanvideo_wrapper.kernels.norm_rope_fp8 import norm_rope_eager, tensor_fp8
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import BlockInputs
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.modules.model import WanAttentionBlock
 from wanvideo_wrapper.wanvideo.rope import rope_table
+from wanvideo_wrapper.wanvideo.tokens import BlockInputs
 
 # What five roundings to E4M3 cost on normal random numbers is 0.060.
 FLOOR, TARGET = 0.055, 0.062

@@ -6,9 +6,9 @@ import types
 import pytest
 import torch
 from layouts import Layout, bits
-from wanvideo_wrapper import attention_cudnn
+from wanvideo_wrapper.attention_backends import cudnn as attention_cudnn
 from wanvideo_wrapper.attention_backends import packages
-from wanvideo_wrapper.attention_cudnn import compiled_graph, declared_graph, uid, why_not
+from wanvideo_wrapper.attention_backends.cudnn import compiled_graph, declared_graph, uid, why_not
 from wanvideo_wrapper.kernels.norm_rope_fp8 import tensor_fp8
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
 

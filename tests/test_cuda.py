@@ -3,11 +3,12 @@
 import pytest
 import torch
 from wanvideo_wrapper.attention import sdpa
-from wanvideo_wrapper.enhance_a_video import EnhanceArgs, EnhanceAVideo
+from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
+from wanvideo_wrapper.enhance_a_video.extension import EnhanceArgs, EnhanceAVideo
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage, ClipImageExtension
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 pytestmark = pytest.mark.cuda
 SPEECH = MultiTalk(features=24, intermediate_dim=32, context_tokens=8, output_dim=64, voiced=(0, 1))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from wanvideo_wrapper.host import CancelledError, inside
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import CancelledError, StandaloneHost
+from wanvideo_wrapper.host.protocol import inside
 
 ROOT = Path(__file__).parents[1]
 COMFYUI = {"comfy", "folder_paths", "comfy_extras", "comfy_execution", "latent_preview", "server", "execution"}
@@ -33,7 +33,7 @@ def test_only_the_host_knows_comfyui():
     files = modules()
     assert len(files) > 40
     using = {p.name for p in files if any(name.split(".")[0] in COMFYUI for name in imported(p))}
-    assert using == {"host.py"}
+    assert using == {"comfy.py"}
 
 
 def test_imports_inside_the_package_are_relative():

@@ -11,10 +11,10 @@ import sage3_stand_in
 import torch
 from safetensors.torch import save_file
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.payloads import ClipEmbeds, TextEmbeds
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.wanvideo.request import TextEmbeds
 
 CHECKPOINT = "eedy_Wan2_IceCannon2.1_InfiniteTalk.safetensors"
 FRAMES, FPS, STEPS, LAYERS = 81, 8.0, 6, 3
@@ -57,7 +57,7 @@ def talk(quantization, attention, size):
     speech, heard, count = N["MultiTalkWav2VecEmbeds"]().process(wav2vec, sound, True, FRAMES, FPS, 1.0, 1.0, "para")
     assert heard["waveform"].shape[-1] == FRAMES * 16000 / FPS
     generator = torch.Generator().manual_seed(1)
-    clip = ClipEmbeds(positive=torch.randn(1, 257, tiny.CLIP_DIM, generator=generator))
+    clip = ClipImage(positive=torch.randn(1, 257, tiny.CLIP_DIM, generator=generator))
     embeds, _ = N["WanVideoImageToVideoMultiTalk"]().process(
         vae, size, size, FRAMES, 25, False, "disabled", torch.rand(1, size, size, 3, generator=generator),
         clip_embeds=clip, mode="auto",

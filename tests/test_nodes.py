@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.i2v import GivenFrames, encode_given, fold_mask
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.image_to_video.pictures import GivenFrames, encode_given, fold_mask
 from wanvideo_wrapper.wanvideo.images import resize_images, to_images, to_video
-from wanvideo_wrapper.wanvideo.payloads import ClipEmbeds, TextEmbeds
+from wanvideo_wrapper.wanvideo.request import TextEmbeds
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_clip_features_combine(how):
     parts = (features[3] * 2, features[4] * 0.5)
     want = {"average": sum(parts) / 2, "sum": sum(parts), "concat": torch.cat(parts, 1), "batch": torch.cat(parts)}
     torch.testing.assert_close(got.positive, want[how])
-    assert isinstance(got, ClipEmbeds) and torch.equal(got.negative, features[4])
+    assert isinstance(got, ClipImage) and torch.equal(got.negative, features[4])
 
 
 def test_speech_nodes(host):

@@ -31,7 +31,7 @@ import torch
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.multitalk.wav2vec import load_wav2vec
 from wanvideo_wrapper.quiet_imports import KERNELS, kernels_hidden
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules import clip, t5, vae
 from wanvideo_wrapper.wanvideo.schedulers import methods
 kernels = lambda: {name for name in sys.modules if name.split('.')[0] in KERNELS}

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from .assign import head_count, layer_count
 from .checkpoint import Checkpoint
 from .config import PATCH_SIZE, WanConfig
-from .families import LORA, TRANSFORMER, kind_of, unbuilt_systems
+from .families import LORA, TRANSFORMER
+from .systems import Systems
 
 HEAD_SIZE = 128
 REQUIRED = (
@@ -19,14 +20,14 @@ REQUIRED = (
 )
 
 
-def config_of(checkpoint: Checkpoint) -> WanConfig:
+def config_of(checkpoint: Checkpoint, systems: Systems) -> WanConfig:
     """The configuration of a transformer under canonical names.
 
     Raises ValueError, saying what the file is, if it is another kind of model, incomplete, or one whose extra weights
     this version cannot use.
     """
     name, shapes = checkpoint.path.name, checkpoint.shapes
-    kind = kind_of(shapes)
+    kind = systems.kind_of(shapes)
     if kind is None or kind.name != TRANSFORMER:
         found = "an unknown kind of file" if kind is None else f"a {kind.name}"
         loader = f"; load it with '{kind.loader}'" if kind is not None and kind.loader and kind.name != LORA else ""
@@ -34,7 +35,7 @@ def config_of(checkpoint: Checkpoint) -> WanConfig:
     missing = [key for key in REQUIRED if key not in shapes]
     if missing:
         raise ValueError(f"{name} lacks '{missing[0]}', so it is no complete Wan transformer; download it again.")
-    for system, key in unbuilt_systems(shapes).items():
+    for system, key in systems.missing(shapes).items():
         raise ValueError(f"{name} needs {system} ('{key}'), which this version does not have; choose a base model.")
     return _config(checkpoint, shapes)
 

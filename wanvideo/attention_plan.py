@@ -14,7 +14,7 @@ from ..attention_backends import probe
 from ..attention_backends.radial import RadialAttention
 from ..attention_backends.third_party import DTYPES, ThirdParty
 from ..attention_backends.ultravico import UltraVico
-from .extension import Step
+from .conditioning import Step
 
 log = logging.getLogger("wanvideo")
 

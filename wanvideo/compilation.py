@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,11 +26,12 @@ class CompileArgs:
 
 
 @contextmanager
-def compiled(blocks: nn.ModuleList, args: CompileArgs | None) -> Iterator[None]:
+def compiled(stacks: Iterable[nn.ModuleList], args: CompileArgs | None) -> Iterator[None]:
     """Blocks run compiled inside the context and plain after it; compiled code is kept for the next time."""
     if args is None:
         yield
         return
+    blocks = [block for stack in stacks for block in stack]
     mode = None if args.backend != "inductor" or args.mode == "default" else args.mode
     limits = {
         "recompile_limit": args.dynamo_recompile_limit,

@@ -13,9 +13,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .conditioning import Step
 from .diagnosis import origin
-from .extension import Step
 from .guidance import Denoiser
+from .modifier import Modifier, Velocity
 from .schedulers import Schedule
 from .windows import WindowedDenoiser
 
@@ -55,18 +56,23 @@ def denoise(
     latents: Tensor,
     generator: torch.Generator,
     hooks: Sequence[LatentHook] = (),
+    modifiers: Sequence[Modifier] = (),
     clean_frames: Sequence[int] = (),
     watcher: Watcher | None = None,
 ) -> Denoised:
     """Run every step of a fresh `schedule` on `latents` [C, F, H, W].
 
-    generator: CPU generator for solvers that draw noise. hooks run in order. clean_frames: latent frames that the model
-    sees at timestep 0 (given images, 5B). The result is on the denoiser's device.
+    generator: CPU generator for solvers that draw noise. hooks run in order. modifiers: around the velocity, the first
+    outermost. clean_frames: latent frames that the model sees at timestep 0 (given images, 5B). The result is on the
+    denoiser's device.
     Raises NotFiniteError if the model's output is not finite.
     """
     latents = latents.to(denoiser.device, torch.float32)
     clean = latents
     tripwire = _Tripwire(schedule)
+    velocity_of: Velocity = denoiser
+    for modifier in reversed(modifiers):
+        velocity_of = modifier.around_velocity(velocity_of)
     for index, timestep in enumerate(schedule.timesteps):
         if watcher is not None:
             watcher.begin(index)
@@ -74,7 +80,7 @@ def denoise(
             latents = hook.before(latents, index)
         given, timesteps = latents, _frame_timesteps(timestep, latents, clean_frames)
         step = Step(index=schedule.first_index + index, total=schedule.total, in_run=index)
-        velocity = denoiser(given, timesteps, step, index)
+        velocity = velocity_of(given, timesteps, step)
         clean = latents - schedule.sigmas[index] * velocity
         clean[:, list(clean_frames)] = latents[:, list(clean_frames)]
         latents = schedule.step(velocity, index, latents, generator)
@@ -90,7 +96,7 @@ def denoise(
 def _origin(denoiser: Denoiser | WindowedDenoiser, latents: Tensor, timesteps: Tensor, step: Step) -> str | None:
     """Where the model's first NaN or infinity arises in this step."""
     denoiser.forget()
-    return origin(denoiser.model, lambda: denoiser(latents, timesteps, step, step.in_run))
+    return origin(denoiser.model, lambda: denoiser(latents, timesteps, step))
 
 
 def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[int]) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..kernels.fp8_rows import Fp8Rows
 from ..quantized.linear import QuantisedLinear
-from .extension import BlockInputs
 from .modules.model import WanModel, WanSelfAttention
+from .tokens import BlockInputs
 
 # Layers whose input is what an attention kernel gave.
 _AFTER_KERNEL = re.compile(r"blocks\.(\d+)\.(self_attn\.o|cross_attn\.o|audio_cross_attn\.proj)$")

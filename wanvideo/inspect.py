@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import registry
 from .architecture import config_of
 from .checkpoint import open_checkpoint
-from .families import TRANSFORMER, kind_of, unbuilt_systems
+from .families import TRANSFORMER
+from .systems import Systems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +23,26 @@ class Description:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in self.facts.items())
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, systems: Systems) -> Description:
     """Kind, sizes, storage and systems of a checkpoint, and the node that loads it.
 
     Raises ValueError, in one sentence, for a file that cannot be read or whose kind is unknown.
     """
     checkpoint = open_checkpoint(path)
-    kind = kind_of(checkpoint.shapes)
+    kind = systems.kind_of(checkpoint.shapes)
     if kind is None:
         raise ValueError(f"{path.name} is no model that this pack knows, with {len(checkpoint.shapes)} tensors.")
     facts = {"file": path.name, "kind": kind.name}
-    missing = unbuilt_systems(checkpoint.shapes) if kind.name == TRANSFORMER else {}
+    missing = systems.missing(checkpoint.shapes) if kind.name == TRANSFORMER else {}
     if missing:
         facts["needs"] = f"{', '.join(missing)} (not available in this version)"
     elif kind.name == TRANSFORMER:
-        config = config_of(checkpoint)
+        config = config_of(checkpoint, systems)
         facts["size"] = (
             f"{config.num_layers} layers of {config.dim} channels in {config.num_heads} heads, "
             f"{config.in_dim} latent channels in, {config.out_dim} out"
         )
-        names = [type(extension).__name__ for extension in registry.detect(checkpoint.shapes)]
+        names = [type(extension).__name__ for extension in systems.detect(checkpoint.shapes)]
         facts["systems"] = ", ".join(names)
         prefix = checkpoint.naming.prefix
         facts["names"] = f"{checkpoint.naming.style}, prefix '{prefix}'" if prefix else checkpoint.naming.style

@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .config import WanConfig
-from .payloads import ImageEmbeds
+from .request import ImageEmbeds
 from .schedulers import Schedule
 
 CHANNELS_2_2 = 48
-# Fun models of these widths read their image condition without a mask, and only in the first latent frame.
-MASKLESS_IN_DIMS = (32, 48)
 
 
 def noise_shape(image: ImageEmbeds, config: WanConfig) -> tuple[int, int, int, int]:
@@ -29,42 +27,12 @@ def noise_shape(image: ImageEmbeds, config: WanConfig) -> tuple[int, int, int, i
     channels, frames, height, width = image.latent_shape
     if channels == config.out_dim:
         return image.latent_shape
-    if config.out_dim == CHANNELS_2_2 and image.cond is None:
+    if config.out_dim == CHANNELS_2_2 and not any(payload.encoded for payload in image.payloads):
         return CHANNELS_2_2, frames, height // 2, width // 2
     raise ValueError(
         f"The image embeds have {channels} latent channels but the model predicts {config.out_dim}: encode the images "
         "with the VAE of this model (Wan 2.2 VAE for the 5B model, Wan 2.1 VAE for the others)."
     )
-
-
-def condition_channels(cond: Tensor | None, mask: Tensor | None, config: WanConfig) -> Tensor | None:
-    """Channels that join the noise: [4 + C, F, H, W] of mask and encoded images, or None for text to video.
-
-    cond [C, F, H, W], mask [4, F, H, W]. Raises ValueError if the model and the inputs do not fit.
-    """
-    expected = config.condition_channels
-    if cond is None:
-        if expected:
-            raise ValueError(
-                f"This model reads {expected} channels of encoded images besides the noise, but none are connected: "
-                "use WanVideoImageToVideoEncode, or load a text-to-video model."
-            )
-        return None
-    if not expected:
-        raise ValueError(
-            "This is a text-to-video model, but encoded images are connected: load an image-to-video model, or use "
-            "WanVideoEmptyEmbeds."
-        )
-    if mask is None or config.in_dim in MASKLESS_IN_DIMS:
-        channels = torch.cat([cond[:, :1], torch.zeros_like(cond[:, 1:])], dim=1)
-    else:
-        channels = torch.cat([mask.to(cond), cond])
-    if channels.shape[0] != expected:
-        raise ValueError(
-            f"The encoded images give {channels.shape[0]} channels besides the noise, but the model reads {expected}: "
-            "this kind of image input does not belong to this model."
-        )
-    return channels
 
 
 def start_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,19 +17,19 @@ import torch
 
 from ..attention import AttentionSpec
 from ..tensor_layout import watch
-from . import registry
 from .architecture import config_of
-from .assign import LoadReport, check, fill
+from .assign import LoadReport, check, fill, layer_count
 from .attention_plan import AttentionPlan, plan_for
 from .block_swap import BlockSwapArgs, Placement
 from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
 from .config import WanConfig
-from .families import TRANSFORMER
+from .families import TRANSFORMER, Kind
 from .lora import LoraFile, beside
 from .lora_merge import MergedLoras
 from .modules.model import WanModel
 from .quantization import Plan, describe, plan_of, say_what_is_overruled
+from .systems import Systems
 
 if TYPE_CHECKING:
     from ..host import Host, Managed
@@ -40,6 +40,14 @@ FULL_PRECISION = ("patch_embedding",)
 KEPT_PRECISION = ("modulation", "norm")
 
 
+@dataclass(frozen=True)
+class ModuleFile:
+    """A file whose weights belong to a model, as its node chose it. kind: what it must be."""
+
+    path: Path
+    kind: Kind | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """What the loader node asks for. modules: files whose weights belong to the model (MultiTalk, InfiniteTalk)."""
@@ -47,7 +55,7 @@ class LoadOptions:
     base_dtype: torch.dtype
     quantization: str = "disabled"
     attention_mode: str = "sdpa"
-    modules: tuple[Path, ...] = ()
+    modules: tuple[ModuleFile, ...] = ()
     loras: tuple[LoraFile, ...] = ()
     block_swap: BlockSwapArgs | None = None
     compile: CompileArgs | None = None
@@ -81,12 +89,6 @@ class WanVideoModel:
         """Precision of activations."""
         return self.options.base_dtype
 
-    @property
-    def talk_kind(self) -> str:
-        """How its talking video goes on from window to window; file names tell, as for the original's users."""
-        names = [self.path.name, *(module.name for module in self.options.modules)]
-        return "infinitetalk" if any("infinite" in name.lower() for name in names) else "multitalk"
-
     def try_attention(self, latent_size: Sequence[int], batch: int) -> None:
         """Try the attention kernels on latents of this size (frames, height, width), before the model needs the memory.
 
@@ -113,7 +115,7 @@ class WanVideoModel:
                 stack.callback(self._listeners.remove, listener)
             stack.enter_context(self.transformer.attending(self.attention))
             stack.enter_context(self.placement.swapping(device))
-            stack.enter_context(compiled(self.transformer.blocks, self.options.compile))
+            stack.enter_context(compiled(self.transformer.stacks().values(), self.options.compile))
             yield self.transformer
 
 
@@ -131,15 +133,15 @@ def _fp16_accumulation(wanted: bool) -> Iterator[None]:
         settings.allow_fp16_accumulation = before
 
 
-def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoModel:
-    """Load a Wan transformer, with the module files that belong to it.
+def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: Systems) -> WanVideoModel:
+    """Load a Wan transformer with the module files that belong to it. systems: those that it may have.
 
     Raises ValueError, in one sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
     opened = open_checkpoint(path)
-    config = config_of(opened)
-    main = with_aliases(opened)
-    checkpoint = main.joined([with_aliases(open_checkpoint(module)) for module in options.modules])
+    config = config_of(opened, systems)
+    main = with_aliases(opened, systems)
+    checkpoint = main.joined([_module(file, config, systems) for file in options.modules])
     plan = plan_of(options.quantization, main, device=host.device(), base=options.base_dtype)
     say_what_is_overruled(options.quantization, checkpoint)
     spec = AttentionSpec(
@@ -147,7 +149,7 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     )
     attention = plan_for(options.attention_mode, spec)
     with torch.device("meta"):
-        model = WanModel(config, registry.detect(checkpoint.shapes))
+        model = WanModel(config, systems.detect(checkpoint.shapes))
     report = _fill(model, checkpoint, plan, [file for file in options.loras if file.merge])
     watch(model)
     placement = Placement(model, host.offload_device())
@@ -169,9 +171,45 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host) -> WanVideoMode
     )
 
 
-def with_aliases(checkpoint: Checkpoint) -> Checkpoint:
+def module_files(sockets: Iterable[tuple[str, object]]) -> tuple[ModuleFile, ...]:
+    """The module files among the values of a loader's sockets; a tuple holds several.
+
+    Raises ValueError, naming the socket, for another value.
+    """
+    files: list[ModuleFile] = []
+    for name, value in sockets:
+        for file in value if isinstance(value, tuple) else (value,):
+            if isinstance(file, ModuleFile):
+                files.append(file)
+            elif file is not None:
+                raise ValueError(
+                    f"The input '{name}' of the model loader got a {type(file).__name__}, which this version cannot "
+                    "use: disconnect it."
+                )
+    return tuple(files)
+
+
+def _module(file: ModuleFile, config: WanConfig, systems: Systems) -> Checkpoint:
+    """A module file under published names. Raises ValueError for another kind of file, or a module of another model."""
+    checkpoint = with_aliases(open_checkpoint(file.path), systems)
+    name, kind = file.path.name, systems.kind_of(checkpoint.shapes)
+    if kind is None or (file.kind is not None and kind.name != file.kind.name):
+        held = "an unknown kind of file" if kind is None else f"a {kind.name}"
+        wanted = "a module of a Wan transformer" if file.kind is None else f"a {file.kind.name}"
+        loader = f"; load it with '{kind.loader}'" if kind is not None and kind.loader else ""
+        raise ValueError(f"{name} is {held}, not {wanted}{loader or '; choose another file'}.")
+    layers = layer_count(checkpoint.shapes, "blocks.")
+    if layers > config.num_layers:
+        raise ValueError(
+            f"{name} belongs to a transformer of at least {layers} blocks, but the chosen one has {config.num_layers}: "
+            "choose the module of the same size (14B or 1.3B) as the model."
+        )
+    return checkpoint
+
+
+def with_aliases(checkpoint: Checkpoint, systems: Systems) -> Checkpoint:
     """The checkpoint with older key prefixes of the extensions replaced by the published ones."""
-    aliases = [pair for kind in registry.EXTENSIONS for pair in kind.aliases.items()]
+    aliases = [pair for kind in systems.extensions for pair in kind.aliases.items()]
 
     def rename(name: str) -> str:
         for old, new in aliases:
@@ -188,7 +226,7 @@ def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[L
     merged = MergedLoras(loras, model)
     with torch.no_grad():
         for name, plain in list(model.named_modules()):
-            layer = plan.layer(checkpoint, name, plain, merged)
+            layer = plan.layer(checkpoint, name, plain, merged) if quantizable(model, name) else None
             if layer is not None:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)
@@ -196,6 +234,14 @@ def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[L
         merged.add_to_others(model)
     describe(model)
     return report
+
+
+def quantizable(model: WanModel, name: str) -> bool:
+    """Whether the layer of this name may be quantized: it lies in a block, and no system wants it in base precision."""
+    kept = (part for extension in model.extensions for part in extension.high_precision)
+    return name.startswith(tuple(f"{stack}." for stack in model.stacks())) and not any(
+        f".{part}." in f".{name}." for part in kept
+    )
 
 
 def _dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..fp8_optimization import keeps_precision
 from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
 from ..quantized.linear import QuantisedLinear
 from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
@@ -76,7 +75,7 @@ class Plan:
 
         merged: the LoRAs that are part of its weight.
         """
-        if not isinstance(plain, nn.Linear) or not name.startswith("blocks.") or keeps_precision(name):
+        if not isinstance(plain, nn.Linear):
             return None
         weight = f"{name}.weight"
         stored = STORED_AS.get(checkpoint.formats[weight].split()[0])

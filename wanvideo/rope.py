@@ -19,39 +19,35 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def _axis_angles(length: int, size: int, riflex_index: int = 0) -> Tensor:
+def _axis_angles(start: int, length: int, size: int, riflex_index: int = 0) -> Tensor:
     frequencies = ROPE_THETA ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     if riflex_index:
         # RIFLEx (Zhao et al. 2025): the component that would repeat within the clip is slowed to less than one period.
         frequencies[riflex_index - 1] = RIFLEX_MARGIN * 2 * math.pi / length
-    return torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return torch.outer(torch.arange(start, start + length, dtype=torch.float64), frequencies)
 
 
 @functools.lru_cache(maxsize=2)
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, *, riflex_index: int = 0, device: torch.device | None = None
+    grid: tuple[int, int, int],
+    head_dim: int,
+    *,
+    start: tuple[int, int, int] = (0, 0, 0),
+    riflex_index: int = 0,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Cosine and sine of every token's rotation: [frames * height * width, head_dim / 2, 2] float32.
 
-    riflex_index: which temporal component RIFLEx slows, counted from 1; 0 is off. Raises ValueError if out of range.
+    start: position of the first token. riflex_index: which temporal component RIFLEx slows, counted from 1; 0 is off. Raises ValueError if out of range.
     """
     time_size, height_size, width_size = axis_sizes(head_dim)
     if not 0 <= riflex_index <= time_size // 2:
         raise ValueError(f"riflex_freq_index must be 0 to {time_size // 2} for this model, not {riflex_index}.")
     frames, height, width = grid
     parts = (
-        _axis_angles(frames, time_size, riflex_index)[:, None, None].expand(frames, height, width, -1),
-        _axis_angles(height, height_size)[None, :, None].expand(frames, height, width, -1),
-        _axis_angles(width, width_size)[None, None, :].expand(frames, height, width, -1),
+        _axis_angles(start[0], frames, time_size, riflex_index)[:, None, None].expand(frames, height, width, -1),
+        _axis_angles(start[1], height, height_size)[None, :, None].expand(frames, height, width, -1),
+        _axis_angles(start[2], width, width_size)[None, None, :].expand(frames, height, width, -1),
     )
     angles = torch.cat(parts, dim=-1).flatten(0, 2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
-
-
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of x [B, L, H, D] by rope [L or (B, L), D/2, 2], in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = (part.unsqueeze(-2) for part in rope.unbind(-1))
-    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)

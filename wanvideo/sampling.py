@@ -1,81 +1,40 @@
-"""One run of the sampler node: what it asks for, and how that becomes latents [C, F, H, W] float32."""
+"""One run of the sampler node: from what it asks for to latents [C, F, H, W] float32."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .conditioning import Payload, Window
 from .denoise import LatentHook, denoise
-from .extension import Payload, RunCache
-from .extensions.clip_image import ClipImage
-from .extensions.prompt_segments import PromptSegments
-from .guidance import Conditioning, Conditions, Denoiser, Guidance, KeptConditioning, per_step
+from .frames import VAE_TIME_STRIDE
+from .guidance import Conditions, Denoiser
 from .latents import (
     CHANNELS_2_2,
     GivenLatents,
     Inpainting,
     add_noise,
     change_mask,
-    condition_channels,
     given_samples,
     noise_shape,
     start_noise,
 )
-from .payloads import VAE_TIME_STRIDE, ImageEmbeds, TextEmbeds
+from .modules.model import WanModel
+from .request import Latent, SampleRequest
 from .schedulers import Schedule
-from .step_cache import StepCache, StepMemories, memories
-from .windows import ContextOptions, WindowedDenoiser, free_noise
+from .step_cache import StepMemories, memories
+from .windows import WindowedDenoiser, free_noise
 
 if TYPE_CHECKING:
     from ..host import Host, Progress
-    from ..multitalk.audio import MultiTalkEmbeds
-    from ..multitalk.extension import AudioWindow
-    from .loading import WanVideoModel
-    from .modules.model import WanModel
 
 log = logging.getLogger("wanvideo")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """One run of the sampler node.
-
-    text: several positive prompts share out the frames, or the windows. cfg: one text scale, or one a step. samples: a
-    LATENT to start or go on from. seed: of the starting noise and of all noise that solvers draw. feta: payload of
-    Enhance-A-Video. context: windows for a video longer than the model's. cache: leaves out steps.
-    """
-
-    model: WanVideoModel
-    text: TextEmbeds | None
-    image: ImageEmbeds
-    schedule: Schedule
-    cfg: float | Sequence[float]
-    seed: int
-    samples: dict[str, object] | None = None
-    add_noise_to_samples: bool = False
-    batched_cfg: bool = False
-    riflex_index: int = 0
-    multitalk: MultiTalkEmbeds | None = None
-    feta: Payload | None = None
-    context: ContextOptions | None = None
-    cache: StepCache | None = None
-    force_offload: bool = True
-
-    @property
-    def noises_samples(self) -> bool:
-        """Whether `samples` are clean video to be noised, rather than latents to go on from."""
-        return self.add_noise_to_samples or self.schedule.spec.denoise_strength < 1
-
-    @property
-    def guidance(self) -> Guidance:
-        """The scales of every step."""
-        audio = (1.0,) if self.multitalk is None else per_step(self.multitalk.cfg_scale)
-        return Guidance(cfg=per_step(self.cfg), audio_cfg=audio, batched=self.batched_cfg)
 
 
 class Start(NamedTuple):
@@ -111,38 +70,43 @@ class RunWatcher:
         self.progress.update(self.done, note=self.note, preview=clean)
 
 
-def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[str, object]]:
+def sample(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     """Run the sampler node: LATENT dicts of the result and of the last estimate of the clean latents.
 
     Raises ValueError where model, inputs and options do not fit, and the host's exception on cancellation.
     """
     if request.cache is not None:
         log.info("Steps may be left out by %s.", request.cache.described(request.model))
-    if request.image.loop is not None:
-        from ..multitalk.loop import run_loop
+    run = sample_once if request.image.loop is None else request.image.loop.run
+    for modifier in reversed(request.modifiers):
+        run = modifier.around_run(run)
+    return run(request, host)
 
-        return run_loop(request, host)
-    if request.schedule.spec.name == "multitalk":
+
+def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
+    """One pass over the schedule."""
+    if request.schedule.for_loops:
         raise ValueError(
-            "The scheduler 'multitalk' is only for long talking video (WanVideoImageToVideoMultiTalk); choose another."
+            f"The scheduler '{request.schedule.spec.name}' is only for videos that are made in a loop of windows "
+            "(WanVideoImageToVideoMultiTalk): choose another."
         )
+    _check_channels(request)
     schedule = request.schedule.fresh()
     generator = torch.Generator().manual_seed(request.seed)
     start = prepare_start(request, schedule, generator)
     frames, height, width = start.latents.shape[1:]
     log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
-    windowed = request.context is not None and request.context.apply_to(frames)
-    tried = (request.context.latent_size if windowed else frames, height, width)
-    request.model.try_attention(tried, request.guidance.batch)
+    seen = request.context.seen(frames - _references(request)) + _references(request) if request.context else frames
+    request.model.try_attention((seen, height, width), request.guidance.most_passes(len(schedule)))
     try:
-        with host.progress(len(schedule), "Sampling") as progress, request.model.active() as transformer:
-            denoiser = _denoiser(request, transformer, host, frames)
+        with host.progress(len(schedule), "Sampling") as progress, active_model(request) as transformer:
             result = denoise(
-                denoiser,
+                _denoiser(request, transformer, host, frames),
                 schedule,
                 latents=start.latents,
                 generator=generator,
                 hooks=start.hooks,
+                modifiers=request.modifiers,
                 clean_frames=start.clean_frames,
                 watcher=RunWatcher(host, progress, request.model.set_step),
             )
@@ -153,12 +117,34 @@ def sample(request: SampleRequest, host: Host) -> tuple[dict[str, object], dict[
     return _latent(result.latents, flags), _latent(result.clean, flags)
 
 
+def _check_channels(request: SampleRequest) -> None:
+    expected = request.model.config.condition_channels
+    if expected and not any(payload.encoded for payload in request.all_payloads):
+        raise ValueError(
+            f"This model reads {expected} channels of encoded images besides the noise, but none are connected: use "
+            "WanVideoImageToVideoEncode, or load a text-to-video model."
+        )
+
+
+@contextmanager
+def active_model(request: SampleRequest) -> Iterator[WanModel]:
+    """The transformer on the compute device, and beside it whatever modules the payloads bring."""
+    with ExitStack() as stack:
+        for payload in request.all_payloads:
+            stack.enter_context(payload.active())
+        yield stack.enter_context(request.model.active())
+
+
 def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.Generator) -> Start:
     """What the run starts from. The seed's noise is always drawn first; samples may then restore a generator state."""
     shape = noise_shape(request.image, request.model.config)
     noise = start_noise(shape, generator)
-    if request.context is not None and request.context.freenoise and request.context.apply_to(shape[1]):
-        noise = free_noise(noise, request.context, generator)
+    if request.noise is not None:
+        noise = request.noise
+    elif request.context is not None and request.context.freenoise:
+        first, last = request.image.leading_latents, shape[1] - request.image.trailing_latents
+        if request.context.apply_to(last - first):
+            noise[:, first:last] = free_noise(noise[:, first:last], request.context, generator)
     latents = noise
     samples = request.samples or {}
     if samples.get("generator_state") is not None:
@@ -179,7 +165,7 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
             latents = held.before(latents, 0)
         if request.model.config.out_dim == CHANNELS_2_2:
             clean_frames = held.frames
-        if clean_frames or request.multitalk is not None:
+        if clean_frames or any(payload.holds_given for payload in request.all_payloads):
             hooks.append(held)
     return Start(latents, tuple(hooks), clean_frames, original)
 
@@ -190,12 +176,11 @@ def make_denoiser(
     *,
     host: Host,
     conditions: Conditions,
-    texts: RunCache | None = None,
-    kept: StepMemories | None = None,
+    remembered: StepMemories | None = None,
 ) -> Denoiser:
     """The guided model of one run or window, under the scales that the request asks for.
 
-    texts: as Denoiser's. kept: what the step cache remembers; None begins anew.
+    remembered: what the step cache remembers; None begins anew.
     """
     return Denoiser(
         transformer,
@@ -204,9 +189,7 @@ def make_denoiser(
         device=host.device(),
         dtype=request.model.base_dtype,
         riflex_index=request.riflex_index,
-        keeps=not any(isinstance(file.strength, tuple) for file in request.model.loras),
-        texts=texts,
-        memories=new_memories(request, host) if kept is None else kept,
+        memories=new_memories(request, host) if remembered is None else remembered,
     )
 
 
@@ -215,85 +198,76 @@ def new_memories(request: SampleRequest, host: Host) -> StepMemories | None:
     return None if request.cache is None else memories(request.cache, request.model, host.device())
 
 
-def conditionings(
-    request: SampleRequest, transformer: WanModel, audio: AudioWindow | None = None
-) -> tuple[Conditioning, ...]:
-    """Everything that conditions the model besides text and channels: CLIP, speech, Enhance-A-Video, other payloads.
+def readable_payloads(request: SampleRequest, transformer: WanModel) -> tuple[Payload, ...]:
+    """The payloads of a run, without optional ones that the model has no weights for; those are warned about.
 
-    CLIP features for a model without image cross-attention (Wan 2.2) are left out, with a warning.
+    Raises ValueError for others that it has no weights for.
     """
-    found = []
-    clip = request.image.clip
-    if clip is not None and any(extension.payload is ClipImage for extension in transformer.extensions):
-        negative = None if clip.negative is None else ClipImage(clip.negative)
-        found.append(Conditioning(ClipImage(clip.positive), no_text=negative))
-    elif clip is not None:
-        log.warning("This model has no image cross-attention, so clip_embeds have no effect.")
-    if audio is not None:
-        found.append(Conditioning(audio, no_audio=audio.silent()))
-    if request.feta is not None and request.image.latent_shape[1] > 1:
-        found.append(Conditioning(request.feta))
-    return *found, *(Conditioning(payload) for payload in request.image.payloads)
+    readable = []
+    for payload in request.all_payloads:
+        if transformer.reads(payload):
+            readable.append(payload)
+        elif payload.optional:
+            log.warning("%s", payload.needs)
+        else:
+            raise ValueError(payload.needs)
+    return tuple(readable)
 
 
 def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames: int) -> Denoiser | WindowedDenoiser:
     """Of the whole video, or of context windows where it is longer than one."""
-    conditions = _conditions(request, transformer, _speech(request, frames))
-    context = request.context
-    if context is None or not context.apply_to(frames):
+    text = request.text
+    if text is None or not text.positive:
+        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
+    conditions = Conditions(
+        positive=text.positive[0],
+        negative=text.negative[0] if text.negative else None,
+        payloads=readable_payloads(request, transformer),
+    )
+    context, references = request.context, (request.image.leading_latents, request.image.trailing_latents)
+    if context is None or not context.apply_to(frames - _references(request)):
         if context is not None:
             log.info("The video is not longer than context_frames, so context_options have no effect.")
-        return make_denoiser(request, transformer, host=host, conditions=conditions)
-    # Prompts, and what else is the same in every window, are moved once, so that windows share what is kept of them.
-    device, dtype = host.device(), request.model.base_dtype
-    shared = tuple(KeptConditioning(c, device, dtype) if c.window((0,)) is c else c for c in conditions.conditionings)
-    negative = None if conditions.negative is None else conditions.negative.to(device, dtype)
-    texts = RunCache()
+        whole = whole_window(frames, *references)
+        parts = tuple(part for p in conditions.payloads if (part := p.window(whole)) is not None)
+        return make_denoiser(
+            request, transformer, host=host, conditions=replace(conditions, payloads=parts)
+        )
     return WindowedDenoiser(
-        replace(conditions, negative=negative, conditionings=shared),
+        conditions,
         options=context,
-        texts=[prompt.to(device, dtype) for prompt in request.text.positive],
-        device=device,
-        make=lambda window, kept: make_denoiser(
-            request, transformer, host=host, conditions=window, texts=texts, kept=kept
+        texts=text.positive,
+        references=references,
+        device=host.device(),
+        make=lambda window, remembered: make_denoiser(
+            request, transformer, host=host, conditions=window, remembered=remembered
         ),
         memories=lambda: new_memories(request, host),
         model=transformer,
     )
 
 
-def _conditions(request: SampleRequest, transformer: WanModel, audio: AudioWindow | None) -> Conditions:
-    image = request.image
-    if request.text is None or not request.text.positive:
-        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
-    first, *others = request.text.positive
-    # Context windows pick one prompt each.
-    shared = bool(others) and (request.context is None or not request.context.apply_to(image.latent_shape[1]))
-    segments = (Conditioning(PromptSegments(tuple(others)), no_text=PromptSegments()),) if shared else ()
-    return Conditions(
-        positive=first,
-        negative=request.text.negative[0] if request.text.negative else None,
-        channels=condition_channels(image.cond, image.mask, transformer.config),
-        conditionings=conditionings(request, transformer, audio) + segments,
-    )
+def whole_window(frames: int, leading: int = 0, trailing: int = 0) -> Window:
+    """All of a video of so many latent frames, references included."""
+    pixels = (frames - leading - trailing - 1) * VAE_TIME_STRIDE + 1
+    return Window(tuple(range(frames)), tuple(range(pixels)), leading, trailing, whole=True)
 
 
-def _speech(request: SampleRequest, frames: int) -> AudioWindow | None:
-    if request.multitalk is None:
-        return None
-    return request.multitalk.window(range((frames - 1) * VAE_TIME_STRIDE + 1))
+def _references(request: SampleRequest) -> int:
+    return request.image.leading_latents + request.image.trailing_latents
 
 
-def _flags(request: SampleRequest, generator: torch.Generator, original: Tensor | None) -> dict[str, object]:
-    flags: dict[str, object] = {
+def _flags(request: SampleRequest, generator: torch.Generator, original: Tensor | None) -> Latent:
+    flags: Latent = {
         "generator_state": generator.get_state(),
         "extra_end_frame": request.image.extra_end_frame,
         "has_ref": request.image.leading_latents,
+        "trailing_latents": request.image.trailing_latents,
     }
     if original is not None:
         flags["original_image"] = original
     return flags
 
 
-def _latent(latents: Tensor, flags: dict[str, object]) -> dict[str, object]:
+def _latent(latents: Tensor, flags: Latent) -> Latent:
     return {"samples": latents[None].float().cpu(), **flags}

@@ -10,15 +10,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .extension import Step
-
-if TYPE_CHECKING:
-    from .loading import WanVideoModel
+from .conditioning import Step
+from .config import WanConfig
 
 log = logging.getLogger("wanvideo")
 
@@ -31,6 +30,14 @@ class Moment(NamedTuple):
     embedding: Tensor
     mod: Tensor
     tokens: Tensor
+
+
+class LoadedModel(Protocol):
+    """What a method may know of the model: its file, its sizes, its systems."""
+
+    path: Path
+    config: WanConfig
+    transformer: nn.Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +53,10 @@ class StepCache(ABC):
     cache_device: str = "offload_device"
 
     @abstractmethod
-    def maker(self, model: WanVideoModel) -> Callable[[torch.device], StepMemory]:
+    def maker(self, model: LoadedModel) -> Callable[[torch.device], StepMemory]:
         """Makes empty memories for this model, given its device. Raises ValueError if the method cannot serve it."""
 
-    def described(self, model: WanVideoModel) -> str:
+    def described(self, model: LoadedModel) -> str:
         """The method in words. Raises as `maker`."""
         return self.label
 
@@ -127,7 +134,7 @@ class StepMemories:
             )  # fmt: skip
 
 
-def memories(cache: StepCache, model: WanVideoModel, device: torch.device) -> StepMemories:
+def memories(cache: StepCache, model: LoadedModel, device: torch.device) -> StepMemories:
     """Empty memories for a run or window. Raises ValueError if the method cannot serve the model."""
     make = cache.maker(model)
     return StepMemories(cache.label, lambda: make(device))

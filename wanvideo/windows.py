@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .extension import Step
-from .guidance import Conditions, Denoiser, KeptConditioning
+from .conditioning import Step, Window
+from .frames import VAE_TIME_STRIDE, latent_frames, pixel_frames
+from .guidance import Conditions, Denoiser
 from .modules.model import WanModel
-from .payloads import VAE_TIME_STRIDE, latent_frames
 from .step_cache import StepMemories
 
 log = logging.getLogger("wanvideo")
@@ -26,13 +26,8 @@ Frames = tuple[int, ...]
 
 SCHEDULES = ("uniform_standard", "uniform_looped", "static_standard")
 FUSE_METHODS = ("linear", "pyramid")
-MASK_CHANNELS = 4
 # A frame that only one window's end covers must still count.
 LEAST_WEIGHT = 1e-4
-# Share of the GPU's memory that stays free of what windows keep: forwards to come may need more than those so far.
-SPARE = 1 / 8
-# Bytes that are no growth of what a window keeps.
-LITTLE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +70,10 @@ class ContextOptions:
                 "fours."
             )
         return frames > self.latent_size
+
+    def seen(self, frames: int) -> int:
+        """Latent frames that one forward sees of a video of so many."""
+        return self.latent_size if self.apply_to(frames) else frames
 
     def windows(self, step: int, frames: int) -> list[Frames]:
         """The windows of a step, counted from 0, that cover `frames` latent frames. Raises ValueError as `apply_to`."""
@@ -175,34 +174,12 @@ def free_noise(noise: Tensor, options: ContextOptions, generator: torch.Generato
     return noise
 
 
-def pixel_frames(window: Frames) -> list[int]:
-    """The pixel frames behind a window: one for its first latent frame, four for every other."""
-    later = [VAE_TIME_STRIDE * frame - back for frame in window[1:] for back in range(VAE_TIME_STRIDE - 1, -1, -1)]
-    return [VAE_TIME_STRIDE * window[0], *(max(frame, 0) for frame in later)]
-
-
-def has_room(device: torch.device, size: int) -> bool:
-    """Whether a window may keep `size` bytes on `device` after its forward, where the next window will want as many.
-
-    What PyTorch holds in reserve does not count as free: the next forward needs it.
-    """
-    if device.type != "cuda":
-        return device.type == "cpu"
-    free, total = torch.cuda.mem_get_info(device)
-    return free > SPARE * total + size
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 class WindowedDenoiser:
     """Velocity of a long video from windows; stands in for a `Denoiser`.
 
-    conditions: of the whole video; what all windows share is a KeptConditioning. texts: prompts [tokens, text_dim] that
-    share it out. make: a Denoiser of one window's conditions. It is kept, with all that it keeps, if the next step has
-    the same window and there is room; or else it lives for one forward. memories: makes what the step cache remembers
-    of one window. model: what they run.
+    conditions: of the whole video. texts: prompts [tokens, text_dim] that windows share out. references: how many latent
+    frames at either end every window keeps. make: a Denoiser of one window's conditions, for one forward. memories: makes
+    what the step cache remembers of one window. model: what they run.
     """
 
     def __init__(
@@ -211,6 +188,7 @@ class WindowedDenoiser:
         *,
         options: ContextOptions,
         texts: Sequence[Tensor],
+        references: tuple[int, int],
         device: torch.device,
         make: Callable[[Conditions, StepMemories | None], Denoiser],
         memories: Callable[[], StepMemories | None],
@@ -219,34 +197,28 @@ class WindowedDenoiser:
         self.device = device
         self.model = model
         self._conditions, self._options, self._texts = conditions, options, texts
+        self._leading, self._trailing = references
         self._make, self._memories = make, memories
         self._remembered: dict[Frames, StepMemories | None] = {}
-        self._denoisers: dict[Frames, Denoiser] = {}
 
-    def __call__(self, latents: Tensor, timestep: Tensor, step: Step, index: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: Tensor, step: Step) -> Tensor:
         """As Denoiser."""
         latents = latents.to(self.device, torch.float32)
-        count = latents.shape[1]
-        total, weight = torch.zeros_like(latents), latents.new_zeros(1, count, 1, 1)
-        windows = self._options.windows(index, count)
-        again = self._options.windows(index + 1, count) if step.index + 1 < step.total else ()
+        count = latents.shape[1] - self._leading - self._trailing
+        total, weight = torch.zeros_like(latents), latents.new_zeros(1, latents.shape[1], 1, 1)
+        windows = self._options.windows(step.in_run, count)
         # What is remembered of a window that has moved on can serve no step any more.
         old = self._remembered
-        self._remembered = {window: old[window] if window in old else self._memories() for window in windows}
-        for window in windows:
+        self._remembered = {frames: old[frames] if frames in old else self._memories() for frames in windows}
+        for frames in windows:
             if self._options.verbose:
-                log.info("Step %d, context window %s.", index + 1, window)
-            places = torch.tensor(window, device=self.device)
+                log.info("Step %d, context window %s.", step.in_run + 1, frames)
+            window = self._window(frames, count)
+            places = torch.tensor(window.latents, device=self.device)
             times = timestep[places.to(timestep.device)] if timestep.dim() else timestep
-            kept, before = self._denoisers.pop(window, None), _allocated(self.device)
-            denoiser = kept or self._make(self._of(window, count), self._remembered[window])
-            velocity = denoiser(latents[:, places], times, step, index)
-            more = _allocated(self.device) - before - velocity.nbytes
-            # The first to come stay: if windows took turns, each would be gone before its next step. But what a window
-            # keeps grows with the first pass without speech, say.
-            if window in again and ((kept and more < LITTLE) or has_room(self.device, more)):
-                self._denoisers[window] = denoiser
-            share = blend_weights(window, count, self._options).to(self.device)[None, :, None, None]
+            denoiser = self._make(self._conditions_of(window, frames, count), self._remembered[frames])
+            velocity = denoiser(latents[:, places], times, step)
+            share = self._weights(frames, count).to(self.device)[None, :, None, None]
             total.index_add_(1, places, velocity * share)
             weight.index_add_(1, places, share)
         return total / weight
@@ -259,32 +231,33 @@ class WindowedDenoiser:
 
     def forget(self) -> None:
         """As Denoiser."""
-        shared = tuple(c for c in self._conditions.conditionings if isinstance(c, KeptConditioning))
-        self._make(replace(self._conditions, channels=None, conditionings=shared), None).forget()
         self._remembered.clear()
-        self._denoisers.clear()
 
-    def _of(self, window: Frames, count: int) -> Conditions:
-        """The window's part of the conditions."""
-        pixels = pixel_frames(window)
+    def _window(self, frames: Frames, count: int) -> Window:
+        end = self._leading + count
+        reference = self._options.reference
+        return Window(
+            latents=(
+                *range(self._leading), *(self._leading + frame for frame in frames), *range(end, end + self._trailing),
+            ),
+            pixels=pixel_frames(frames),
+            leading=self._leading,
+            trailing=self._trailing,
+            picture=None if frames[0] == 0 or reference is None else _part(reference, frames, count),
+        )  # fmt: skip
+
+    def _conditions_of(self, window: Window, frames: Frames, count: int) -> Conditions:
+        parts = (payload.window(window) for payload in self._conditions.payloads)
         return replace(
             self._conditions,
-            positive=_part(self._texts, window, count),
-            channels=self._channels(window, count),
-            conditionings=tuple(
-                c if isinstance(c, KeptConditioning) else c.window(pixels) for c in self._conditions.conditionings
-            ),
+            positive=_part(self._texts, frames, count),
+            payloads=tuple(part for part in parts if part is not None),
         )
 
-    def _channels(self, window: Frames, count: int) -> Tensor | None:
-        channels, reference = self._conditions.channels, self._options.reference
-        if channels is None:
-            return None
-        part = channels[:, list(window)].clone()
-        part[:, 0] = channels[:, 0]
-        if window[0] != 0 and reference is not None:
-            part[MASK_CHANNELS:, 0] = _part(reference, window, count)[:, 0].to(part)
-        return part
+    def _weights(self, frames: Frames, count: int) -> Tensor:
+        """Of the window's latents: references, which every window has, count alike in all of them."""
+        weights = blend_weights(frames, count, self._options)
+        return torch.cat((torch.ones(self._leading), weights, torch.ones(self._trailing)))
 
 
 def _part(values: Sequence[Tensor] | Tensor, window: Frames, count: int) -> Tensor:

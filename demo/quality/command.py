@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...attention import ATTENTION_MODES
-from ...host import set_host
-from ...standalone_host import StandaloneHost
+from ...host import StandaloneHost, set_host
 from ...wanvideo.quantization import QUANTIZATIONS
 from .. import MODELS
 from . import heldout

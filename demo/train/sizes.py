@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ...clip_image.extension import ClipImageExtension
 from ...multitalk.extension import MultiTalk
 from ...wanvideo.config import WanConfig
-from ...wanvideo.extensions.clip_image import ClipImageExtension
 from ...wanvideo.modules.vae_keys import VaeLayout
 from .. import tiny
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...host import StandaloneHost
 from ...multitalk.wav2vec import load_wav2vec
-from ...standalone_host import StandaloneHost
 from ...wanvideo.modules.clip import load_clip_vision
 from ...wanvideo.modules.t5 import load_text_encoder
 from ...wanvideo.modules.vae import load_vae

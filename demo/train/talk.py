@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...clip_image.extension import ClipImage
 from ...multitalk.extension import AudioWindow
 from ...multitalk.speakers import half_masks
 from ...wanvideo.config import WanConfig
 from ...wanvideo.extension import Extension
-from ...wanvideo.extensions.clip_image import ClipImage
-from ...wanvideo.modules.model import ModelInputs, WanModel
+from ...wanvideo.modules.model import WanModel
+from ...wanvideo.tokens import ModelInputs
 from ..faces import SIZE
 from . import sizes
 from .clips import LATENT_SIDE, Clips

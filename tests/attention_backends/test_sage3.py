@@ -15,7 +15,7 @@ from wanvideo_wrapper.attention import AttentionSpec, resolve
 from wanvideo_wrapper.attention_backends import packages, probe, probe_kernel, sage3
 from wanvideo_wrapper.attention_backends.third_party import Kernel
 from wanvideo_wrapper.wanvideo.attention_plan import plan_for
-from wanvideo_wrapper.wanvideo.extension import Step
+from wanvideo_wrapper.wanvideo.conditioning import Step
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(device=CPU, heads=2, head_dim=64)

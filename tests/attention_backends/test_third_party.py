@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from layouts import bits, fresh, layouts, relative
 from test_attention import formula
 from wanvideo_wrapper import attention, tensor_layout
-from wanvideo_wrapper.attention import ATTENTION_MODES, BACKENDS, AttentionSpec, resolve
+from wanvideo_wrapper.attention import ATTENTION_MODES, BACKENDS, AttentionCall, AttentionSpec, resolve
 from wanvideo_wrapper.attention_backends import packages, sage
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
-from wanvideo_wrapper.wanvideo.extension import AttentionCall
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(device=CPU, heads=3, head_dim=64)

@@ -6,7 +6,7 @@ from wanvideo_wrapper.cache_methods.easycache import EasyCache, EasyCacheMemory
 from wanvideo_wrapper.cache_methods.magcache import MagCache, MagCacheMemory, ratio_at
 from wanvideo_wrapper.cache_methods.published import MODELS
 from wanvideo_wrapper.cache_methods.teacache import TeaCache, TeaCacheMemory
-from wanvideo_wrapper.wanvideo.extension import Step
+from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.step_cache import Moment
 
 STEPS = 24

@@ -13,11 +13,11 @@ from wanvideo_wrapper.cache_methods.easycache import EasyCache
 from wanvideo_wrapper.cache_methods.magcache import MagCache
 from wanvideo_wrapper.cache_methods.published import MODELS, variant_of
 from wanvideo_wrapper.cache_methods.teacache import TeaCache
+from wanvideo_wrapper.clip_image.extension import ClipImageExtension
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import footage as store
-from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImageExtension
-from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 from wanvideo_wrapper.wanvideo.windows import ContextOptions
@@ -45,7 +45,7 @@ def plain(folder, cache=None, *, frames=9, cfg=1.0, count=6, **changes):
         text=replace(asked.text, negative=negative),
         image=ImageEmbeds(latent_shape=(16, (frames - 1) // 4 + 1, 4, 4), num_frames=frames),
         schedule=make_schedule(ScheduleSpec(name="euler", steps=count, shift=5.0)),
-        multitalk=None,
+        payloads=(),
         cache=cache,
         cfg=cfg,
         **changes,

@@ -25,8 +25,7 @@ from wanvideo_wrapper.demo import INPUT, MODELS, WORKFLOW
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Link, as_api, load
 from wanvideo_wrapper.headless.widgets import checked, inputs_of
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -42,7 +41,7 @@ from pathlib import Path
 sys.path.insert(0, {packages!r})
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as ALL
 from wanvideo_wrapper.host import set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost
 set_host(StandaloneHost(inputs=Path({base!r}) / "input", outputs=Path({base!r}) / "output", device="cpu"))
 NODE_CLASS_MAPPINGS = {{name: ALL[name] for name in {names!r}}}
 """

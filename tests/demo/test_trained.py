@@ -8,8 +8,7 @@ from wanvideo_wrapper.demo.quality.bench import make_clip
 from wanvideo_wrapper.demo.quality.metrics import lip_sync, psnr
 from wanvideo_wrapper.demo.quality.talker import MOTION_FRAMES, WINDOW_FRAMES, Setting, Talker
 from wanvideo_wrapper.demo.sounds import FRAME
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from wanvideo_wrapper.demo.train.stages import new_transformer
 from wanvideo_wrapper.demo.train.trainer import Trainer
 from wanvideo_wrapper.demo.train.vae import PAIR_SHARE, Pictures, loss, normalise
 from wanvideo_wrapper.demo.train.whole_clip import WholeClip, fused_normed, normed
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import MEAN_21, STD_21, build_vae, load_vae
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
-from wanvideo_wrapper.host import get_host, set_host
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.nodes_text import WanVideoTextEmbedBridge, WanVideoTextEncode
-from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.t5 import load_text_encoder
 
 

@@ -10,8 +10,7 @@ from PIL import Image
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as NODES
 from wanvideo_wrapper.headless.core_nodes.pictures import next_file
 from wanvideo_wrapper.headless.media import Encoding, read_audio, read_frames, write_video
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import pytest
 from wanvideo_wrapper.headless import cli
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt, load
 from wanvideo_wrapper.headless.runner import Runner
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 RAN = []
 

@@ -7,8 +7,7 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.headless.cli import main
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.runner import Runner
-from wanvideo_wrapper.host import CancelledError, get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import CancelledError, StandaloneHost, get_host, set_host
 
 RAN = []
 

@@ -9,8 +9,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.demo import MODELS
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Link, load
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 
 class Source:

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import audio
 from wanvideo_wrapper.multitalk import wav2vec as speech
 from wanvideo_wrapper.multitalk.audio import AudioOptions, MultiTalkEmbeds
-from wanvideo_wrapper.standalone_host import StandaloneHost
 
 FACTS = Path(__file__).parents[1] / "data" / "checkpoints" / "wav2vec2_base.json"
 HOST = StandaloneHost(device="cpu")

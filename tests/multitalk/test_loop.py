@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wanvideo_wrapper.clip_image.extension import ClipImageExtension
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.host import CancelledError
+from wanvideo_wrapper.host import CancelledError, StandaloneHost
 from wanvideo_wrapper.multitalk import loop as talk
 from wanvideo_wrapper.multitalk import plan
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
-from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImageExtension
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.multitalk.loop import TalkingLoop
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.conditioning import Window
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
-from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds, LoopSettings, TextEmbeds
-from wanvideo_wrapper.wanvideo.sampling import SampleRequest, sample
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
+from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 
 WINDOW, MOTION = 13, 5
@@ -30,15 +32,15 @@ def parts(tmp_path_factory):
     tiny.transformer(in_dim=36, extensions=clip, layers=3).save(folder / "base.safetensors", torch.float32)
     tiny.speech_module().save(folder / "infinite.safetensors", torch.float32)
     tiny.vae(base_dim=4).save(folder / "vae.safetensors", torch.float32)
-    options = LoadOptions(base_dtype=torch.float32, modules=(folder / "infinite.safetensors",))
-    model = load_wan_model(folder / "base.safetensors", options, host)
+    options = LoadOptions(base_dtype=torch.float32, modules=(ModuleFile(folder / "infinite.safetensors"),))
+    model = load_wan_model(folder / "base.safetensors", options, host, SYSTEMS)
     return model, load_vae(folder / "vae.safetensors", dtype=torch.float32, host=host), host
 
 
 def request(parts, total=30, **loop):
     model, vae, _ = parts
     generator = torch.Generator().manual_seed(3)
-    settings = LoopSettings(
+    settings = TalkingLoop(
         vae=vae, width=32, height=32, window_frames=WINDOW, motion_frames=MOTION, mode="infinitetalk",
         start_images=torch.rand(3, 1, 32, 32, generator=generator) * 2 - 1,
     )  # fmt: skip
@@ -51,13 +53,17 @@ def request(parts, total=30, **loop):
         schedule=make_schedule(ScheduleSpec(name="euler", steps=2, shift=5.0)),
         cfg=1.0,
         seed=11,
-        multitalk=MultiTalkEmbeds(features=(features,), silence=features[:3]),
+        payloads=(MultiTalkEmbeds(features=(features,), silence=features[:3]),),
     )
 
 
 @pytest.mark.parametrize(
     ("total", "size", "motion"), [(5, 13, 5), (13, 13, 5), (14, 13, 5), (100, 81, 25), (500, 81, 9)]
 )
+def part_of(window):
+    return Window(latents=window.latents, pixels=tuple(window.frames))
+
+
 def test_windows_cover_every_frame_and_share_the_motion(total, size, motion):
     windows = plan.plan_windows(total, size, motion)
     assert windows[0].frames.start == 0 and all(len(w.frames) == size for w in windows)
@@ -99,7 +105,7 @@ def test_motion_frames_are_in_place_at_every_step(parts, monkeypatch):
         motion = motions[call // 2]
         assert motion.shape[1] == (1 if call < 2 else 2)
         torch.testing.assert_close(latents[:, : motion.shape[1]], motion)
-        want = request(parts, 30).multitalk.window(windows[call // 2].frames).audio
+        want = request(parts, 30).payloads[0].window(part_of(windows[call // 2])).audio
         assert torch.equal(next(p for p in payloads if hasattr(p, "audio")).audio, want)
 
 
@@ -190,8 +196,8 @@ def test_modes_and_colour_match(parts, mode, colormatch):
 
 def test_two_speakers(parts):
     base = request(parts, 20)
-    features = (base.multitalk.features[0], torch.randn(20, tiny.SPEECH_LAYERS, tiny.SPEECH_DIM))
-    two = replace(base, multitalk=replace(base.multitalk, features=features))
+    features = (base.payloads[0].features[0], torch.randn(20, tiny.SPEECH_LAYERS, tiny.SPEECH_DIM))
+    two = replace(base, payloads=(replace(base.payloads[0], features=features),))
     assert not torch.equal(sample(two, parts[2])[0]["video"], sample(base, parts[2])[0]["video"])
 
 

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import plan
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
+from wanvideo_wrapper.multitalk.loop import TalkingLoop
 from wanvideo_wrapper.multitalk.window import _masks_of
-from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
-from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds, LoopSettings, TextEmbeds
-from wanvideo_wrapper.wanvideo.sampling import SampleRequest, sample
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
+from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 
 WINDOW, MOTION, STEPS, TOTAL = 13, 5, 3, 26
@@ -27,15 +29,15 @@ def parts(tmp_path_factory):
     tiny.transformer(in_dim=36, layers=3).save(folder / "base.safetensors", torch.float32)
     tiny.speech_module().save(folder / "infinite.safetensors", torch.float32)
     tiny.vae(base_dim=4).save(folder / "vae.safetensors", torch.float32)
-    options = LoadOptions(base_dtype=torch.float32, modules=(folder / "infinite.safetensors",))
-    model = load_wan_model(folder / "base.safetensors", options, host)
+    options = LoadOptions(base_dtype=torch.float32, modules=(ModuleFile(folder / "infinite.safetensors"),))
+    model = load_wan_model(folder / "base.safetensors", options, host, SYSTEMS)
     return model, load_vae(folder / "vae.safetensors", dtype=torch.float32, host=host), host
 
 
 def request(parts, *, pictures=1, prompts=1, mode="infinitetalk", schedule=None, **others):
     model, vae, _ = parts
     generator = torch.Generator().manual_seed(int(torch.randint(10000, ())))
-    settings = LoopSettings(
+    settings = TalkingLoop(
         vae=vae, width=32, height=32, window_frames=WINDOW, motion_frames=MOTION, mode=mode,
         start_images=torch.rand(3, pictures, 32, 32, generator=generator) * 2 - 1,
     )  # fmt: skip
@@ -47,7 +49,7 @@ def request(parts, *, pictures=1, prompts=1, mode="infinitetalk", schedule=None,
         schedule=schedule or make_schedule(ScheduleSpec(name="euler", steps=STEPS, shift=5.0)),
         cfg=1.0,
         seed=11,
-        multitalk=MultiTalkEmbeds(features=(features,), silence=features[:3]),
+        payloads=(MultiTalkEmbeds(features=(features,), silence=features[:3]),),
         **others,
     )
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.multitalk import speakers as speakers_module
-from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk, SpeechCond
+from wanvideo_wrapper.multitalk.extension import AUDIO, AudioWindow, MultiTalk, Speech
 from wanvideo_wrapper.multitalk.multitalk import AudioProjModel, SingleStreamMultiAttention, latent_windows
 from wanvideo_wrapper.multitalk.speakers import speaker_map, token_masks
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import Heads
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.extension import run_hooks
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import Heads, ModelInputs
 
 LAYERS, CHANNELS, HIDDEN, TOKENS, OUT = 3, 8, 12, 4, 16
 
@@ -165,10 +166,10 @@ def test_the_map_is_one_attention_call_and_none_for_one_speaker(speakers, monkey
     monkeypatch.setattr(speakers_module, "sdpa", lambda: counted)
     extension = MultiTalk(features=1, intermediate_dim=1, context_tokens=1, output_dim=1, voiced=(0,))
     masks = None if speakers == 1 else torch.eye(speakers + 1, 6)
-    cond = SpeechCond(None, None, torch.tensor(1.0), (2, 2, 3), masks)
+    cond = Speech(None, torch.tensor(1.0), (2, 2, 3), masks, speakers)
     q, k = (torch.randn(1, 12, 2, 16) for _ in range(2))
-    assert extension.reads_heads(cond) == extension.uses_self_attn(cond) == (speakers > 1)
-    _, cond = extension.self_attn(None, Heads(q, k, q), cond)
+    assert extension.reads_heads(cond) == (speakers > 1)
+    _, ((_, cond),) = run_hooks("self_attn", None, Heads(q, k, q), ((extension, cond),))
     assert len(calls) == (speakers > 1) and (cond.scores is None) == (speakers == 1)
 
 
@@ -242,14 +243,16 @@ def test_wrong_speech_is_named():
         model(inputs(AudioWindow(torch.randn(1, 1, 13, 5, LAYERS, CHANNELS), one)))
 
 
-def test_payload_slices_and_stacks():
+def test_payload_falls_silent_and_stacks():
     payload = AudioWindow(torch.randn(1, 1, 9, 5, LAYERS, CHANNELS), torch.tensor(1.0))
-    assert torch.equal(payload.window(range(4, 9)).audio, payload.audio[:, :, 4:9])
-    both = payload.stack([payload.silent()])
+    silent = payload.without(frozenset({AUDIO}))
+    assert payload.without(frozenset({"text"})) is payload
+    both = payload.stack([silent])
     assert both.audio.shape[0] == 2 and both.audio[1].abs().max() == 0
     assert torch.equal(both.audio[:1], payload.audio)
     pair = AudioWindow(torch.randn(1, 2, 9, 5, LAYERS, CHANNELS), torch.tensor(1.0), torch.ones(3, 4, 4))
-    assert pair.silent().audio.shape[1] == 1 and pair.silent().masks is None
+    silent = pair.without(frozenset({AUDIO, "text"}))
+    assert silent.audio.shape[1] == 1 and silent.masks is None
 
 
 @pytest.mark.cuda

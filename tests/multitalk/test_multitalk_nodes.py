@@ -7,9 +7,8 @@ import pytest
 import torch
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.host import get_host, set_host
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.multitalk.colormatch import METHODS
-from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
 
 LOOP_NODES = ("WanVideoImageToVideoMultiTalk", "WanVideoImageToVideoSkyreelsv3_audio")

@@ -107,7 +107,7 @@ def test_the_folder_of_a_broken_run_takes_the_name_of_the_new_one(folder, tmp_pa
 
 
 def changes(asked):
-    loop, speech = asked.image.loop, asked.multitalk
+    loop, speech = asked.image.loop, asked.payloads[0]
 
     def with_loop(**fields):
         return replace(asked, image=replace(asked.image, loop=replace(loop, **fields)))
@@ -116,8 +116,8 @@ def changes(asked):
     yield "cfg", replace(asked, cfg=(1.0, 1.5))
     yield "text", replace(asked, text=replace(asked.text, positive=(asked.text.positive[0] + 1e-3,)))
     yield "start_image", with_loop(start_images=loop.start_images * 0.99)
-    yield "multitalk_embeds", replace(asked, multitalk=replace(speech, scale=1.1))
-    yield "multitalk_embeds", replace(asked, multitalk=replace(speech, features=(speech.features[0] * 1.01,)))
+    yield "multitalk_embeds", replace(asked, payloads=(replace(speech, scale=1.1),))
+    yield "multitalk_embeds", replace(asked, payloads=(replace(speech, features=(speech.features[0] * 1.01,)),))
     yield "window settings", with_loop(colormatch="mkl")
     yield "schedule", replace(asked, schedule=request_schedule(3))
     yield "samples", replace(asked, samples={"samples": torch.randn(1, 16, 8, 4, 4)})

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import wav2vec
-from wanvideo_wrapper.standalone_host import StandaloneHost
 
 HOST = StandaloneHost(device="cpu")
 SOUND = np.random.default_rng(2).standard_normal(12000) * 0.1

@@ -11,15 +11,17 @@ from wanvideo_wrapper import attention
 from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, reason, sdpa
 from wanvideo_wrapper.attention_backends.radial import RadialAttention
 from wanvideo_wrapper.kernels.fp8_rows import quantise
+from wanvideo_wrapper.kernels.rope import apply_rope
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule, plan_for
+from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import BlockInputs, Step
 from wanvideo_wrapper.wanvideo.fingerprint import digest
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
-from wanvideo_wrapper.wanvideo.rope import apply_rope, rope_table
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.rope import rope_table
 from wanvideo_wrapper.wanvideo.sampling import sample
+from wanvideo_wrapper.wanvideo.tokens import BlockInputs, ModelInputs
 
 SPEC = AttentionSpec(device=torch.device("cpu"), heads=2, head_dim=64, dtype=torch.float32)
 GRID = (2, 2, 2)
@@ -95,7 +97,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def asked(folder):
     asked = talking.request(folder, base="text")
-    return replace(asked, multitalk=None, image=replace(asked.image, loop=None))
+    return replace(asked, payloads=(), image=replace(asked.image, loop=None))
 
 
 def test_the_model_runs_by_its_plan(asked):

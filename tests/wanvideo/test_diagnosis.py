@@ -6,15 +6,15 @@ import pytest
 import talking
 import torch
 from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.kernels.fp8_rows import quantise
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
-from wanvideo_wrapper.standalone_host import StandaloneHost
 from wanvideo_wrapper.wanvideo import denoise
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
 from wanvideo_wrapper.wanvideo.modules import layers
-from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.windows import ContextOptions
 

@@ -1,247 +1,231 @@
-"""What every extension owes the transformer; a new system joins these tests with one row of CASES."""
+"""What every extension owes the transformer. A new system joins with tests/<folder>/cases.py (see contract.py)."""
 
-import contextlib
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
 import torch._dynamo.testing
-from wanvideo_wrapper.enhance_a_video import EnhanceArgs
-from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
-from wanvideo_wrapper.wanvideo import registry
+from contract import ALL_CASES, HEIGHT, WIDTH, build, inputs
+from wanvideo_wrapper.clip_image.extension import ClipImageExtension
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import Extension, RunCache, Step
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage, ClipImageExtension
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.extension import Extension
+from wanvideo_wrapper.wanvideo.loading import quantizable
+from wanvideo_wrapper.wanvideo.sampling import whole_window
+from wanvideo_wrapper.wanvideo.systems import Systems
 
-CONFIG = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, text_len=4)
-FEATURES = dict(features=2 * 6, intermediate_dim=10, context_tokens=4, output_dim=12)
-
-
-def speech(strength, speakers=1):
-    return AudioWindow(torch.randn(1, speakers, 9, 5, 2, 6), torch.tensor(float(strength)))
+every_case = pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
 
 
-@dataclass(frozen=True)
-class Case:
-    extension: Extension
-    payload: object
-    absent: object | None
+def built(case, *more):
+    return build(case.extension, *more, config=case.config)
 
 
-CASES = {
-    "clip_image": Case(ClipImageExtension(clip_dim=16), ClipImage(torch.randn(1, 7, 16)), None),
-    "clip_image_flf2v": Case(ClipImageExtension(clip_dim=16, positions=14), ClipImage(torch.randn(1, 14, 16)), None),
-    "multitalk": Case(MultiTalk(**FEATURES, voiced=(0, 1, 2)), speech(0.7), speech(0)),
-    "multitalk_some_blocks": Case(MultiTalk(**FEATURES, voiced=(1,)), speech(0.7), speech(0)),
-    "multitalk_two_speakers": Case(MultiTalk(**FEATURES, voiced=(0, 1, 2)), speech(0.7, 2), speech(0, 2)),
-    "enhance_a_video": Case(registry.EnhanceAVideo(), EnhanceArgs(30.0), EnhanceArgs(0.0)),
-}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-def build(*extensions):
-    torch.manual_seed(11)
-    base = WanModel(CONFIG)
-    for parameter in base.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model = WanModel(CONFIG, extensions)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.load_state_dict(base.state_dict(), strict=False)
-    return base, model
-
-
-def inputs(*payloads, step=0, seed=5, **more):
-    generator = torch.Generator().manual_seed(seed)
-    return ModelInputs(
-        latents=torch.randn(1, 16, 3, 4, 4, generator=generator), timestep=torch.tensor([500.0 - step]),
-        text=(torch.randn(4, 8, generator=generator),), payloads=payloads, step=Step(index=step, total=8), **more,
-    )  # fmt: skip
+def full(case):
+    """Inputs without the payload: its channels are in the latents."""
+    return inputs(channels=case.config.in_dim)
 
 
 @every_case
-@torch.no_grad()
 def test_absent_is_bit_identical_and_present_acts(case):
-    base, model = build(case.extension)
-    plain = base(inputs())
-    assert torch.equal(plain, model(inputs()))
+    base, model = built(case)
+    plain = base(full(case))
+    assert torch.equal(plain, model(full(case)))
     if case.absent is not None:
         assert torch.equal(plain, model(inputs(case.absent)))
-    assert not torch.equal(plain, model(inputs(case.payload)))
+    present = model(inputs(case.payload))
+    assert present.isfinite().all() and not torch.equal(plain, present)
 
 
 @every_case
 def test_detect_finds_what_build_made(case):
-    _, model = build(case.extension)
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    assert case.extension in registry.detect(shapes)
+    _, model = built(case)
+    assert case.extension in SYSTEMS.detect({k: tuple(v.shape) for k, v in model.state_dict().items()})
 
 
 @every_case
 def test_owns_exactly_the_keys_it_adds(case):
-    base, model = build(case.extension)
+    base, model = built(case)
     added = set(model.state_dict()) - set(base.state_dict())
     assert {k for k in model.state_dict() if case.extension.owns(k)} == added
 
 
 @every_case
 def test_without_weights_the_missing_key_is_named(case):
-    base, _ = build(case.extension)
+    base, _ = built(case)
     with pytest.raises(ValueError) as error:
         base(inputs(case.payload))
     assert str(error.value) == case.payload.needs
+    assert not base.reads(case.payload)
 
 
 @every_case
-def test_each_parameter_is_resident_or_in_one_swap_unit(case):
-    _, model = build(case.extension)
-    units = {id(p): f"blocks.{i}" for i, block in enumerate(model.blocks) for p in block.parameters()}
-    for index in range(len(model.blocks)):
-        for module in case.extension.travels_with(model, index):
-            for parameter in module.parameters():
-                assert units.setdefault(id(parameter), f"with {index}") == f"with {index}"
+def test_each_parameter_is_in_one_block_at_most_and_blocks_run_only_while_visited(case):
+    _, model = built(case)
+    blocks = [block for stack in model.stacks().values() for block in stack]
+    owners = [id(parameter) for block in blocks for parameter in block.parameters()]
+    assert len(owners) == len(set(owners)) and [id(b) for b in model.blocks] == [id(b) for b in blocks][:3]
+    visited, ran = [], []
 
+    class Visit:
+        def __init__(self, block):
+            self.block = block
 
-@every_case
-@torch.no_grad()
-def test_unit_modules_run_only_while_resident(case):
-    _, model = build(case.extension)
-    resident = []
+        def __enter__(self):
+            visited.append(self.block)
 
-    @contextlib.contextmanager
-    def around(index):
-        resident.append(index)
-        yield
-        resident.remove(index)
+        def __exit__(self, *_):
+            visited.remove(self.block)
 
-    model.around_block = around
-    ran = []
-    for i, block in enumerate(model.blocks):
-        for module in [*block.modules(), *(m for t in case.extension.travels_with(model, i) for m in t.modules())]:
-            module.register_forward_pre_hook(lambda m, a, i=i: ran.append(i in resident))
+    model.visit = Visit
+    for block in blocks:
+        for module in block.modules():
+            module.register_forward_pre_hook(lambda m, a, block=block: ran.append(any(block is b for b in visited)))
     model(inputs(case.payload))
     assert ran and all(ran)
 
 
 @every_case
-@torch.no_grad()
 def test_full_graph_and_no_recompile_while_strength_and_step_change(case):
     torch._dynamo.reset()
-    _, model = build(case.extension)
-    want = [model(inputs(p, step=s)) for s, p in enumerate(changing(case.payload))]
+    _, model = built(case)
+    want = [model(inputs(case.at_step(step), step=step)) for step in range(8)]
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     keys = list(model.state_dict())
-    for block in model.blocks:
+    blocks = [block for stack in model.stacks().values() for block in stack]
+    for block in blocks:
         block.compile(fullgraph=True, backend=counter)
-    cache = RunCache()
-    got = [model(inputs(p, step=s, caches=(cache,))) for s, p in enumerate(changing(case.payload))]
-    frames = counter.frame_count
-    got += [model(inputs(p, step=s, caches=(cache,))) for s, p in enumerate(changing(case.payload))]
-    assert counter.frame_count == frames <= len(model.blocks)
+    got = [model(inputs(case.at_step(step), step=step)) for step in range(8)]
+    compiled = counter.frame_count
+    got += [model(inputs(case.at_step(step), step=step)) for step in range(8)]
+    assert counter.frame_count == compiled <= len(blocks)
     assert list(model.state_dict()) == keys
-    for a, b in zip(want, got[: len(want)], strict=True):
+    for a, b in zip(want * 2, got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def changing(payload):
-    """Eight steps whose strength changes where the payload has one."""
-    for step in range(8):
-        if isinstance(payload, AudioWindow):
-            yield replace(payload, scale=torch.tensor(0.5 + 0.1 * step))
-        elif isinstance(payload, EnhanceArgs):
-            yield replace(payload, weight=20.0 + step)
-        else:
-            yield payload
-
-
 @every_case
-@torch.no_grad()
 def test_a_batch_equals_its_rows(case):
-    _, model = build(case.extension)
+    _, model = built(case)
     one, two = inputs(case.payload, seed=1), inputs(case.payload, seed=2)
-    both = ModelInputs(
-        latents=torch.cat((one.latents, two.latents)), timestep=torch.cat((one.timestep, two.timestep)),
-        text=one.text + two.text, payloads=(case.payload.stack([case.payload]),), step=one.step,
-    )  # fmt: skip
+    both = inputs(case.payload.stack([case.payload]), batch=2)
+    both = type(both)(**{**both.__dict__, "latents": torch.cat((one.latents, two.latents)), "text": one.text + two.text})
     torch.testing.assert_close(model(both), torch.cat((model(one), model(two))), rtol=1e-4, atol=1e-5)
 
 
-class Shift(NamedTuple):
-    amount: torch.Tensor
+@every_case
+def test_the_window_of_everything_is_everything(case):
+    _, model = built(case)
+    whole = case.payload.window(whole_window(3))
+    assert torch.equal(model(inputs(case.payload)), model(inputs(whole)))
+
+
+@every_case
+def test_payloads_move(case):
+    moved = case.payload.to(torch.device("cpu"), torch.float64)
+    assert type(moved) is type(case.payload)
 
 
 @dataclass(frozen=True)
-class ShiftPayload:
-    amount: float
+class Extra(Payload):
     needs: ClassVar[str] = "none"
 
-    def window(self, frames):
-        return self
 
-    def to(self, device, dtype):
-        return self
-
-    def stack(self, others):
-        return self
+class Spans(NamedTuple):
+    spans: tuple
+    seen: torch.Tensor
 
 
 @dataclass(frozen=True)
-class EveryHook(Extension):
-    """Adds a little in every hook, appends a token in `prepare` and limits who sees whom in `attend`."""
+class UnseenTokens(Extension):
+    """Appends tokens with a modulation of their own that no video token attends to."""
 
-    payload: ClassVar[type] = ShiftPayload
+    payload: ClassVar[type] = Extra
 
-    def prepare(self, model, payload, step, tokens):
-        extra = tokens._replace(
-            x=torch.cat((tokens.x, tokens.x[:, :1]), 1), rope=torch.cat((tokens.rope, tokens.rope[:1]))
-        )
-        return extra, Shift(torch.tensor(payload.amount))
-
-    def block_cond(self, state, index, kept):
-        return state
-
-    def self_attn_input(self, block, x, cond):
-        return x + cond.amount, cond
+    def prepare(self, model, payload, inputs, tokens):
+        count, video = 5, tokens.x.shape[1]
+        noise = torch.randn(tokens.x.shape[0], count, tokens.x.shape[2], generator=torch.Generator().manual_seed(3))
+        tokens = tokens.appended(noise, model.rope((1, 1, count), start=(0, 9, 9)), tokens.mod[:, :1] * 0.5)
+        total = video + count
+        return tokens, Spans((((0, video), (0, video)), ((video, total), (0, total))), tokens.x.sum())
 
     def attend(self, block, call, cond):
-        length = call.q.shape[1]
-        return call._replace(spans=(((0, length - 1), (0, length)), ((length - 1, length), (length - 1, length)))), cond
-
-    def reads_heads(self, cond):
-        return True
-
-    def self_attn(self, block, heads, cond):
-        assert heads.q is not None and heads.k is not None
-        return heads._replace(out=heads.out + cond.amount * heads.q), cond
-
-    def self_attn_output(self, block, y, cond):
-        return y + cond.amount, cond
-
-    def cross_attn(self, block, heads, cond):
-        return heads._replace(out=heads.out + cond.amount * heads.q), cond
-
-    def after_cross_attn(self, block, x, cond):
-        return x + cond.amount, cond
-
-    def after_block(self, model, index, x, inputs, state):
-        return x + state.amount
+        return call._replace(spans=cond.spans), cond
 
 
-@torch.no_grad()
-def test_every_hook_runs_and_added_tokens_are_not_in_the_video():
-    base, model = build(EveryHook())
-    got = model(inputs(ShiftPayload(0.1)))
-    assert got.shape == base(inputs()).shape
-    assert not torch.equal(got, base(inputs()))
+def own_tokens(case):
+    """Whether the case's system appends tokens itself."""
+    _, model = built(case)
+    lengths = []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: lengths.append(args[0].shape[1]))
+    model(inputs(case.payload))
+    return lengths[0] != 3 * (HEIGHT // 2) * (WIDTH // 2)
 
 
-def test_two_extensions_that_claim_one_key_are_both_named(monkeypatch):
+@every_case
+def test_tokens_that_another_system_appends_disturb_nothing(case):
+    if own_tokens(case):
+        pytest.skip("appends tokens itself, so that the stranger's spans would hide its own")
+    _, model = built(case, UnseenTokens())
+    torch.testing.assert_close(model(inputs(case.payload, Extra())), model(inputs(case.payload)), rtol=1e-4, atol=1e-5)
+
+
+PAIRS = [
+    (one, other)
+    for one, other in itertools.combinations(ALL_CASES, 2)
+    if type(ALL_CASES[one].extension) is not type(ALL_CASES[other].extension)
+    and ALL_CASES[one].sizes == ALL_CASES[other].sizes
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_every_pair_runs_together(one, other):
+    """Both act, in the registry's order."""
+    order = [type(e) for e in (ALL_CASES[one].extension, ALL_CASES[other].extension)]
+    assert sorted(order, key=SYSTEMS.extensions.index) == order, "ALL_CASES follow the registry"
+    first, second = ALL_CASES[one], ALL_CASES[other]
+    config = WanConfig(**{**first.config.__dict__, "in_dim": 16 + first.joins + second.joins})
+    _, model = build(first.extension, second.extension, config=config)
+    both = model(inputs(first.payload, second.payload))
+    assert both.isfinite().all()
+    for case, rest in ((first, second), (second, first)):
+        alone = model(inputs(case.payload, channels=16 + rest.joins))
+        if not rest.joins:
+            assert not torch.equal(both, alone)
+
+
+class Part(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kept, self.small = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+
+@dataclass(frozen=True)
+class OwnStack(Extension):
+    payload: ClassVar[type] = Extra
+    high_precision: ClassVar[tuple[str, ...]] = ("kept",)
+
+    def build(self, model):
+        model.own = torch.nn.ModuleList([Part()])
+        model.top = torch.nn.Linear(4, 4)
+
+    def stacks(self, model):
+        return {"own": model.own}
+
+
+def test_layers_of_own_stacks_are_quantized_but_for_those_that_want_precision():
+    _, model = build(OwnStack())
+    names = ("blocks.0.ffn.0", "own.0.small", "own.0.kept", "top", "head.head")
+    assert [quantizable(model, name) for name in names] == [True, True, False, False, False]
+
+
+def test_two_extensions_that_claim_one_key_are_both_named():
     @dataclass(frozen=True)
     class Rival(ClipImageExtension):
         pass
 
-    monkeypatch.setattr(registry, "EXTENSIONS", (ClipImageExtension, Rival))
     with pytest.raises(ValueError, match="ClipImageExtension and Rival"):
-        registry.detect({"img_emb.proj.1.weight": (16, 16)})
+        Systems(extensions=(ClipImageExtension, Rival)).detect({"img_emb.proj.1.weight": (16, 16)})

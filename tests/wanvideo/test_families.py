@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from wanvideo_wrapper import NODE_DISPLAY_NAME_MAPPINGS
-from wanvideo_wrapper.wanvideo import registry
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.architecture import config_of
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
-from wanvideo_wrapper.wanvideo.families import KINDS
+from wanvideo_wrapper.wanvideo.families import LORA_KIND, OTHER_KINDS, TRANSFORMER_KIND
 from wanvideo_wrapper.wanvideo.inspect import describe
 from wanvideo_wrapper.wanvideo.loading import with_aliases
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
@@ -76,11 +76,11 @@ def test_base_families(name, prefix, tmp_path):
     dim, layers, heads, in_dim, systems = BASE[name]
     shapes = keys_of(name)
     checkpoint = with_aliases(
-        open_checkpoint(sparse_file(tmp_path / f"{name}.safetensors", {prefix + k: v for k, v in shapes.items()}))
+        open_checkpoint(sparse_file(tmp_path / f"{name}.safetensors", {prefix + k: v for k, v in shapes.items()})), SYSTEMS
     )
-    config = config_of(checkpoint)
+    config = config_of(checkpoint, SYSTEMS)
     assert (config.dim, config.num_layers, config.num_heads, config.in_dim) == (dim, layers, heads, in_dim)
-    found = registry.detect(checkpoint.shapes)
+    found = SYSTEMS.detect(checkpoint.shapes)
     assert tuple(type(e).__name__ for e in found if type(e).__name__ in WITH_WEIGHTS) == systems
     with torch.device("meta"):
         model = WanModel(config, found)
@@ -94,9 +94,9 @@ def test_base_families(name, prefix, tmp_path):
 def test_module_joins_its_base(module, tmp_path):
     base = open_checkpoint(sparse_file(tmp_path / "base.safetensors", keys_of("wan21_i2v_14B")))
     speech = open_checkpoint(sparse_file(tmp_path / "speech.safetensors", keys_of(module)))
-    whole = with_aliases(base).joined([with_aliases(speech)])
+    whole = with_aliases(base, SYSTEMS).joined([with_aliases(speech, SYSTEMS)])
     with torch.device("meta"):
-        model = WanModel(config_of(base), registry.detect(whole.shapes))
+        model = WanModel(config_of(base, SYSTEMS), SYSTEMS.detect(whole.shapes))
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == dict(whole.shapes)
 
 
@@ -104,8 +104,8 @@ def test_module_joins_its_base(module, tmp_path):
 def test_systems_that_are_not_built_are_named(name, system, tmp_path):
     checkpoint = open_checkpoint(sparse_file(tmp_path / f"{name}.safetensors", keys_of(name)))
     with pytest.raises(ValueError, match=system):
-        config_of(with_aliases(checkpoint))
-    assert system in str(describe(checkpoint.path))
+        config_of(with_aliases(checkpoint, SYSTEMS), SYSTEMS)
+    assert system in str(describe(checkpoint.path, SYSTEMS))
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
 )
 def test_other_kinds_of_files_are_named(name, kind, tmp_path):
     path = sparse_file(tmp_path / f"{name}.safetensors", keys_of(name))
-    assert kind in str(describe(path))
+    assert kind in str(describe(path, SYSTEMS))
     with pytest.raises(ValueError, match=kind):
-        config_of(open_checkpoint(path))
+        config_of(open_checkpoint(path), SYSTEMS)
 
 
 def test_files_that_cannot_be_read_get_one_sentence(tmp_path):
@@ -150,4 +150,5 @@ def test_files_that_cannot_be_read_get_one_sentence(tmp_path):
 
 def test_loaders_that_messages_name_exist():
     known = {*NODE_DISPLAY_NAME_MAPPINGS.values(), "Load CLIP Vision"}
-    assert {kind.loader for kind in KINDS if kind.loader} <= known
+    kinds = [LORA_KIND, TRANSFORMER_KIND, *OTHER_KINDS, *(e.file for e in SYSTEMS.extensions if e.file)]
+    assert {kind.loader for kind in kinds if kind.loader} <= known

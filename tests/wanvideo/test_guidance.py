@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
-from wanvideo_wrapper.enhance_a_video import EnhanceArgs
+from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
+from wanvideo_wrapper.enhance_a_video.extension import EnhanceArgs, EnhanceAVideo
+from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVideo
+from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow
-from wanvideo_wrapper.wanvideo import registry
+from wanvideo_wrapper.wanvideo.conditioning import Payload, Row, Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import Step
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage, ClipImageExtension
-from wanvideo_wrapper.wanvideo.guidance import Conditioning, Conditions, Denoiser, Guidance, guidance_rows, per_step
+from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance, per_step, present
+from wanvideo_wrapper.wanvideo.modifier import Modifier
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 
 CPU = torch.device("cpu")
@@ -39,7 +42,7 @@ class LinearModel:
     def answer(latents, text, clip, audio):
         return 0.5 * latents[:16] + text.sum() + 3 * clip + 7 * audio
 
-    def __call__(self, inputs):
+    def __call__(self, inputs, memory=None):
         batch = inputs.latents.shape[0]
         self.batches.append(batch)
         self.seen.append(inputs)
@@ -47,24 +50,22 @@ class LinearModel:
         clip = audio = torch.zeros(batch)
         for payload in inputs.payloads:
             if isinstance(payload, ClipImage):
-                clip = payload.tokens.flatten(1).sum(1).expand(batch)
+                clip = payload.positive.flatten(1).sum(1).expand(batch)
             if isinstance(payload, AudioWindow):
                 audio = payload.audio.flatten(1).sum(1).expand(batch)
         rows = zip(inputs.latents, inputs.text, clip, audio, strict=True)
         return torch.stack([self.answer(*row) for row in rows])
 
 
-def denoiser(model, guidance, *, audio=None, clip=None, negative=True, channels=None):
-    conditionings = []
-    if clip is not None:
-        conditionings.append(Conditioning(clip[0], no_text=clip[1]))
-    if audio is not None:
-        conditionings.append(Conditioning(audio, no_audio=audio.silent()))
+def guidance_of(text, audio=1.0, spoken=True, **options):
+    """Guidance with the rule that speech brings."""
+    embeds = MultiTalkEmbeds(features=(rand(9, 2, 3),), cfg_scale=audio)
+    return Guidance(cfg=per_step(text), payloads=(embeds,) if spoken else (), **options)
+
+
+def denoiser(model, guidance, *payloads, negative=True):
     conditions = Conditions(
-        positive=rand(5, 8, seed=1),
-        negative=rand(3, 8, seed=2) if negative else None,
-        channels=channels,
-        conditionings=tuple(conditionings),
+        positive=rand(5, 8, seed=1), negative=rand(3, 8, seed=2) if negative else None, payloads=payloads
     )
     return Denoiser(model, conditions, guidance=guidance, device=CPU, dtype=torch.float32)
 
@@ -74,7 +75,7 @@ def predictions(latents, audio, clip):
     given = {True: rand(5, 8, seed=1), False: rand(3, 8, seed=2)}
 
     def of(text, spoken):
-        image = 0.0 if clip is None else (clip[0] if text or clip[1] is None else clip[1]).tokens.sum()
+        image = 0.0 if clip is None else (clip.positive if text or clip.negative is None else clip.negative).sum()
         return LinearModel.answer(latents, given[text], image, audio.audio.sum() if spoken and audio else 0.0)
 
     return of
@@ -84,10 +85,10 @@ def predictions(latents, audio, clip):
 @pytest.mark.parametrize(("text", "audio"), [(1.0, 1.0), (5.0, 1.0), (1.0, 4.0), (5.0, 4.0), (3.0, 3.0), (0.0, 1.0)])
 def test_velocity_equals_the_published_formula(text, audio, batched):
     model, window = LinearModel(), speech()
-    clip = (ClipImage(rand(1, 6, 4, seed=8)), ClipImage(rand(1, 6, 4, seed=9)))
+    clip = ClipImage(rand(1, 6, 4, seed=8), rand(1, 6, 4, seed=9))
     latents = rand(*SHAPE)
-    guided = denoiser(model, Guidance(cfg=(text,), audio_cfg=(audio,), batched=batched), audio=window, clip=clip)
-    velocity = guided(latents, torch.tensor(700.0), Step(), 0)
+    guided = denoiser(model, guidance_of(text, audio, batched=batched), window, clip)
+    velocity = guided(latents, torch.tensor(700.0), Step())
     p = predictions(latents, window, clip)
     if text == 1:
         want = p(True, False) + audio * (p(True, True) - p(True, False))
@@ -99,60 +100,86 @@ def test_velocity_equals_the_published_formula(text, audio, batched):
     assert model.batches == ([passes] if batched else [1] * passes)
 
 
-def test_text_guidance_without_speech_ignores_the_audio_scale():
-    model, latents = LinearModel(), rand(*SHAPE)
-    velocity = denoiser(model, Guidance(cfg=(6.0,), audio_cfg=(4.0,)))(latents, torch.tensor(1.0), Step(), 0)
-    p = predictions(latents, None, None)
-    torch.testing.assert_close(velocity, p(False, True) + 6 * (p(True, True) - p(False, True)), rtol=1e-5, atol=1e-4)
-    assert model.batches == [1, 1]
-
-
 def test_negative_clip_features_go_with_the_negative_prompt():
     model = LinearModel()
-    clip = (ClipImage(rand(1, 6, 4, seed=8)), ClipImage(rand(1, 6, 4, seed=9)))
-    denoiser(model, Guidance(cfg=(2.0,)), clip=clip)(rand(*SHAPE), torch.tensor(1.0), Step(), 0)
-    torch.testing.assert_close(model.seen[0].payloads[0].tokens, clip[0].tokens)
-    torch.testing.assert_close(model.seen[1].payloads[0].tokens, clip[1].tokens)
-    denoiser(model, Guidance(cfg=(2.0,)), clip=(clip[0], None))(rand(*SHAPE), torch.tensor(1.0), Step(), 0)
-    torch.testing.assert_close(model.seen[3].payloads[0].tokens, clip[0].tokens)
+    clip = ClipImage(rand(1, 6, 4, seed=8), rand(1, 6, 4, seed=9))
+    denoiser(model, Guidance(cfg=(2.0,)), clip)(rand(*SHAPE), torch.tensor(1.0), Step())
+    torch.testing.assert_close(model.seen[0].payloads[0].positive, clip.positive)
+    torch.testing.assert_close(model.seen[1].payloads[0].positive, clip.negative)
+    denoiser(model, Guidance(cfg=(2.0,)), ClipImage(clip.positive))(rand(*SHAPE), torch.tensor(1.0), Step())
+    torch.testing.assert_close(model.seen[3].payloads[0].positive, clip.positive)
 
 
 def test_rows_weigh_one_together():
     for text in (0.0, 1.0, 2.5, 7.0):
         for audio in (0.0, 1.0, 2.5, 4.0):
-            rows = guidance_rows(text, audio)
+            rows = guidance_of(text, audio).rows(Step())
             assert sum(row.weight for row in rows) == pytest.approx(1.0)
-            assert all(row.weight != 0 for row in rows) and len(set(r[:2] for r in rows)) == len(rows) <= 3
+            assert all(row.weight != 0 for row in rows) and len({row.without for row in rows}) == len(rows) <= 3
+
+
+def test_equal_passes_are_joined():
+    text = frozenset({"text"})
+    assert present((Row(2.0), Row(-3.0, text), Row(1.0), Row(1.5, text), Row(0.0, frozenset({"x"})))) == (
+        Row(3.0), Row(-1.5, text),
+    )  # fmt: skip
+
+
+def test_two_systems_that_guide_are_both_named():
+    class Other(MultiTalkEmbeds):
+        pass
+
+    speech = MultiTalkEmbeds(features=(rand(9, 2, 3),), cfg_scale=2.0)
+    other = Other(features=(rand(9, 2, 3),), cfg_scale=3.0)
+    with pytest.raises(ValueError, match="MultiTalkEmbeds and Other"):
+        Guidance(cfg=(5.0,), payloads=(speech, other)).rows(Step())
+    assert len(Guidance(cfg=(5.0,), payloads=(speech, replace(other, cfg_scale=1.0))).rows(Step())) == 3
+
+
+def test_modifiers_change_how_predictions_are_combined_the_first_outermost():
+    class Times(Modifier):
+        def __init__(self, factor, shift):
+            self.factor, self.shift = factor, shift
+
+        def around_guidance(self, combine):
+            return lambda rows, predictions, step: self.factor * combine(rows, predictions, step) + self.shift
+
+    model, latents = LinearModel(), rand(*SHAPE)
+    plain = denoiser(model, Guidance(cfg=(5.0,)))(latents, torch.tensor(1.0), Step())
+    changed = denoiser(model, Guidance(cfg=(5.0,), modifiers=(Times(2.0, 1.0), Times(3.0, 4.0))))
+    torch.testing.assert_close(changed(latents, torch.tensor(1.0), Step()), 2 * (3 * plain + 4) + 1)
 
 
 def test_scales_go_on_with_their_last_value():
-    guidance = Guidance(cfg=per_step([6.0, 3.0, 1.0]), audio_cfg=per_step(4))
-    assert [guidance.scales(i) for i in (0, 1, 2, 9)] == [(6.0, 4.0), (3.0, 4.0), (1.0, 4.0), (1.0, 4.0)]
+    guidance = guidance_of([6.0, 3.0, 1.0], 4)
+    weights = [guidance.rows(Step(in_run=i, index=i, total=10))[0].weight for i in (0, 1, 2, 9)]
+    assert weights == [6.0, 3.0, 4.0, 4.0]
     with pytest.raises(ValueError, match="empty"):
         per_step([])
 
 
 def test_how_many_passes_may_share_a_forward():
-    assert Guidance(cfg=(6.0,), audio_cfg=(4.0,)).batch == 1
-    assert Guidance(cfg=(1.0,), batched=True).batch == 1
-    assert Guidance(cfg=(1.0, 6.0), batched=True).batch == 2
-    assert Guidance(cfg=(6.0,), audio_cfg=(1.0, 1.0, 4.0), batched=True).batch == 3
+    assert guidance_of(6.0, 4.0).most_passes(3) == 1
+    assert guidance_of(1.0, batched=True).most_passes(3) == 1
+    assert guidance_of([1.0, 6.0], batched=True).most_passes(3) == 2
+    assert guidance_of(6.0, [1.0, 1.0, 4.0], batched=True).most_passes(3) == 3
+    assert guidance_of(6.0, [1.0, 1.0, 4.0], batched=True).most_passes(2) == 2
 
 
 def test_missing_negative_prompt_is_named():
     model = LinearModel()
     guided = denoiser(model, Guidance(cfg=(5.0, 1.0)), negative=False)
     with pytest.raises(ValueError, match="no negative prompt"):
-        guided(rand(*SHAPE), torch.tensor(1.0), Step(), 0)
-    assert guided(rand(*SHAPE), torch.tensor(1.0), Step(), 1).shape == SHAPE
+        guided(rand(*SHAPE), torch.tensor(1.0), Step())
+    assert guided(rand(*SHAPE), torch.tensor(1.0), Step(in_run=1, index=1, total=2)).shape == SHAPE
 
 
-def test_channels_timestep_and_step_reach_the_model():
-    model, channels = LinearModel(), rand(20, 3, 4, 4, seed=3)
+def test_latents_timestep_and_step_reach_the_model():
+    model = LinearModel()
     latents, timestep, step = rand(*SHAPE), torch.tensor([0.0, 500.0, 500.0]), Step(index=3, total=9)
-    denoiser(model, Guidance(cfg=(2.0,), batched=True), channels=channels)(latents, timestep, step, 0)
+    denoiser(model, Guidance(cfg=(2.0,), batched=True))(latents, timestep, step)
     (inputs,) = model.seen
-    torch.testing.assert_close(inputs.latents, torch.cat([latents, channels]).expand(2, -1, -1, -1, -1))
+    torch.testing.assert_close(inputs.latents, latents.expand(2, -1, -1, -1, -1))
     torch.testing.assert_close(inputs.timestep, timestep.expand(2, -1))
     assert inputs.step == step and inputs.latents.dtype == torch.float32
 
@@ -160,35 +187,31 @@ def test_channels_timestep_and_step_reach_the_model():
 def test_passes_of_unlike_shape_do_not_share_a_forward():
     """Two speakers fall silent as one, so the silent pass cannot be stacked with the others."""
     model = LinearModel()
-    guided = denoiser(model, Guidance(cfg=(5.0,), audio_cfg=(4.0,), batched=True), audio=speech(speakers=2))
-    guided(rand(*SHAPE), torch.tensor(1.0), Step(), 0)
+    guided = denoiser(model, guidance_of(5.0, 4.0, batched=True), speech(speakers=2))
+    guided(rand(*SHAPE), torch.tensor(1.0), Step())
     assert model.batches == [2, 1]
 
 
 @dataclass(frozen=True)
-class Texts:
+class Texts(Payload):
     texts: tuple[torch.Tensor, ...]
+    needs: ClassVar[str] = "none"
 
-    def to(self, device, dtype):
-        return self
-
-    def stack(self, others):
-        return replace(self, texts=self.texts)
+    def without(self, names):
+        return Texts(()) if "text" in names else self
 
 
 def test_payloads_with_several_tensors_are_compared_by_all_of_them():
     model = LinearModel()
-    pair = Conditioning(Texts((rand(2), rand(3))), no_text=Texts(()))
-    conditions = Conditions(positive=rand(5, 8), negative=rand(3, 8), conditionings=(pair,))
-    guided = Denoiser(model, conditions, guidance=Guidance(cfg=(5.0,), batched=True), device=CPU, dtype=torch.float32)
-    guided(rand(*SHAPE), torch.tensor(1.0), Step(), 0)
+    guided = denoiser(model, Guidance(cfg=(5.0,), batched=True), Texts((rand(2), rand(3))))
+    guided(rand(*SHAPE), torch.tensor(1.0), Step())
     assert model.batches == [1, 1]
 
 
 def wan_model(seed=0):
     """A tiny image-to-video transformer with random weights."""
     config = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=36, text_dim=8, text_len=6)
-    model = WanModel(config, (ClipImageExtension(clip_dim=4), registry.EnhanceAVideo())).eval()
+    model = WanModel(config, (ImageToVideo(), ClipImageExtension(clip_dim=4), EnhanceAVideo())).eval()
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.2)
@@ -196,23 +219,20 @@ def wan_model(seed=0):
 
 
 def test_batched_equals_sequential_on_the_transformer():
-    """Also when the number of passes changes within a run: what extensions keep must not leak between batch sizes."""
+    """Also when the number of passes changes within a run."""
     model = wan_model()
-    clip = Conditioning(ClipImage(rand(1, 6, 4, seed=8)))
-    negative_clip = Conditioning(ClipImage(rand(1, 6, 4, seed=8)), no_text=ClipImage(rand(1, 6, 4, seed=9)))
-    for conditioning in (clip, negative_clip):
+    clip = ClipImage(rand(1, 6, 4, seed=8))
+    picture = ImageCondition(rand(1, 16, 3, 4, 4, seed=3), rand(1, 4, 3, 4, 4, seed=5))
+    for payload in (clip, ClipImage(clip.positive, rand(1, 6, 4, seed=9))):
         conditions = Conditions(
-            positive=rand(5, 8, seed=1),
-            negative=rand(3, 8, seed=2),
-            channels=rand(20, 3, 4, 4, seed=3),
-            conditionings=(conditioning, Conditioning(EnhanceArgs(2.0))),
+            positive=rand(5, 8, seed=1), negative=rand(3, 8, seed=2), payloads=(picture, payload, EnhanceArgs(2.0))
         )
         results = []
         for batched in (False, True):
             guidance = Guidance(cfg=(5.0, 1.0, 4.0), batched=batched)
             guided = Denoiser(model, conditions, guidance=guidance, device=CPU, dtype=torch.float32)
             latents = rand(*SHAPE, seed=4)
-            run = [guided(latents, torch.tensor(900.0 - 300 * i), Step(index=i, total=3), i) for i in range(3)]
+            run = [guided(latents, torch.tensor(900.0 - 300 * i), Step(index=i, total=3, in_run=i)) for i in range(3)]
             results.append(torch.stack(run))
         assert results[0].std() > 0.05
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)

@@ -10,14 +10,16 @@ from layouts import save_in_order
 from safetensors.torch import load_file, save_file
 from saved_models import save_fp8, save_gguf
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantise_rows
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile, canonical_layer
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HOST = StandaloneHost(device="cpu")
 FP32 = LoadOptions(base_dtype=torch.float32)
@@ -65,7 +67,7 @@ def t2v():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_stored_precisions(t2v, dtype, tmp_path):
     t2v.save(tmp_path / "model.safetensors", dtype)
-    model = load_wan_model(tmp_path / "model.safetensors", FP32, HOST)
+    model = load_wan_model(tmp_path / "model.safetensors", FP32, HOST, SYSTEMS)
     want = reference({k: v.to(dtype) for k, v in t2v.tensors.items()})
     assert relative(run(model), want) < 1e-6
     assert model.report.unused == ()
@@ -75,7 +77,7 @@ def test_odd_tensors_in_front_leave_the_rest_aligned(t2v, tmp_path):
     # A tensor of odd length shifts all that follow it in the file.
     tensors = {"aaa_odd": torch.ones(3, dtype=torch.uint8), **t2v.tensors}
     save_in_order(tmp_path / "m.safetensors", tensors, t2v.metadata)
-    model = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    model = load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
     assert all(p.data_ptr() % 16 == 0 for p in model.transformer.parameters())
     assert relative(run(model), reference(t2v.tensors)) < 1e-6
     assert model.report.unused == ("aaa_odd",)
@@ -91,7 +93,7 @@ def test_gguf(t2v, tmp_path):
         quantised = value.dim() == 2 and value.shape[1] % 32 == 0
         rounded = quants.dequantize(quants.quantize(value.float().numpy(), kind), kind) if quantised else value
         expected[name] = torch.as_tensor(rounded)
-    model = load_wan_model(tmp_path / "model.gguf", FP32, HOST)
+    model = load_wan_model(tmp_path / "model.gguf", FP32, HOST, SYSTEMS)
     assert relative(run(model), reference(expected)) < 1e-5
 
 
@@ -113,7 +115,7 @@ def test_gguf_of_another_type_is_named(tmp_path):
     for call in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
         getattr(writer, call)()
     with pytest.raises(ValueError, match="Q4_0"):
-        load_wan_model(tmp_path / "q4.gguf", FP32, HOST)
+        load_wan_model(tmp_path / "q4.gguf", FP32, HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -124,9 +126,9 @@ def test_fp8_files_keep_their_bytes(t2v, scaled, option, tmp_path):
     options = replace(FP32, quantization=option)
     if option.endswith("scaled") and not scaled:
         with pytest.raises(ValueError, match="has none: choose 'fp8_e4m3fn'"):
-            load_wan_model(path, options, HOST)
+            load_wan_model(path, options, HOST, SYSTEMS)
         return
-    model = load_wan_model(path, options, HOST)
+    model = load_wan_model(path, options, HOST, SYSTEMS)
     assert isinstance(model.transformer.blocks[0].self_attn.q, Fp8Linear)
     expected = {}
     stored = load_file(path)
@@ -138,7 +140,7 @@ def test_fp8_files_keep_their_bytes(t2v, scaled, option, tmp_path):
 
 def test_fp8_made_at_load_has_a_scale_a_row(t2v, tmp_path):
     t2v.save(tmp_path / "model.safetensors", torch.float32)
-    model = load_wan_model(tmp_path / "model.safetensors", replace(FP32, quantization="fp8_e4m3fn"), HOST)
+    model = load_wan_model(tmp_path / "model.safetensors", replace(FP32, quantization="fp8_e4m3fn"), HOST, SYSTEMS)
     layer = model.transformer.blocks[1].ffn[0]
     weight, scale = quantise_rows(t2v.tensors["blocks.1.ffn.0.weight"], torch.float8_e4m3fn)
     assert torch.equal(layer.weight.float(), weight.float()) and torch.equal(layer.scale_weight, scale)
@@ -150,10 +152,10 @@ def test_missing_and_mismatched_tensors_are_named(t2v, tmp_path):
     rest = {k: v for k, v in t2v.tensors.items() if k != "blocks.1.ffn.2.bias"}
     replace(t2v, tensors=rest).save(path)
     with pytest.raises(ValueError, match=r"lacks 1 of .*'blocks\.1\.ffn\.2\.bias'"):
-        load_wan_model(path, FP32, HOST)
+        load_wan_model(path, FP32, HOST, SYSTEMS)
     replace(t2v, tensors={**t2v.tensors, "blocks.1.ffn.2.bias": torch.randn(7)}).save(path)
     with pytest.raises(ValueError, match=r"'blocks\.1\.ffn\.2\.bias' has the shape \(7,\)"):
-        load_wan_model(path, FP32, HOST)
+        load_wan_model(path, FP32, HOST, SYSTEMS)
 
 
 @torch.no_grad()
@@ -164,7 +166,7 @@ def test_diffusers_names(tmp_path):
         freq_dim=256, ffn_dim=96, num_layers=2,
     ).eval()  # fmt: skip
     save_file(other.state_dict(), tmp_path / "d.safetensors", metadata={"wanvideo.num_heads": "2"})
-    model = load_wan_model(tmp_path / "d.safetensors", FP32, HOST)
+    model = load_wan_model(tmp_path / "d.safetensors", FP32, HOST, SYSTEMS)
     given = inputs()
     text = torch.nn.functional.pad(given.text[0], (0, 0, 0, 512 - 5))[None]
     want = other(given.latents, given.timestep, text, return_dict=False)[0]
@@ -190,10 +192,9 @@ def test_lora_merged_and_beside_equal_the_formula(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     want = reference(merged_by_hand(t2v, tiny.lora(t2v), 0.7))
     merged = load_wan_model(
-        tmp_path / "m.safetensors", replace(FP32, loras=lora_files(t2v, tmp_path, strength=0.7)), HOST
-    )
+        tmp_path / "m.safetensors", replace(FP32, loras=lora_files(t2v, tmp_path, strength=0.7)), HOST, SYSTEMS)
     assert relative(run(merged), want) < 1e-5
-    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
     beside = with_loras(plain, lora_files(t2v, tmp_path, strength=0.7, merge=False))
     assert relative(run(beside), want) < 1e-5
     assert relative(run(plain), reference(t2v.tensors)) < 1e-6
@@ -201,7 +202,7 @@ def test_lora_merged_and_beside_equal_the_formula(t2v, tmp_path):
 
 def test_lora_strength_by_step_and_by_block(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
-    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
     steps = with_loras(plain, lora_files(t2v, tmp_path, strength=(0.0, 0.7), merge=False))
     assert relative(run(steps, step=0), reference(t2v.tensors)) < 1e-6
     assert relative(run(steps, step=5), reference(merged_by_hand(t2v, tiny.lora(t2v), 0.7))) < 1e-5
@@ -216,11 +217,10 @@ def test_lora_strength_by_step_and_by_block(t2v, tmp_path):
 def test_lora_on_fp8(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     options = replace(FP32, quantization="fp8_e4m3fn")
-    base = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    base = load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
     beside = with_loras(base, lora_files(t2v, tmp_path, strength=3.0, merge=False))
     merged = load_wan_model(
-        tmp_path / "m.safetensors", replace(options, loras=lora_files(t2v, tmp_path, strength=3.0)), HOST
-    )
+        tmp_path / "m.safetensors", replace(options, loras=lora_files(t2v, tmp_path, strength=3.0)), HOST, SYSTEMS)
     want = reference(merged_by_hand(t2v, tiny.lora(t2v), 3.0))
     for model in (beside, merged):
         assert relative(run(model), want) < 0.06
@@ -259,9 +259,9 @@ def test_lora_of_differences(t2v, swapped, tmp_path):
     want = reference(difference_lora(t2v, tmp_path / "d.safetensors", 0.7))
     options = replace(FP32, block_swap=BlockSwapArgs(blocks_to_swap=swapped))
     merge, beside = (LoraFile(path=tmp_path / "d.safetensors", strength=0.7, merge=m) for m in (True, False))
-    merged = load_wan_model(tmp_path / "m.safetensors", replace(options, loras=(merge,)), HOST)
+    merged = load_wan_model(tmp_path / "m.safetensors", replace(options, loras=(merge,)), HOST, SYSTEMS)
     assert relative(run(merged), want) < 1e-5
-    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
     assert relative(run(with_loras(plain, (beside,))), want) < 1e-5
     steps = with_loras(plain, (replace(beside, strength=(0.0, 0.7)),))
     assert relative(run(steps, step=0), reference(t2v.tensors)) < 1e-6
@@ -276,9 +276,9 @@ def test_lora_of_differences_under_block_swap(t2v, ahead, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     want = reference(difference_lora(t2v, tmp_path / "d.safetensors", 0.7))
-    swap = BlockSwapArgs(blocks_to_swap=2, offload_txt_emb=True, prefetch_blocks=ahead)
+    swap = BlockSwapArgs(blocks_to_swap=2, embeddings=("text_embedding",), prefetch_blocks=ahead)
     host = StandaloneHost(device="cuda")
-    plain = load_wan_model(tmp_path / "m.safetensors", replace(FP32, block_swap=swap), host)
+    plain = load_wan_model(tmp_path / "m.safetensors", replace(FP32, block_swap=swap), host, SYSTEMS)
     lora = LoraFile(path=tmp_path / "d.safetensors", strength=(0.0, 0.7), merge=False)
     with with_loras(plain, (lora,)).active() as transformer:
         assert relative(transformer(on_cuda(inputs())).cpu(), reference(t2v.tensors)) < 1e-4
@@ -296,7 +296,7 @@ def test_lora_beside_compiled_blocks(t2v, fp8, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     difference_lora(t2v, tmp_path / "d.safetensors", 0.7)
     options = replace(FP32, quantization="fp8_e4m3fn" if fp8 else "disabled")
-    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
     files = (
         *lora_files(t2v, tmp_path, strength=0.7, merge=False),
         LoraFile(path=tmp_path / "d.safetensors", strength=0.7, merge=False),
@@ -310,10 +310,10 @@ def test_lora_of_differences_on_fp8(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     difference_lora(t2v, tmp_path / "d.safetensors", 0.7)
     options = replace(FP32, quantization="fp8_e4m3fn")
-    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST)
+    plain = load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
     merged, beside = (LoraFile(path=tmp_path / "d.safetensors", strength=0.7, merge=m) for m in (True, False))
     want = run(with_loras(plain, (beside,)))
-    got = run(load_wan_model(tmp_path / "m.safetensors", replace(options, loras=(merged,)), HOST))
+    got = run(load_wan_model(tmp_path / "m.safetensors", replace(options, loras=(merged,)), HOST, SYSTEMS))
     assert relative(got, want) < 0.02 < relative(run(plain), want)
 
 
@@ -328,10 +328,10 @@ def test_lora_of_another_size_is_named(t2v, tmp_path):
     ):
         save_file(tensors, tmp_path / "d.safetensors")
         with pytest.raises(ValueError, match=r"another size of model: its change of 'blocks\.0\.self_attn\.q'"):
-            load_wan_model(tmp_path / "m.safetensors", options, HOST)
+            load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
     save_file({"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.randn(128)}, tmp_path / "d.safetensors")
     with pytest.raises(ValueError, match="has none"):
-        load_wan_model(tmp_path / "m.safetensors", options, HOST)
+        load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
 
 
 def test_lora_for_another_model_is_named(t2v, tmp_path):
@@ -340,7 +340,7 @@ def test_lora_for_another_model_is_named(t2v, tmp_path):
                torch.randn(8, 4)}, tmp_path / "lora.safetensors")  # fmt: skip
     options = replace(FP32, loras=(LoraFile(path=tmp_path / "lora.safetensors"),))
     with pytest.raises(ValueError, match="fits no layer"):
-        load_wan_model(tmp_path / "m.safetensors", options, HOST)
+        load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize(
@@ -365,8 +365,8 @@ def test_lora_namings(key, layer, part):
 
 def test_block_swap_names_the_last_blocks_and_rests_on_one_device(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
-    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
-    swapped = replace(plain, block_swap=BlockSwapArgs(blocks_to_swap=2, offload_txt_emb=True))
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
+    swapped = replace(plain, block_swap=BlockSwapArgs(blocks_to_swap=2, embeddings=("text_embedding",)))
     want = run(plain)
     assert torch.equal(run(swapped), want)
     assert list(swapped.placement.units()) == [1, 2]
@@ -378,12 +378,12 @@ def test_block_swap_names_the_last_blocks_and_rests_on_one_device(t2v, tmp_path)
 def test_block_swap_changes_nothing(t2v, blocks, ahead, debug, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     host = StandaloneHost(device="cuda")
-    model = load_wan_model(tmp_path / "m.safetensors", FP32, host)
+    model = load_wan_model(tmp_path / "m.safetensors", FP32, host, SYSTEMS)
     given = on_cuda(inputs())
     with model.active() as transformer:
         want = transformer(given)
     swap = BlockSwapArgs(
-        blocks_to_swap=blocks, offload_txt_emb=debug, offload_img_emb=debug, use_non_blocking=True,
+        blocks_to_swap=blocks, embeddings=("text_embedding", "img_emb") if debug else (), use_non_blocking=True,
         prefetch_blocks=ahead, block_swap_debug=debug,
     )  # fmt: skip
     swapped = replace(model, block_swap=swap)
@@ -397,7 +397,7 @@ def test_block_swap_changes_nothing(t2v, blocks, ahead, debug, tmp_path):
 def test_compiled_blocks_equal_eager_and_are_plain_afterwards(t2v, tmp_path):
     torch._dynamo.reset()
     t2v.save(tmp_path / "m.safetensors", torch.float32)
-    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+    plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
     want, keys = run(plain), list(plain.transformer.state_dict())
     args = CompileArgs(backend="eager", fullgraph=True)
     compiled = replace(plain, options=replace(FP32, compile=args))

@@ -11,18 +11,20 @@ from layouts import Layout, bits
 from saved_models import save_comfy_fp8, save_nvfp4
 from torch import nn
 from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.multitalk.multitalk import AudioProjModel, SingleStreamMultiAttention
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
 from wanvideo_wrapper.wanvideo import block_swap
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs, Swapper
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage, ClipImageExtension
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.safetensors_file import SafetensorsFile
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HOST = StandaloneHost(device="cpu")
 CPU = torch.device("cpu")
@@ -181,8 +183,8 @@ def test_views_of_a_file_are_aligned_at_load(stored, file, option, monkeypatch):
     read = SafetensorsFile.read
     monkeypatch.setattr(SafetensorsFile, "read", lambda self, name: Layout("offset", 1, 0).place(read(self, name)))
     options = LoadOptions(base_dtype=torch.float32, quantization=option)
-    loaded = load_wan_model(stored / f"{file}.safetensors", options, HOST).transformer.state_dict()
+    loaded = load_wan_model(stored / f"{file}.safetensors", options, HOST, SYSTEMS).transformer.state_dict()
     assert all(is_kernel_ready(t, strided=False) for t in loaded.values())
     monkeypatch.undo()
-    plain = load_wan_model(stored / f"{file}.safetensors", options, HOST).transformer.state_dict()
+    plain = load_wan_model(stored / f"{file}.safetensors", options, HOST, SYSTEMS).transformer.state_dict()
     assert all(torch.equal(bits(t), bits(plain[name])) for name, t in loaded.items())

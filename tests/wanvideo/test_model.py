@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from wanvideo_wrapper.wanvideo import registry
+from wanvideo_wrapper.clip_image.extension import ClipImage
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import RunCache
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HEADS, HEAD, LAYERS, TEXT = 3, 24, 2, 40
 RENAMES = [
@@ -58,7 +58,7 @@ def pair(in_channels, **options):
     config = WanConfig(
         dim=HEADS * HEAD, ffn_dim=96, num_heads=HEADS, num_layers=LAYERS, in_dim=in_channels, text_dim=TEXT, text_len=9
     )
-    model = WanModel(config, registry.detect({k: tuple(v.shape) for k, v in state.items()}))
+    model = WanModel(config, SYSTEMS.detect({k: tuple(v.shape) for k, v in state.items()}))
     model.load_state_dict(state, strict=True)
     return reference, model
 
@@ -106,25 +106,13 @@ def test_timestep_per_frame():
     assert relative(model(ModelInputs(latents=latents, timestep=timestep, text=text)), want) < 1e-5
 
 
-@torch.no_grad()
-def test_cache_changes_nothing():
-    _, model = pair(36, image_dim=20, added_kv_proj_dim=HEADS * HEAD)
-    image, cache = ClipImage(torch.randn(1, 7, 20)), RunCache()
-    for timestep in (900.0, 300.0):
-        inputs = dict(
-            latents=torch.randn(1, 36, 2, 4, 4), timestep=torch.tensor([timestep]), text=(torch.randn(3, TEXT),),
-            payloads=(image,),
-        )  # fmt: skip
-        assert torch.equal(model(ModelInputs(**inputs)), model(ModelInputs(**inputs, caches=(cache,))))
-
-
 def test_wrong_inputs_are_named():
     _, model = pair(16)
     text, step = (torch.randn(3, TEXT),), torch.tensor([5.0])
-    with pytest.raises(ValueError, match="16 latent channels but got 36"):
+    with pytest.raises(ValueError, match="reads 16 latent channels.*give 36"):
         model(ModelInputs(latents=torch.randn(1, 36, 1, 4, 4), timestep=step, text=text))
     with pytest.raises(ValueError, match="multiples of the patch"):
         model(ModelInputs(latents=torch.randn(1, 16, 1, 5, 4), timestep=step, text=text))
-    with pytest.raises(ValueError, match=r"img_emb\.proj\.1\.weight"):
+    with pytest.raises(ValueError, match="img_emb"):
         clip = ClipImage(torch.randn(1, 7, 20))
         model(ModelInputs(latents=torch.randn(1, 16, 1, 4, 4), timestep=step, text=text, payloads=(clip,)))

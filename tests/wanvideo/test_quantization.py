@@ -13,6 +13,7 @@ from saved_models import quantisable, save_comfy_fp8, save_fp8, save_gguf, save_
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk.extension import AudioWindow
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
 from wanvideo_wrapper.quantized.linear import QuantisedLinear
@@ -24,14 +25,14 @@ from wanvideo_wrapper.quantized.nvfp4 import (
     runs_fp4,
     values_of,
 )
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import quantization
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile, read_changes
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs
 from wanvideo_wrapper.wanvideo.quantization import QUANTIZATIONS
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HOST = StandaloneHost(device="cpu")
 FP32 = LoadOptions(base_dtype=torch.float32)
@@ -73,7 +74,7 @@ def plain(t2v, tmp_path_factory):
     """A bf16 file and what it computes."""
     path = tmp_path_factory.mktemp("plain") / "model.safetensors"
     t2v.save(path, torch.bfloat16)
-    return path, run(load_wan_model(path, FP32, HOST))
+    return path, run(load_wan_model(path, FP32, HOST, SYSTEMS))
 
 
 def kinds(model):
@@ -90,7 +91,7 @@ def kinds(model):
 def test_from_bf16(plain, option, device):
     path, want = plain
     kind, tolerance = FROM_BF16[option]
-    model = load_wan_model(path, replace(FP32, quantization=option), StandaloneHost(device=device))
+    model = load_wan_model(path, replace(FP32, quantization=option), StandaloneHost(device=device), SYSTEMS)
     assert kinds(model) == {kind}
     kept = [m for n, m in model.transformer.named_modules() if keeps_precision(n) or not n.startswith("blocks.")]
     assert not any(isinstance(module, QuantisedLinear) for module in kept)
@@ -100,7 +101,7 @@ def test_from_bf16(plain, option, device):
 @pytest.mark.parametrize("option", [o for o in OPTIONS if "scaled" in o and o.startswith("fp8")])
 def test_scaled_options_need_scales(plain, option):
     with pytest.raises(ValueError, match=f"has none: choose '{option.replace('_scaled', '')}' or 'disabled'"):
-        load_wan_model(plain[0], replace(FP32, quantization=option), HOST)
+        load_wan_model(plain[0], replace(FP32, quantization=option), HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -108,7 +109,7 @@ def test_scaled_fp8_file(t2v, plain, option, tmp_path, caplog):
     path = tmp_path / "scaled.safetensors"
     save_fp8(t2v, path, scaled=True)
     with caplog.at_level(logging.INFO, "wanvideo"):
-        model = load_wan_model(path, replace(FP32, quantization=option), HOST)
+        model = load_wan_model(path, replace(FP32, quantization=option), HOST, SYSTEMS)
     row = QUANTIZATIONS[option]
     if row.storage == "nvfp4":
         assert kinds(model) == {Nvfp4Fp8Linear if row.fast else Nvfp4Linear} and "from FP8" in caplog.text
@@ -129,13 +130,13 @@ def test_plain_fp8_file_keeps_its_bytes(t2v, option, tmp_path):
     options = replace(FP32, quantization=option)
     if option.startswith("fp8") and "scaled" in option:
         with pytest.raises(ValueError, match="has none"):
-            load_wan_model(path, options, HOST)
+            load_wan_model(path, options, HOST, SYSTEMS)
         return
-    model = load_wan_model(path, options, HOST)
+    model = load_wan_model(path, options, HOST, SYSTEMS)
     if not option.startswith("fp4"):
         layer = model.transformer.blocks[1].cross_attn.k
         assert torch.equal(layer.scale_weight, torch.ones(128, 1))
-    want = run(load_wan_model(path, FP32, HOST))
+    want = run(load_wan_model(path, FP32, HOST, SYSTEMS))
     assert relative(run(model), want) < 0.2
 
 
@@ -158,13 +159,13 @@ def save_parts(path, tensors, metadata, count):
 def test_scales_in_another_part_of_the_file(t2v, kind, tmp_path):
     path = tmp_path / "m.safetensors"
     save_fp8(t2v, path, scaled=True) if kind == "fp8" else save_nvfp4(t2v, path, header="header" in kind)
-    whole = load_wan_model(path, FP32, HOST)
+    whole = load_wan_model(path, FP32, HOST, SYSTEMS)
     with safe_open(path, "pt") as file:
         parts = save_parts(path, load_file(path), file.metadata(), 3)
-    assert torch.equal(run(load_wan_model(parts[1], FP32, HOST)), run(whole))
+    assert torch.equal(run(load_wan_model(parts[1], FP32, HOST, SYSTEMS)), run(whole))
     save_file(load_file(parts[0]), parts[2])
     with pytest.raises(ValueError, match=r"00003-of-00003.* and .*00001-of-00003.* both hold .*again\.$"):
-        load_wan_model(parts[0], FP32, HOST)
+        load_wan_model(parts[0], FP32, HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("header", [False, True])
@@ -176,15 +177,15 @@ def test_nvfp4_file(t2v, option, header, tmp_path):
     if option.startswith("fp8"):
         instead = "fp4_scaled_fast" if option.endswith("_fast") else "fp4_scaled"
         with pytest.raises(ValueError, match=f"holds NVFP4 weights.*choose '{instead}'"):
-            load_wan_model(path, options, HOST)
+            load_wan_model(path, options, HOST, SYSTEMS)
         return
-    model = load_wan_model(path, options, HOST)
+    model = load_wan_model(path, options, HOST, SYSTEMS)
     assert kinds(model) == {Nvfp4Fp8Linear if option.endswith("fast") else Nvfp4Linear}
     layer, stored = model.transformer.blocks[0].self_attn.o, load_file(path)
     assert torch.equal(layer.weight, stored["blocks.0.self_attn.o.weight"])
     tensors = {n: values_of(quantise_nvfp4(v)) if quantisable(n, v) else v for n, v in t2v.tensors.items()}
     replace(t2v, tensors=tensors).save(tmp_path / "expanded.safetensors", torch.float32)
-    want = run(load_wan_model(tmp_path / "expanded.safetensors", FP32, HOST))
+    want = run(load_wan_model(tmp_path / "expanded.safetensors", FP32, HOST, SYSTEMS))
     assert relative(run(model), want) < (0.06 if option.endswith("fast") else 0.02)
 
 
@@ -194,11 +195,11 @@ def test_comfy_fp8_file(t2v, plain, scale, dtype, tmp_path):
     path = tmp_path / "comfy.safetensors"
     save_comfy_fp8(t2v, path, input_scale=scale, dtype=dtype)
     option = "fp8_e4m3fn_scaled_fast" if dtype == torch.float8_e4m3fn else "fp8_e5m2_scaled_fast"
-    model = load_wan_model(path, replace(FP32, quantization=option), HOST)
+    model = load_wan_model(path, replace(FP32, quantization=option), HOST, SYSTEMS)
     layer = model.transformer.blocks[0].self_attn.q
     assert layer.weight.dtype == dtype and layer.takes_rows == (scale == 1.0)
     assert relative(run(model), plain[1]) < 0.12
-    assert kinds(load_wan_model(path, FP32, HOST)) == {Fp8Linear}
+    assert kinds(load_wan_model(path, FP32, HOST, SYSTEMS)) == {Fp8Linear}
 
 
 def test_a_file_may_ask_for_full_precision(t2v, tmp_path):
@@ -208,12 +209,12 @@ def test_a_file_may_ask_for_full_precision(t2v, tmp_path):
     for name, option, kind in (
         ("fp8.safetensors", "fp8_e4m3fn_scaled_fast", Fp8Linear), ("fp4.safetensors", "fp4_scaled_fast", Nvfp4Linear)
     ):  # fmt: skip
-        assert kinds(load_wan_model(tmp_path / name, replace(FP32, quantization=option), HOST)) == {kind}
+        assert kinds(load_wan_model(tmp_path / name, replace(FP32, quantization=option), HOST, SYSTEMS)) == {kind}
 
 
 def test_full_precision_outlives_a_change_of_storage(t2v, tmp_path):
     save_comfy_fp8(t2v, tmp_path / "m.safetensors", input_scale=1.0, mark={"full_precision_matrix_mult": True})
-    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization="fp4_scaled_fast"), HOST)
+    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization="fp4_scaled_fast"), HOST, SYSTEMS)
     assert kinds(model) == {Nvfp4Linear}
 
 
@@ -222,12 +223,12 @@ def test_a_module_file_does_not_decide_for_the_main_file(option, tmp_path):
     main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
     tiny.image_to_video().save(main, torch.bfloat16)
     save_fp8(tiny.speech_module(), speech, scaled=True)
-    options = replace(FP32, quantization=option, modules=(speech,))
+    options = replace(FP32, quantization=option, modules=(ModuleFile(speech),))
     if option == "fp8_e4m3fn_scaled":
         with pytest.raises(ValueError, match="i2v.safetensors has none: choose 'fp8_e4m3fn' or 'disabled'"):
-            load_wan_model(main, options, HOST)
+            load_wan_model(main, options, HOST, SYSTEMS)
         return
-    block = load_wan_model(main, options, HOST).transformer.blocks[0]
+    block = load_wan_model(main, options, HOST, SYSTEMS).transformer.blocks[0]
     assert type(block.self_attn.q) is FROM_BF16[option][0]
     kept = block.audio_cross_attn.proj
     assert type(kept) is (Fp8MatmulLinear if option.endswith("_fast") else Fp8Linear)
@@ -239,15 +240,15 @@ def test_a_module_file_in_base_precision_becomes_nvfp4_with_the_main_file(tmp_pa
     main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
     save_fp8(tiny.image_to_video(), main, scaled=True)
     tiny.speech_module().save(speech, torch.bfloat16)
-    options = replace(FP32, quantization="fp4_experimental", modules=(speech,))
-    assert kinds(load_wan_model(main, options, HOST)) == {Nvfp4Linear}
+    options = replace(FP32, quantization="fp4_experimental", modules=(ModuleFile(speech),))
+    assert kinds(load_wan_model(main, options, HOST, SYSTEMS)) == {Nvfp4Linear}
 
 
 @pytest.mark.parametrize(("option", "format"), [("fp8_e5m2_fast", "E5M2"), ("fp8_e4m3fn_fast", "E4M3")])
 def test_the_formats_that_will_be_multiplied_are_tried(plain, option, format, monkeypatch):
     tried = []
     monkeypatch.setattr(quantization, "runs_fp8", lambda device, dtype: tried.append(dtype))
-    load_wan_model(plain[0], replace(FP32, quantization=option), HOST)
+    load_wan_model(plain[0], replace(FP32, quantization=option), HOST, SYSTEMS)
     assert tried == [torch.float8_e5m2 if format == "E5M2" else torch.float8_e4m3fn]
 
 
@@ -265,7 +266,7 @@ def test_block_scales_that_do_not_fit_are_named(t2v, change, match, tmp_path):
     tensors |= {f"blocks.0.ffn.0.{leaf}": value for leaf, value in change.items()}
     save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "m.safetensors", metadata=t2v.metadata)
     with pytest.raises(ValueError, match=match):
-        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
 
 
 def test_a_broken_mark_is_named(t2v, tmp_path):
@@ -274,23 +275,23 @@ def test_a_broken_mark_is_named(t2v, tmp_path):
     tensors["blocks.0.ffn.0.comfy_quant"] = torch.tensor(list(b'{"forma'), dtype=torch.uint8)
     save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
     with pytest.raises(ValueError, match=r"m\.safetensors.*'blocks\.0\.ffn\.0\.comfy_quant' is no JSON.*again\.$"):
-        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
     for text in (b"null", b"[]", b'{"layers": []}'):
         tensors["blocks.0.ffn.0.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
         save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
         with pytest.raises(ValueError, match=r"'blocks\.0\.ffn\.0\.comfy_quant' is no JSON object.*again\.$"):
-            load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+            load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
 
 
 def test_gguf_has_its_own(t2v, tmp_path):
     save_gguf(t2v, tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="GGUF.*choose quantization 'disabled'"):
-        load_wan_model(tmp_path / "model.gguf", replace(FP32, quantization="fp8_e4m3fn"), HOST)
+        load_wan_model(tmp_path / "model.gguf", replace(FP32, quantization="fp8_e4m3fn"), HOST, SYSTEMS)
 
 
 def test_unknown_option(plain):
     with pytest.raises(ValueError, match="'int4' does not exist; choose one of: disabled, fp8_e4m3fn"):
-        load_wan_model(plain[0], replace(FP32, quantization="int4"), HOST)
+        load_wan_model(plain[0], replace(FP32, quantization="int4"), HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("option", [o for o, row in QUANTIZATIONS.items() if row.fast])
@@ -298,7 +299,7 @@ def test_old_gpus_are_refused_at_load(t2v, option, tmp_path, monkeypatch):
     save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
     monkeypatch.setattr(quantization, "runs_fp8", lambda device, dtype: "it has compute capability 8.6")
     with pytest.raises(ValueError, match=rf"8\.6. Choose '{option.removesuffix('_fast')}'"):
-        load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
+        load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -306,7 +307,7 @@ def test_every_kernel_argument_is_ready(t2v, option, tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_layout, "CHECKING", True)
     save_fp8(t2v, tmp_path / "m.safetensors", scaled=True)
     file = lora(t2v, tmp_path / "l.safetensors", merge=True)
-    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option, loras=(file,)), HOST)
+    model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option, loras=(file,)), HOST, SYSTEMS)
     assert all(tensor_layout.is_kernel_ready(p, strided=False) for p in model.transformer.parameters())
     assert run(model).isfinite().all()
 
@@ -323,8 +324,8 @@ def test_merged_loras_are_rounded_once(t2v, option, scaled, tmp_path):
     t2v.save(path, torch.float32) if scaled is None else save_fp8(t2v, path, scaled=scaled)
     files = [lora(t2v, tmp_path / f"{n}.safetensors", strength=n / 2) for n in (1, 3)]
     options = replace(FP32, quantization=option)
-    layer = load_wan_model(path, replace(options, loras=tuple(files)), HOST).transformer.blocks[1].self_attn.q
-    plain = load_wan_model(path, FP32, HOST).transformer.blocks[1].self_attn.q
+    layer = load_wan_model(path, replace(options, loras=tuple(files)), HOST, SYSTEMS).transformer.blocks[1].self_attn.q
+    plain = load_wan_model(path, FP32, HOST, SYSTEMS).transformer.blocks[1].self_attn.q
     exact = plain.weight if scaled is None else plain.expanded(torch.float32)
     change = read_changes(files[0])["blocks.1.self_attn.q"].weight(exact.shape)
     arguments = () if option.startswith("fp4") else (layer.weight.dtype,)
@@ -338,10 +339,10 @@ def test_lora_merged_beside_and_compiled(t2v, plain, option, device, tmp_path):
     torch._dynamo.reset()
     options, host = replace(FP32, quantization=option), StandaloneHost(device=device)
     file = lora(t2v, tmp_path / "l.safetensors", strength=3.0)
-    exact = run(load_wan_model(plain[0], replace(FP32, loras=(file,)), HOST))
-    base = load_wan_model(plain[0], options, host)
+    exact = run(load_wan_model(plain[0], replace(FP32, loras=(file,)), HOST, SYSTEMS))
+    base = load_wan_model(plain[0], options, host, SYSTEMS)
     beside = with_loras(base, (replace(file, merge=False),))
-    merged = load_wan_model(plain[0], replace(options, loras=(file,)), host)
+    merged = load_wan_model(plain[0], replace(options, loras=(file,)), host, SYSTEMS)
     tolerance = FROM_BF16[option][1] * 1.3
     for model in (beside, merged):
         assert relative(run(model, device), exact) < tolerance
@@ -356,7 +357,7 @@ def test_lora_merged_beside_and_compiled(t2v, plain, option, device, tmp_path):
 @pytest.mark.parametrize("option", [o for o in FROM_BF16 if o != "disabled"])
 def test_block_swap_takes_the_scales_along(plain, option, ahead):
     options = replace(FP32, base_dtype=torch.bfloat16, quantization=option)
-    model = load_wan_model(plain[0], options, StandaloneHost(device="cuda"))
+    model = load_wan_model(plain[0], options, StandaloneHost(device="cuda"), SYSTEMS)
     want = run(model, "cuda")
     swap = BlockSwapArgs(blocks_to_swap=3, use_non_blocking=True, prefetch_blocks=ahead)
     swapped = replace(model, block_swap=swap)
@@ -374,8 +375,8 @@ def test_talking_video(option, base, device, tmp_path, monkeypatch):
     main, speech = tmp_path / "i2v.safetensors", tmp_path / "infinitetalk.safetensors"
     save_fp8(tiny.image_to_video(), main, scaled=True)
     tiny.speech_module().save(speech, torch.bfloat16)
-    options = LoadOptions(base_dtype=base, quantization=option, modules=(speech,))
-    model = load_wan_model(main, options, StandaloneHost(device=device))
+    options = LoadOptions(base_dtype=base, quantization=option, modules=(ModuleFile(speech),))
+    model = load_wan_model(main, options, StandaloneHost(device=device), SYSTEMS)
     features = [e for e in model.transformer.extensions if type(e).__name__ == "MultiTalk"][0].features
     audio = torch.randn(1, 2, 5, 5, 1, features, generator=torch.Generator().manual_seed(3))
     masks = torch.zeros(3, 4, 4)
@@ -383,5 +384,5 @@ def test_talking_video(option, base, device, tmp_path, monkeypatch):
     payload = AudioWindow(audio, torch.tensor(1.0), masks).to(torch.device(device), base)
     got = run(model, device, (payload,))
     assert got.isfinite().all()
-    exact = load_wan_model(main, LoadOptions(base_dtype=torch.float32, modules=(speech,)), HOST)
+    exact = load_wan_model(main, LoadOptions(base_dtype=torch.float32, modules=(ModuleFile(speech),)), HOST, SYSTEMS)
     assert relative(got, run(exact, payloads=(AudioWindow(audio, torch.tensor(1.0), masks),))) < 0.25

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from wanvideo_wrapper.wanvideo.rope import apply_rope, axis_sizes, rope_table
+from wanvideo_wrapper.kernels.rope import apply_rope
+from wanvideo_wrapper.wanvideo.rope import axis_sizes, rope_table
 
 
 def complex_rope(x, grid, riflex=0):

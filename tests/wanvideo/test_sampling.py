@@ -8,19 +8,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wanvideo_wrapper.enhance_a_video import EnhanceArgs
+from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
+from wanvideo_wrapper.enhance_a_video.extension import EnhanceArgs, EnhanceAVideo
+from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVideo
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
-from wanvideo_wrapper.multitalk.extension import AudioWindow
+from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
+from wanvideo_wrapper.prompt_segments.extension import PromptSegmentsExtension, segments
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage, ClipImageExtension
-from wanvideo_wrapper.wanvideo.latents import Inpainting, change_mask, condition_channels
+from wanvideo_wrapper.wanvideo.latents import Inpainting, change_mask
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
-from wanvideo_wrapper.wanvideo.payloads import ClipEmbeds, ImageEmbeds, TextEmbeds
-from wanvideo_wrapper.wanvideo.sampling import SampleRequest, prepare_start, sample
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
+from wanvideo_wrapper.wanvideo.sampling import prepare_start, sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, available, make_schedule
 
 SHAPE = (16, 3, 4, 6)
 MEAN, SPREAD = 0.8, 0.5
+
+
+SPEECH = MultiTalk(features=6, intermediate_dim=8, context_tokens=2, output_dim=4, voiced=(0,))
 
 
 class CancelledError(Exception):
@@ -67,10 +72,12 @@ class GaussianTransformer:
         self.calls = []
         self.bad_at = None
 
+    reads = WanModel.reads
+
     def named_modules(self):
         return ()
 
-    def __call__(self, inputs):
+    def __call__(self, inputs, memory=None):
         self.calls.append(inputs)
         x = inputs.latents[:, : self.config.out_dim]
         sigma = inputs.timestep.reshape(inputs.timestep.shape[0], 1, -1, 1, 1) / 1000
@@ -324,59 +331,51 @@ def test_nan_in_the_samples_is_told_apart():
 def test_wrong_inputs_are_named():
     with pytest.raises(ValueError, match="connect text_embeds"):
         sample(request(text=None), FakeHost())
-    with pytest.raises(ValueError, match="only for long talking video"):
+    with pytest.raises(ValueError, match="only for videos that are made in a loop"):
         sample(request(schedule=schedule("multitalk")), FakeHost())
-    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, cond=rand(*SHAPE), mask=rand(4, *SHAPE[1:]))
+    picture = ImageCondition(rand(1, *SHAPE), rand(1, 4, *SHAPE[1:]))
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, payloads=(picture,))
     with pytest.raises(ValueError, match="text-to-video model, but encoded images"):
         sample(request(image=image), FakeHost())
     i2v = FakeModel(GaussianTransformer(config(in_dim=36)))
     with pytest.raises(ValueError, match="20 channels of encoded images.*none are connected"):
         sample(request(i2v), FakeHost())
-    with pytest.raises(ValueError, match="give 16 channels.*model reads 20"):
-        sample(request(i2v, image=replace(image, mask=None)), FakeHost())
     with pytest.raises(ValueError, match="48 latent channels but the model predicts 16"):
         sample(request(image=ImageEmbeds(latent_shape=(48, 3, 4, 6), num_frames=9)), FakeHost())
 
 
-def test_channels_of_fun_models_have_no_mask():
-    cond, mask = rand(*SHAPE, seed=1), rand(4, *SHAPE[1:], seed=2)
-    plain = condition_channels(cond, mask, config(in_dim=36))
-    torch.testing.assert_close(plain, torch.cat([mask, cond]))
-    fun = condition_channels(cond, mask, config(in_dim=32))
-    torch.testing.assert_close(fun[:, :1], cond[:, :1])
-    assert bool((fun[:, 1:] == 0).all()) and cond[:, 1:].abs().max() > 0
-
-
 def test_payloads_reach_the_model(caplog):
-    clip = ClipEmbeds(positive=rand(1, 6, 4, seed=1), negative=rand(1, 6, 4, seed=2))
-    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, clip=clip)
+    clip = ClipImage(positive=rand(1, 6, 4, seed=1), negative=rand(1, 6, 4, seed=2))
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, payloads=(clip,))
     speech = MultiTalkEmbeds(features=(rand(20, 2, 3),), scale=0.7, cfg_scale=[4.0, 1.0])
-    transformer = GaussianTransformer(config(), (ClipImageExtension(clip_dim=4),))
+    transformer = GaussianTransformer(config(), (ClipImageExtension(clip_dim=4), SPEECH, EnhanceAVideo()))
     enhance = EnhanceArgs(2.0)
-    asked = request(FakeModel(transformer), image=image, multitalk=speech, feta=enhance, cfg=[5.0, 1.0], riflex_index=3)
+    asked = request(FakeModel(transformer), image=image, payloads=(speech, enhance), cfg=[5.0, 1.0], riflex_index=3)
     sample(asked, FakeHost())
     kinds = [[type(payload) for payload in call.payloads] for call in transformer.calls]
     assert kinds == [[ClipImage, AudioWindow, EnhanceArgs]] * (3 + 5)
-    assert all(call.riflex_index == 3 and len(call.caches) == 3 for call in transformer.calls)
+    assert all(call.riflex_index == 3 for call in transformer.calls)
     audio = transformer.calls[0].payloads[1]
     assert audio.audio.shape == (1, 1, 9, 5, 2, 3) and float(audio.scale) == pytest.approx(0.7)
     assert bool((transformer.calls[2].payloads[1].audio == 0).all())
 
-    bare = request(image=replace(image, latent_shape=(16, 1, 4, 6)), feta=enhance)
+    bare = request(image=image)
     sample(bare, FakeHost())
     assert all(not call.payloads for call in bare.model.transformer.calls)
     assert "no image cross-attention" in caplog.text
 
 
 def test_several_prompts_share_the_frames_of_positive_passes():
-    text = TextEmbeds(positive=(rand(5, 8, seed=1), rand(4, 8, seed=3)), negative=(rand(3, 8, seed=2),))
-    asked = request(text=text, cfg=5.0, batched_cfg=True, schedule=schedule(steps=1))
+    prompts = (rand(5, 8, seed=1), rand(4, 8, seed=3))
+    text = TextEmbeds(positive=prompts, negative=(rand(3, 8, seed=2),), payloads=segments(prompts))
+    transformer = GaussianTransformer(config(), (PromptSegmentsExtension(),))
+    asked = request(FakeModel(transformer), text=text, cfg=5.0, batched_cfg=True, schedule=schedule(steps=1))
     sample(asked, FakeHost())
     positive, negative = asked.model.transformer.calls
     torch.testing.assert_close(positive.text[0], text.positive[0])
     torch.testing.assert_close(positive.payloads[0].prompts[0], text.positive[1])
     torch.testing.assert_close(negative.text[0], text.negative[0])
-    assert negative.payloads[0].prompts == ()
+    assert negative.payloads == ()
 
 
 @pytest.mark.cuda
@@ -392,30 +391,23 @@ def test_every_sampler_gives_the_same_on_the_gpu(name):
     torch.testing.assert_close(found, latents_of(sample(asked, FakeHost())), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_kept_where_loras_change_with_the_step():
-    lora = type("Lora", (), {"strength": (1.0, 0.5)})()
-    model = FakeModel(loras=(lora,))
-    sample(request(model), FakeHost())
-    assert all(call.caches == () and call.texts is None for call in model.transformer.calls)
-
-
 def test_tiny_transformer_end_to_end():
-    model = WanModel(config(in_dim=36), (ClipImageExtension(clip_dim=4),)).eval().requires_grad_(False)
+    model = WanModel(config(in_dim=36), (ImageToVideo(), ClipImageExtension(clip_dim=4))).eval().requires_grad_(False)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.1)
+    picture = ImageCondition(rand(1, *SHAPE, seed=1), torch.ones(1, 4, *SHAPE[1:]))
     image = ImageEmbeds(
         latent_shape=SHAPE,
         num_frames=9,
-        cond=rand(*SHAPE, seed=1),
-        mask=torch.ones(4, *SHAPE[1:]),
-        clip=ClipEmbeds(positive=rand(1, 6, 4, seed=2)),
+        payloads=(picture, ClipImage(positive=rand(1, 6, 4, seed=2))),
     )
     asked = request(FakeModel(model), image=image, cfg=4.0, schedule=schedule("unipc"))
     results = [latents_of(sample(replace(asked, batched_cfg=b), FakeHost())) for b in (False, True)]
     assert torch.isfinite(results[0]).all() and math.isfinite(float(results[0].std())) and results[0].std() > 0.1
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
-    other = replace(asked, image=replace(image, cond=rand(*SHAPE, seed=9)))
+    other = replace(picture, cond=rand(1, *SHAPE, seed=9))
+    other = replace(asked, image=replace(image, payloads=(other, *image.payloads[1:])))
     changed = latents_of(sample(other, FakeHost()))
     assert (changed - results[0]).abs().max() > 1e-3
 

@@ -10,15 +10,16 @@ from layouts import relative
 from safetensors.torch import load_file, save_file
 from saved_models import quantisable, save_fp8, save_nvfp4
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4, values_of
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.assign import assign
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules import t5
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HOST = StandaloneHost(device="cpu")
 FP32 = LoadOptions(base_dtype=torch.float32)
@@ -56,7 +57,7 @@ def test_scales_of_rows_in_any_shape(t2v, shape, option, tmp_path):
     save_fp8(t2v, tmp_path / "one.safetensors", scaled=True)
     save_with_scales(t2v, tmp_path / "rows.safetensors", lambda scale, rows: scale.expand(rows).reshape(shape))
     one, rows = (
-        load_wan_model(tmp_path / f"{name}.safetensors", replace(FP32, quantization=option), HOST)
+        load_wan_model(tmp_path / f"{name}.safetensors", replace(FP32, quantization=option), HOST, SYSTEMS)
         for name in ("one", "rows")
     )
     assert torch.equal(run(rows), run(one))
@@ -70,7 +71,7 @@ def test_scales_of_blocks_are_named(t2v, shape, option, tmp_path):
     save_with_scales(t2v, tmp_path / "m.safetensors", lambda scale, rows: torch.ones(sizes))
     message = rf"m\.safetensors: the scale of 'blocks\.0\..*\.weight' has the shape \({shape}\), but only one value"
     with pytest.raises(ValueError, match=message):
-        load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
+        load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("quantization", t5.QUANTIZATIONS)
@@ -101,7 +102,7 @@ def test_a_header_that_says_nothing_of_a_layer_is_named(t2v, entry, tmp_path):
     save_file(load_file(tmp_path / "m.safetensors"), tmp_path / "m.safetensors", metadata={**t2v.metadata, **field})
     message = r"m\.safetensors.*'_quantization_metadata, layer blocks\.0\.ffn\.0' is neither a format nor.*again\.$"
     with pytest.raises(ValueError, match=message):
-        load_wan_model(tmp_path / "m.safetensors", FP32, HOST)
+        load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("option", ["fp8_e4m3fn_scaled", "fp8_e4m3fn_scaled_fast"])
@@ -112,7 +113,7 @@ def test_a_mark_of_two_elements_is_overruled_aloud(t2v, elements, option, tmp_pa
     tensors["scaled_fp8"] = torch.zeros(elements).to(torch.float8_e4m3fn)
     save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
     with caplog.at_level(logging.INFO, "wanvideo"):
-        model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST)
+        model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization=option), HOST, SYSTEMS)
     fast = option.endswith("_fast")
     assert isinstance(model.transformer.blocks[0].ffn[0], Fp8MatmulLinear) == fast
     said = [m for m in caplog.messages if "m.safetensors asks for full-precision products" in m]
@@ -140,9 +141,9 @@ def test_nvfp4_that_was_filled_up_to_whole_blocks(t2v, width, option, tolerance,
     replace(model, tensors=exact).save(tmp_path / "exact.safetensors", torch.float32)
     tiny.lora(model).save(tmp_path / "lora.safetensors", torch.float32)
     options = replace(FP32, loras=(LoraFile(path=tmp_path / "lora.safetensors", strength=0.5),) if merged else ())
-    loaded = load_wan_model(tmp_path / "filled.safetensors", replace(options, quantization=option), HOST)
+    loaded = load_wan_model(tmp_path / "filled.safetensors", replace(options, quantization=option), HOST, SYSTEMS)
     assert loaded.transformer.blocks[0].ffn[2].in_features == width == loaded.config.ffn_dim
-    want = run(load_wan_model(tmp_path / "exact.safetensors", options, HOST))
+    want = run(load_wan_model(tmp_path / "exact.safetensors", options, HOST, SYSTEMS))
     assert relative(run(loaded), want) < (0.2 if merged else tolerance)
 
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save_file
-from wanvideo_wrapper.host import CancelledError
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import CancelledError, StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import MEAN_FIELD, STD_FIELD, Tile, load_vae
 
 KEYS = Path(__file__).resolve().parents[1] / "data" / "checkpoints"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import Tile, load_vae
 
 pytestmark = pytest.mark.cuda

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import MEAN_FIELD, STD_FIELD, build_vae, load_vae
 from wanvideo_wrapper.wanvideo.modules.vae_keys import VaeLayout, file_names, read_layout, to_diffusers
 

@@ -6,16 +6,18 @@ import pytest
 import talking
 import torch
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
-from wanvideo_wrapper.standalone_host import StandaloneHost
-from wanvideo_wrapper.wanvideo.payloads import ImageEmbeds
-from wanvideo_wrapper.wanvideo.sampling import sample
+from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.image_to_video.extension import ImageCondition
+from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
+from wanvideo_wrapper.wanvideo.frames import pixel_frames
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds
+from wanvideo_wrapper.wanvideo.sampling import sample, whole_window
 from wanvideo_wrapper.wanvideo.windows import (
     FUSE_METHODS,
     SCHEDULES,
     ContextOptions,
     blend_weights,
     free_noise,
-    pixel_frames,
     radical_inverse,
 )
 
@@ -90,7 +92,7 @@ def request(folder, context, prompts=1, base="text"):
     texts = tuple(torch.randn(4, asked.text.positive[0].shape[1]) for _ in range(prompts))
     image = ImageEmbeds(latent_shape=(16, FRAMES, 4, 4), num_frames=45)
     if base == "base":
-        image = replace(image, cond=torch.randn(16, FRAMES, 4, 4), mask=torch.rand(4, FRAMES, 4, 4))
+        image = replace(image, payloads=(ImageCondition(torch.randn(1, 16, FRAMES, 4, 4), torch.rand(1, 4, FRAMES, 4, 4)),))
     return replace(asked, image=image, context=context, text=replace(asked.text, positive=texts))
 
 
@@ -100,8 +102,8 @@ def calls(monkeypatch):
 
     found, forward = [], WanModel.forward
 
-    def spy(self, inputs):
-        found.append((replace(inputs, latents=inputs.latents.clone()), forward(self, inputs)))
+    def spy(self, inputs, memory=None):
+        found.append((replace(inputs, latents=inputs.latents.clone()), forward(self, inputs, memory)))
         return found[-1][1]
 
     monkeypatch.setattr(WanModel, "forward", spy)
@@ -124,7 +126,7 @@ def test_blending_equals_a_plain_loop(folder, calls, schedule, fuse):
             torch.testing.assert_close(inputs.latents[0].double(), latents[:, list(window)], atol=1e-4, rtol=1e-4)
             assert torch.equal(inputs.text[0], asked.text.positive[min(max(window) // 4, 2)])
             speech = next(p for p in inputs.payloads if hasattr(p, "audio")).audio
-            want = asked.multitalk.window(range(45)).audio[:, :, pixel_frames(window)]
+            want = asked.find(MultiTalkEmbeds).window(whole_window(FRAMES)).audio[:, :, list(pixel_frames(window))]
             assert torch.equal(speech, want)
             for place, frame in enumerate(window):
                 share = float(blend_weights(window, FRAMES, context)[place])
@@ -140,14 +142,16 @@ def test_windows_start_from_the_picture_or_the_reference(folder, calls):
     reference = torch.randn(2, 16, 1, 4, 4)
     asked = request(folder, options(schedule="static_standard", reference=reference), base="base")
     sample(asked, StandaloneHost(device="cpu"))
-    whole = torch.cat((asked.image.mask, asked.image.cond))
+    (picture,) = asked.image.payloads
+    whole = torch.cat((picture.mask[0], picture.cond[0]))
     windows = asked.context.windows(0, FRAMES)
     for (inputs, _), window in zip(calls, windows * 2, strict=True):
         want = whole[:, list(window)].clone()
         want[:, 0] = whole[:, 0]
         if window[0]:
             want[4:, 0] = reference[min(max(window) // 6, 1), :, 0]
-        torch.testing.assert_close(inputs.latents[0, 16:], want)
+        seen = next(p for p in inputs.payloads if isinstance(p, ImageCondition))
+        torch.testing.assert_close(torch.cat((seen.mask[0], seen.cond[0])), want)
 
 
 def test_a_short_video_is_not_cut(folder, calls):

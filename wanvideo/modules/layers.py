@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ...kernels.fp8_rows import Fp8Rows, gelu_quantise, norm_quantise
 from ...kernels.modulated_norm import norm_modulate
 from ...kernels.norm_rope_fp8 import norm_rope
+from ...kernels.rope import apply_rope
 from ...quantized.linear import all_take_rows
 from ...tensor_layout import dense
-from ..rope import apply_rope
 
 MAX_PERIOD = 10000.0
 

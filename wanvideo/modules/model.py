@@ -9,38 +9,25 @@ Shapes: B batch, L tokens, C channels, H heads, D head size, T text tokens, R ro
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention import Attention, attend, sdpa
+from ...attention import Attention, AttentionCall, FusedAttention, attend, sdpa
 from ...kernels.fp8_rows import Fp8Rows
 from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
+from ..attention_plan import AttentionPlan
+from ..conditioning import Payload, Step
 from ..config import WanConfig
-from ..extension import (
-    AttentionCall,
-    BlockInputs,
-    Extension,
-    Heads,
-    Hooks,
-    KeysValues,
-    Payload,
-    RunCache,
-    Step,
-    Tokens,
-    heads_are_used,
-    hooked,
-    run_hooks,
-)
+from ..extension import TRACED, Extension, Hooks, hooked, overrides, run_hooks
 from ..rope import rope_table
 from ..step_cache import Moment, StepMemory
+from ..tokens import BlockInputs, Grid, Heads, KeysValues, ModelInputs, Text, Tokens, video_tokens
 from .layers import (
     FeedForward,
     Head,
@@ -54,8 +41,7 @@ from .layers import (
     sinusoidal_embedding,
 )
 
-if TYPE_CHECKING:
-    from ..attention_plan import AttentionPlan
+Visit = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 class WanSelfAttention(nn.Module):
@@ -92,8 +78,8 @@ class WanSelfAttention(nn.Module):
         attention = inputs.attention or self.attention
         x = shared_input(x, *self.readers())
         q, k, v = self.q(x), self.k(x), self.split(self.v(x))
-        read = any(extension.reads_heads(cond) for extension, cond in hooks)
-        fused = None if read or hooked("attend", hooks) else self._fused(attention, hooks)
+        read = hooked("self_attn", hooks)
+        fused = None if read or hooked("attend", hooks) else self._fused(attention)
         if fused is not None:
             heads = Heads(None, None, fused(q, k, v, self.norm_q, self.norm_k, inputs.rope))
         else:
@@ -105,11 +91,11 @@ class WanSelfAttention(nn.Module):
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
         return self.project(heads.out), hooks
 
-    def _fused(self, attention: Attention, hooks: Hooks) -> Callable[..., Tensor | Fp8Rows] | None:
-        """The backend's form that takes projections as they are, if it has one: in rows where `o` alone reads them."""
-        if all_take_rows((self.o,)) and not heads_are_used(hooks) and hasattr(attention, "fused_rows"):
-            return attention.fused_rows
-        return getattr(attention, "fused", None)
+    def _fused(self, attention: Attention) -> Callable[..., Tensor | Fp8Rows] | None:
+        """The backend's form that takes projections as they are, if it has one: in rows where `o` reads rows."""
+        if not isinstance(attention, FusedAttention):
+            return None
+        return attention.fused_rows if all_take_rows((self.o,)) else attention.fused
 
 
 class WanT2VCrossAttention(WanSelfAttention):
@@ -120,17 +106,16 @@ class WanT2VCrossAttention(WanSelfAttention):
         return (self.q,)
 
     def keys_values(self, text: Tensor) -> KeysValues:
-        """Embedded text [B, T, C] -> k, v [B, T, H, D]. They are the same in every step."""
+        """Embedded text [B, T, C] -> k, v [B, T, H, D]."""
         shared = shared_input(text, self.k, self.v)
         return KeysValues(self.split(self.norm_k(self.k(shared))), self.split(self.v(shared)))
 
     def forward(
         self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
     ) -> tuple[Tensor, Hooks]:
-        """x [B, L, C], inputs.text of this module -> [B, L, C]."""
+        """x [B, L, C] -> [B, L, C], before the residual."""
         q = self.split(self.norm_q(self.q(x)))
-        out = self.attention(q, inputs.text.k, inputs.text.v)
-        heads, hooks = run_hooks("cross_attn", block, Heads(q, None, out), hooks)
+        heads, hooks = run_hooks("cross_attn", block, Heads(q, None, inputs.text.attend(self, q)), hooks)
         return self.project(heads.out), hooks
 
 
@@ -169,11 +154,8 @@ class WanAttentionBlock(nn.Module):
         rows = (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (per_token(row, inputs.rows) for row in rows)
 
-        # A hook that reads the input of self-attention reads it in base precision.
-        readers = () if hooked("self_attn_input", hooks) else self.self_attn.readers()
-        h = modulate(self.norm1, x, shift, scale, readers)
-        h, hooks = run_hooks("self_attn_input", self, h, hooks)
-        y, hooks = self.self_attn(h, inputs, hooks, self)
+        y = modulate(self.norm1, x, shift, scale, self.self_attn.readers())
+        y, hooks = self.self_attn(y, inputs, hooks, self)
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
         x = gated_residual(x, y, gate)
 
@@ -184,35 +166,12 @@ class WanAttentionBlock(nn.Module):
         return gated_residual(x, y, ffn_gate)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelInputs:
-    """One forward pass.
-
-    latents [B, in_dim, F, H, W]: noise, joined with the condition channels where the model has them.
-    timestep [B], or [B, F] for one per latent frame, 0..1000. text: B tensors [tokens, text_dim] without padding.
-    payloads: what the extensions read. caches: where extensions keep, over the steps of a run, what blocks make of each
-    payload, in the same order; empty computes it anew. texts: the same for the prompts, or None.
-    """
-
-    latents: Tensor
-    timestep: Tensor
-    text: tuple[Tensor, ...]
-    payloads: tuple[Payload, ...] = ()
-    step: Step = Step()
-    riflex_index: int = 0
-    caches: tuple[RunCache, ...] = ()
-    texts: RunCache | None = None
-    memory: StepMemory | None = None
-
-
 class Active(NamedTuple):
-    """An extension that runs in this forward, its place in the registry order, its payload, state and cache."""
+    """An extension that runs in this forward, its place in the registry order, and its state."""
 
     place: int
     extension: Extension
-    payload: Payload
     state: object
-    cache: RunCache | None
 
 
 class WanModel(nn.Module):
@@ -225,7 +184,7 @@ class WanModel(nn.Module):
         dim = config.dim
         self.config = config
         self.extensions = tuple(extensions)
-        self.around_block: Callable[[int], AbstractContextManager[None]] = lambda index: contextlib.nullcontext()
+        self.visit: Visit = contextlib.nullcontext
         self.attention_plan: AttentionPlan | None = None
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -241,50 +200,75 @@ class WanModel(nn.Module):
         for block in self.blocks:
             block.extensions = self.extensions
 
-    def forward(self, inputs: ModelInputs) -> Tensor:
-        """Velocity [B, out_dim, F, H, W] float32.
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        """All block lists by name, the transformer's own first."""
+        others = (item for extension in self.extensions for item in extension.stacks(self).items())
+        return {"blocks": self.blocks, **dict(others)}
+
+    def reads(self, payload: Payload) -> bool:
+        """Whether one of its systems takes this payload, or what its windows become."""
+        kind = payload.part or type(payload)
+        return any(issubclass(kind, extension.payload) for extension in self.extensions)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream: that of the text embedding, which is never quantized."""
+        return self.text_embedding[0].weight.dtype
+
+    def forward(self, inputs: ModelInputs, memory: StepMemory | None = None) -> Tensor:
+        """Velocity [B, out_dim, F, H, W] float32. memory: of a step cache, which may leave blocks out.
 
         Raises ValueError if the channels or sizes of the latents do not fit, or a payload has no weights here.
         """
-        if inputs.memory is None:
-            return self._velocity(inputs)
+        if memory is None:
+            return self._velocity(inputs, None)
         latents = inputs.latents[:, : self.config.out_dim]
-        return inputs.memory.whole(latents, inputs.step, lambda: self._velocity(inputs))
+        return memory.whole(latents, inputs.step, lambda: self._velocity(inputs, memory))
 
-    def _velocity(self, inputs: ModelInputs) -> Tensor:
-        tokens, embedding = self._embed(inputs)
-        active, tokens = self._prepare(inputs, tokens)
+    def _velocity(self, inputs: ModelInputs, memory: StepMemory | None) -> Tensor:
+        readers = self._readers(inputs.payloads)
+        latents = inputs.latents
+        for _, extension, payload in readers:
+            latents = extension.latents(self, payload, latents, inputs)
+        tokens = self._embed(latents, inputs)
+        active = []
+        for place, extension, payload in readers:
+            tokens, state = extension.prepare(self, payload, inputs, tokens)
+            if state is not None:
+                active.append(Active(place, extension, state))
 
         def run() -> Tensor:
-            return self._blocks(inputs, tokens, active)
+            return self._run_blocks(tokens, active, inputs.step)
 
-        if inputs.memory is None:
+        if memory is None:
             x = run()
         else:
-            x = inputs.memory.blocks(Moment(embedding, tokens.mod, tokens.x), inputs.step, run)
-        count = tokens.grid[0] * tokens.grid[1] * tokens.grid[2]
+            x = memory.blocks(Moment(tokens.embedding, tokens.mod, tokens.x), inputs.step, run)
+        count = video_tokens(tokens.grid)
         rows = None if tokens.rows is None else tokens.rows[:count]
-        return self._unpatchify(self.head(x[:, :count], embedding, rows), tokens.grid)
+        return self._unpatchify(self.head(x[:, :count], tokens.embedding, rows), tokens.grid)
 
-    def _blocks(self, inputs: ModelInputs, tokens: Tokens, active: Sequence[Active]) -> Tensor:
+    def _run_blocks(self, tokens: Tokens, active: Sequence[Active], step: Step) -> Tensor:
         """The tokens [B, L, C] behind the last block."""
-        text_of = self._text(inputs, tokens.x.dtype)
-        attention_of = self._attention(inputs.step, tokens.grid)
         x = tokens.x
-        for index, block in enumerate(self.blocks):
-            with self.around_block(index):
-                block_inputs = BlockInputs(
-                    tokens.mod, tokens.rows, tokens.rope, text_of(index), tokens.grid, attention_of[index]
-                )
-                x = block(x, block_inputs, self._conds(index, active))
-                for entry in active:
-                    x = entry.extension.after_block(self, index, x, block_inputs, entry.state)
+        for index, backend in enumerate(self._attention(step, tokens.grid)):
+            if any(entry.extension.skips(entry.state, index) for entry in active):
+                continue
+            inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid, backend)
+            with self.visit(self.blocks[index]):
+                x = self.blocks[index](x, inputs, self._conds(index, active))
+            for entry in active:
+                x = entry.extension.after_block(self, index, x, inputs, entry.state)
         return x
 
-    def _embed(self, inputs: ModelInputs) -> tuple[Tokens, Tensor]:
-        latents, config = inputs.latents, self.config
+    def _embed(self, latents: Tensor, inputs: ModelInputs) -> Tokens:
+        config = self.config
         if latents.shape[1] != config.in_dim:
-            raise ValueError(f"The model reads {config.in_dim} latent channels but got {latents.shape[1]}.")
+            raise ValueError(
+                f"The model reads {config.in_dim} latent channels but noise and connected images give "
+                f"{latents.shape[1]}: an image-to-video model needs WanVideoImageToVideoEncode, a text-to-video model "
+                "WanVideoEmptyEmbeds."
+            )
         sizes = latents.shape[2:]
         if any(size % patch for size, patch in zip(sizes, config.patch_size, strict=True)):
             raise ValueError(f"Latent sizes {tuple(sizes)} are not multiples of the patch {config.patch_size}.")
@@ -295,18 +279,33 @@ class WanModel(nn.Module):
         weight = self.time_embedding[0].weight
         timestep = inputs.timestep if inputs.timestep.dim() == 2 else inputs.timestep[:, None]
         embedding = self.time_embedding(sinusoidal_embedding(timestep, config.freq_dim).to(weight.dtype))
-        mod = self.time_projection(embedding).float().unflatten(-1, (6, config.dim))
         rows = None
-        if mod.shape[1] > 1:
-            frame = torch.arange(grid[0], device=x.device)
-            rows = frame.repeat_interleave(grid[1] * grid[2])
-        rope = rope_table(grid, config.head_dim, riflex_index=inputs.riflex_index, device=x.device)
-        return Tokens(x, mod, rows, rope, grid), embedding.float()
+        if embedding.shape[1] > 1:
+            rows = torch.arange(grid[0], device=x.device).repeat_interleave(grid[1] * grid[2])
+        return Tokens(
+            x=x,
+            mod=self.modulation(embedding),
+            rows=rows,
+            rope=self.rope(grid, riflex_index=inputs.riflex_index, device=x.device),
+            grid=grid,
+            text=Text(self.embed_text(inputs.text, x.dtype)),
+            embedding=embedding.float(),
+        )
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the residual stream: that of the text embedding, which is never quantised."""
-        return self.text_embedding[0].weight.dtype
+    def modulation(self, embedding: Tensor) -> Tensor:
+        """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C] float32."""
+        return self.time_projection(embedding.to(self.time_projection[1].weight.dtype)).float().unflatten(-1, (6, -1))
+
+    def rope(
+        self,
+        grid: Grid,
+        *,
+        start: Grid = (0, 0, 0),
+        riflex_index: int = 0,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Rotations [tokens, D/2, 2] of a grid whose first token is at position `start`."""
+        return rope_table(grid, self.config.head_dim, start=start, riflex_index=riflex_index, device=device)
 
     def embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Prompts [tokens, text_dim] each -> [B, T, C] in `dtype`, padded to the model's text length."""
@@ -314,22 +313,7 @@ class WanModel(nn.Module):
         padded = torch.stack([F.pad(t, (0, 0, 0, length - t.shape[0])) for t in text])
         return self.text_embedding(padded.to(self.compute_dtype)).to(dtype)
 
-    def _text(self, inputs: ModelInputs, dtype: torch.dtype) -> Callable[[int], KeysValues]:
-        """Keys and values of the prompts, by block; asked for while the block is resident."""
-
-        @functools.cache
-        def embedded() -> Tensor:
-            return self.embed_text(inputs.text, dtype)
-
-        def of(index: int) -> KeysValues:
-            def make() -> KeysValues:
-                return self.blocks[index].cross_attn.keys_values(embedded())
-
-            return make() if inputs.texts is None else inputs.texts.get(tuple(inputs.text), index, make)
-
-        return of
-
-    def _attention(self, step: Step, grid: tuple[int, int, int]) -> tuple[Attention | None, ...]:
+    def _attention(self, step: Step, grid: Grid) -> tuple[Attention | None, ...]:
         """The backend of each block's self-attention in this step."""
         count = len(self.blocks)
         return (None,) * count if self.attention_plan is None else self.attention_plan.at(step, grid, count)
@@ -343,34 +327,26 @@ class WanModel(nn.Module):
         finally:
             self.attention_plan = before
 
-    def _prepare(self, inputs: ModelInputs, tokens: Tokens) -> tuple[tuple[Active, ...], Tokens]:
-        active = []
-        unread = list(zip(inputs.payloads, inputs.caches or (None,) * len(inputs.payloads), strict=True))
+    def _readers(self, payloads: Sequence[Payload]) -> list[tuple[int, Extension, Payload]]:
+        """(place, extension, payload) of every extension that has a payload, in registry order."""
+        readers = []
+        unread = list(payloads)
         for place, extension in enumerate(self.extensions):
-            mine = [given for given in unread if isinstance(given[0], extension.payload)]
+            mine = [payload for payload in unread if isinstance(payload, extension.payload)]
             if len(mine) > 1:
-                raise ValueError(f"The model was given {type(mine[0][0]).__name__} twice; connect only one.")
-            for payload, cache in mine:
-                unread.remove((payload, cache))
-                tokens, state = extension.prepare(self, payload, inputs.step, tokens)
-                if state is not None:
-                    active.append(Active(place, extension, payload, state, cache))
+                raise ValueError(f"The model was given {type(mine[0]).__name__} twice; connect only one.")
+            for payload in mine:
+                unread.remove(payload)
+                readers.append((place, extension, payload))
         if unread:
-            raise ValueError(unread[0][0].needs)
-        return tuple(active), tokens
+            raise ValueError(unread[0].needs)
+        return readers
 
     def _conds(self, index: int, active: Sequence[Active]) -> tuple[NamedTuple | None, ...]:
-        block = self.blocks[index]
         conds: list[NamedTuple | None] = [None] * len(self.extensions)
         for entry in active:
-            if index not in entry.extension.blocks(self):
-                continue
-
-            def make(entry: Active = entry) -> object | None:
-                return entry.extension.once(block, entry.state, index)
-
-            kept = make() if entry.cache is None else entry.cache.get((entry.payload,), index, make)
-            conds[entry.place] = entry.extension.block_cond(entry.state, index, kept)
+            if any(overrides(entry.extension, name) for name in TRACED):
+                conds[entry.place] = entry.extension.block_cond(entry.state, index)
         return tuple(conds)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:

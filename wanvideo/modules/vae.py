@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...quiet_imports import kernels_hidden
 from ..assign import assign
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..payloads import VAE_TIME_STRIDE, latent_frames, round_frames
+from ..frames import VAE_TIME_STRIDE, latent_frames, round_frames
 from .vae_keys import VaeLayout, file_names, read_layout
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..payloads import VAE_TIME_STRIDE
+from ..frames import VAE_TIME_STRIDE
 
 Shapes = Mapping[str, tuple[int, ...]]
 

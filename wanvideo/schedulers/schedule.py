@@ -58,6 +58,11 @@ class Schedule:
         return len(self.timesteps)
 
     @property
+    def for_loops(self) -> bool:
+        """Whether it is only for videos that are made in a loop of windows."""
+        return self._method.for_loops
+
+    @property
     def all_sigmas(self) -> Tensor:
         """Sigmas of the whole schedule [total + 1]."""
         return self._all_sigmas

@@ -5,16 +5,18 @@ Source: Wan-Video/Wan2.1 (WanI2VCrossAttention, MLPProj).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from ...attention import sdpa
-from ..extension import Extension, Heads, Step, Tokens
-from ..modules.model import WanAttentionBlock, WanI2VCrossAttention, WanModel
+from ..attention import sdpa
+from ..wanvideo.conditioning import Payload
+from ..wanvideo.extension import Extension
+from ..wanvideo.modules.model import WanAttentionBlock, WanI2VCrossAttention, WanModel
+from ..wanvideo.tokens import Heads, ModelInputs, Tokens
 
 PROJECTION = "img_emb.proj.1.weight"
 POSITIONS = "img_emb.emb_pos"
@@ -22,26 +24,20 @@ IMAGE_KEYS = ("cross_attn.k_img.", "cross_attn.v_img.", "cross_attn.norm_k_img."
 
 
 @dataclass(frozen=True)
-class ClipImage:
-    """Payload: CLIP features [B, N, clip channels], 257 tokens an image."""
+class ClipImage(Payload):
+    """CLIP features of the pictures (socket WANVIDIMAGE_CLIPEMBEDS): [B, N, clip channels], 257 tokens an image.
 
-    tokens: Tensor
-    needs: ClassVar[str] = (
-        "CLIP image features need a model with img_emb.proj.1.weight: load an image-to-video checkpoint in "
-        "WanVideoModelLoader's 'model' input, or disconnect clip_embeds."
-    )
+    negative: what passes without the prompt read instead.
+    """
 
-    def window(self, frames: Sequence[int]) -> Self:
-        """The same image conditions every window."""
-        return self
+    positive: Tensor
+    negative: Tensor | None = None
+    needs: ClassVar[str] = "This model has no image cross-attention (img_emb), so clip_embeds have no effect."
+    optional: ClassVar[bool] = True
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move and cast the features."""
-        return replace(self, tokens=self.tokens.to(device, dtype))
-
-    def stack(self, others: Sequence[Self]) -> Self:
-        """Join batch rows."""
-        return replace(self, tokens=torch.cat([self.tokens, *(other.tokens for other in others)]))
+    def without(self, names: frozenset[str]) -> Self:
+        """The negative picture goes with the negative prompt."""
+        return ClipImage(self.negative, self.negative) if "text" in names and self.negative is not None else self
 
 
 class ImageProjection(nn.Module):
@@ -72,10 +68,9 @@ class ImageProjection(nn.Module):
 
 
 class ClipCond(NamedTuple):
-    """Keys and values of the image tokens, [B, N, H, D]."""
+    """Image tokens at the transformer's width, [B, N, C]."""
 
-    k: Tensor
-    v: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,20 +98,17 @@ class ClipImageExtension(Extension):
         for block in model.blocks:
             block.cross_attn = WanI2VCrossAttention(model.config, sdpa())
 
-    def prepare(self, model: WanModel, payload: ClipImage, step: Step, tokens: Tokens) -> tuple[Tokens, Tensor]:
-        """Image tokens [B, N, C]; one row serves the whole batch."""
-        image = model.img_emb(payload.tokens).to(tokens.x.dtype)
-        return tokens, image.expand(tokens.x.shape[0], -1, -1).contiguous()
-
-    def once(self, block: WanAttentionBlock, state: Tensor, index: int) -> ClipCond:
-        """Keys and values depend on the image alone."""
-        return ClipCond(*block.cross_attn.image_keys_values(state))
-
-    def block_cond(self, state: Tensor, index: int, kept: ClipCond) -> ClipCond:
-        """What `once` kept."""
-        return kept
+    def prepare(
+        self, model: WanModel, payload: ClipImage, inputs: ModelInputs, tokens: Tokens
+    ) -> tuple[Tokens, ClipCond]:
+        """Projects the features; one row of them serves the whole batch."""
+        image = model.img_emb(payload.positive).to(tokens.x.dtype)
+        return tokens, ClipCond(image.expand(tokens.x.shape[0], -1, -1).contiguous())
 
     def cross_attn(self, block: WanAttentionBlock, heads: Heads, cond: ClipCond) -> tuple[Heads, ClipCond]:
         """Adds attention to the image tokens."""
-        image = block.cross_attn.attention(heads.q, cond.k, cond.v)
+        image = block.cross_attn.attention(heads.q, *block.cross_attn.image_keys_values(cond.tokens))
         return heads._replace(out=heads.out + image), cond
+
+
+EXTENSION = ClipImageExtension

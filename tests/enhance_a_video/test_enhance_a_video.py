@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from wanvideo_wrapper.enhance_a_video import EnhanceArgs, EnhanceAVideo, frame_score
+from wanvideo_wrapper.enhance_a_video.extension import EnhanceArgs, EnhanceAVideo, frame_score
+from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.extension import Step
-from wanvideo_wrapper.wanvideo.modules.model import ModelInputs, WanModel
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 
 def score_by_loop(q, k, frames, weight):

@@ -1,148 +1,17 @@
-"""Where the pack runs: inside ComfyUI, or on its own (command line, tests).
-
-The only module that knows ComfyUI. A host gives model files, the compute device, memory management, progress and
-cancellation; everything else asks `get_host()`.
-"""
+"""The host inside ComfyUI. The only module that imports ComfyUI."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
+from .protocol import KINDS, HostAttention, Managed, Place, Progress, find_in
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-
-log = logging.getLogger("wanvideo")
-
-Place = Callable[[torch.device], None]
-# q, k, v [B, H, L, D] -> [B, L, H * D]
-HostAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# Folders whose files this pack lists, and the endings that count. GGUF files lie among the diffusion models.
-MODEL_SUFFIXES = (".safetensors", ".sft")
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "diffusion_models": ("diffusion_models", MODEL_SUFFIXES),
-    "unet_gguf": ("diffusion_models", (".gguf",)),
-    "vae": ("vae", MODEL_SUFFIXES),
-    "text_encoders": ("text_encoders", MODEL_SUFFIXES),
-    "clip_vision": ("clip_vision", MODEL_SUFFIXES),
-    "loras": ("loras", MODEL_SUFFIXES),
-    "wav2vec2": ("wav2vec2", MODEL_SUFFIXES),
-    "transformers": ("transformers", MODEL_SUFFIXES),
-}
-
-
-class CancelledError(Exception):
-    """The user stopped the run. Nothing went wrong; what was finished stays."""
-
-
-class Progress(Protocol):
-    """A progress bar, used as a context manager."""
-
-    def __enter__(self) -> Self:
-        """Show the bar."""
-
-    def __exit__(self, *failure: object) -> None:
-        """Take it away."""
-
-    def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
-        """`done` of the total are done; note: what is going on; preview: latents [C, F, H, W] to show."""
-
-
-class Managed(Protocol):
-    """A model under the host's memory management."""
-
-    module: nn.Module
-
-    def acquire(self) -> torch.device:
-        """Put the model on the compute device, making room by evicting others; returns that device."""
-
-    def release(self) -> None:
-        """Back to the offload device."""
-
-
-class Host(Protocol):
-    """What the pack needs from where it runs."""
-
-    name: str
-
-    def device(self) -> torch.device:
-        """Where models compute."""
-
-    def offload_device(self) -> torch.device:
-        """Where models wait."""
-
-    def list_files(self, kind: str) -> list[str]:
-        """Names of the model files of a kind (KINDS), sorted, with '/' between folders."""
-
-    def find_file(self, kind: str, name: str) -> Path:
-        """The file of that name. Raises FileNotFoundError that says where it was looked for."""
-
-    def models_dir(self, kind: str) -> Path:
-        """The folder that new files of a kind go to."""
-
-    def input_dir(self) -> Path:
-        """The user's pictures, sounds and videos."""
-
-    def output_dir(self) -> Path:
-        """Finished results."""
-
-    def temp_dir(self) -> Path:
-        """Results that may be thrown away, and caches."""
-
-    def writable_folder(self, name: str) -> Path:
-        """The folder a workflow asks to write to: below the output folder, or an absolute one that is allowed.
-
-        Raises ValueError for a folder that is not.
-        """
-
-    def progress(self, total: int, label: str = "") -> Progress:
-        """A new progress bar of `total` steps."""
-
-    def check_cancelled(self) -> None:
-        """Raises CancelledError (in ComfyUI its own interruption) if the user stopped the run."""
-
-    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
-        """Put a model under memory management. place(device) moves it, where `module.to` is not enough."""
-
-    def free_memory(self) -> None:
-        """Give cached device memory back."""
-
-    def attention(self) -> HostAttention | None:
-        """The attention that the host chose by its own options; None where it has none."""
-
-
-def inside(folder: Path, name: str) -> Path:
-    """folder / name with '\\' read as '/'. Raises ValueError if that leaves the folder."""
-    root = folder.resolve()
-    path = Path(os.path.normpath(folder / name.replace("\\", "/"))).absolute()
-    if not path.is_relative_to(folder.absolute()) and not path.resolve().is_relative_to(root):
-        raise ValueError(f"'{name}' lies outside {folder}; give a name below that folder.")
-    return path
-
-
-def names_in(folders: Iterable[Path], suffixes: tuple[str, ...]) -> list[str]:
-    found = set()
-    for folder in folders:
-        for parent, _, files in os.walk(folder, followlinks=True):
-            found |= {(Path(parent) / f).relative_to(folder).as_posix() for f in files if f.lower().endswith(suffixes)}
-    return sorted(found)
-
-
-def find_in(kind: str, name: str, folders: list[Path]) -> Path:
-    for folder in folders:
-        path = inside(folder, name)
-        if path.is_file():
-            return path
-    places = " or ".join(str(folder) for folder in folders)
-    raise FileNotFoundError(f"There is no model file '{name}' for '{kind}': put it into {places}, or choose another.")
 
 
 class ComfyProgress:
@@ -336,33 +205,3 @@ def whole_model_patcher() -> type[ModelPatcher]:
             return self.model
 
     return WholeModelPatcher
-
-
-_current: Host | None = None
-
-
-def get_host() -> Host:
-    """The host: ComfyUI's where ComfyUI is the process, else a StandaloneHost with its defaults."""
-    if _current is None:
-        from .standalone_host import StandaloneHost
-
-        inside_comfyui = "folder_paths" in sys.modules and "comfy.model_management" in sys.modules
-        set_host(ComfyHost() if inside_comfyui else StandaloneHost())
-    return _current
-
-
-def set_host(host: Host) -> None:
-    """Choose the host, before any model is loaded."""
-    global _current
-    _current = host
-
-
-def warn_about_copies() -> None:
-    """Say so where ComfyUI has a second copy of these nodes, which would take turns with this one."""
-    if "folder_paths" not in sys.modules:
-        return
-    here = Path(__file__).resolve().parent
-    for folder in sys.modules["folder_paths"].get_folder_paths("custom_nodes"):
-        for other in Path(folder).iterdir():
-            if "wanvideowrapper" in other.name.lower().replace("-", "") and other.resolve() != here:
-                log.warning("%s holds another copy of the WanVideo nodes; remove or disable one of the two.", other)

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .host import KINDS, MODEL_SUFFIXES, CancelledError, Host, Managed, Place, Progress, find_in, names_in
+from .protocol import KINDS, MODEL_SUFFIXES, CancelledError, Host, Managed, Place, Progress, find_in, names_in
 
 
 class ModuleOnDevice:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .images import to_video
-from .payloads import VAE_TIME_STRIDE
+from ..wanvideo.frames import VAE_TIME_STRIDE
+from ..wanvideo.images import to_video
 
 if TYPE_CHECKING:
-    from .modules.vae import Tile, WanVAE
+    from ..wanvideo.modules.vae import Tile, WanVAE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,79 @@
+"""The node that makes CLIP features of pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..node_tools import CATEGORY, Inputs, mappings, reject
+from .extension import ClipImage
+
+
+class WanVideoClipVisionEncode:
+    """CLIP features of one or two pictures, for image-to-video models."""
+
+    DISPLAY_NAME = "WanVideo ClipVision Encode"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDIMAGE_CLIPEMBEDS",)
+    RETURN_NAMES = ("image_embeds",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        strength = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.001})
+        return {
+            "required": {
+                "clip_vision": ("CLIP_VISION",),
+                "image_1": ("IMAGE",),
+                "strength_1": strength,
+                "strength_2": strength,
+                "crop": (["center", "disabled"], {"default": "center", "tooltip": "Cut the middle out, or squeeze"}),
+                "combine_embeds": (["average", "sum", "concat", "batch"], {"default": "average"}),
+                "force_offload": ("BOOLEAN", {"default": True}),
+            },
+            "optional": {
+                "image_2": ("IMAGE",),
+                "negative_image": ("IMAGE", {"tooltip": "For the pass without the prompt"}),
+                "tiles": ("INT", {"default": 0, "min": 0, "max": 16, "step": 2, "tooltip": "Not available: 0"}),
+                "ratio": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
+            },
+        }
+
+    def process(
+        self,
+        clip_vision: object,
+        image_1: Tensor,
+        strength_1: float,
+        strength_2: float,
+        crop: str,
+        combine_embeds: str,
+        force_offload: bool,
+        image_2: Tensor | None = None,
+        negative_image: Tensor | None = None,
+        tiles: int = 0,
+        ratio: float = 0.5,
+    ) -> tuple[ClipImage]:
+        """Features of all pictures, weighted and combined."""
+        reject("WanVideo ClipVision Encode", {"tiles": tiles or None})
+        images = [image_1] if image_2 is None else [image_1, image_2]
+        rows = [row for image in images for row in _clip_features(clip_vision, image, crop)]
+        weights = [strength_1, strength_2, *(1.0 for _ in rows[2:])]
+        weighted = [row[None] * weight for row, weight in zip(rows, weights, strict=False)]
+        combine = {
+            "average": lambda parts: torch.stack(parts).mean(dim=0),
+            "sum": lambda parts: torch.stack(parts).sum(dim=0),
+            "concat": lambda parts: torch.cat(parts, dim=1),
+            "batch": lambda parts: torch.cat(parts, dim=0),
+        }[combine_embeds]
+        negative = None if negative_image is None else _clip_features(clip_vision, negative_image, crop)[:1]
+        if force_offload and hasattr(clip_vision, "managed"):
+            clip_vision.managed.release()
+        return (ClipImage(positive=combine(weighted), negative=negative),)
+
+
+def _clip_features(clip_vision: object, image: Tensor, crop: str) -> Tensor:
+    encoded = clip_vision.encode_image(image[..., :3], crop=crop == "center")
+    return encoded.penultimate_hidden_states.float().cpu()
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoClipVisionEncode)

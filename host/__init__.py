@@ -1,0 +1,45 @@
+"""Where the pack runs: inside ComfyUI, or on its own (command line, tests). Everything asks `get_host()`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from .comfy import ComfyHost
+from .protocol import CancelledError, Host, Managed, Place, Progress
+from .standalone import StandaloneHost
+
+__all__ = [
+    "CancelledError", "ComfyHost", "Host", "Managed", "Place", "Progress", "StandaloneHost", "get_host", "set_host",
+    "warn_about_copies",
+]  # fmt: skip
+
+log = logging.getLogger("wanvideo")
+
+_current: Host | None = None
+
+
+def get_host() -> Host:
+    """The host: ComfyUI's where ComfyUI is the process, else a StandaloneHost with its defaults."""
+    if _current is None:
+        inside_comfyui = "folder_paths" in sys.modules and "comfy.model_management" in sys.modules
+        set_host(ComfyHost() if inside_comfyui else StandaloneHost())
+    return _current
+
+
+def set_host(host: Host) -> None:
+    """Choose the host, before any model is loaded."""
+    global _current
+    _current = host
+
+
+def warn_about_copies() -> None:
+    """Say so where ComfyUI has a second copy of these nodes, which would take turns with this one."""
+    if "folder_paths" not in sys.modules:
+        return
+    here = Path(__file__).resolve().parents[1]
+    for folder in sys.modules["folder_paths"].get_folder_paths("custom_nodes"):
+        for other in Path(folder).iterdir():
+            if "wanvideowrapper" in other.name.lower().replace("-", "") and other.resolve() != here:
+                log.warning("%s holds another copy of the WanVideo nodes; remove or disable one of the two.", other)

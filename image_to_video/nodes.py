@@ -1,0 +1,117 @@
+"""The node that encodes start and end pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..node_tools import CATEGORY, Inputs, Latent, mappings, round_size, whole_frames
+from ..wanvideo.conditioning import Payload
+from ..wanvideo.modules.vae import Tile, WanVAE
+from ..wanvideo.request import ImageEmbeds, payloads_of
+from .extension import ImageCondition
+from .pictures import GivenFrames, encode_given
+
+
+class WanVideoImageToVideoEncode:
+    """Encodes start and end pictures as the condition of an image-to-video model."""
+
+    DISPLAY_NAME = "WanVideo ImageToVideo Encode"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("WANVIDIMAGE_EMBEDS",)
+    RETURN_NAMES = ("image_embeds",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        size = {"min": 64, "max": 8096, "step": 8}
+        strength = {"min": 0.0, "max": 10.0, "step": 0.001}
+        return {
+            "required": {
+                "width": ("INT", {"default": 832, **size}),
+                "height": ("INT", {"default": 480, **size}),
+                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4}),
+                "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength, "tooltip": "Noise on the pictures"}),
+                "start_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
+                "end_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
+                "force_offload": ("BOOLEAN", {"default": True}),
+            },
+            "optional": {
+                "vae": ("WANVAE",),
+                "clip_embeds": ("WANVIDIMAGE_CLIPEMBEDS",),
+                "start_image": ("IMAGE",),
+                "end_image": ("IMAGE",),
+                "control_embeds": ("WANVIDIMAGE_EMBEDS",),
+                "fun_or_fl2v_model": ("BOOLEAN", {"default": True, "tooltip": "The end picture is the last frame"}),
+                "temporal_mask": ("MASK", {"tooltip": "1 where a frame is given"}),
+                "extra_latents": ("LATENT", {"tooltip": "Reference latents in front"}),
+                "tiled_vae": ("BOOLEAN", {"default": False}),
+                "add_cond_latents": ("ADD_COND_LATENTS", {"advanced": True}),
+                "augment_empty_frames": (
+                    "FLOAT",
+                    {"default": 0.0, "min": 0.0, "max": 10.0, "step": 0.01, "tooltip": "More motion, experimental"},
+                ),
+                "empty_frame_pad_image": ("IMAGE", {"tooltip": "Instead of grey in frames that are not given"}),
+            },
+        }
+
+    def process(
+        self,
+        width: int,
+        height: int,
+        num_frames: int,
+        noise_aug_strength: float,
+        start_latent_strength: float,
+        end_latent_strength: float,
+        force_offload: bool,
+        vae: WanVAE | None = None,
+        clip_embeds: Payload | None = None,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+        control_embeds: ImageEmbeds | None = None,
+        fun_or_fl2v_model: bool = True,
+        temporal_mask: Tensor | None = None,
+        extra_latents: Latent | None = None,
+        tiled_vae: bool = False,
+        add_cond_latents: Payload | None = None,
+        augment_empty_frames: float = 0.0,
+        empty_frame_pad_image: Tensor | None = None,
+    ) -> tuple[ImageEmbeds]:
+        """Condition latents, mask and CLIP features."""
+        if vae is None:
+            raise ValueError("Pictures are encoded by the VAE: connect WanVideoVAELoader to 'vae'.")
+        width, height = round_size(width, height)
+        given = GivenFrames(
+            width=width,
+            height=height,
+            num_frames=whole_frames(num_frames),
+            start=start_image,
+            end=end_image,
+            pad=empty_frame_pad_image,
+            mask=temporal_mask,
+            end_in_video=fun_or_fl2v_model or start_image is None,
+            noise=noise_aug_strength,
+            start_strength=start_latent_strength,
+            end_strength=end_latent_strength,
+            spread=augment_empty_frames,
+        )
+        cond, mask = encode_given(given, vae, tile=Tile() if tiled_vae else None)
+        leading = 0
+        if extra_latents is not None:
+            reference = extra_latents["samples"][0].float()
+            leading = reference.shape[1]
+            cond = torch.cat((reference, cond), dim=1)
+            mask = torch.cat((torch.ones_like(mask[:, :1]).expand(-1, leading, -1, -1), mask), dim=1)
+        if force_offload:
+            vae.managed.release()
+        embeds = ImageEmbeds(
+            latent_shape=tuple(cond.shape),
+            num_frames=given.num_frames,
+            payloads=payloads_of(ImageCondition(cond[None], mask[None]), clip_embeds, control_embeds, add_cond_latents),
+            extra_end_frame=given.extra_end,
+            leading_latents=leading,
+        )
+        return (embeds,)
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoImageToVideoEncode)

@@ -1,0 +1,32 @@
+"""All conditioning systems, in the order in which their hooks run. A new system adds its folder and one row here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from .unbuilt import UNBUILT_FILES, UNBUILT_KEYS
+from .wanvideo.systems import Systems
+
+# Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or both.
+FOLDERS = (
+    "prompt_segments",
+    "image_to_video",
+    "clip_image",
+    "multitalk",
+    "enhance_a_video",
+)
+
+
+def _modules(name: str) -> tuple[str, ...]:
+    """The modules of this name that the folders have."""
+    paths = (f"{__package__}.{folder}.{name}" for folder in FOLDERS)
+    return tuple(path for path in paths if find_spec(path) is not None)
+
+
+NODE_MODULES = _modules("nodes")
+SYSTEMS = Systems(
+    extensions=tuple(import_module(path).EXTENSION for path in _modules("extension")),
+    files=UNBUILT_FILES,
+    keys=UNBUILT_KEYS,
+)

@@ -1,0 +1,24 @@
+from dataclasses import replace
+
+import torch
+from contract import Case
+from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
+
+FEATURES = dict(features=2 * 6, intermediate_dim=10, context_tokens=4, output_dim=12)
+
+
+def case(voiced, speakers=1):
+    speech = AudioWindow(torch.randn(1, speakers, 9, 5, 2, 6), torch.tensor(0.7))
+    return Case(
+        MultiTalk(**FEATURES, voiced=voiced),
+        speech,
+        replace(speech, scale=torch.tensor(0.0)),
+        changed=lambda step: replace(speech, scale=torch.tensor(0.5 + 0.1 * step)),
+    )
+
+
+CASES = {
+    "multitalk": case((0, 1, 2)),
+    "multitalk_some_blocks": case((1,)),
+    "multitalk_two_speakers": case((0, 1, 2), speakers=2),
+}

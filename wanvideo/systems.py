@@ -1,0 +1,53 @@
+"""The conditioning systems that a model may have, and those that are known but not built. `registry.py` lists them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .extension import Extension
+from .families import Kind, Shapes, kind_of
+
+
+class Unbuilt(NamedTuple):
+    """A pattern of keys, one of which gives a system away, and the system's name."""
+
+    pattern: str
+    system: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Systems:
+    """extensions: in the order in which their hooks run. files, keys: how files of systems that are not built are told."""
+
+    extensions: tuple[type[Extension], ...]
+    files: tuple[Kind, ...] = ()
+    keys: tuple[Unbuilt, ...] = ()
+
+    def detect(self, shapes: Shapes) -> tuple[Extension, ...]:
+        """The systems whose weights are among these tensors, in order.
+
+        shapes: published name -> shape. Raises ValueError, naming both, if two systems claim one key.
+        """
+        present = tuple(e for e in (kind.detect(shapes) for kind in self.extensions) if e is not None)
+        for key in shapes:
+            owners = [type(e).__name__ for e in present if e.owns(key)]
+            if len(owners) > 1:
+                raise ValueError(f"Both {' and '.join(owners)} claim the key '{key}'; the checkpoint is ambiguous.")
+        return present
+
+    def kind_of(self, shapes: Shapes) -> Kind | None:
+        """What a file with these tensors is, or None where nothing fits."""
+        built = tuple(kind.file for kind in self.extensions if kind.file is not None)
+        return kind_of(shapes, (*built, *self.files))
+
+    def missing(self, shapes: Shapes) -> dict[str, str]:
+        """Systems that these tensors belong to and that are not built: name -> the first key that shows it."""
+        present = self.detect(shapes)
+        missing: dict[str, str] = {}
+        for row in self.keys:
+            key = next((k for k in shapes if re.search(row.pattern, k)), None)
+            if key is not None and not any(extension.owns(key) for extension in present):
+                missing.setdefault(row.system, key)
+        return missing

@@ -1,0 +1,132 @@
+"""What flows through the Wan transformer: inputs of a forward, the token sequence, inputs of blocks and of attention.
+
+Shapes: B batch, L tokens, C channels, H heads, D head size, R rows of modulation, T text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..attention import Attention
+from .conditioning import Payload, Step
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """One forward pass.
+
+    latents [B, channels, F, H, W]: the noise; extensions join condition channels. timestep [B], or [B, F] for one per
+    latent frame, 0..1000. text: B tensors [tokens, text_dim] without padding. payloads: what the extensions read.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    text: tuple[Tensor, ...]
+    payloads: tuple[Payload, ...] = ()
+    step: Step = Step()
+    riflex_index: int = 0
+
+
+class Heads(NamedTuple):
+    """Attention after the kernel and before the output projection: q, k, out [B, L, H, D].
+
+    In self-attention q and k are post-RoPE, and None unless the `reads_heads` of an active extension asks for them.
+    In cross-attention q is the normalized query and k is None.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    out: Tensor
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of a cross-attention, [B, T, H, D]."""
+
+    k: Tensor
+    v: Tensor
+
+
+class CrossAttention(Protocol):
+    """What a `TextSource` may use of a block's cross-attention."""
+
+    attention: Attention
+
+    def keys_values(self, text: Tensor) -> KeysValues:
+        """Embedded text [B, T, C] through this block's own projections."""
+
+
+class TextSource(Protocol):
+    """What the cross-attention of every block reads. A NamedTuple of tensors, because it enters compiled graphs."""
+
+    def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
+        """Heads [B, L, H, D] of the queries q [B, L, H, D], before the output projection."""
+
+
+class Text(NamedTuple):
+    """Embedded prompts [B, T, C]: the plain text source."""
+
+    tokens: Tensor
+
+    def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
+        """All queries to all tokens."""
+        k, v = cross.keys_values(self.tokens)
+        return cross.attention(q, k, v)
+
+
+class BlockInputs(NamedTuple):
+    """What every block reads besides its tokens, a system's own blocks included.
+
+    mod [B, R, 6, C] float32; rows [L] token -> row of mod, None where R is 1; rope [L, D/2, 2] cosine and sine, float32;
+    grid (frames, height, width) of the video tokens; attention: the backend of self-attention in this step and block,
+    None for the module's own.
+    """
+
+    mod: Tensor
+    rows: Tensor | None
+    rope: Tensor
+    text: TextSource
+    grid: Grid
+    attention: Attention | None = None
+
+
+class Tokens(NamedTuple):
+    """The sequence on its way to the blocks; `Extension.prepare` may change any of it.
+
+    x [B, L, C]; mod [B, R, 6, C] float32; rows [L] or None; rope [L, D/2, 2]; grid of the video tokens, which always
+    come first; text: what cross-attention reads; embedding [B, R, C] float32: the time embedding before its projection.
+    """
+
+    x: Tensor
+    mod: Tensor
+    rows: Tensor | None
+    rope: Tensor
+    grid: Grid
+    text: TextSource
+    embedding: Tensor
+
+    def appended(self, x: Tensor, rope: Tensor, mod: Tensor | None = None) -> Tokens:
+        """With more tokens x [B, N, C] at positions rope [N, D/2, 2] behind the others.
+
+        mod [B, 1, 6, C]: their own modulation (reference tokens at time 0, say); None is that of the first frame.
+        """
+        count, rows, rows_of = x.shape[1], self.rows, self.mod
+        if mod is not None:
+            before = rows if rows is not None else torch.zeros(self.x.shape[1], dtype=torch.long, device=x.device)
+            rows = torch.cat((before, before.new_full((count,), rows_of.shape[1])))
+            rows_of = torch.cat((rows_of, mod.to(rows_of)), dim=1)
+        elif rows is not None:
+            rows = torch.cat((rows, rows.new_zeros(count)))
+        return self._replace(
+            x=torch.cat((self.x, x.to(self.x.dtype)), dim=1), mod=rows_of, rows=rows, rope=torch.cat((self.rope, rope))
+        )
+
+
+def video_tokens(grid: Grid) -> int:
+    """How many tokens of the sequence are the video's: the first ones."""
+    return grid[0] * grid[1] * grid[2]
