@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: no later requirement may choose another build of it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

@@ -26,6 +26,11 @@ class Step:
     total: int = 1
     in_run: int = 0
 
+    @property
+    def percent(self) -> float:
+        """Progress from 0 (first step) to 1 (last step)."""
+        return self.index / max(self.total - 1, 1)
+
     def within(self, start: float, end: float) -> bool:
         """Whether the step lies in this part (0..1) of the schedule, as the widgets of nodes count: step / steps."""
         return start <= self.index / self.total <= end

@@ -70,7 +70,7 @@ def test_steps_are_left_out_and_told(cache, folder, caplog):
         got, some = counted(plain(folder, cache))
     assert all_steps == 6 and 1 <= some < 6
     assert got.isfinite().all() and not torch.equal(got, want)
-    assert f"{cache.label} left out {6 - some} of 6 steps (prompt)" in caplog.text
+    assert f"{cache.label} left out {6 - some} of 6 steps (with everything)" in caplog.text
     assert f"Steps may be left out by {cache.label}" in caplog.text
 
 
@@ -87,7 +87,7 @@ def test_each_prediction_has_its_own_memory(batched, folder, caplog):
     with caplog.at_level(logging.INFO, "wanvideo"):
         _, runs = counted(plain(folder, cache, cfg=3.0, batched_cfg=batched))
     reports = [line for line in caplog.messages if "left out 5 of 6 steps" in line]
-    names = ["(prompt and no prompt)"] if batched else ["(prompt)", "(no prompt)"]
+    names = ["(with everything and without text)"] if batched else ["(with everything)", "(without text)"]
     assert runs == len(names) and all(any(name in line for line in reports) for name in names)
 
 
