@@ -18,7 +18,7 @@ from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.modules.model import WanAttentionBlock
 from wanvideo_wrapper.wanvideo.rope import rope_table
-from wanvideo_wrapper.wanvideo.tokens import BlockInputs
+from wanvideo_wrapper.wanvideo.tokens import BlockInputs, Text
 
 # What five roundings to E4M3 cost on normal random numbers is 0.060.
 FLOOR, TARGET = 0.055, 0.062
@@ -134,7 +134,7 @@ def test_a_block_runs_it_fused(quantised, modelled, monkeypatch):
         monkeypatch.setattr(CudnnFp8, name, lambda *a, inner=inner, name=name: (called.append(name), inner(*a))[1])
     rope = rope_table((2, 8, 8), 128)
     x = torch.randn(1, rope.shape[0], 256)
-    text = block.cross_attn.keys_values(torch.randn(1, 8, 256))
+    text = Text(torch.randn(1, 8, 256))
     inputs = BlockInputs(torch.randn(1, 1, 6, 256), None, rope, text, (2, 8, 8))
     want = block(x, inputs)
     block.self_attn.attention = CudnnFp8()

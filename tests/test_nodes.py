@@ -10,6 +10,7 @@ from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.image_to_video.pictures import GivenFrames, encode_given, fold_mask
+from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.images import resize_images, to_images, to_video
 from wanvideo_wrapper.wanvideo.request import TextEmbeds
 
@@ -251,7 +252,7 @@ def test_speech_nodes(host):
     assert frames == embeds.num_frames == 25 and (embeds.scale, embeds.cfg_scale) == (0.8, 2.0)
     assert mixed["sample_rate"] == 16000 and mixed["waveform"].shape == (1, 1, 16000)
     (silent,) = N["MultiTalkSilentEmbeds"]().process(30, wav2vec)
-    assert silent.num_frames == 30 and silent.window(range(9)).audio.isfinite().all()
+    assert silent.num_frames == 30 and silent.window(Window((), tuple(range(9)))).audio.isfinite().all()
     with pytest.raises(ValueError, match="connect Wav2VecModelLoader"):
         N["MultiTalkSilentEmbeds"]().process(30)
     with pytest.raises(ValueError, match="no samples"):

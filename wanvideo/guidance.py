@@ -180,7 +180,9 @@ class Denoiser:
             step=step,
             riflex_index=self.riflex_index,
         )
-        return self.model(inputs, None if self.memories is None else self.memories.of(prediction_name(rows)))
+        if self.memories is None:
+            return self.model(inputs)
+        return self.model(inputs, self.memories.of(prediction_name(rows)))
 
     def _payloads(self, row: Row) -> tuple[Payload, ...]:
         if not row.without:

@@ -12,6 +12,7 @@ from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import audio
 from wanvideo_wrapper.multitalk import wav2vec as speech
 from wanvideo_wrapper.multitalk.audio import AudioOptions, MultiTalkEmbeds
+from wanvideo_wrapper.wanvideo.conditioning import Window
 
 FACTS = Path(__file__).parents[1] / "data" / "checkpoints" / "wav2vec2_base.json"
 HOST = StandaloneHost(device="cpu")
@@ -156,7 +157,7 @@ def test_another_kind_of_file_is_named(tmp_path):
 def test_windows_by_absolute_frame(frames, with_silence):
     feature, silence = torch.randn(30, 2, 4), torch.randn(5, 2, 4)
     embeds = MultiTalkEmbeds(features=(feature,), scale=0.5, silence=silence if with_silence else None)
-    window = embeds.window(frames)
+    window = embeds.window(Window((), tuple(frames)))
     assert window.audio.shape == (1, 1, len(frames), 5, 2, 4) and float(window.scale) == 0.5
     for row, frame in enumerate(frames):
         for column, offset in enumerate((-2, -1, 0, 1, 2)):

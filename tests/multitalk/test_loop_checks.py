@@ -16,6 +16,7 @@ from wanvideo_wrapper.multitalk import loop as talk
 from wanvideo_wrapper.multitalk.pictures import keyframe
 from wanvideo_wrapper.multitalk.plan import plan_windows
 from wanvideo_wrapper.multitalk.window import WindowMaker
+from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
 from wanvideo_wrapper.wanvideo.sampling import sample
 
@@ -237,5 +238,5 @@ def test_skyreels_node(folder):
 
 def test_features_are_not_copied_whole(folder):
     (speech,) = request(folder, total=3000).payloads
-    window = speech.window(range(2990, 3003)).audio
+    window = speech.window(Window((), tuple(range(2990, 3003)))).audio
     assert window.untyped_storage().nbytes() <= 13 * 5 * tiny.SPEECH_LAYERS * tiny.SPEECH_DIM * 4

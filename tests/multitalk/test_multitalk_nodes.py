@@ -9,6 +9,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.multitalk.colormatch import METHODS
+from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
 
 LOOP_NODES = ("WanVideoImageToVideoMultiTalk", "WanVideoImageToVideoSkyreelsv3_audio")
@@ -72,7 +73,7 @@ def test_other_frame_rates_are_warned_of(wav2vec, caplog):
 def test_what_follows_the_sound_is_encoded_silence(wav2vec):
     embeds, _, _ = encode(wav2vec, sound(1.0), 100)
     want = wav2vec.encode(np.zeros(4 * 16000), 100)
-    window = embeds.window(range(22, 43)).audio[0, 0]
+    window = embeds.window(Window((), tuple(range(22, 43)))).audio[0, 0]
     assert torch.equal(window[3 + 5, 2], want[5]) and torch.equal(window[2, 2], embeds.features[0][24])
     assert not torch.equal(window[2, 2], window[8, 2])
 
@@ -83,7 +84,7 @@ def test_two_speakers_and_their_masks(wav2vec, how, length):
     embeds, heard, count = encode(wav2vec, sound(1.2), 100, how=how, audio_2=sound(0.5, seed=1), ref_target_masks=masks)
     assert count == embeds.num_frames == length and len(embeds.features) == 2
     assert heard["waveform"].shape[-1] == (19200 if how == "para" else length * 640)
-    window = embeds.window(range(9))
+    window = embeds.window(Window((), tuple(range(9))))
     assert window.audio.shape[1] == 2 and window.masks is masks
 
 

@@ -11,7 +11,6 @@ from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.tokens import Text, Tokens, video_tokens
 
-
 # Norms take out what all channels have in common.
 VECTOR = torch.linspace(-0.5, 0.5, 24)
 

@@ -142,12 +142,10 @@ def misplace(module, offset):
 def test_swapped_blocks_are_aligned(offset):
     block = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3).bfloat16())
     waiting = misplace(block, offset)
-    swapper = Swapper({0: (block,)}, CPU, BlockSwapArgs(blocks_to_swap=1))
-    swapper.arrive(0)
-    for parameter, value in zip(block.parameters(), waiting, strict=True):
-        assert is_kernel_ready(parameter, strided=False) and not is_kernel_ready(value, strided=False)
-        assert torch.equal(parameter, value)
-    swapper.leave(0)
+    with Swapper([block], CPU, BlockSwapArgs(blocks_to_swap=1)).visit(block):
+        for parameter, value in zip(block.parameters(), waiting, strict=True):
+            assert is_kernel_ready(parameter, strided=False) and not is_kernel_ready(value, strided=False)
+            assert torch.equal(parameter, value)
     assert all(p.data_ptr() == value.data_ptr() for p, value in zip(block.parameters(), waiting, strict=True))
 
 

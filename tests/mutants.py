@@ -1,0 +1,169 @@
+"""Mutants of the core: does any test notice if a line of it is wrong?
+
+    python tests/mutants.py [MODULE ...] [--jobs N] [--only NUMBER]
+
+Every mutant changes one place of a module: a comparison, a sign, a number, a condition, a statement or a keyword that goes.
+It is compiled in a process of its own, which has the libraries loaded already, and runs the tests of the core until one
+fails. Prints the survivors as `module:line  what was changed`, and last how many there were. Needs os.fork.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib.machinery
+import io
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "wanvideo_wrapper"
+MODULES = ("extension", "guidance", "windows", "sampling", "conditioning", "tokens", "modules.model")
+TESTS = (
+    "wanvideo/test_hooks.py", "wanvideo/test_conditioning.py", "wanvideo/test_guidance.py", "wanvideo/test_model.py",
+    "wanvideo/test_sampling.py", "wanvideo/test_windows.py", "prompt_segments", "multitalk/test_multitalk.py",
+    "wanvideo/test_extension_contract.py", "wanvideo/test_attention_plan.py", "wanvideo/test_loading.py",
+)  # fmt: skip
+SECONDS = 240
+COMPARE = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
+
+
+def is_text(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def raises(node):
+    return any(isinstance(part, (ast.Raise, ast.JoinedStr)) for part in ast.walk(node))
+
+
+def changes(node):
+    """(what, function that changes a copy of the node in place) for every mutant at this node."""
+    if isinstance(node, ast.Compare):
+        new = COMPARE[type(node.ops[0])]
+        yield f"{type(node.ops[0]).__name__} -> {new.__name__}", lambda n: n.ops.__setitem__(0, new())
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC and not isinstance(node.left, ast.JoinedStr):
+        new = ARITHMETIC[type(node.op)]
+        yield f"{type(node.op).__name__} -> {new.__name__}", lambda n: setattr(n, "op", new())
+    if isinstance(node, ast.BoolOp):
+        new = ast.Or if isinstance(node.op, ast.And) else ast.And
+        yield f"{type(node.op).__name__} -> {new.__name__}", lambda n: setattr(n, "op", new())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield "not goes", lambda n: setattr(n, "op", ast.UAdd())
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
+        value = (not node.value) if isinstance(node.value, bool) else node.value + 1
+        yield f"{node.value} -> {value}", lambda n: setattr(n, "value", value)
+    if isinstance(node, ast.Call) and node.keywords:
+        for place, keyword in enumerate(node.keywords):
+            yield f"{keyword.arg}= goes", lambda n, place=place: n.keywords.pop(place)
+    if isinstance(node, (ast.If, ast.IfExp)) and not (isinstance(node, ast.If) and raises(node)):
+        yield "condition -> not", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
+
+
+def mutants(source):
+    """(line, what, tree) of every mutant of a module."""
+    tree = ast.parse(source)
+    nodes = list(ast.walk(tree))
+    annotations = {id(part) for node in nodes for name in ("annotation", "returns") if getattr(node, name, None)
+                   for part in ast.walk(getattr(node, name))}  # fmt: skip
+    for place, node in enumerate(nodes):
+        if id(node) in annotations or isinstance(node, ast.JoinedStr):
+            continue
+        for what, change in changes(node):
+            yield node.lineno, what, altered(tree, place, change)
+        for field in ("body", "orelse"):
+            statements = getattr(node, field, None)
+            for index, statement in enumerate(statements if isinstance(statements, list) else ()):
+                goes = isinstance(statement, (ast.Expr, ast.AugAssign, ast.For, ast.Continue)) and not is_text(statement)
+                if goes and not raises(statement):
+                    drop = lambda n, f=field, i=index: getattr(n, f).__setitem__(i, ast.Pass())  # noqa: E731
+                    yield statement.lineno, f"'{' '.join(ast.unparse(statement).split())[:50]}' goes", altered(tree, place, drop)
+
+
+def altered(tree, place, change):
+    made = copy.deepcopy(tree)
+    change(list(ast.walk(made))[place])
+    return ast.fix_missing_locations(made)
+
+
+class Mutated(importlib.machinery.SourceFileLoader):
+    """Loads the mutant in the place of the module's file."""
+
+    tree: ast.Module
+
+    def get_code(self, fullname):
+        return compile(self.tree, self.path, "exec")
+
+
+class Finder:
+    def __init__(self, name, tree):
+        self.name, self.tree = name, tree
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        loader = Mutated(name, spec.origin)
+        loader.tree = self.tree
+        spec.loader = loader
+        return spec
+
+
+def survives(name, tree):
+    """Whether all tests pass with this mutant, in a child process."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(SECONDS)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            sys.meta_path.insert(0, Finder(f"{PACKAGE}.wanvideo.{name}", tree))
+            import pytest
+
+            quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+            code = pytest.main([*quiet, *(str(ROOT / "tests" / test) for test in TESTS)])
+        os._exit(0 if code == 0 else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=MODULES)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    import diffusers  # noqa: F401
+    import hypothesis  # noqa: F401
+    import torch
+    import torch._dynamo.testing  # noqa: F401
+    from diffusers import WanTransformer3DModel  # noqa: F401
+
+    torch.set_num_threads(1)
+    work = [
+        (name, line, what, tree)
+        for name in options.modules
+        for line, what, tree in mutants((ROOT / "wanvideo" / f"{name.replace('.', '/')}.py").read_text())
+    ]
+    if options.list:
+        sys.stdout.write("".join(f"{name}:{line}  {what}\n" for name, line, what, _ in work))
+        return
+    left = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = pool.map(lambda item: survives(item[0], item[3]), work)
+        for (name, line, what, _), alive in zip(work, verdicts, strict=True):
+            if alive:
+                left += 1
+                sys.stdout.write(f"{name}:{line}  {what}\n")
+                sys.stdout.flush()
+    sys.stdout.write(f"{len(work)} mutants, {left} survive\n")
+
+
+if __name__ == "__main__":
+    assert isinstance(sys.stdout, io.TextIOBase)
+    main()
