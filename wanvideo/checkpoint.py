@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .key_names import Naming, naming_of
-from .stored_formats import Stored, Weight, asks_full_precision, read_stored, read_weight, weights_of
-from .tensor_file import Parts, TensorFile, open_files
+from .model_file import open_files
+from .stored_formats import Weight, asks_full_precision, weights_of
+from .stored_weights import Stored, read_stored, read_weight
+from .tensor_file import Parts, TensorFile
 
 
 class Entry(NamedTuple):
@@ -45,7 +47,7 @@ class Checkpoint:
 
     @cached_property
     def formats(self) -> Mapping[str, str]:
-        """How the file stores each tensor, e.g. "BF16", "F8_E4M3 scaled", "NVFP4", "Q8_0"."""
+        """How the file stores each tensor, e.g. "BF16", "F8_E4M3 scaled", "NVFP4", "GGUF Q8_0"."""
         return {name: entry.weight.format for name, entry in self._entries.items()}
 
     @property
