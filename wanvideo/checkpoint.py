@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .gguf_file import GgufFile
 from .key_names import Naming, naming_of
 from .model_file import open_files
 from .stored_formats import Weight, asks_full_precision, weights_of
@@ -74,6 +75,11 @@ class Checkpoint:
     def stored(self, name: str) -> Stored:
         """The tensor and its scales as the file holds them."""
         return read_stored(*self._entries[name])
+
+    def array(self, name: str) -> list[str | int | float | bool]:
+        """An array of a GGUF header, such as a vocabulary; empty where there is none of this name."""
+        files = dict.fromkeys(entry.file for entry in self._entries.values())
+        return next((found for file in files if isinstance(file, GgufFile) and (found := file.array(name))), [])
 
     def full_precision(self, name: str) -> bool:
         """Whether the file asks that products with this weight are computed in base precision."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tensor_file import StoredTensor, element_count, read_bytes, unreadable
+from .tensor_file import StoredTensor, check_name, element_count, read_bytes, unreadable
 
 MAGIC = b"GGUF"
 # In front of the type in the format of a tensor that is stored in blocks.
@@ -189,6 +189,7 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Field | _Array], dict[str, tuple
     tensors: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensor_count):
         name = cursor.text()
+        check_name(name)
         rank = cursor.scalar("I")
         if rank > MOST_DIMENSIONS:
             raise ValueError(f"'{name}' has {rank} dimensions")

@@ -37,19 +37,24 @@ def open_file(path: Path) -> TensorFile:
     return SafetensorsFile(path)
 
 
-def open_files(path: Path) -> tuple[TensorFile, ...]:
+def part_paths(path: Path) -> tuple[Path, ...]:
     """The file, or all shards of a model saved as name-00001-of-00003.safetensors when `path` is one of them.
 
     Raises FileNotFoundError if a shard is missing.
     """
     shard = _SHARD.match(path.name)
     if shard is None:
-        return (open_file(path),)
+        return (path,)
     count = int(shard[3])
-    shards = [path.with_name(f"{shard[1]}-{i:05d}-of-{shard[3]}.safetensors") for i in range(1, count + 1)]
-    absent = next((s.name for s in shards if not s.is_file()), None)
+    parts = tuple(path.with_name(f"{shard[1]}-{i:05d}-of-{shard[3]}.safetensors") for i in range(1, count + 1))
+    absent = next((part.name for part in parts if not part.is_file()), None)
     if absent is not None:
         raise FileNotFoundError(
             f"{path.name} is one of {count} parts, and {absent} is not beside it; put all parts in one folder."
         )
-    return tuple(open_file(s) for s in shards)
+    return parts
+
+
+def open_files(path: Path) -> tuple[TensorFile, ...]:
+    """The opened file, or all its parts (see `part_paths`)."""
+    return tuple(open_file(part) for part in part_paths(path))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .tensor_file import StoredTensor, byte_range, element_count, read_bytes, unreadable
+from .tensor_file import StoredTensor, byte_range, check_name, element_count, read_bytes, unreadable
 
 DTYPES = {
     "F64": torch.float64,
@@ -44,6 +44,7 @@ LENGTH_BYTES = 8
 LARGEST_HEADER = 16_000_000
 MOST_CONTAINERS = 1_000_000
 METADATA = "__metadata__"
+ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 class SafetensorsFile:
@@ -89,9 +90,18 @@ def _header(path: Path, size: int) -> tuple[dict[str, object], int]:
     if not text.startswith(b"{") or text.count(b"{") + text.count(b"[") > MOST_CONTAINERS:
         raise ValueError("its header is no table of tensors")
     try:
-        return json.loads(text.decode(), parse_constant=_refuse_constant), LENGTH_BYTES + length
+        return json.loads(
+            text.decode(), object_pairs_hook=_table, parse_constant=_refuse_constant
+        ), LENGTH_BYTES + length
     except RecursionError:
         raise ValueError("its header is no table of tensors, but nested") from None
+
+
+def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("its header names something twice")
+    return table
 
 
 def _refuse_constant(name: str) -> None:
@@ -108,21 +118,21 @@ def _metadata(entry: object) -> dict[str, str]:
 
 
 def _stored(name: str, entry: object) -> StoredTensor:
-    name.encode()
-    if not isinstance(entry, dict):
-        raise ValueError(f"the entry of '{name}' is no table")
-    shape, form = entry.get("shape"), entry.get("dtype")
+    check_name(name)
+    if not isinstance(entry, dict) or set(entry) != ENTRY:
+        raise ValueError(f"the entry of '{name}' is not made of {', '.join(sorted(ENTRY))}")
+    shape, form = entry["shape"], entry["dtype"]
     if not isinstance(form, str) or form not in BITS:
         raise ValueError(f"'{name}' has no type that safetensors knows")
     if not isinstance(shape, list):
-        raise ValueError(f"'{name}' has no shape")
+        raise ValueError(f"the shape of '{name}' is no list")
     element_count(name, shape)
     return StoredTensor(shape=tuple(shape), format=form)
 
 
-def _place(name: str, entry: object, stored: StoredTensor) -> tuple[int, int]:
+def _place(name: str, entry: dict[str, object], stored: StoredTensor) -> tuple[int, int]:
     """Where the tensor begins and ends in the data."""
-    begin, end = byte_range(name, entry.get("data_offsets"))
+    begin, end = byte_range(name, entry["data_offsets"])
     if 8 * (end - begin) != element_count(name, stored.shape) * BITS[stored.format]:
         raise ValueError(f"the size of '{name}' does not fit its shape {stored.shape} of {stored.format}")
     return begin, end

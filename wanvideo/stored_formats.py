@@ -276,8 +276,8 @@ def _json(text: str | bytes, name: str, file: TensorFile) -> dict[str, object]:
 
 def _mark(entry: object, name: str, file: TensorFile) -> Mark:
     if isinstance(entry, str):
-        return Mark(entry)
-    if not isinstance(entry, dict):
+        entry = {"format": entry}
+    if not isinstance(entry, dict) or not str(entry.get("format")).isprintable():
         raise unreadable(file.path, "quantised", ValueError(f"'{name}' is neither a format nor a JSON object"))
     inner = entry.get("params")
     settings = (inner if isinstance(inner, dict) else {}) | entry

@@ -41,7 +41,15 @@ class TensorFile(Protocol):
 
 def unreadable(path: Path, kind: str, error: Exception) -> ValueError:
     """The error for a file whose header or size is wrong."""
-    return ValueError(f"{path.name} is truncated or is no {kind} file ({error}); download it again.")
+    # A damaged header may have put anything into the reason.
+    reason = "".join(character if character.isprintable() else "?" for character in str(error))
+    return ValueError(f"{path.name} is truncated or is no {kind} file ({reason}); download it again.")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a tensor's name that no message could show: with line breaks, or no text at all."""
+    if not name.isprintable():
+        raise ValueError("a tensor's name has characters that cannot be shown")
 
 
 def element_count(name: str, shape: Sequence[object]) -> int:
