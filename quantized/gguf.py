@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import op_name
+from ..tensor_layout import kernel_ready
 from .gguf_blocks import PLAIN
 from .gguf_grids import GRIDS
 from .linear import QuantisedLinear, check_columns, frozen, product
@@ -29,7 +30,8 @@ def block_size(form: str) -> tuple[int, int]:
 def dequantize(rows: Tensor, form: str, dtype: torch.dtype) -> Tensor:
     """Rows of blocks, bytes [N, bytes of a row] -> their values [N, K] in `dtype`, on the same device."""
     values, size = block_size(form)
-    blocks = rows.view(torch.uint8).reshape(-1, size)
+    # float16 scales are read in place, which bytes at an odd address do not allow.
+    blocks = kernel_ready(rows, strided=False).view(torch.uint8).reshape(-1, size)
     out = torch.empty(blocks.shape[0], values, dtype=dtype, device=rows.device)
     step = MOST_VALUES // values
     for target, source in zip(out.split(step), blocks.split(step), strict=True):

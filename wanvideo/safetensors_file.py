@@ -41,8 +41,8 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | UNUSED_BIT
 LENGTH_BYTES = 8
 # A model has at most a few thousand tensors of about a hundred bytes; Python objects of a header take up to 24 times
 # its bytes, so both its length and its lists and tables are bounded.
-LARGEST_HEADER = 16_000_000
-MOST_CONTAINERS = 1_000_000
+LARGEST_HEADER = 8_000_000
+MOST_CONTAINERS = 500_000
 METADATA = "__metadata__"
 ENTRY = {"dtype", "shape", "data_offsets"}
 

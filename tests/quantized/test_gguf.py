@@ -43,6 +43,18 @@ def test_values_are_those_of_the_gguf_package(form, monkeypatch):
     assert torch.equal(dequantize(rows, form, torch.float32), got)
 
 
+@pytest.mark.parametrize("form", ["BF16", "Q4_K", "IQ2_XS", "MXFP4"])
+def test_blocks_at_an_odd_address(form):
+    rows, _ = random_rows(form)
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[form]][1]
+    for block in (rows[:1, :size], rows):
+        memory = torch.empty(block.numel() + 1, dtype=torch.uint8)
+        odd = memory[1:].view(block.shape).copy_(block)
+        assert odd.data_ptr() % 2 == 1
+        want = dequantize(block.clone(), form, torch.float32)
+        assert torch.equal(dequantize(odd, form, torch.float32), want) and want.data_ptr() % 64 == 0
+
+
 def layer_of(form, bias=None):
     """A layer of weights of ordinary size: the scales of random blocks are not."""
     rows = torch.from_numpy(quants.quantize(torch.randn(40, 512).numpy() * 0.1, GGMLQuantizationType[form]))
