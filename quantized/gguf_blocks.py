@@ -19,7 +19,8 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 # E2M1 doubled, so that all are whole; the scales of both formats that use it are halved for that.
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 E4M3_NAN = 0x7F
-UNUSED_BITS_OF_TERNARY = 4
+# Digits that the last four bytes of TQ1_0 hold, of five that there is room for.
+LAST_DIGITS = 4
 
 
 @cache
@@ -147,7 +148,7 @@ def _thirds(codes: Tensor, count: int) -> Tensor:
 
 
 def _tq1_0(b: Tensor) -> Tensor:
-    digits = (_thirds(b[:, :32], 5), _thirds(b[:, 32:48], 5), _thirds(b[:, 48:52], UNUSED_BITS_OF_TERNARY))
+    digits = (_thirds(b[:, :32], 5), _thirds(b[:, 32:48], 5), _thirds(b[:, 48:52], LAST_DIGITS))
     return half(b, 52) * torch.cat(digits, dim=1).float()
 
 

@@ -58,10 +58,9 @@ class _Array(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """dims: slowest first; offset: in the data; size: in bytes; row: bytes of a row of blocks."""
+    """offset: in the data; size: in bytes; row: bytes of a row of blocks."""
 
     stored: StoredTensor
-    dims: tuple[int, ...]
     offset: int
     size: int
     row: int
@@ -130,7 +129,7 @@ class GgufFile:
             raise ValueError(f"'{name}' has {count} values, which its shape {shape} does not")
         stored = StoredTensor(shape=shape, format=form.name if form.name in DTYPES else f"{BLOCKS} {form.name}")
         row = columns // block * block_bytes
-        return _Tensor(stored, dims, offset, math.prod(dims[:-1]) * row, row)
+        return _Tensor(stored, offset, math.prod(dims[:-1]) * row, row)
 
 
 class _Cursor:
