@@ -18,6 +18,8 @@ Latent = dict[str, object]
 
 CATEGORY = "WanVideoWrapper"
 SIZE_STEP = 16
+# Kinds of the widget of a text encoder.
+TEXT_ENCODERS = ("text_encoders", "text_encoders_gguf")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -35,6 +37,12 @@ def files(*kinds: str) -> list[str]:
 def find_model(name: str) -> Path:
     """A transformer or module file by its widget name."""
     kind = "unet_gguf" if name.lower().endswith(".gguf") else "diffusion_models"
+    return get_host().find_file(kind, name)
+
+
+def find_text_encoder(name: str) -> Path:
+    """A text encoder file by its widget name."""
+    kind = "text_encoders_gguf" if name.lower().endswith(".gguf") else "text_encoders"
     return get_host().find_file(kind, name)
 
 

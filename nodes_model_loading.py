@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .attention import ATTENTION_MODES
 from .host import get_host
-from .node_tools import CATEGORY, DTYPES, Inputs, files, find_model, mappings, reject
+from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, Inputs, files, find_model, find_text_encoder, mappings, reject
 from .registry import SYSTEMS
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
@@ -143,7 +143,7 @@ class LoadWanVideoT5TextEncoder:
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "model_name": (files("text_encoders"), {"tooltip": "A umt5-xxl encoder in models/text_encoders"}),
+                "model_name": (files(*TEXT_ENCODERS), {"tooltip": "A umt5-xxl encoder in models/text_encoders"}),
                 "precision": (["fp32", "bf16"], {"default": "bf16"}),
             },
             "optional": {
@@ -157,7 +157,7 @@ class LoadWanVideoT5TextEncoder:
     ) -> tuple[TextEncoder]:
         """Load it."""
         host = get_host()
-        path = host.find_file("text_encoders", model_name)
+        path = find_text_encoder(model_name)
         encoder = load_text_encoder(path, dtype=DTYPES[precision], quantization=quantization, host=host)
         if load_device == "main_device":
             encoder.managed.acquire()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .host import get_host
-from .node_tools import CATEGORY, DTYPES, files, mappings, reject
+from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, files, find_text_encoder, mappings, reject
 from .prompt_segments.extension import segments
 from .wanvideo.loading import WanVideoModel
 from .wanvideo.modules.t5 import TextEncoder, encoder_name, load_text_encoder
@@ -46,7 +46,7 @@ def _split(prompt: str) -> list[str]:
 
 
 def _cache(wanted: bool) -> TextCache | None:
-    return TextCache(get_host().models_dir("text_encoders") / "text_embed_cache") if wanted else None
+    return TextCache(get_host().cache_dir() / "text_embeds") if wanted else None
 
 
 def _compute_device(device: str) -> torch.device | None:
@@ -137,7 +137,7 @@ class WanVideoTextEncodeCached:
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "model_name": (files("text_encoders"), {"tooltip": "A umt5-xxl encoder in models/text_encoders"}),
+                "model_name": (files(*TEXT_ENCODERS), {"tooltip": "A umt5-xxl encoder in models/text_encoders"}),
                 "precision": (["fp32", "bf16"], {"default": "bf16"}),
                 "positive_prompt": PROMPT,
                 "negative_prompt": PROMPT,
@@ -162,7 +162,7 @@ class WanVideoTextEncodeCached:
         """Both embeds, the negative ones alone, and the prompt."""
         reject("WanVideo TextEncode Cached", {"extender_args": extender_args})
         host = get_host()
-        path = host.find_file("text_encoders", model_name)
+        path = find_text_encoder(model_name)
 
         def encode(prompts: list[str]) -> list[Tensor]:
             encoder = load_text_encoder(path, dtype=DTYPES[precision], quantization=quantization, host=host)

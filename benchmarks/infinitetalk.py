@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.host import StandaloneHost, set_host
+from wanvideo_wrapper.image_to_video.extension import ImageCondition
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import checkpoint

@@ -114,6 +114,10 @@ class ComfyHost:
         """ComfyUI/temp."""
         return Path(self._paths.get_temp_directory())
 
+    def cache_dir(self) -> Path:
+        """ComfyUI/user/wanvideo_cache; ComfyUI empties its temp folder at every start."""
+        return Path(self._paths.get_user_directory()) / "wanvideo_cache"
+
     def writable_folder(self, name: str) -> Path:
         """Any folder, as ComfyUI users expect; relative names lie in ComfyUI/output."""
         return self.output_dir() / name

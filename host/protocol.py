@@ -14,13 +14,14 @@ Place = Callable[[torch.device], None]
 # q, k, v [B, H, L, D] -> [B, L, H * D]
 HostAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Folders whose files this pack lists, and the endings that count. GGUF files lie among the diffusion models.
+# Folders whose files this pack lists, and the endings that count. GGUF files lie among the others.
 MODEL_SUFFIXES = (".safetensors", ".sft")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "diffusion_models": ("diffusion_models", MODEL_SUFFIXES),
     "unet_gguf": ("diffusion_models", (".gguf",)),
     "vae": ("vae", MODEL_SUFFIXES),
     "text_encoders": ("text_encoders", MODEL_SUFFIXES),
+    "text_encoders_gguf": ("text_encoders", (".gguf",)),
     "clip_vision": ("clip_vision", MODEL_SUFFIXES),
     "loras": ("loras", MODEL_SUFFIXES),
     "wav2vec2": ("wav2vec2", MODEL_SUFFIXES),
@@ -84,7 +85,10 @@ class Host(Protocol):
         """Finished results."""
 
     def temp_dir(self) -> Path:
-        """Results that may be thrown away, and caches."""
+        """Results that may be thrown away."""
+
+    def cache_dir(self) -> Path:
+        """What was computed and need not be again, kept from run to run."""
 
     def writable_folder(self, name: str) -> Path:
         """The folder a workflow asks to write to: below the output folder, or an absolute one that is allowed.

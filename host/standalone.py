@@ -113,6 +113,10 @@ class StandaloneHost:
         """output/temp."""
         return self._outputs / "temp"
 
+    def cache_dir(self) -> Path:
+        """output/cache."""
+        return self._outputs / "cache"
+
     def readable_file(self, name: str) -> Path:
         """A file of the user's: below the input folder, or absolute below the input, output or an allowed folder.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.fp8_rows import Fp8Rows, quantise
-from ..tensor_layout import kernel_ready
+from ..tensor_layout import check_entry, kernel_ready
 
 ROW_MULTIPLE = 16
 # What files and layers call a layer's scales: ComfyUI and LightX2V, then older FP8 files and the original pack.
@@ -74,6 +74,14 @@ def check_columns(x: Tensor | Fp8Rows, columns: int) -> None:
     width = x.shape[-1] if isinstance(x, Tensor) else x.features
     if width != columns:
         raise ValueError(f"The layer reads {columns} channels, but its input has {width}: check what is connected.")
+
+
+def product(kernel: str, x: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times an expanded weight [N, K] transposed, plus bias [N]: [..., N]. kernel: its name for checks."""
+    rows = kernel_ready(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    bias = None if bias is None else kernel_ready(bias.to(x.dtype))
+    check_entry(kernel, x=rows, weight=wide, bias=bias)
+    return F.linear(rows, wide, bias).view(*x.shape[:-1], wide.shape[0])
 
 
 def weight_shape(layer: nn.Module) -> torch.Size:

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from PIL import Image
 from safetensors.torch import save_file
 from wanvideo_wrapper.demo import INPUT, tiny
@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = Path(os.environ.get("WANVIDEO_GRAPHS", ROOT.parent / "shared" / "workflows"))
 LIGHTX = "WanVideo/Lightx2v/lightx2v_{}_14B{}_cfg_step_distill_{}rank64_bf16{}.safetensors"
 MORDOR = "one-does-not-simply-walk-into-mordor-its-black-gates-are-guarded-by-more-than-just-orcs.mp3"
-Q8_0 = GGMLQuantizationType.Q8_0
 
 # The graph of each test, what makes it small, and the frames of the video it must make. Only attention_mode, size,
 # frames and steps may be set; MelBandRoFormer is bypassed.
@@ -72,8 +71,10 @@ GRAPH_RUNS = {
 }  # fmt: skip
 
 
-def save_gguf(model, path):
-    """Q8_0 where rows fill blocks of 32, else float32; tensors of five dimensions as city96's converter has them."""
+def save_gguf(model, path, *, form="Q8_0"):
+    """Blocks where rows fill them, else float32; tensors of five dimensions as city96's converter has them."""
+    kind = GGMLQuantizationType[form]
+    block = GGML_QUANT_SIZES[kind][0]
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(path, "wan")
     for name, value in model.tensors.items():
@@ -82,8 +83,8 @@ def save_gguf(model, path):
             writer.add_array(f"comfy.gguf.orig_shape.{name}", list(array.shape))
             array = array.reshape(array.shape[0], -1)
             writer.add_tensor(name, array)
-        elif array.ndim == 2 and array.shape[1] % 32 == 0:
-            writer.add_tensor(name, quants.quantize(array, Q8_0), raw_dtype=Q8_0)
+        elif array.ndim == 2 and array.shape[1] % block == 0:
+            writer.add_tensor(name, quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)
     for field, value in model.metadata.items():

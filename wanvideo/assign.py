@@ -13,6 +13,7 @@ from ..kernels.fp8_rows import padded_size
 from ..kernels.nvfp4 import BLOCK
 from ..tensor_layout import kernel_ready
 from .checkpoint import Checkpoint
+from .stored_formats import MXFP8_BLOCK
 
 log = logging.getLogger("wanvideo")
 
@@ -37,8 +38,8 @@ def assign(
     """Fill every parameter of `model`, in place, and log one line of what matched.
 
     names: parameter -> tensor of the checkpoint. Shapes may differ by dimensions of size 1, and by the zeros that fill
-    NVFP4 up. what: the kind of model, for messages. Raises ValueError, naming the first, if tensors are missing or do
-    not fit.
+    NVFP4 and MXFP8 up. what: the kind of model, for messages. Raises ValueError, naming the first, if tensors are
+    missing or do not fit.
     """
     report = check(model, checkpoint, names, what=what)
     fill(model, checkpoint, names, dtype_of=lambda name: dtype)
@@ -89,11 +90,12 @@ def read(checkpoint: Checkpoint, name: str, shape: torch.Size) -> Tensor:
 def _fits(stored: Sequence[int], wanted: Sequence[int], form: str) -> bool:
     if [size for size in stored if size != 1] == [size for size in wanted if size != 1]:
         return True
-    if form != "NVFP4" or len(wanted) != 2:
+    if form not in ("NVFP4", "MXFP8") or len(wanted) != 2 or len(stored) != 2:
         return False
     # A kernel reads whole blocks of columns; ComfyUI fills rows up too, and FP8 products want 32 columns.
     (rows, columns), (n, k) = stored, wanted
-    return rows in (n, padded_size(n, BLOCK)) and columns in (padded_size(k, BLOCK), padded_size(k))
+    row_multiple = BLOCK if form == "NVFP4" else MXFP8_BLOCK
+    return rows in (n, padded_size(n, row_multiple)) and columns in (padded_size(k, BLOCK), padded_size(k))
 
 
 def layer_count(keys: Mapping[str, object], prefix: str) -> int:

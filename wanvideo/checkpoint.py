@@ -11,9 +11,12 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .gguf_file import GgufFile
 from .key_names import Naming, naming_of
-from .stored_formats import Stored, Weight, asks_full_precision, read_stored, read_weight, weights_of
-from .tensor_file import Parts, TensorFile, open_files
+from .model_file import open_files
+from .stored_formats import Weight, asks_full_precision, weights_of
+from .stored_weights import Stored, read_stored, read_weight
+from .tensor_file import Parts, TensorFile
 
 
 class Entry(NamedTuple):
@@ -45,7 +48,7 @@ class Checkpoint:
 
     @cached_property
     def formats(self) -> Mapping[str, str]:
-        """How the file stores each tensor, e.g. "BF16", "F8_E4M3 scaled", "NVFP4", "Q8_0"."""
+        """How the file stores each tensor, e.g. "BF16", "F8_E4M3 scaled", "NVFP4", "GGUF Q8_0"."""
         return {name: entry.weight.format for name, entry in self._entries.items()}
 
     @property
@@ -72,6 +75,11 @@ class Checkpoint:
     def stored(self, name: str) -> Stored:
         """The tensor and its scales as the file holds them."""
         return read_stored(*self._entries[name])
+
+    def array(self, name: str) -> list[str | int | float | bool]:
+        """An array of a GGUF header, such as a vocabulary; empty where there is none of this name."""
+        files = dict.fromkeys(entry.file for entry in self._entries.values())
+        return next((found for file in files if isinstance(file, GgufFile) and (found := file.array(name))), [])
 
     def full_precision(self, name: str) -> bool:
         """Whether the file asks that products with this weight are computed in base precision."""

@@ -43,7 +43,16 @@ OTHER_KINDS = (
         "WanVideo T5 Text Encoder Loader",
         (r"^(shared|encoder\.embed_tokens)\.weight$", r"^encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$"),
     ),
-    Kind("CLIP vision encoder", "WanVideo CLIP Text Encoder Loader", (r"^visual\.transformer\.0\.", r"^log_scale$")),
+    Kind(
+        "UMT5 text encoder",
+        "WanVideo T5 Text Encoder Loader",
+        (r"^token_embd\.weight$", r"^enc\.blk\.0\.attn_rel_b\.weight$"),
+    ),
+    Kind(
+        "CLIP vision encoder",
+        "WanVideo CLIP Text Encoder Loader",
+        (r"^visual\.transformer\.0\.", r"^visual\.patch_embedding\."),
+    ),
     Kind("CLIP vision encoder", "Load CLIP Vision", (r"vision_model\.encoder\.layers\.0\.",)),
     Kind("wav2vec2 speech encoder", "Wav2vec2 Model Loader", (r"^(wav2vec2\.)?feature_extractor\.conv_layers\.0\.",)),
     Kind("Whisper speech encoder", "", (r"^(model\.)?encoder\.embed_positions\.weight$", r"encoder\.conv1\.weight$")),

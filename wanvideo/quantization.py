@@ -18,12 +18,18 @@ from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
 from ..quantized.linear import QuantisedLinear
 from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
 from .checkpoint import Checkpoint
+from .gguf_file import BLOCKS
 from .lora_merge import MergedLoras
+from .stored_weights import expanding_layer
 
 log = logging.getLogger("wanvideo")
 
 NVFP4 = "nvfp4"
-STORED_AS = {"F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2", "NVFP4": NVFP4}
+STORED_AS = {
+    "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2", "NVFP4": NVFP4, "MXFP8": "mxfp8", "INT8": "int8", BLOCKS: "gguf",
+}  # fmt: skip
+# Besides the blocks, the one large layer whose weight no code looks at.
+COMPRESSED = ("blocks.", "time_projection.")
 GGUF_SUFFIX = ".gguf"
 
 
@@ -78,7 +84,11 @@ class Plan:
         if not isinstance(plain, nn.Linear):
             return None
         weight = f"{name}.weight"
-        stored = STORED_AS.get(checkpoint.formats[weight].split()[0])
+        form = checkpoint.formats[weight]
+        stored = STORED_AS.get(form.split()[0])
+        quantizable = name.startswith("blocks.") and not keeps_precision(name)
+        if not quantizable and not (stored == "gguf" and name.startswith(COMPRESSED)):
+            return None
         if stored is None and self.convert is None:
             return None
         bias = checkpoint.tensor(f"{name}.bias").to(self.base) if f"{name}.bias" in checkpoint.shapes else None
@@ -89,6 +99,8 @@ class Plan:
             return self._converted(value if difference is None else value.float() + difference, bias, fast)
         if stored == NVFP4:
             layer = self._nvfp4_layer(checkpoint, weight, plain, bias, fast)
+        elif stored not in FP8_DTYPES:
+            layer = expanding_layer(checkpoint.stored(weight), form, (plain.out_features, plain.in_features), bias)
         else:
             found = checkpoint.stored(weight)
             scales = (found.scale, bias, found.input_scale) if fast else (found.scale, bias)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-GGUF_MAGIC = b"GGUF"
-_SHARD = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
+# Dimensions and sizes beyond this are no model's, and their products would leave what torch can address.
+LARGEST_SIZE = 2**48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +23,7 @@ class StoredTensor:
 
 
 class TensorFile(Protocol):
-    """A file of named tensors, read lazily."""
+    """A file of named tensors, read lazily. Its header was checked against its size when it was opened."""
 
     path: Path
 
@@ -38,12 +36,59 @@ class TensorFile(Protocol):
         """The header."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor in aligned storage of its own; block-quantised types arrive as float32."""
+        """One tensor in aligned storage of its own; GGUF blocks as bytes, uint8 [rows, bytes of a row]."""
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> ValueError:
     """The error for a file whose header or size is wrong."""
-    return ValueError(f"{path.name} is truncated or is no {kind} file ({error}); download it again.")
+    # A damaged header may have put anything into the reason.
+    reason = "".join(character if character.isprintable() else "?" for character in str(error))
+    return ValueError(f"{path.name} is truncated or is no {kind} file ({reason}); download it again.")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a tensor's name that no message could show: with line breaks, or no text at all."""
+    if not name.isprintable():
+        raise ValueError("a tensor's name has characters that cannot be shown")
+
+
+def element_count(name: str, shape: Sequence[object]) -> int:
+    """The number of values of a shape. Raises ValueError unless all its sizes are whole numbers of a possible size."""
+    count = 1
+    for size in shape:
+        # A bool is an int to Python, and `true` no size.
+        if type(size) is not int or not 0 <= size <= LARGEST_SIZE:
+            raise ValueError(f"the shape of '{name}' is not made of whole numbers")
+        count *= size
+        if count > LARGEST_SIZE:
+            raise ValueError(f"'{name}' has a shape of too many values")
+    return count
+
+
+def byte_range(name: str, offsets: object) -> tuple[int, int]:
+    """First byte and the byte behind the last. Raises ValueError for anything but two ascending whole numbers."""
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
+        raise ValueError(f"the offsets of '{name}' are not two whole numbers")
+    begin, end = offsets
+    if not 0 <= begin <= end <= LARGEST_SIZE:
+        raise ValueError(f"the offsets of '{name}' are no range of bytes")
+    return begin, end
+
+
+def read_bytes(path: Path, begin: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor whose bytes start at `begin`, read into fresh memory.
+
+    Raises ValueError where the file has become shorter since its header was checked.
+    """
+    value = torch.empty(tuple(shape), dtype=dtype)
+    if not value.nbytes:
+        return value
+    with path.open("rb") as file:
+        file.seek(begin)
+        got = file.readinto(value.reshape(-1).view(torch.uint8).numpy())
+    if got != value.nbytes:
+        raise ValueError(f"{path.name} became shorter while it was read; download it again.")
+    return value
 
 
 class Parts:
@@ -73,44 +118,3 @@ class Parts:
 def parts_of(file: TensorFile) -> tuple[TensorFile, ...]:
     """The parts of a model; a file that is no part is the only one."""
     return file.files if isinstance(file, Parts) else (file,)
-
-
-def open_file(path: Path) -> TensorFile:
-    """Open a safetensors or GGUF file by its content.
-
-    Raises FileNotFoundError, or ValueError for a pickle, a truncated file or another format.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; check the name and the model folder.")
-    with path.open("rb") as file:
-        magic = file.read(len(GGUF_MAGIC))
-    if path.suffix.lower() in PICKLE_SUFFIXES or magic.startswith(PICKLE_MAGIC):
-        raise ValueError(
-            f"{path.name} is a pickle, which can run any program when it is opened; use the model's .safetensors or "
-            ".gguf file, or convert it with safetensors.torch.save_file where you trust its source."
-        )
-    if magic == GGUF_MAGIC or path.suffix.lower() == ".gguf":
-        from .gguf_file import GgufFile
-
-        return GgufFile(path)
-    from .safetensors_file import SafetensorsFile
-
-    return SafetensorsFile(path)
-
-
-def open_files(path: Path) -> tuple[TensorFile, ...]:
-    """The file, or all shards of a model saved as name-00001-of-00003.safetensors when `path` is one of them.
-
-    Raises FileNotFoundError if a shard is missing.
-    """
-    shard = _SHARD.match(path.name)
-    if shard is None:
-        return (open_file(path),)
-    count = int(shard[3])
-    shards = [path.with_name(f"{shard[1]}-{i:05d}-of-{shard[3]}.safetensors") for i in range(1, count + 1)]
-    absent = [s.name for s in shards if not s.is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"{path.name} is one of {count} parts, and {absent[0]} is not beside it; put all parts in one folder."
-        )
-    return tuple(open_file(s) for s in shards)

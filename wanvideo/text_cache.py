@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
+
+from .safetensors_file import SafetensorsFile
+
+log = logging.getLogger("wanvideo")
+
+EMBEDDING = "embedding"
+# How much of a file tells it from others: its start, which holds the header, and a piece of every 8 MB. A matrix of
+# UMT5 has at least 16 MB; all of 11 GB would take longer to read than prompts take to encode.
+START_BYTES = 2**20
+PIECE_BYTES, PIECE_DISTANCE = 2**12, 2**23
 
 
 class TextCache:
@@ -18,25 +31,52 @@ class TextCache:
         return self._folder / f"{_digest(prompt)}_{_digest(encoder)}.safetensors"
 
     def load(self, prompt: str, encoder: str | None) -> Tensor | None:
-        """The kept embedding [tokens, dim], or None. encoder None: the latest that any encoder made."""
-        from safetensors.torch import load_file
+        """The embedding [tokens, dim], or None. encoder None: the latest that any encoder made.
 
+        A file that cannot be read counts as none, with a warning.
+        """
         if encoder is None:
-            kept = list(self._folder.glob(f"{_digest(prompt)}_*.safetensors"))
+            paths = list(self._folder.glob(f"{_digest(prompt)}_*.safetensors"))
         else:
-            kept = [path for path in (self._path(prompt, encoder),) if path.is_file()]
-        latest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
-        return None if latest is None else load_file(latest)["embedding"].clone()
+            paths = [path for path in (self._path(prompt, encoder),) if path.is_file()]
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                return _embedding(path)
+            except (ValueError, OSError) as error:
+                log.warning("An encoded prompt on disk is left aside: %s", error)
+        return None
 
     def save(self, prompt: str, encoder: str, embedding: Tensor) -> None:
-        """Keep an embedding; the file appears complete or not at all."""
+        """Write an embedding; the file appears complete or not at all."""
         from safetensors.torch import save_file
 
         path = self._path(prompt, encoder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        save_file({"embedding": embedding.contiguous()}, partial)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        save_file({EMBEDDING: embedding.contiguous()}, partial)
         partial.replace(path)
+
+
+def content_digest(paths: Sequence[Path]) -> str:
+    """32 hexadecimal digits of the files' sizes and samples of what they hold; names and dates do not count."""
+    state = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        size = path.stat().st_size
+        state.update(size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            state.update(file.read(START_BYTES))
+            for place in (*range(START_BYTES, size, PIECE_DISTANCE), size - PIECE_BYTES):
+                file.seek(max(place, 0))
+                state.update(file.read(PIECE_BYTES))
+    return state.hexdigest()
+
+
+def _embedding(path: Path) -> Tensor:
+    file = SafetensorsFile(path)
+    stored = file.tensors.get(EMBEDDING)
+    if stored is None or len(stored.shape) != 2:
+        raise ValueError(f"{path.name} holds no embedding.")
+    return file.read(EMBEDDING)
 
 
 def _digest(text: str) -> str:

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear
-from wanvideo_wrapper.wanvideo.modules import clip, t5
+from wanvideo_wrapper.wanvideo.families import kind_of
+from wanvideo_wrapper.wanvideo.modules import clip, t5, tokenizer
 from wanvideo_wrapper.wanvideo.modules.tokenizer import MAX_TOKENS, clean
 
 FACTS = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -140,7 +141,9 @@ def test_tokenizer_is_found_beside_the_file_or_missed_by_name(host, tmp_path, mo
     path = tmp_path / "text_encoders" / "t5.safetensors"
     model.save(path, torch.float32)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="spiece.model or tokenizer.json"):
+    monkeypatch.setattr(tokenizer, "_cached", lambda: None)
+    monkeypatch.setattr(tokenizer, "_fetched", lambda: pytest.fail("fetched although HF_HUB_OFFLINE is set"))
+    with pytest.raises(FileNotFoundError, match=r"\(HF_HUB_OFFLINE is set\): put the spiece\.model or tokenizer\.json"):
         t5.load_text_encoder(path, dtype=torch.float32, host=host)
     (tmp_path / "text_encoders" / "spiece.model").write_bytes(spiece)
     assert t5.load_text_encoder(path, dtype=torch.float32, host=host).encode(["a person"])[0].isfinite().all()
@@ -211,6 +214,14 @@ def test_clip_equals_its_float64_form(wan_file, size, host, tmp_path):
     assert got.shape == (2, 257, tiny.CLIP_DIM)
     assert relative(got, clip_float64(model.tensors, images, 2)) < 1e-4
     assert torch.equal(vision.encode_image(images).penultimate_hidden_states, got)
+
+
+@pytest.mark.parametrize("wan_file", [False, True])
+def test_a_clip_file_is_known_by_its_tower_alone(wan_file):
+    tensors = tiny.clip_vision().tensors
+    tensors = as_wan_file(tensors) if wan_file else tensors
+    tensors.pop("log_scale", None)
+    assert kind_of({name: tuple(value.shape) for name, value in tensors.items()}).name == "CLIP vision encoder"
 
 
 def test_every_published_clip_key_is_used():

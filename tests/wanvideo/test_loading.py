@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from layouts import save_in_order
 from safetensors.torch import load_file, save_file
-from saved_models import save_fp8, save_gguf
+from saved_models import save_fp8
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantise_rows
@@ -81,41 +81,6 @@ def test_odd_tensors_in_front_leave_the_rest_aligned(t2v, tmp_path):
     assert all(p.data_ptr() % 16 == 0 for p in model.transformer.parameters())
     assert relative(run(model), reference(t2v.tensors)) < 1e-6
     assert model.report.unused == ("aaa_odd",)
-
-
-def test_gguf(t2v, tmp_path):
-    from gguf import GGMLQuantizationType, quants
-
-    save_gguf(t2v, tmp_path / "model.gguf")
-    kind = GGMLQuantizationType.Q8_0
-    expected = {}
-    for name, value in t2v.tensors.items():
-        quantised = value.dim() == 2 and value.shape[1] % 32 == 0
-        rounded = quants.dequantize(quants.quantize(value.float().numpy(), kind), kind) if quantised else value
-        expected[name] = torch.as_tensor(rounded)
-    model = load_wan_model(tmp_path / "model.gguf", FP32, HOST, SYSTEMS)
-    assert relative(run(model), reference(expected)) < 1e-5
-
-
-def test_gguf_of_another_type_is_named(tmp_path):
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
-
-    model = tiny.transformer(in_dim=16)
-    writer = GGUFWriter(tmp_path / "q4.gguf", "wan")
-    kind = GGMLQuantizationType.Q4_0
-    for name, value in model.tensors.items():
-        array = value.float().numpy()
-        if array.ndim == 2 and array.shape[1] % 32 == 0:
-            writer.add_tensor(name, quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            shape = array.reshape(array.shape[0], -1) if array.ndim > 4 else array
-            if array.ndim > 4:
-                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(array.shape))
-            writer.add_tensor(name, shape)
-    for call in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-        getattr(writer, call)()
-    with pytest.raises(ValueError, match="Q4_0"):
-        load_wan_model(tmp_path / "q4.gguf", FP32, HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

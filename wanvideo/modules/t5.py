@@ -14,9 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ...quantized.fp8 import Fp8Linear
+from ...quantized.gguf import GgufEmbedding
+from ...quantized.linear import QuantisedLinear
 from ...quiet_imports import kernels_hidden
 from ..assign import check, fill, layer_count, read
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..gguf_file import BLOCKS
+from ..model_file import part_paths
+from ..stored_weights import expanding_layer
+from ..text_cache import content_digest
 from .tokenizer import Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("disabled", "fp8_e4m3fn")
 WEIGHTED = re.compile(r"\((.*?):(\d+(?:\.\d+)?)\)")
 
-# Hugging Face's name -> Wan's, inside a block.
+# Hugging Face's name -> Wan's, or llama.cpp's in GGUF files: inside a block, and of the rest.
 BLOCK_NAMES = {
     "layer.0.layer_norm.": "norm1.",
     "layer.0.SelfAttention.relative_attention_bias.": "pos_embedding.embedding.",
@@ -42,14 +48,40 @@ TOP_NAMES = {
 }
 
 
+GGML_BLOCK_NAMES = {
+    "layer.0.layer_norm.": "attn_norm.",
+    "layer.0.SelfAttention.relative_attention_bias.": "attn_rel_b.",
+    "layer.0.SelfAttention.": "attn_",
+    "layer.1.layer_norm.": "ffn_norm.",
+    "layer.1.DenseReluDense.wi_0.": "ffn_gate.",
+    "layer.1.DenseReluDense.wi_1.": "ffn_up.",
+    "layer.1.DenseReluDense.wo.": "ffn_down.",
+}
+GGML_TOP_NAMES = {
+    "shared.weight": "token_embd.weight",
+    "encoder.embed_tokens.weight": "token_embd.weight",
+    "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+}
+STYLES = {
+    "wan": (TOP_NAMES, "blocks.", BLOCK_NAMES),
+    "ggml": (GGML_TOP_NAMES, "enc.blk.", GGML_BLOCK_NAMES),
+}
+
+
 def wan_name(name: str) -> str:
     """Wan's name of a Hugging Face name."""
-    if name in TOP_NAMES:
-        return TOP_NAMES[name]
+    return styled_name(name, "wan")
+
+
+def styled_name(name: str, style: str) -> str:
+    """The name in another style ("wan" or "ggml") of a Hugging Face name."""
+    top, prefix, block = STYLES[style]
+    if name in top:
+        return top[name]
     _, _, number, rest = name.split(".", 3)
-    for old, new in BLOCK_NAMES.items():
+    for old, new in block.items():
         if rest.startswith(old):
-            return f"blocks.{number}.{new}{rest.removeprefix(old)}"
+            return f"{prefix}{number}.{new}{rest.removeprefix(old)}"
     return name
 
 
@@ -99,16 +131,16 @@ def _occurrences(ids: Sequence[int], part: Sequence[int]) -> list[int]:
 
 
 def encoder_name(path: Path, dtype: torch.dtype, quantization: str = "disabled") -> str:
-    """What an embedding was made with: file, precision, quantisation. The file need not be loaded."""
-    return f"{path.name} {dtype}" + (f" {quantization}" if quantization != "disabled" else "")
+    """What an embedding was made with: content of the file, precision, quantization. The file need not be loaded."""
+    return f"{content_digest(part_paths(path))} {dtype}" + (f" {quantization}" if quantization != "disabled" else "")
 
 
 def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled") -> TextEncoder:
-    """Load a UMT5 encoder of any size, under Wan's or Hugging Face's names.
+    """Load a UMT5 encoder of any size, under Wan's, Hugging Face's or llama.cpp's names.
 
     quantization: "disabled" expands FP8 files, scaled or not, to `dtype`; "fp8_e4m3fn" keeps their bytes, and stores
-    layers of other files in FP8 too (half the memory, expanded for each product). Raises ValueError for another kind of
-    file or quantization, FileNotFoundError without a tokenizer.
+    layers of other files in FP8 too (half the memory, expanded for each product). GGUF weights stay as they are.
+    Raises ValueError for another kind of file or quantization, FileNotFoundError without a tokenizer.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(
@@ -119,10 +151,11 @@ def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantizatio
     names = _file_names(checkpoint)
     with torch.device("meta"):
         model = _build(checkpoint, names)
+    if any(form.startswith(BLOCKS) for form in checkpoint.formats.values()) and quantization != "disabled":
+        raise ValueError(f"{path.name} is a GGUF file, whose own quantization is used: choose quantization 'disabled'.")
     model.encoder.embed_tokens = model.shared
     check(model, checkpoint, names, what="UMT5 text encoder")
-    if quantization != "disabled":
-        _store_in_fp8(model, checkpoint, names)
+    _compress(model, checkpoint, names, dtype=dtype, fp8=quantization != "disabled")
     fill(model, checkpoint, names, dtype_of=lambda name: dtype)
     tokenizer = find_tokenizer(checkpoint, [path.parent, host.models_dir("text_encoders")])
     name = encoder_name(path, dtype, quantization)
@@ -130,30 +163,44 @@ def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantizatio
 
 
 @torch.no_grad()
-def _store_in_fp8(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+def _compress(
+    model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype: torch.dtype, fp8: bool
+) -> None:
     for name, layer in list(model.named_modules()):
-        # transformers casts activations to the dtype of a `wo` layer's weight, so that one stays as it is.
-        if not isinstance(layer, nn.Linear) or name.endswith(".wo"):
-            continue
-        key = names[f"{name}.weight"]
-        if checkpoint.formats[key].startswith("F8_E4M3"):
-            found = checkpoint.stored(key)
-            quantised = Fp8Linear(found.values, found.scale, None)
-        else:
-            quantised = Fp8Linear.quantise(read(checkpoint, key, layer.weight.shape), None, torch.float8_e4m3fn)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, quantised)
+        if isinstance(layer, nn.Linear):
+            compressed = _compressed(layer, checkpoint, names[f"{name}.weight"], fp8 and not name.endswith(".wo"))
+            if compressed is not None:
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, compressed)
+    key = names["shared.weight"]
+    kind, _, form = checkpoint.formats[key].partition(" ")
+    if kind == BLOCKS:
+        model.shared = model.encoder.embed_tokens = GgufEmbedding(checkpoint.stored(key).values, form, dtype)
+
+
+def _compressed(layer: nn.Linear, checkpoint: Checkpoint, key: str, fp8: bool) -> QuantisedLinear | None:
+    """fp8: whether to store other weights in it. transformers casts activations to the dtype of a `wo` layer's weight,
+    so that those stay as they are."""
+    form = checkpoint.formats[key]
+    if form.startswith(BLOCKS):
+        return expanding_layer(checkpoint.stored(key), form, (layer.out_features, layer.in_features), None)
+    if not fp8:
+        return None
+    if form.startswith("F8_E4M3"):
+        found = checkpoint.stored(key)
+        return Fp8Linear(found.values, found.scale, None)
+    return Fp8Linear.quantise(read(checkpoint, key, layer.weight.shape), None, torch.float8_e4m3fn)
 
 
 class _Names(Mapping[str, str]):
-    """Hugging Face parameter name -> name in the file."""
+    """Hugging Face parameter name -> name in the file, whose style is "hf", "wan" or "ggml"."""
 
-    def __init__(self, checkpoint: Checkpoint, wan: bool) -> None:
-        self._keys, self._wan = checkpoint.shapes, wan
+    def __init__(self, checkpoint: Checkpoint, style: str) -> None:
+        self._keys, self.style = checkpoint.shapes, style
 
     def __getitem__(self, name: str) -> str:
-        if self._wan:
-            return wan_name(name)
+        if self.style != "hf":
+            return styled_name(name, self.style)
         alias = "encoder.embed_tokens.weight"
         return alias if name == "shared.weight" and name not in self._keys else name
 
@@ -164,16 +211,21 @@ class _Names(Mapping[str, str]):
         return len(self._keys)
 
 
-def _file_names(checkpoint: Checkpoint) -> Mapping[str, str]:
-    wan = "token_embedding.weight" in checkpoint.shapes
-    if not wan and "encoder.block.0.layer.0.SelfAttention.q.weight" not in checkpoint.shapes:
+def _file_names(checkpoint: Checkpoint) -> _Names:
+    marks = {
+        "token_embedding.weight": "wan",
+        "enc.blk.0.attn_q.weight": "ggml",
+        "encoder.block.0.layer.0.SelfAttention.q.weight": "hf",
+    }
+    style = next((style for key, style in marks.items() if key in checkpoint.shapes), None)
+    if style is None:
         raise ValueError(
-            f"{checkpoint.path.name} is no UMT5 text encoder: choose a umt5-xxl file (bf16, fp16 or scaled FP8)."
+            f"{checkpoint.path.name} is no UMT5 text encoder: choose a umt5-xxl file (bf16, fp16, scaled FP8 or GGUF)."
         )
-    return _Names(checkpoint, wan)
+    return _Names(checkpoint, style)
 
 
-def _build(checkpoint: Checkpoint, names: Mapping[str, str]) -> nn.Module:
+def _build(checkpoint: Checkpoint, names: _Names) -> nn.Module:
     with kernels_hidden("transformers"):
         from transformers import UMT5Config, UMT5EncoderModel
 
@@ -188,7 +240,7 @@ def _build(checkpoint: Checkpoint, names: Mapping[str, str]) -> nn.Module:
         )
     buckets, heads = shapes[bias]
     inner = shapes[names[f"{block}.0.SelfAttention.q.weight"]][0]
-    prefix = "blocks." if "token_embedding.weight" in shapes else "encoder.block."
+    prefix = "encoder.block." if names.style == "hf" else STYLES[names.style][1]
     config = UMT5Config(
         vocab_size=vocabulary,
         d_model=dim,

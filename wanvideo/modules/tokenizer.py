@@ -1,14 +1,18 @@
-"""The text tokenizer of UMT5: sentencepiece or tokenizers, from the checkpoint, the model folder or the local cache."""
+"""The text tokenizer of UMT5: in the checkpoint, beside it, in the local cache, else fetched once.
+
+A GGUF file of a text encoder holds its vocabulary in the header (llama.cpp's fields `tokenizer.ggml.*`).
+"""
 
 from __future__ import annotations
 
 import html
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ...quiet_imports import kernels_hidden
 from ..checkpoint import Checkpoint
 
 log = logging.getLogger("wanvideo")
@@ -16,8 +20,17 @@ log = logging.getLogger("wanvideo")
 EMBEDDED = "spiece_model"
 END_OF_TEXT = 1
 MAX_TOKENS = 512
-FILES = ("spiece.model", "tokenizer.json", "google/umt5-xxl/spiece.model", "google/umt5-xxl/tokenizer.json")
 HUB_NAME = "google/umt5-xxl"
+# Its files have not changed since 2023; another one could not slip in.
+REVISION = "66cb9e7e85526fe440a945569e42c72fb6cbc0ad"
+NAMES = ("spiece.model", "tokenizer.json")
+FILES = (*NAMES, *(f"{HUB_NAME}/{name}" for name in NAMES))
+GGUF_FIELDS = "tokenizer.ggml."
+GGUF_BYTE = 6
+SPACE = "\u2581"
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
 
 Encode = Callable[[str], list[int]]
 
@@ -45,23 +58,26 @@ class Tokenizer:
 
 
 def find_tokenizer(checkpoint: Checkpoint, folders: list[Path]) -> Tokenizer:
-    """The tokenizer inside the checkpoint, else in one of the folders, else in the local transformers cache.
+    """The tokenizer inside the checkpoint, in one of the folders or in the local cache; else it is fetched.
 
-    Raises FileNotFoundError, saying what to put where. Nothing is downloaded.
+    Raises FileNotFoundError, saying what to put where, if it cannot be fetched or HF_HUB_OFFLINE is set.
     """
     if EMBEDDED in checkpoint.shapes:
         return Tokenizer(_sentencepiece(bytes(checkpoint.tensor(EMBEDDED).tolist())))
-    for folder in folders:
-        for path in (folder / name for name in FILES):
-            if path.is_file():
-                return Tokenizer(_from_file(path))
-    cached = _from_cache()
-    if cached is None:
-        raise FileNotFoundError(
-            f"There is no tokenizer for {checkpoint.path.name}: put the spiece.model or tokenizer.json of {HUB_NAME} "
-            f"into {folders[0]}, or use a text encoder file that contains it."
-        )
-    return Tokenizer(cached)
+    if tokens := checkpoint.array(f"{GGUF_FIELDS}tokens"):
+        return Tokenizer(_from_gguf(checkpoint, tokens))
+    beside = next((path for folder in folders for name in FILES if (path := folder / name).is_file()), None)
+    path = beside or _cached()
+    if path is None:
+        fault = "HF_HUB_OFFLINE is set" if _offline() else None
+        path = None if fault else _fetched()
+        if path is None:
+            raise FileNotFoundError(
+                f"There is no tokenizer for {checkpoint.path.name}, and it could not be fetched "
+                f"({fault or 'no connection'}): put the {' or '.join(NAMES)} of {HUB_NAME} into {folders[0]}, or use a "
+                "text encoder file that contains it."
+            )
+    return Tokenizer(_from_file(path))
 
 
 def _from_file(path: Path) -> Encode:
@@ -69,8 +85,11 @@ def _from_file(path: Path) -> Encode:
         return _sentencepiece(path.read_bytes())
     from tokenizers import Tokenizer as Fast
 
-    fast = Fast.from_file(str(path))
-    return lambda text: fast.encode(text, add_special_tokens=False).ids
+    return _fast(Fast.from_file(str(path)))
+
+
+def _fast(tokenizer: FastTokenizer) -> Encode:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _sentencepiece(model: bytes) -> Encode:
@@ -80,12 +99,52 @@ def _sentencepiece(model: bytes) -> Encode:
     return lambda text: processor.encode(text)
 
 
-def _from_cache() -> Encode | None:
-    with kernels_hidden("transformers"):
-        from transformers import AutoTokenizer
+def _from_gguf(checkpoint: Checkpoint, tokens: list[str]) -> Encode:
+    """The unigram model of the header. Raises ValueError for scores of another number, or another kind of model."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, normalizers, pre_tokenizers
 
-        try:
-            cached = AutoTokenizer.from_pretrained(HUB_NAME, local_files_only=True)
-        except (OSError, ValueError):
-            return None
-    return lambda text: cached.encode(text, add_special_tokens=False)
+    scores, kinds = (checkpoint.array(GGUF_FIELDS + name) for name in ("scores", "token_type"))
+    unknown = checkpoint.metadata.get(f"{GGUF_FIELDS}unknown_token_id", "2")
+    if len(scores) != len(tokens) or not unknown.isdigit() or int(unknown) >= len(tokens):
+        raise ValueError(
+            f"{checkpoint.path.name}: the vocabulary in its header is no UMT5's; use another file of the text encoder."
+        )
+    vocabulary = [(token, float(score)) for token, score in zip(tokens, scores, strict=True)]
+    fast = Fast(models.Unigram(vocabulary, int(unknown), byte_fallback=GGUF_BYTE in kinds))
+    rules = [normalizers.Replace(" ", SPACE)]
+    if charsmap := checkpoint.array(f"{GGUF_FIELDS}precompiled_charsmap"):
+        rules.insert(0, normalizers.Precompiled(bytes(value & 0xFF for value in charsmap)))
+    fast.normalizer = normalizers.Sequence(rules)
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=False)
+    return _fast(fast)
+
+
+def _cached() -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in NAMES:
+        for revision in (REVISION, "main"):
+            found = try_to_load_from_cache(HUB_NAME, name, revision=revision)
+            if isinstance(found, str):
+                return Path(found)
+    return None
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    # The constant is what the environment was when the library was imported.
+    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+
+
+def _fetched() -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    name = NAMES[0]
+    log.info("Fetching %s of %s (4 MB, once): the text encoder file has no tokenizer.", name, HUB_NAME)
+    try:
+        return Path(hf_hub_download(HUB_NAME, name, revision=REVISION))
+    except (OSError, ValueError) as error:
+        log.warning("It could not be fetched: %s", str(error).splitlines()[0])
+        return None
