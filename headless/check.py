@@ -75,7 +75,7 @@ def _no_output(prompt: Prompt, classes: Mapping[str, type]) -> str:
 
 
 def _in_order(prompt: Prompt, outputs: list[Node]) -> tuple[list[Node], list[str]]:
-    """Everything that the outputs need, makers before takers; loops and links to nowhere. By a stack: chains are long."""
+    """All that the outputs need, makers before takers; loops and links to nowhere. Chains are long: no recursion."""
     done: dict[str, Node] = {}
     problems: list[str] = []
     entered: set[str] = set()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..host import CancelledError
 from .check import check, is_output
+from .frame_folder import FrameFolder, folder_of, is_stand_in
 from .graph import Link, Node, Prompt, as_api
+from .rescue import rescue
 from .widgets import inputs_of
 
 if TYPE_CHECKING:
@@ -31,6 +34,12 @@ class Runner:
         self._signatures: dict[str, str] = {}
         self._results: dict[str, Outputs] = {}
         self._shown: list[dict[str, object]] = []
+        self._sampled: set[str] = set()
+        self._folders: dict[str, Path] = {}
+
+    def check(self) -> None:
+        """Raise GraphError with all that is wrong with the workflow; nothing runs."""
+        check(self._prompt, self._classes, self._host)
 
     def run(self) -> list[dict[str, object]]:
         """Execute all output nodes; returns what they show (`ui`), in order.
@@ -40,6 +49,8 @@ class Runner:
         """
         for node in check(self._prompt, self._classes, self._host):
             self._execute(node)
+        for folder in sorted(set(self._folders.values())):
+            log.info("The frames are in %s.", folder)
         return self._shown
 
     def _execute(self, node: Node) -> None:
@@ -51,11 +62,55 @@ class Runner:
         log.info("Running %s.", node.label)
         cls = self._classes[node.type]
         arguments = {name: self._argument(value) for name, value in node.inputs.items()}
-        returned = getattr(cls(), cls.FUNCTION)(**self._accepted(cls, node, arguments))
+        chosen = self._accepted(cls, node, self._with_frames(cls, node, arguments))
+        try:
+            returned = getattr(cls(), cls.FUNCTION)(**chosen)
+        except CancelledError:
+            raise
+        except Exception as error:
+            if is_output(node, self._classes) or self._was_sampled(node):
+                note = rescue(chosen, self._host.output_dir())
+                if note:
+                    error.add_note(note)
+            raise
         if isinstance(returned, dict):
             self._shown.append(returned.get("ui", {}))
             returned = returned.get("result", ())
         self._results[signature] = tuple(returned or ())
+        self._note_folder(node)
+
+    def _was_sampled(self, node: Node) -> bool:
+        """Whether a sampler worked for what this node takes: what loaders give can be had again."""
+        return any(
+            isinstance(value, Link) and self._prompt.nodes[value.node].id in self._sampled
+            for value in node.inputs.values()
+        )
+
+    def _note_folder(self, node: Node) -> None:
+        """Remember where the frames are that this node's black frame stands for."""
+        cls = self._classes[node.type]
+        kinds = {entry.kind for entry in inputs_of(cls) if isinstance(entry.kind, str)}
+        if self._was_sampled(node) or ("LATENT" in cls.RETURN_TYPES and "WANVIDEOMODEL" in kinds):
+            self._sampled.add(node.id)
+        makers = [value.node for value in node.inputs.values() if isinstance(value, Link)]
+        outputs = self._results[self._signatures[node.id]]
+        found = [folder for folder in map(folder_of, outputs) if folder]
+        if not found and any(is_stand_in(value) for value in outputs):
+            found = [self._folders[maker] for maker in makers if maker in self._folders]
+        if found:
+            self._folders[node.id] = found[0]
+
+    def _with_frames(self, cls: type, node: Node, arguments: dict[str, object]) -> dict[str, object]:
+        """The frames of a folder in the place of the black one, for nodes that write them as they come."""
+        for name, value in node.inputs.items():
+            if not isinstance(value, Link) or value.node not in self._folders or not is_stand_in(arguments[name]):
+                continue
+            folder = self._folders[value.node]
+            if name in getattr(cls, "TAKES_FOLDERS", ()):
+                arguments = {**arguments, name: FrameFolder(folder)}
+            else:
+                log.warning("%s gets one black frame as '%s': the frames are in %s.", node.label, name, folder)
+        return arguments
 
     def _argument(self, value: object) -> object:
         if not isinstance(value, Link):
@@ -65,7 +120,8 @@ class Runner:
     def _accepted(self, cls: type, node: Node, arguments: dict[str, object]) -> dict[str, object]:
         declared = {entry.name for entry in inputs_of(cls)}
         takes_all = getattr(cls, "ACCEPTS_ALL", False)
-        chosen = {name: value for name, value in arguments.items() if takes_all or name in declared}
+        # A saved input named "self" would take the method's own.
+        chosen = {n: v for n, v in arguments.items() if n in declared or (takes_all and n != "self")}
         hidden = {
             "UNIQUE_ID": node.id,
             "PROMPT": as_api(self._prompt),
