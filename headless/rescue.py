@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..multitalk.footage import write_frame
 from .frame_folder import FrameFolder, folder_of
-from .video_file import to_pixels
+from .video_file import Video, to_pixels
 
 FRAMES_A_SECOND = 25.0
 
@@ -25,6 +25,9 @@ def rescue(arguments: Mapping[str, object], output: Path) -> str:
 
     Another folder is taken where nothing can be written to that one. "" if there is nothing to save.
     """
+    for value in list(arguments.values()):
+        if isinstance(value, Video):
+            arguments = {**arguments, "images": value.images, "fps": value.fps, "audio": value.audio}
     folders = [value.folder for value in arguments.values() if isinstance(value, FrameFolder)]
     folders += [folder_of(value) for value in arguments.values() if folder_of(value)]
     if folders:

@@ -123,13 +123,13 @@ class Runner:
         # A saved input named "self" would take the method's own.
         chosen = {n: v for n, v in arguments.items() if n in declared or (takes_all and n != "self")}
         hidden = {
-            "UNIQUE_ID": node.id,
-            "PROMPT": as_api(self._prompt),
-            "EXTRA_PNGINFO": {"workflow": self._prompt.workflow} if self._prompt.workflow else {},
+            "UNIQUE_ID": lambda: node.id,
+            "PROMPT": lambda: as_api(self._prompt),
+            "EXTRA_PNGINFO": lambda: {"workflow": self._prompt.workflow} if self._prompt.workflow else {},
         }
         for name, kind in cls.INPUT_TYPES().get("hidden", {}).items():
             if kind in hidden:
-                chosen[name] = hidden[kind]
+                chosen[name] = hidden[kind]()
         return chosen
 
     def _signature(self, node: Node) -> str:

@@ -72,6 +72,15 @@ class Frames(Protocol):
         """One of them."""
 
 
+@dataclass(frozen=True)
+class Video:
+    """Frames, their rate and their sound, between CreateVideo and SaveVideo."""
+
+    images: Frames
+    fps: float
+    audio: Audio | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
     """How a video is written: frames a second, quality (CRF, lower is better), pixel format, text fields.

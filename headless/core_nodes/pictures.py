@@ -191,7 +191,7 @@ class ImageResizeKJv2:
                 "lanczos, and stretch, resize, crop, pad or total_pixels."
             )
         if keep_proportion == "pad":
-            _color(pad_color)
+            to_color(pad_color)
         return True
 
     def resize(
@@ -241,7 +241,7 @@ def _filled_up(pad: tuple[int, int, int, int], size: tuple[int, int], step: int)
 def _padded(images: Tensor, pad: tuple[int, int, int, int], color: str) -> Tensor:
     left, right, top, bottom = pad
     count, height, width, channels = images.shape
-    values = _color(color)[:channels]
+    values = to_color(color)[:channels]
     if len(values) not in (1, channels):
         raise ValueError(f"'{color}' is no pad_color; write {channels} numbers from 0 to 255, such as '0, 0, 0'.")
     canvas = values.expand(count, height + top + bottom, width + left + right, -1).clone()
@@ -249,7 +249,7 @@ def _padded(images: Tensor, pad: tuple[int, int, int, int], color: str) -> Tenso
     return canvas
 
 
-def _color(text: str) -> Tensor:
+def to_color(text: str) -> Tensor:
     """Numbers from 0 to 255 between commas, as 0 to 1. Raises ValueError for anything else."""
     try:
         values = torch.tensor([float(part) for part in text.split(",")]) / 255
@@ -331,6 +331,11 @@ class ImageConcatMulti:
             },
             "optional": {"image_2": ("IMAGE",)},
         }
+
+    @classmethod
+    def EXTRA_INPUTS(cls, values: dict[str, object]) -> dict[str, tuple[object, ...]]:
+        """image_3, image_4, ..."""
+        return {name: ("IMAGE",) for name in values if re.fullmatch(r"image_\d+", name) and name != "image_1"}
 
     def combine(
         self, inputcount: int, image_1: Tensor, direction: str, match_image_size: bool, **images: Tensor
