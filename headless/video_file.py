@@ -37,6 +37,8 @@ class Format:
     crf: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     tag: str = ""
+    # libx265 4.1 writes past its buffers when a side is shorter than its coding unit.
+    least_side: int = 2
 
 
 H264 = Format(
@@ -46,7 +48,7 @@ FORMATS: dict[str, Format] = {
     "video/h264-mp4": H264,
     "video/h265-mp4": Format(
         suffix=".mp4", container="mp4", codec="libx265", sound="aac", pixel_formats=("yuv420p10le", "yuv420p"), crf=22,
-        options={"x265-params": "log-level=quiet"}, tag="hvc1",
+        options={"x265-params": "log-level=quiet"}, tag="hvc1", least_side=64,
     ),
     "video/webm": Format(
         suffix=".webm", container="webm", codec="libvpx-vp9", sound="libopus", pixel_formats=("yuv420p", "yuva420p"),
@@ -151,6 +153,11 @@ class _Checked:
 def _encode(path: Path, images: _Checked, encoding: Encoding, audio: Audio | None) -> None:
     form = encoding.format
     height, width = images.first.shape[0] // 2 * 2, images.first.shape[1] // 2 * 2
+    if min(height, width) < form.least_side:
+        raise ValueError(
+            f"{form.codec} writes frames of {form.least_side}x{form.least_side} or more, these are {width}x{height}: "
+            "choose video/h264-mp4."
+        )
     options = {"movflags": "use_metadata_tags"} if form.container in ("mp4", "mov") else {}
     with av.open(str(path), "w", format=form.container, options=options) as container:
         container.metadata.update(encoding.metadata or {})

@@ -169,7 +169,7 @@ def host(tmp_path):
     set_host(before)
 
 
-FRAMES = torch.linspace(0, 1, 6)[:, None, None, None].expand(6, 32, 48, 3)
+FRAMES = torch.linspace(0, 1, 6)[:, None, None, None].expand(6, 64, 96, 3)
 CODECS = {"video/h264-mp4": "h264", "video/h265-mp4": "hevc", "video/webm": "vp9", "video/ProRes": "prores"}
 
 
@@ -197,3 +197,9 @@ def test_every_format_is_written_and_read_back(name, host, tmp_path, caplog):
     assert not list((tmp_path / "out").glob(".*"))
     again = node.combine_video(FRAMES, 12.0, 0, "clip", name, False, True)["ui"]["videos"]
     assert not set(shown) & set(again)
+
+
+def test_h265_refuses_frames_that_its_encoder_cannot_hold(host):
+    node = NODES["VHS_VideoCombine"]()
+    with pytest.raises(ValueError, match="64x64 or more, these are 48x64: choose video/h264-mp4"):
+        node.combine_video(FRAMES[:, :, :48], 12.0, 0, "clip", "video/h265-mp4", False, True)
