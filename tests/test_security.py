@@ -21,7 +21,8 @@ import av, PIL.Image, safetensors.torch, torch, wave
 PIL.Image.init()
 arguments = json.loads(sys.argv[1])
 seen, watching = [], [True]
-PREFIXES = ("subprocess", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.fork", "pty.", "socket.", "pickle.", "open")
+PREFIXES = ("subprocess", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.fork", "pty.",
+            "socket.", "pickle.", "open")
 
 def hook(event, details):
     if watching[0] and event.startswith(PREFIXES):
@@ -49,7 +50,8 @@ def watched(tmp_path_factory):
     """A run that reads a picture and a sound and writes a video: its folder, status and audit events."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "in").mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / "in" / "a.png")
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "in" / "a.png")
     write_wav(folder / "in" / "a.wav")
     graph = {
         "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
@@ -99,11 +101,12 @@ def test_no_input_lies_outside(name, tmp_path, capsys):
     from wanvideo_wrapper.host import get_host, set_host
 
     graph = {"1": {"class_type": "LoadImage", "inputs": {"image": name}},
-             "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "../../x"}}}  # fmt: skip
+             "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "../x"}}}  # fmt: skip
     (tmp_path / "w.json").write_text(json.dumps(graph))
     before = get_host()
     try:
-        status = main(["run", str(tmp_path / "w.json"), "--input", str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+        folders = ["--input", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+        status = main(["run", str(tmp_path / "w.json"), *folders])
     finally:
         set_host(before)
     assert status == 2 and capsys.readouterr().err.count("lies outside the input and output folders") == 2

@@ -222,7 +222,8 @@ def test_damaged_files_are_named(graph, says, tmp_path):
 
 
 def test_meta_may_be_anything(tmp_path):
-    graph = {str(n): {"class_type": "End", "inputs": {}, "_meta": meta} for n, meta in enumerate((None, 5, {"title": 3}))}
+    metas = (None, 5, {"title": 3})
+    graph = {str(n): {"class_type": "End", "inputs": {}, "_meta": meta} for n, meta in enumerate(metas)}
     assert [node.label for node in read(tmp_path, graph).nodes.values()] == ["End (#0)", "End (#1)", "3 (#2)"]
 
 

@@ -191,7 +191,9 @@ def test_every_format_is_written_and_read_back(name, host, tmp_path, caplog):
     else:
         images, _ = read_picture(tmp_path / "out" / shown[0])
         levels = [float(image.mean()) for image in images]
-        assert Image.open(shown[0]).info["duration"] in (80, 83) and Image.open(shown[0]).info.get("loop") == 0
+        opened = Image.open(shown[0])
+        opened.load()
+        assert opened.info["duration"] in (80, 83) and opened.info["loop"] == 0
         assert "holds no sound" in caplog.text
     assert levels == pytest.approx([n / 5 for n in range(6)], abs=0.03)
     assert not list((tmp_path / "out").glob(".*"))
