@@ -1,15 +1,19 @@
 # make demo: install into .venv and make the demo video.   make test: install and run all tests that this machine can.
+# make fuzz: 10,000 mutated inputs for each reader.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/wanvideo demo
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed
+	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..demo.quality import command as quality_command
@@ -16,6 +17,9 @@ from ..registry import SYSTEMS
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 FAILED, CANCELLED = 2, 130
+# Service managers and container hosts stop a run with the second.
+STOPS = (signal.SIGINT, signal.SIGTERM)
+MOST_FPS = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         expected = isinstance(error, USER_ERRORS)
-        sys.stderr.write(f"{error}\n" if expected else f"{error!r} was not expected; --debug shows where it arose.\n")
+        text = str(error) if expected else f"{error!r} was not expected; --debug shows where it arose."
+        # Notes say where the frames of a run that failed at its end are.
+        sys.stderr.write("".join(f"{line}\n" for line in (text, *getattr(error, "__notes__", ()))))
         return FAILED
     return 0
 
@@ -48,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mute", action="append", default=[], metavar="NODE", help="leave a node out")
     run.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
     run.add_argument("--input", type=Path, help="folder of pictures and sounds (default: ./input)")
+    run.add_argument("--check", action="store_true", help="say all that is wrong with the workflow, and run nothing")
     run.add_argument("--allow-path", action="append", default=[], type=Path, metavar="DIR")
     run.set_defaults(command=_run)
 
@@ -56,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--speech", type=Path, metavar="FILE", help="your own speech, in any sound format")
     demo.add_argument("--portrait", type=Path, metavar="FILE", help="your own drawn frontal face (demo/MODEL_CARD.md)")
     demo.set_defaults(command=_demo)
+
+    assemble = commands.add_parser("assemble", help="make a video of the frames of a folder")
+    assemble.add_argument("folder", type=Path, help="folder with frame_00000.png, ...")
+    assemble.add_argument("--fps", type=float, default=25.0, help="frames a second (default: 25)")
+    assemble.add_argument("--audio", type=Path, metavar="FILE", help="its sound")
+    assemble.add_argument("--out", type=Path, metavar="FILE", help="the video (default: FOLDER.mp4)")
+    assemble.set_defaults(command=_assemble)
 
     quality = commands.add_parser("quality", help="measure lip-sync and fidelity of the demo's models by setting")
     quality_command.add_arguments(quality)
@@ -96,17 +110,18 @@ def _demo(options: argparse.Namespace) -> None:
     options.assignments = assignments(options.speech, options.portrait) + options.assignments
     allowed = folders(options.speech, options.portrait)
     host = StandaloneHost(models=MODELS, inputs=INPUT, outputs=options.out, device=options.device, allowed=allowed)
-    options.bypass, options.mute = [], []
+    options.bypass, options.mute, options.check = [], [], False
     _execute(WORKFLOW, host, options)
 
 
 def _execute(workflow: Path, host: StandaloneHost, options: argparse.Namespace) -> None:
     set_host(host)
-    interrupt = signal.signal(signal.SIGINT, lambda *_: _interrupt(host))
+    before = {number: signal.signal(number, lambda *_: _interrupt(host)) for number in STOPS}
     try:
         _run_prompt(workflow, host, options)
     finally:
-        signal.signal(signal.SIGINT, interrupt)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_prompt(workflow: Path, host: StandaloneHost, options: argparse.Namespace) -> None:
@@ -119,7 +134,12 @@ def _run_prompt(workflow: Path, host: StandaloneHost, options: argparse.Namespac
     prompt = load(workflow, classes, bypass=options.bypass, mute=options.mute)
     for assignment in options.assignments:
         prompt.set(assignment, classes)
-    for shown in Runner(prompt, classes, host).run():
+    runner = Runner(prompt, classes, host)
+    if options.check:
+        runner.check()
+        sys.stdout.write("Nothing is wrong with the workflow that can be seen before it runs.\n")
+        return
+    for shown in runner.run():
         for values in shown.values():
             for value in values:
                 sys.stdout.write(f"{value}\n")
@@ -130,6 +150,24 @@ def _interrupt(host: StandaloneHost) -> None:
     if host.cancel.is_set():
         raise KeyboardInterrupt
     host.cancel.set()
+    # The signal may have come in the middle of another line.
+    with suppress(RuntimeError):
+        sys.stderr.write("Stopping at the next step; once more stops at once.\n")
+
+
+def _assemble(options: argparse.Namespace) -> None:
+    from .frame_folder import FrameFolder
+    from .media import Encoding, read_audio, write_video
+
+    if not 1 <= options.fps <= MOST_FPS:
+        raise ValueError(f"--fps must be between 1 and {MOST_FPS}, not {options.fps}.")
+    folder = options.folder.absolute()
+    path = options.out or folder.with_name(f"{folder.name}.mp4")
+    if path.exists():
+        raise ValueError(f"{path} is there already: give another name with --out.")
+    sound = None if options.audio is None else read_audio(options.audio)
+    write_video(path, FrameFolder(folder), Encoding(fps=options.fps), sound)
+    sys.stdout.write(f"{path}\n")
 
 
 def _doctor(options: argparse.Namespace) -> None:

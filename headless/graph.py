@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .ui_graph import BYPASSED, MUTED, convert
+from .ui_graph import BYPASSED, MUTED, WRAPPED, LoopError, as_slot, convert, subgraphs_of
 from .widgets import Input, from_text, inputs_of
+
+# Deeper values end in Python's recursion limit wherever they are written or compared.
+DEEPEST_VALUE = 100
 
 
 class Link(NamedTuple):
@@ -56,6 +59,9 @@ class Prompt:
         if len(found) == 1:
             return found[0]
         if not found:
+            inner = [node.label for node in self.nodes.values() if node.id.startswith(f"{name}:")]
+            if inner:
+                raise ValueError(f"Node {name} is a subgraph: name one of the nodes inside, {', '.join(inner)}.")
             raise ValueError(f"There is no node '{name}' in the workflow: give its id, title or class name.")
         ids = ", ".join(node.id for node in found)
         raise ValueError(f"'{name}' names {len(found)} nodes of the workflow; give the id of one: {ids}.")
@@ -88,70 +94,119 @@ def _kind(value: object) -> str:
 def load(path: Path, classes: Mapping[str, type], *, bypass: Sequence[str] = (), mute: Sequence[str] = ()) -> Prompt:
     """Read a workflow file. bypass, mute: nodes to switch off, by id, title or class (UI form only).
 
-    Nodes inside subgraphs are switched by title or class, in every use of the subgraph.
+    Nodes inside subgraphs are switched by title or class in every use of the subgraph, by full id ("263:249") in one.
 
     Raises ValueError if the file is no workflow, FileNotFoundError if there is none.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no workflow file {path}.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name} is no workflow: it is not JSON ({error}).") from error
+    data = _json(path)
     if isinstance(data, dict) and isinstance(data.get("nodes"), list):
         try:
-            return _from_ui(data, classes, bypass, mute)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            return _from_ui(data, classes, {BYPASSED: bypass, MUTED: mute})
+        except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path.name} is a damaged workflow ({error!r}); save it in ComfyUI again.") from error
-        except RecursionError as error:
+        except LoopError as error:
             raise ValueError(f"Subgraphs, or Set, Get or Reroute nodes, of {path.name} form a loop; cut it.") from error
-    if isinstance(data, dict) and data and all(isinstance(n, dict) and "class_type" in n for n in data.values()):
+    if isinstance(data, dict) and any(isinstance(n, dict) and "class_type" in n for n in data.values()):
         if bypass or mute:
             raise ValueError(f"{path.name} is in API form, where nodes cannot be bypassed or muted; use the UI form.")
         return _from_api(data)
     raise ValueError(f"{path.name} is no workflow: save it in ComfyUI with 'Save' or 'Export (API)'.")
 
 
-def _from_api(data: Mapping[str, Mapping[str, object]]) -> Prompt:
-    nodes = {}
+def _json(path: Path) -> object:
+    """What the file holds; from bytes, so that byte order marks of all Unicode forms are understood."""
+    try:
+        data = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is no workflow: its values are nested too deeply.") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no workflow: it is not JSON ({error}).") from error
+    level = [data]
+    for _ in range(DEEPEST_VALUE):
+        level = [v for entry in level for v in _parts(entry)]
+        if not level:
+            return data
+    raise ValueError(f"{path.name} is no workflow: its values are nested too deeply.")
+
+
+def _parts(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _from_api(data: Mapping[str, object]) -> Prompt:
+    nodes, wrong = {}, []
     for key, entry in data.items():
-        inputs = {name: _value(value) for name, value in entry.get("inputs", {}).items()}
-        title = str(entry.get("_meta", {}).get("title", ""))
-        nodes[key] = Node(id=key, type=str(entry["class_type"]), title=title, inputs=inputs)
+        if not isinstance(entry, dict) or not isinstance(entry.get("class_type"), str):
+            wrong.append(f"Node #{key} has no class_type")
+        elif not isinstance(entry.get("inputs"), dict):
+            wrong.append(f"{entry['class_type']} (#{key}) has no inputs")
+        else:
+            meta = entry.get("_meta")
+            title = str(meta.get("title") or "") if isinstance(meta, dict) else ""
+            inputs = {name: _value(value) for name, value in entry["inputs"].items()}
+            nodes[key] = Node(id=key, type=entry["class_type"], title=title, inputs=inputs)
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}: save the workflow in ComfyUI again with 'Export (API)'.")
     # The API form is all that was saved: there is no editor's workflow to store in results.
     return Prompt(nodes, {})
 
 
 def _value(value: object) -> object:
-    linked = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
-    return Link(*value) if linked else value
+    """A link where the value is one. Other lists stay: they are refused only where a node declares the input."""
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
+        return value
+    try:
+        return Link(value[0], as_slot(value[1]))
+    except (TypeError, OverflowError):
+        return value
 
 
 def _from_ui(
-    data: Mapping[str, object], classes: Mapping[str, type], bypass: Sequence[str], mute: Sequence[str]
+    data: Mapping[str, object], classes: Mapping[str, type], switches: Mapping[int, Sequence[str]]
 ) -> Prompt:
-    data = json.loads(json.dumps(data))
-    definitions = (data.get("definitions") or {}).get("subgraphs") or ()
-    inside = [node for subgraph in definitions for node in subgraph["nodes"]]
-    _switch(data["nodes"], inside, bypass, BYPASSED)
-    _switch(data["nodes"], inside, mute, MUTED)
+    subgraphs = subgraphs_of(data)
+    switched = {}
+    for mode, names in switches.items():
+        for name in names:
+            switched |= _switch(data, subgraphs, name, mode)
     nodes = {}
-    for entry in convert(data, classes):
+    for entry in convert(data, classes, switched):
         inputs = {name: Link(*v) if isinstance(v, tuple) else v for name, v in entry.inputs.items()}
         nodes[entry.id] = Node(id=entry.id, type=entry.type, title=entry.title, inputs=inputs, pack=entry.pack)
     return Prompt(nodes, data)
 
 
 def _switch(
-    nodes: Sequence[dict[str, object]], inside: Sequence[dict[str, object]], names: Sequence[str], mode: int
-) -> None:
-    for name in names:
-        found = [n for n in nodes if name == str(n["id"])]
-        found = found or [n for n in (*nodes, *inside) if name in (n.get("title"), n["type"])]
-        if not found:
-            raise ValueError(f"There is no node '{name}' in the workflow: give its id, title or class name.")
-        for node in found:
-            node["mode"] = mode
+    data: Mapping[str, object], subgraphs: Mapping[str, Mapping[str, object]], name: str, mode: int
+) -> dict[str, int]:
+    """Sets the mode of the nodes of this id, title or class; returns it by full id for one inside a subgraph's use."""
+    if ":" in name and _inside(data, subgraphs, name.split(":")) is not None:
+        return {name: mode}
+    inside = [node for subgraph in subgraphs.values() for node in subgraph["nodes"]]
+    nodes = [node for node in data["nodes"] if name == str(node["id"])]
+    nodes = nodes or [node for node in (*data["nodes"], *inside) if name in (node.get("title"), node["type"])]
+    if not nodes:
+        raise ValueError(f"There is no node '{name}' in the workflow: give its id, title or class name.")
+    for node in nodes:
+        node["mode"] = mode
+    return {}
+
+
+def _inside(
+    graph: Mapping[str, object], subgraphs: Mapping[str, Mapping[str, object]], path: Sequence[str]
+) -> Mapping[str, object] | None:
+    """The node at the end of a path of ids, each but the last that of a use of a subgraph."""
+    node = None
+    for position, key in enumerate(path):
+        node = next((node for node in graph["nodes"] if str(node["id"]) == key), None)
+        if node is None or position == len(path) - 1:
+            return node
+        graph = subgraphs.get(node["type"], {"nodes": ()})
+    return node
 
 
 def as_api(prompt: Prompt) -> dict[str, dict[str, object]]:
@@ -159,8 +214,14 @@ def as_api(prompt: Prompt) -> dict[str, dict[str, object]]:
     return {
         node.id: {
             "class_type": node.type,
-            "inputs": {k: list(v) if isinstance(v, Link) else v for k, v in node.inputs.items()},
+            "inputs": {k: _saved(v) for k, v in node.inputs.items()},
             "_meta": {"title": node.title},
         }
         for node in prompt.nodes.values()
     }
+
+
+def _saved(value: object) -> object:
+    if isinstance(value, Link):
+        return list(value)
+    return {WRAPPED: value} if isinstance(value, list) else value

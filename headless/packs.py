@@ -14,8 +14,19 @@ PACKS = (
     (r"^(Unet|CLIP)Loader(GGUF)?|GGUF$", "ComfyUI-GGUF"),
     (r"^easy ", "ComfyUI-Easy-Use"),
     (r"^rgthree|\(rgthree\)$", "rgthree-comfy"),
-    (r"WanVideo|MultiTalk|Wav2Vec|Fantasy|HuMo|Lynx|NLF", "a newer version of this pack"),
 )
+# Nodes of the original pack that are not among this one's, by name; the rest of theirs say whose they are.
+OWN_NAMES = re.compile(
+    r"WanVideo|MultiTalk|Wav2Vec|Fantasy|HuMo|Lynx|NLF|^Ovi|MTVCrafter|^LoadVQVAE$|^Mocha|ReCamMaster|^Whisper|"
+    r"^(Landmarks|DrawArcFace|FaceMaskFromPose|DrawGaussianNoise|NormalizeAudioLoudness|CreateScheduleFloatList)|"
+    r"^(ExtractStartFrames|Qwen|TextImageEncodeQwenVL|DummyComfyWanModel|WanMove_native)|^CreateCFGScheduleFloatList$"
+)
+OWN_PACKS = ("comfyui-wanvideowrapper", "kijai/comfyui-wanvideowrapper")
+
+
+def is_of_this_pack(node_type: str, stated: str) -> bool:
+    """Whether the node is one that this pack is to have: its graphs say so, or its name does."""
+    return stated.lower() in OWN_PACKS if stated else bool(OWN_NAMES.search(node_type))
 
 
 def pack_of(node_type: str, stated: str) -> str:

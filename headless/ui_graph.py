@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .widgets import inputs_of, values_by_name
 
 MUTED, BYPASSED = 2, 4
+# Subgraphs in subgraphs multiply: a file of a few kilobytes can name more nodes than memory holds.
+MOST_NODES, DEEPEST = 20_000, 50
+WRAPPED = "__value__"
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 NOTES = ("Note", "MarkdownNote")
 REROUTES = ("Reroute", "Reroute (rgthree)")
@@ -44,38 +48,76 @@ class Untouched:
 Source = tuple[str, int] | Literal | Untouched | None
 
 
+class LoopError(Exception):
+    """Subgraphs, or Set, Get or Reroute nodes, lead back to themselves."""
+
+
+class Hop(NamedTuple):
+    """A link that passes through a node of the editor: what it carries is made at output `slot` of `origin`."""
+
+    scope: Scope
+    origin: object
+    slot: int
+
+
 class Scope:
-    """One level of the workflow: the top, or the inside of one use of a subgraph."""
+    """One level of the workflow: the top, or the inside of one use of a subgraph.
+
+    switched: modes by full id ("263:249"), which hold in one use of a subgraph. Raises ValueError where subgraphs in
+    subgraphs multiply to more than MOST_NODES nodes, LoopError where one contains itself.
+    """
 
     def __init__(
-        self, graph: Mapping[str, object], subgraphs: Mapping[str, Mapping[str, object]], outer: Outer | None = None
+        self,
+        graph: Mapping[str, object],
+        subgraphs: Mapping[str, Mapping[str, object]],
+        switched: Mapping[str, int],
+        outer: Outer | None = None,
     ) -> None:
         self.outer = outer
-        self.subgraphs = subgraphs
+        self.switched = switched
         self.prefix = "" if outer is None else f"{outer.scope.prefix}{outer.node['id']}:"
         self.nodes: dict[object, Mapping[str, object]] = {node["id"]: node for node in graph["nodes"]}
         self.links = dict(_links(graph.get("links", ())))
-        self.inner: dict[object, Scope] = {
-            key: Scope(subgraphs[node["type"]], subgraphs, Outer(self, node))
-            for key, node in self.nodes.items()
-            if node["type"] in subgraphs and node.get("mode", 0) not in (MUTED, BYPASSED)
-        }
+        self.total = len(self.nodes)
+        self.inner: dict[object, Scope] = {}
+        for key, node in self.nodes.items():
+            if node["type"] in subgraphs and self.mode(node) not in (MUTED, BYPASSED):
+                use = Outer(self, node)
+                if use.depth > DEEPEST:
+                    raise LoopError
+                self.inner[key] = Scope(subgraphs[node["type"]], subgraphs, switched, use)
+                self.total += self.inner[key].total
+                if self.total > MOST_NODES:
+                    raise ValueError(f"Its subgraphs open up to more than {MOST_NODES} nodes; split the workflow.")
+
+    def mode(self, node: Mapping[str, object]) -> object:
+        """Whether this use of the node is muted or bypassed."""
+        return self.switched.get(f"{self.prefix}{node['id']}", node.get("mode", 0))
 
     def source(self, link: object) -> Source:
         """What the link with this id really carries."""
-        if link is None or link not in self.links:
-            return None
-        origin, slot = self.links[link][:2]
-        return self.output(origin, slot)
+        where = self._hop(link)
+        passed = set()
+        while isinstance(where, Hop):
+            key = (where.scope.prefix, where.origin, where.slot)
+            if key in passed:
+                raise LoopError
+            passed.add(key)
+            where = where.scope.step(where.origin, where.slot)
+        return where
 
-    def output(self, origin: object, slot: int) -> Source:
-        """What output `slot` of node `origin` really is."""
+    def _hop(self, link: object) -> Hop | None:
+        return None if link is None or link not in self.links else Hop(self, *self.links[link][:2])
+
+    def step(self, origin: object, slot: int) -> Hop | Source:
+        """What output `slot` of node `origin` is, or where to look next."""
         if origin == SUBGRAPH_INPUT:
             return self._outer_input(slot)
         node = self.nodes.get(origin)
-        if node is None or node.get("mode", 0) == MUTED:
+        if node is None or self.mode(node) == MUTED:
             return None
-        if node.get("mode", 0) == BYPASSED:
+        if self.mode(node) == BYPASSED:
             return self._bypassed(node, slot)
         if origin in self.inner:
             return self.inner[origin].result(slot)
@@ -85,46 +127,49 @@ class Scope:
             return self._variable(_saved_name(node))
         if node["type"] == "PrimitiveNode":
             return Literal((node.get("widgets_values") or [None])[0])
-        return f"{self.prefix}{origin}", slot
+        return f"{self.prefix}{node['id']}", slot
 
-    def result(self, slot: int) -> Source:
+    def result(self, slot: int) -> Hop | None:
         """Output `slot` of the subgraph that this scope is the inside of."""
         for origin, origin_slot, target, target_slot in self.links.values():
             if target == SUBGRAPH_OUTPUT and target_slot == slot:
-                return self.output(origin, origin_slot)
+                return Hop(self, origin, origin_slot)
         return None
 
-    def _first_input(self, node: Mapping[str, object]) -> Source:
+    def _first_input(self, node: Mapping[str, object]) -> Hop | None:
         inputs = node.get("inputs") or [{}]
-        return self.source(inputs[0].get("link"))
+        return self._hop(inputs[0].get("link"))
 
-    def _outer_input(self, slot: int) -> Source:
+    def _outer_input(self, slot: int) -> Hop | Source:
         scope, node = self.outer.scope, self.outer.node
         inputs = node.get("inputs") or []
         if slot >= len(inputs):
             return Untouched()
         if inputs[slot].get("link") is not None:
-            return scope.source(inputs[slot]["link"])
+            return scope._hop(inputs[slot]["link"])
         widgets = [i for i, entry in enumerate(inputs) if entry.get("widget")]
         values = node.get("widgets_values") or []
         if slot in widgets and widgets.index(slot) < len(values):
             return Literal(values[widgets.index(slot)])
         return Untouched()
 
-    def _bypassed(self, node: Mapping[str, object], slot: int) -> Source:
+    def _bypassed(self, node: Mapping[str, object], slot: int) -> Hop | None:
         outputs, inputs = node.get("outputs") or [], node.get("inputs") or []
         kind = outputs[slot]["type"] if slot < len(outputs) else None
         for entry in [*inputs[slot : slot + 1], *inputs]:
             unlinked_widget = entry.get("widget") and entry.get("link") is None
             if entry.get("type") == kind and not unlinked_widget:
-                return self.source(entry.get("link"))
+                return self._hop(entry.get("link"))
         return None
 
-    def _variable(self, name: object) -> Source:
-        for node in self.nodes.values():
-            if node["type"] == "SetNode" and _saved_name(node) == name:
-                return self._first_input(node)
-        return None if self.outer is None else self.outer.scope._variable(name)
+    def _variable(self, name: object) -> Hop | None:
+        scope = self
+        while scope is not None:
+            for node in scope.nodes.values():
+                if node["type"] == "SetNode" and _saved_name(node) == name:
+                    return scope._first_input(node)
+            scope = None if scope.outer is None else scope.outer.scope
+        return None
 
 
 @dataclass(frozen=True)
@@ -134,19 +179,33 @@ class Outer:
     scope: Scope
     node: Mapping[str, object]
 
+    @property
+    def depth(self) -> int:
+        """How many subgraphs lie around the inside of this one."""
+        return self.scope.prefix.count(":") + 1
 
-def convert(workflow: Mapping[str, object], classes: Mapping[str, type]) -> list[Converted]:
-    """All nodes that can run, subgraphs opened up. classes: node classes by name, for widget values by position."""
-    definitions = (workflow.get("definitions") or {}).get("subgraphs", [])
-    subgraphs = {entry["id"]: entry for entry in definitions}
-    return list(_converted(Scope(workflow, subgraphs), classes))
+
+def convert(
+    workflow: Mapping[str, object], classes: Mapping[str, type], switched: Mapping[str, int]
+) -> list[Converted]:
+    """All nodes that can run, subgraphs opened up.
+
+    classes: node classes by name, for widget values by position. switched: modes of nodes inside subgraphs, by full id.
+    """
+    return list(_converted(Scope(workflow, subgraphs_of(workflow), switched), classes))
+
+
+def subgraphs_of(workflow: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
+    """The definitions of the workflow's subgraphs, by the type of the nodes that use them."""
+    definitions = (workflow.get("definitions") or {}).get("subgraphs") or ()
+    return {entry["id"]: entry for entry in definitions}
 
 
 def _converted(scope: Scope, classes: Mapping[str, type]) -> Iterator[Converted]:
     for key, node in scope.nodes.items():
         if key in scope.inner:
             yield from _converted(scope.inner[key], classes)
-        elif node["type"] not in EDITOR_ONLY and node.get("mode", 0) not in (MUTED, BYPASSED):
+        elif node["type"] not in EDITOR_ONLY and scope.mode(node) not in (MUTED, BYPASSED):
             yield _node(scope, node, classes)
 
 
@@ -155,8 +214,8 @@ def _node(scope: Scope, node: Mapping[str, object], classes: Mapping[str, type])
     result = Converted(
         id=f"{scope.prefix}{node['id']}",
         type=node["type"],
-        title=node.get("title", ""),
-        pack=properties.get("cnr_id") or properties.get("aux_id") or "",
+        title=str(node.get("title") or ""),
+        pack=str(properties.get("cnr_id") or properties.get("aux_id") or ""),
     )
     known = classes.get(node["type"])
     saved = node.get("widgets_values")
@@ -167,17 +226,19 @@ def _node(scope: Scope, node: Mapping[str, object], classes: Mapping[str, type])
             result.inputs |= {k: v for k, v in saved.items() if k not in declared and _is_plain(v)}
     elif isinstance(saved, Mapping):
         result.inputs |= saved
+    # The editor hands a list on in this wrapping, because a bare list is a link.
+    result.inputs = {str(k): {WRAPPED: v} if isinstance(v, list) else v for k, v in result.inputs.items()}
     for entry in node.get("inputs") or ():
-        source = scope.source(entry.get("link"))
+        source, name = scope.source(entry.get("link")), str(entry["name"])
         if isinstance(source, Literal):
-            result.inputs[entry["name"]] = source.value
+            result.inputs[name] = source.value
         elif isinstance(source, Untouched):
             continue
         elif source is not None:
-            result.inputs[entry["name"]] = source
+            result.inputs[name] = source
         elif entry.get("link") is not None:
             # The link leads to nothing that runs (a muted node): the input is unconnected.
-            result.inputs.pop(entry["name"], None)
+            result.inputs.pop(name, None)
     return result
 
 
@@ -196,7 +257,18 @@ def _links(links: object) -> Iterator[tuple[object, tuple[object, int, object, i
             # Old editors left a null where a link was deleted.
             continue
         if isinstance(link, Mapping):
-            ends = (link["origin_id"], link["origin_slot"], link["target_id"], link["target_slot"])
-            yield link["id"], ends
+            yield link["id"], _ends(link["origin_id"], link["origin_slot"], link["target_id"], link["target_slot"])
         else:
-            yield link[0], (link[1], link[2], link[3], link[4])
+            yield link[0], _ends(*link[1:5])
+
+
+def _ends(origin: object, slot: object, target: object, target_slot: object) -> tuple[object, int, object, int]:
+    """Some editors save output numbers as 0.0."""
+    return origin, as_slot(slot), target, as_slot(target_slot)
+
+
+def as_slot(value: object) -> int:
+    """The number of an output. Raises TypeError if the value is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise TypeError(f"{value!r} is no number of an output")
+    return int(value)

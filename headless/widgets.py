@@ -5,6 +5,7 @@ The rules are those of ComfyUI's front end (positional widget values) and server
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ UPLOADS = ("image_upload", "video_upload", "audio_upload")
 CASTS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 SHOWN_CHOICES = 8
+LONGEST_SHOWN, LONGEST_NUMBER = 200, 600
 
 
 class Input(NamedTuple):
@@ -41,15 +43,17 @@ class Input(NamedTuple):
         return CASTS[self.kind]()
 
 
-def inputs_of(cls: type) -> list[Input]:
-    """Required then optional inputs, in order."""
+def inputs_of(cls: type, values: Mapping[str, object] | None = None) -> list[Input]:
+    """Required then optional inputs, in order, and those that a class adds for the values of others (EXTRA_INPUTS)."""
     declared = cls.INPUT_TYPES()
-    found = []
-    for section in ("required", "optional"):
-        for name, entry in declared.get(section, {}).items():
-            kind, *options = entry
-            found.append(Input(name, kind, options[0] if options else {}, section == "required"))
-    return found
+    sections = [(section, declared.get(section, {})) for section in ("required", "optional")]
+    if values is not None and hasattr(cls, "EXTRA_INPUTS"):
+        sections.append(("optional", cls.EXTRA_INPUTS(values)))
+    entries = []
+    for section, rows in sections:
+        for name, (kind, *options) in rows.items():
+            entries.append(Input(name, kind, options[0] if options else {}, section == "required"))
+    return entries
 
 
 def values_by_name(cls: type, saved: Sequence[object] | Mapping[str, object] | None) -> dict[str, object]:
@@ -86,40 +90,60 @@ class _Saved:
         return value
 
 
-def checked(entry: Input, value: object, where: str) -> object:
+def checked(entry: Input, value: object, where: str, *, limits: bool = True) -> object:
     """The value as its input's type. An empty value of an older graph is the default.
 
-    where: names the node, for messages. Raises ValueError if the value does not fit.
+    where: names the node, for messages. limits: whether min and max count; False where the node judges the value
+    itself, as in ComfyUI. Choices always count, so that other spellings of a file are found. Raises ValueError if the
+    value does not fit.
     """
     if isinstance(entry.kind, list):
         return _choice(entry, value, where)
-    if entry.kind not in CASTS or isinstance(value, list):
+    if entry.kind not in CASTS:
         return value
-    if entry.kind != "STRING" and entry.kind != "BOOLEAN" and value in ("", None):
-        return entry.default
-    if value is None:
+    if value is None or (value == "" and entry.kind in ("INT", "FLOAT")):
         return entry.default
     try:
-        value = CASTS[entry.kind](value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: '{entry.name}' must be {entry.kind}, not {value!r}.") from None
-    low, high = entry.options.get("min"), entry.options.get("max")
+        value = _cast(entry.kind, value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{where}: '{entry.name}' must be {_named(entry.kind)}, not {_shown(value)}.") from None
+    low, high = (entry.options.get("min"), entry.options.get("max")) if limits else (None, None)
     if entry.kind not in ("INT", "FLOAT"):
         return value
     # "Not at least" instead of "less than", so that NaN fails too.
-    if (low is not None and not value >= low) or (high is not None and not value <= high) or value != value:
-        raise ValueError(f"{where}: '{entry.name}' must be {_limits(low, high)}, not {value}.")
+    outside = (low is not None and not value >= low) or (high is not None and not value <= high)
+    if outside or (entry.kind == "FLOAT" and not math.isfinite(value)):
+        raise ValueError(f"{where}: '{entry.name}' must be {_limits(low, high)}, not {_shown(value)}.")
     return value
+
+
+def _cast(kind: str, value: object) -> object:
+    if isinstance(value, list | dict):
+        raise TypeError
+    if kind == "BOOLEAN" and isinstance(value, str):
+        # bool("false") is True.
+        if value.lower() not in BOOLEANS:
+            raise ValueError
+        return BOOLEANS[value.lower()]
+    return CASTS[kind](value)
+
+
+def _named(kind: str) -> str:
+    return "true or false" if kind == "BOOLEAN" else kind
+
+
+def _shown(value: object) -> str:
+    """The value for a message, which a long text or a number of thousands of digits would drown."""
+    if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value) if isinstance(value, str | list | dict) else str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def from_text(entry: Input, text: str, where: str) -> object:
     """A value typed by the user as its input's type. Raises ValueError if it does not fit or the input needs a link."""
     if not isinstance(entry.kind, list) and entry.kind not in CASTS:
         raise ValueError(f"{where}: '{entry.name}' takes a link ({entry.kind}), not a value.")
-    if entry.kind == "BOOLEAN":
-        if text.lower() not in BOOLEANS:
-            raise ValueError(f"{where}: '{entry.name}' must be true or false, not {text!r}.")
-        return BOOLEANS[text.lower()]
     return checked(entry, text, where)
 
 
@@ -137,7 +161,7 @@ def _choice(entry: Input, value: object, where: str) -> object:
             return option
     shown = ", ".join(str(choice) for choice in entry.kind[:SHOWN_CHOICES]) or "there is none"
     more = ", ..." if len(entry.kind) > SHOWN_CHOICES else ""
-    raise ValueError(f"{where}: '{entry.name}' has no choice {value!r}; choices are: {shown}{more}.")
+    raise ValueError(f"{where}: '{entry.name}' has no choice {_shown(value)}; choices are: {shown}{more}.")
 
 
 def _spellings(entry: Input, value: object) -> Iterator[object]:

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -71,10 +73,28 @@ class MemoryFootage:
         return video.float().div_(127.5).sub_(1)
 
     def rescue(self, folder: Path) -> Path:
-        """Write the frames so far to `folder`, for a run that cannot go on; returns the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for index in range(self.frames):
-            write_frame(folder, index, self._video[index])
+        """Write the frames so far for a run that cannot go on; returns where: `folder`, or one that has room.
+
+        Raises OSError if they can be written nowhere.
+        """
+        try:
+            return self._written(folder)
+        except OSError as error:
+            elsewhere = Path(tempfile.gettempdir()) / folder.name
+            log.warning("%s The frames go to %s instead.", error, elsewhere.parent)
+            return self._written(elsewhere)
+
+    def _written(self, folder: Path) -> Path:
+        # Two runs may end in the same second.
+        names = (folder if n == 1 else folder.with_name(f"{folder.name}_{n}") for n in count(1))
+        folder = next(name for name in names if not name.exists())
+        folder.mkdir(parents=True)
+        try:
+            for index in range(self.frames):
+                write_frame(folder, index, self._video[index])
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return folder
 
 
@@ -216,6 +236,7 @@ class FolderFootage:
         (self.folder / UNFINISHED / RECORD).unlink()
         self.close()
         shutil.rmtree(self.folder / UNFINISHED)
+        log.info("All %d frames are in %s.", self.frames, self.folder)
 
     def video(self) -> Tensor:
         """One black frame [1, 64, 64, 3] in -1..1; the video is in the folder."""
@@ -235,13 +256,21 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def write_frame(folder: Path, index: int, frame: Tensor) -> None:
-    """One 8-bit frame [H, W, 3] as PNG, under its name once it is whole."""
+    """One 8-bit frame [H, W, 3] as PNG, under its name once it is whole. Raises OSError where it cannot be written."""
     from PIL import Image
 
     path = folder / f"frame_{index:05d}.png"
     partial = path.with_suffix(".part")
-    Image.fromarray(frame.numpy()).save(partial, format="PNG")
-    partial.replace(path)
+    try:
+        Image.fromarray(frame.numpy()).save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(
+            f"Frame {index} could not be written to {folder} ({error.strerror or error}); the frames before it are "
+            "there: make room, and run again to go on."
+        ) from error
 
 
 def _record(folder: Path) -> dict[str, object] | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from . import loaders, media_nodes, pictures, values
+from . import batches, calculation, loaders, masks, media_nodes, pictures, values, videos
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     **values.NODE_CLASS_MAPPINGS,
     **pictures.NODE_CLASS_MAPPINGS,
     **media_nodes.NODE_CLASS_MAPPINGS,
+    **batches.NODE_CLASS_MAPPINGS,
+    **masks.NODE_CLASS_MAPPINGS,
+    **videos.NODE_CLASS_MAPPINGS,
+    **calculation.NODE_CLASS_MAPPINGS,
     **loaders.NODE_CLASS_MAPPINGS,
 }

@@ -57,10 +57,16 @@ class CLIPLoader:
             "optional": {"device": (["default", "cpu"], {"advanced": True})},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, type: str) -> bool | str:
+        """Only Wan's encoder."""
+        return type == "wan" or f"CLIPLoader of type '{type}' runs in ComfyUI only; Wan workflows use type 'wan'."
+
     def load_clip(self, clip_name: str, type: str = "stable_diffusion", device: str = "default") -> tuple[Clip]:
         """Load it."""
-        if type != "wan":
-            raise ValueError(f"CLIPLoader of type '{type}' runs in ComfyUI only; Wan workflows use type 'wan'.")
+        verdict = self.VALIDATE_INPUTS(type)
+        if verdict is not True:
+            raise ValueError(verdict)
         host = get_host()
         chosen = torch.device("cpu") if device == "cpu" else None
         dtype = torch.float32 if "cpu" in (device, host.device().type) else torch.bfloat16

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from ...host import get_host
 from ...wanvideo.images import resize_images
-from ..media import Encoding, VideoInfo, read_audio, read_frames, write_video
+from ..files import partial_file, publish
+from ..media import MediaError, VideoInfo, probe, read_audio, read_frames
+from ..video_file import FORMATS, PRORES_PROFILES, Encoding, Format, Frames, check_frames, encode_video, to_pixels
 from .pictures import fit, next_file
 
 log = logging.getLogger("wanvideo")
@@ -24,6 +28,10 @@ Audio = dict[str, object]
 LARGEST = 8192
 MANY = 2**53 - 1
 WRITTEN_FORMAT = "video/h264-mp4"
+PNG_SEQUENCE = "video/8bit-png"
+# What the encoders take as CRF.
+WORST_CRF = {"libvpx-vp9": 63}
+WORST_CRF_OF_MPEG = 51
 # What a model wants: sides divide by the first number, frames are a multiple of the second and the third more.
 LOAD_FORMATS = {
     "None": (1, 1, 0),
@@ -49,6 +57,12 @@ class LoadAudio:
     def load(self, audio: str) -> tuple[Audio]:
         """AUDIO."""
         return (read_audio(get_host().readable_file(audio)),)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, audio: str) -> bool:
+        """The file is there and has sound."""
+        probe(get_host().readable_file(audio), "audio")
+        return True
 
 
 class LoadVideo:
@@ -77,6 +91,14 @@ class LoadVideo:
                 "format": (list(LOAD_FORMATS), {"default": "AnimateDiff"}),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, video: str, input_types: dict[str, object]) -> bool | str:
+        """The file is there and has pictures."""
+        if {"meta_batch", "vae"} & set(input_types):
+            return "with meta_batch or vae it runs in ComfyUI only; disconnect them."
+        probe(get_host().readable_file(video), "video")
+        return True
 
     def load_video(
         self,
@@ -142,8 +164,8 @@ def _sized(frame: np.ndarray, goal: tuple[int, int], step: int) -> Tensor:
 def _sound_of(path: Path, start: float, seconds: float) -> Audio | None:
     try:
         sound = read_audio(path, start=start, seconds=seconds)
-    except ValueError as error:
-        log.info("The frames come without sound: %s", error)
+    except MediaError as error:
+        log.warning("The frames come without sound: %s", error)
         return None
     return sound if sound["waveform"].numel() else None
 
@@ -160,19 +182,21 @@ def _details(info: VideoInfo, batch: Tensor, fps: float) -> dict[str, object]:
 
 
 class VideoCombine:
-    """Writes frames and sound as an MP4 with the workflow inside (VHS_VideoCombine)."""
+    """Writes frames and sound as a video file, or as pictures, with the workflow inside (VHS_VideoCombine)."""
 
     FUNCTION = "combine_video"
     RETURN_TYPES = ("VHS_FILENAMES",)
     OUTPUT_NODE = True
+    WRITES = True
     ACCEPTS_ALL = True
+    TAKES_FOLDERS = ("images",)
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
                 "images": ("IMAGE",),
-                "frame_rate": ("FLOAT", {"default": 8, "min": 1, "step": 1}),
+                "frame_rate": ("FLOAT", {"default": 8, "min": 1, "max": 1000, "step": 1}),
                 "loop_count": ("INT", {"default": 0, "min": 0, "max": 100, "step": 1}),
                 "filename_prefix": ("STRING", {"default": "AnimateDiff"}),
                 "format": ("STRING", {"default": WRITTEN_FORMAT}),
@@ -183,9 +207,41 @@ class VideoCombine:
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
 
+    @classmethod
+    def EXTRA_INPUTS(cls, values: Mapping[str, object]) -> dict[str, tuple[object, ...]]:
+        """Widgets that VideoHelperSuite shows for the format."""
+        name = values.get("format")
+        form = FORMATS.get(name) if isinstance(name, str) else None
+        rows: dict[str, tuple[object, ...]] = {
+            "save_metadata": ("BOOLEAN", {"default": True}),
+            "trim_to_audio": ("BOOLEAN", {"default": False}),
+        }
+        if form is not None and form.crf is not None:
+            worst = WORST_CRF.get(form.codec, WORST_CRF_OF_MPEG)
+            rows["crf"] = ("INT", {"default": form.crf, "min": 0, "max": worst})
+            rows["pix_fmt"] = (list(form.pixel_formats), {"default": form.pixel_formats[0]})
+        if name == "video/ProRes":
+            rows["profile"] = (list(PRORES_PROFILES), {"default": "hq"})
+        return rows
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        input_types: Mapping[str, object],
+        format: str = WRITTEN_FORMAT,
+        filename_prefix: str = "AnimateDiff",
+        save_output: bool = True,
+    ) -> bool | str:
+        """A format that is written here, and a name that stays in its folder."""
+        if {"meta_batch", "vae"} & set(input_types):
+            return "with meta_batch or vae it runs in ComfyUI only; disconnect them."
+        form = _format(format)
+        next_file(get_host().output_dir() if save_output else get_host().temp_dir(), filename_prefix, form.suffix)
+        return True
+
     def combine_video(
         self,
-        images: Tensor,
+        images: Frames,
         frame_rate: float,
         loop_count: int,
         filename_prefix: str,
@@ -198,35 +254,88 @@ class VideoCombine:
         **options: object,
     ) -> dict[str, object]:
         """The path of the file. As VideoHelperSuite does, sound that is longer than the picture is cut off."""
-        if format != WRITTEN_FORMAT:
-            raise ValueError(f"The format '{format}' is written by ComfyUI only; choose {WRITTEN_FORMAT}.")
+        form = _format(format)
+        check_frames(images, filename_prefix)
         if options.get("meta_batch") is not None or options.get("vae") is not None:
             raise ValueError("VHS_VideoCombine with meta_batch or vae runs in ComfyUI only; disconnect them.")
+        order = list(range(len(images)))
         if pingpong:
-            images = torch.cat((images, images[1:-1].flip(0)))
+            order += order[1:-1][::-1]
         if audio is not None and options.get("trim_to_audio"):
             seconds = audio["waveform"].shape[-1] / audio["sample_rate"]
-            images = images[: max(round(seconds * frame_rate), 1)]
-        if loop_count:
-            images = images.repeat(loop_count + 1, 1, 1, 1)
-        if audio is not None:
-            samples = round(len(images) / frame_rate * audio["sample_rate"])
+            order = order[: max(round(seconds * frame_rate), 1)]
+        if loop_count and form.container:
+            order *= loop_count + 1
+        if audio is not None and not form.sound:
+            log.warning("The format %s holds no sound; choose a video format to have it.", format)
+        elif audio is not None:
+            samples = round(len(order) / frame_rate * audio["sample_rate"])
             audio = {**audio, "waveform": audio["waveform"][..., :samples]}
         host = get_host()
         base = host.output_dir() if save_output else host.temp_dir()
-        path = next_file(base, filename_prefix, ".mp4")
         metadata = {}
         if options.get("save_metadata", True):
             saved = {"prompt": prompt, **(extra_pnginfo or {})}
             metadata = {name: json.dumps(value) for name, value in saved.items() if value}
         encoding = Encoding(
             fps=frame_rate,
-            crf=int(options.get("crf", 19)),
-            pixel_format=str(options.get("pix_fmt", "yuv420p")),
+            crf=int(options.get("crf", form.crf or 0)),
+            pixel_format=str(options.get("pix_fmt", form.pixel_formats[0] if form.pixel_formats else "")),
             metadata=metadata,
+            format=form,
+            profile=str(options.get("profile", "hq")),
+            loop=loop_count,
         )
-        write_video(path, images, encoding, audio)
-        return {"ui": {"videos": [str(path)]}, "result": ((save_output, [str(path)]),)}
+        paths = _written(_Arranged(images, order), encoding, audio, (base, filename_prefix))
+        return {"ui": {"videos": paths}, "result": ((save_output, paths),)}
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"The format '{name}' is written by ComfyUI only; choose one of: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+@dataclass(frozen=True)
+class _Arranged:
+    """Frames in another order."""
+
+    images: Frames
+    order: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[self.order[index]]
+
+
+def _written(images: Frames, encoding: Encoding, audio: Audio | None, name: tuple[Path, str]) -> list[str]:
+    """The paths under which the video, or the pictures of a sequence, can be seen once they are whole."""
+    form = encoding.format
+    next_name = partial(next_file, *name, form.suffix)
+    with partial_file(next_name().parent, f"video{form.suffix}") as unfinished:
+        if form is not FORMATS[PNG_SEQUENCE]:
+            encode_video(unfinished, images, encoding, audio)
+            return [str(publish(unfinished, next_name))]
+    paths: list[Path] = []
+    for index in range(len(images)):
+        with partial_file(next_name().parent, "picture.png") as unfinished:
+            _save_png(unfinished, images[index])
+            # The first picture takes the number of the sequence.
+            numbered = partial(_sequence_name, paths[0], index + 1) if paths else next_name
+            paths.append(publish(unfinished, numbered))
+    return [str(path) for path in paths]
+
+
+def _sequence_name(first: Path, number: int) -> Path:
+    return first.with_name(f"{first.name.removesuffix('.001.png')}.{number:03d}.png")
+
+
+def _save_png(path: Path, image: Tensor) -> None:
+    from PIL import Image
+
+    Image.fromarray(to_pixels(image)).save(path, format="PNG")
 
 
 NODE_CLASS_MAPPINGS = {"LoadAudio": LoadAudio, "VHS_LoadVideo": LoadVideo, "VHS_VideoCombine": VideoCombine}

@@ -6,24 +6,22 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...host import get_host
 from ...wanvideo.images import METHODS, resize_images
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+from ..files import partial_file, publish
+from ..picture_file import PLACEHOLDER_MASK, check_picture, read_picture
+from ..video_file import to_pixels
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 Shown = dict[str, object]
 
 LARGEST = 16384
 PROPORTIONS = ["stretch", "resize", "pad", "pad_edge", "pad_edge_pixel", "crop", "pillarbox_blur", "total_pixels"]
-PLACEHOLDER_MASK = (64, 64)
 # What file name prefixes may hold between percent signs, and strftime's names for the same.
 DATE_PARTS = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "M": "%m", "dd": "%d", "d": "%d"}
 TIME_PARTS = {"hh": "%H", "h": "%H", "mm": "%M", "m": "%M", "ss": "%S", "s": "%S"}
@@ -42,32 +40,13 @@ class LoadImage:
 
     def load_image(self, image: str) -> tuple[Tensor, Tensor]:
         """IMAGE [frames, H, W, 3] and MASK [frames, H, W], 1 where the picture is transparent."""
-        from PIL import Image, ImageSequence, UnidentifiedImageError
+        return read_picture(get_host().readable_file(image))
 
-        path = get_host().readable_file(image)
-        try:
-            with Image.open(path) as opened:
-                # The further pictures of an MPO are the same view again, from another angle or in another size.
-                pages = [opened] if opened.format == "MPO" else ImageSequence.Iterator(opened)
-                pictures = [_pixels(page) for page in pages]
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path.name} is no picture that can be read; choose a PNG, JPEG or WebP file.") from error
-        pictures = [pair for pair in pictures if pair[0].shape == pictures[0][0].shape]
-        images, masks = (torch.stack(part) for part in zip(*pictures, strict=True))
-        return images, masks
-
-
-def _pixels(picture: Picture) -> tuple[Tensor, Tensor]:
-    """Colours [H, W, 3] and transparency [H, W]; ComfyUI's small empty mask where there is no transparency."""
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        # Pillow cuts 16-bit grey off at 255 instead of scaling it.
-        picture = Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
-    pixels = torch.from_numpy(np.array(picture.convert("RGBA"))).float() / 255
-    transparent = "A" in picture.getbands() or "transparency" in picture.info
-    return pixels[..., :3], 1 - pixels[..., 3] if transparent else torch.zeros(PLACEHOLDER_MASK)
+    @classmethod
+    def VALIDATE_INPUTS(cls, image: str) -> bool:
+        """The file is there, and its header is that of a picture."""
+        check_picture(get_host().readable_file(image))
+        return True
 
 
 class SaveImage:
@@ -76,6 +55,7 @@ class SaveImage:
     FUNCTION = "save_images"
     RETURN_TYPES = ()
     OUTPUT_NODE = True
+    WRITES = True
     KEEP = True
 
     @classmethod
@@ -91,12 +71,17 @@ class SaveImage:
         base = host.output_dir() if self.KEEP else host.temp_dir()
         names = []
         for image in images:
-            path = next_file(base, filename_prefix, ".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-            Image.fromarray(pixels).save(path)
-            names.append(str(path))
+            folder = next_file(base, filename_prefix, ".png").parent
+            with partial_file(folder, "picture.png") as partial:
+                Image.fromarray(to_pixels(image[..., :3])).save(partial, format="PNG")
+                names.append(str(publish(partial, lambda: next_file(base, filename_prefix, ".png"))))
         return {"ui": {"images": names}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str = "preview") -> bool:
+        """The prefix stays in the folder."""
+        next_file(get_host().output_dir() if cls.KEEP else get_host().temp_dir(), filename_prefix, ".png")
+        return True
 
 
 class PreviewImage(SaveImage):
@@ -113,7 +98,7 @@ def next_file(base: Path, prefix: str, suffix: str) -> Path:
     name = _dated(prefix).replace("\\", "/")
     if Path(name).name in ("", ".."):
         raise ValueError(f"The filename_prefix '{prefix}' names no file; write a name such as 'video'.")
-    folder_and_stem = get_host().writable_folder(str(base / name))
+    folder_and_stem = get_host().writable_folder(str(base.absolute() / name))
     folder, stem = folder_and_stem.parent, folder_and_stem.name
     numbered = re.compile(rf"{re.escape(stem)}_(\d+){re.escape(suffix)}")
     matches = [numbered.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())]
@@ -195,6 +180,20 @@ class ImageResizeKJv2:
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, upscale_method: str = "lanczos", keep_proportion: str = "stretch", pad_color: str = "0"
+    ) -> bool | str:
+        """Modes that are built, and a color."""
+        if upscale_method not in METHODS or keep_proportion in ("pillarbox_blur", "pad_edge", "pad_edge_pixel"):
+            return (
+                f"ImageResizeKJv2 with '{upscale_method}' and '{keep_proportion}' runs in ComfyUI only: choose "
+                "lanczos, and stretch, resize, crop, pad or total_pixels."
+            )
+        if keep_proportion == "pad":
+            to_color(pad_color)
+        return True
+
     def resize(
         self,
         image: Tensor,
@@ -210,11 +209,9 @@ class ImageResizeKJv2:
         unique_id: str | None = None,
     ) -> tuple[Tensor, int, int, Tensor]:
         """The pictures, their size, and the mask at that size."""
-        if upscale_method not in METHODS or keep_proportion in ("pillarbox_blur", "pad_edge", "pad_edge_pixel"):
-            raise ValueError(
-                f"ImageResizeKJv2 with '{upscale_method}' and '{keep_proportion}' runs in ComfyUI only: choose "
-                "lanczos, and stretch, resize, crop, pad or total_pixels."
-            )
+        refusal = self.VALIDATE_INPUTS(upscale_method, keep_proportion, pad_color)
+        if refusal is not True:
+            raise ValueError(refusal)
         source = (image.shape[2], image.shape[1])
         plan = fit(source, (width, height), keep_proportion, crop_position)
         step = max(divisible_by, 1)
@@ -244,15 +241,23 @@ def _filled_up(pad: tuple[int, int, int, int], size: tuple[int, int], step: int)
 def _padded(images: Tensor, pad: tuple[int, int, int, int], color: str) -> Tensor:
     left, right, top, bottom = pad
     count, height, width, channels = images.shape
-    try:
-        values = torch.tensor([float(part) for part in color.split(",")])[:channels] / 255
-    except ValueError:
-        values = torch.empty(0)
+    values = to_color(color)[:channels]
     if len(values) not in (1, channels):
         raise ValueError(f"'{color}' is no pad_color; write {channels} numbers from 0 to 255, such as '0, 0, 0'.")
     canvas = values.expand(count, height + top + bottom, width + left + right, -1).clone()
     canvas[:, top : top + height, left : left + width] = images
     return canvas
+
+
+def to_color(text: str) -> Tensor:
+    """Numbers from 0 to 255 between commas, as 0 to 1. Raises ValueError for anything else."""
+    try:
+        values = torch.tensor([float(part) for part in text.split(",")]) / 255
+    except ValueError:
+        values = torch.tensor([torch.nan])
+    if not torch.isfinite(values).all():
+        raise ValueError(f"'{text}' is no pad_color; write numbers from 0 to 255 between commas, such as '0, 0, 0'.")
+    return values
 
 
 def _padded_mask(masks: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
@@ -326,6 +331,11 @@ class ImageConcatMulti:
             },
             "optional": {"image_2": ("IMAGE",)},
         }
+
+    @classmethod
+    def EXTRA_INPUTS(cls, values: dict[str, object]) -> dict[str, tuple[object, ...]]:
+        """image_3, image_4, ..."""
+        return {name: ("IMAGE",) for name in values if re.fullmatch(r"image_\d+", name) and name != "image_1"}
 
     def combine(
         self, inputcount: int, image_1: Tensor, direction: str, match_image_size: bool, **images: Tensor

@@ -87,8 +87,8 @@ def test_combine_numbers_files_and_keeps_the_workflow(host):
         assert json.loads(container.metadata["workflow"]) == {"nodes": [1]}
     with pytest.raises(ValueError, match="outside"):
         node.combine_video(moving(5, 32, 32), 25, 0, "../../clip", "video/h264-mp4", False, True)
-    with pytest.raises(ValueError, match="'image/gif' is written by ComfyUI only"):
-        node.combine_video(moving(5, 32, 32), 25, 0, "clip", "image/gif", False, True)
+    with pytest.raises(ValueError, match="'video/nvenc_h264-mp4' is written by ComfyUI only"):
+        node.combine_video(moving(5, 32, 32), 25, 0, "clip", "video/nvenc_h264-mp4", False, True)
 
 
 def test_load_video_selects_frames(host):
