@@ -52,6 +52,14 @@ def request(folder, *, base="base", total=TOTAL, mode="infinitetalk", scheduler=
     )
 
 
+def joined(model, inputs):
+    """The inputs of a forward with latents as the patch embedding reads them."""
+    latents = inputs.latents.clone()
+    for _, extension, payload in model._readers(inputs.payloads):
+        latents = extension.latents(model, payload, latents, inputs)
+    return replace(inputs, latents=latents)
+
+
 def run(asked):
     """Its first output."""
     return sample(asked, StandaloneHost(device="cpu"))[0]

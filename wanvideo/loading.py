@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..attention import AttentionSpec
 from ..tensor_layout import watch
@@ -226,7 +227,9 @@ def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[L
     merged = MergedLoras(loras, model)
     with torch.no_grad():
         for name, plain in list(model.named_modules()):
-            layer = plan.layer(checkpoint, name, plain, merged) if quantizable(model, name) else None
+            if not isinstance(plain, nn.Linear):
+                continue
+            layer = plan.layer(checkpoint, name, plain, merged, in_block=quantizable(model, name))
             if layer is not None:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)

@@ -29,7 +29,7 @@ STORED_AS = {
     "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2", "NVFP4": NVFP4, "MXFP8": "mxfp8", "INT8": "int8", BLOCKS: "gguf",
 }  # fmt: skip
 # Besides the blocks, the one large layer whose weight no code looks at.
-COMPRESSED = ("blocks.", "time_projection.")
+COMPRESSED = "time_projection."
 GGUF_SUFFIX = ".gguf"
 
 
@@ -76,18 +76,17 @@ class Plan:
     base: torch.dtype
     anew: frozenset[str] = frozenset()
 
-    def layer(self, checkpoint: Checkpoint, name: str, plain: nn.Module, merged: MergedLoras) -> QuantisedLinear | None:
+    def layer(
+        self, checkpoint: Checkpoint, name: str, plain: nn.Linear, merged: MergedLoras, *, in_block: bool
+    ) -> QuantisedLinear | None:
         """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain.
 
-        merged: the LoRAs that are part of its weight.
+        merged: the LoRAs that are part of its weight. in_block: it lies in a block and may be quantized.
         """
-        if not isinstance(plain, nn.Linear):
-            return None
         weight = f"{name}.weight"
         form = checkpoint.formats[weight]
         stored = STORED_AS.get(form.split()[0])
-        quantizable = name.startswith("blocks.") and not keeps_precision(name)
-        if not quantizable and not (stored == "gguf" and name.startswith(COMPRESSED)):
+        if not in_block and not (stored == "gguf" and name.startswith(COMPRESSED)):
             return None
         if stored is None and self.convert is None:
             return None

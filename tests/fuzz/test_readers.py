@@ -22,8 +22,7 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_IN
 from wanvideo_wrapper.headless.graph import as_api, load
 from wanvideo_wrapper.headless.media import read_audio, read_frames
 from wanvideo_wrapper.headless.picture_file import read_picture
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 SLOWEST = 10.0

@@ -13,8 +13,7 @@ from wanvideo_wrapper.headless.check import GraphError, unwritable
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Link, load
 from wanvideo_wrapper.headless.runner import Runner
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 RAN = []
 

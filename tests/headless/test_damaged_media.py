@@ -10,8 +10,7 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as NODES
 from wanvideo_wrapper.headless.media import Encoding, read_audio, read_frames, write_video
 from wanvideo_wrapper.headless.picture_file import check_picture, read_picture
 from wanvideo_wrapper.headless.video_file import FORMATS
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 RATE = 44100
 

@@ -20,9 +20,8 @@ from wanvideo_wrapper.headless.files import partial_file, publish
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.media import Encoding, read_audio, write_video
 from wanvideo_wrapper.headless.runner import Runner
-from wanvideo_wrapper.host import get_host, set_host
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.multitalk.footage import MemoryFootage, write_frame
-from wanvideo_wrapper.standalone_host import StandaloneHost
 
 FRAMES = torch.rand(5, 32, 48, 3)
 SOUND = {"waveform": torch.rand(1, 2, 8000) - 0.5, "sample_rate": 16000}

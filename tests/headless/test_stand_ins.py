@@ -9,8 +9,7 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as NODES
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.runner import Runner
 from wanvideo_wrapper.headless.widgets import values_by_name
-from wanvideo_wrapper.host import get_host, set_host
-from wanvideo_wrapper.standalone_host import StandaloneHost
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 
 @pytest.fixture

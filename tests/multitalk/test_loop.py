@@ -57,13 +57,13 @@ def request(parts, total=30, **loop):
     )
 
 
-@pytest.mark.parametrize(
-    ("total", "size", "motion"), [(5, 13, 5), (13, 13, 5), (14, 13, 5), (100, 81, 25), (500, 81, 9)]
-)
 def part_of(window):
     return Window(latents=window.latents, pixels=tuple(window.frames))
 
 
+@pytest.mark.parametrize(
+    ("total", "size", "motion"), [(5, 13, 5), (13, 13, 5), (14, 13, 5), (100, 81, 25), (500, 81, 9)]
+)
 def test_windows_cover_every_frame_and_share_the_motion(total, size, motion):
     windows = plan.plan_windows(total, size, motion)
     assert windows[0].frames.start == 0 and all(len(w.frames) == size for w in windows)
@@ -214,7 +214,7 @@ def test_video_to_video_starts_from_its_latents(parts):
 def test_missing_inputs_are_named(parts):
     good = request(parts, 20)
     for change, says in [
-        ({"multitalk": None}, "connect multitalk_embeds"),
+        ({"payloads": ()}, "connect multitalk_embeds"),
         ({"text": None}, "connect text_embeds"),
         ({"image": replace(good.image, loop=replace(good.image.loop, start_images=None))}, "connect start_image"),
         ({"image": replace(good.image, loop=replace(good.image.loop, motion_frames=13))}, "must be less than"),

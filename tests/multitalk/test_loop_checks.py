@@ -170,7 +170,7 @@ def test_source_video_without_a_picture(folder, monkeypatch, base, mode):
     seen, forward = [], type(asked.model.transformer).forward
 
     def spy(self, inputs):
-        seen.append(inputs.latents[0].clone())
+        seen.append(talking.joined(self, inputs).latents[0])
         return forward(self, inputs)
 
     monkeypatch.setattr(type(asked.model.transformer), "forward", spy)

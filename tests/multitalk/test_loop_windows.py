@@ -64,7 +64,7 @@ def run(parts, monkeypatch):
         calls, windows = [], []
 
         def spy(self, inputs):
-            calls.append(replace(inputs, latents=inputs.latents.clone()))
+            calls.append(talking.joined(self, inputs))
             return forward(self, inputs)
 
         def seen(latents, **options):

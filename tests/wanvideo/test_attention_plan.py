@@ -175,7 +175,7 @@ def test_ultravico_node(asked):
     assert set_alpha(overridden, 0.25)[0].attention.rules[0].plan.main.alpha == 0.25
 
 
-class Raw:
+class Raw(attention.FusedAttention):
     """A backend that norms and turns raw projections itself."""
 
     name = "raw"
@@ -192,6 +192,10 @@ class Raw:
         assert isinstance(norm_q, WanRMSNorm) and q_raw.shape == (*v.shape[:2], v.shape[2] * v.shape[3])
         q, k = (apply_rope(n(x).unflatten(-1, v.shape[2:]), rope) for n, x in ((norm_q, q_raw), (norm_k, k_raw)))
         return sdpa()(q, k, v)
+
+    def fused_rows(self, *arguments):
+        self.rows = quantise(self.fused(*arguments).flatten(2))
+        return self.rows
 
 
 @torch.no_grad()
@@ -235,19 +239,11 @@ def test_compiled_blocks_equal_eager_on_a_gpu(name):
     assert got.isfinite().all() and (got - want).norm() / want.norm() < 3e-2
 
 
-class RawRows(Raw):
-    """It can also give FP8 rows."""
-
-    def fused_rows(self, *arguments):
-        self.rows = quantise(self.fused(*arguments).flatten(2))
-        return self.rows
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("fast", [False, True])
 def test_rows_go_straight_into_an_fp8_output_projection(fast):
     config = WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=6)
-    attention, raw = WanModel(config).blocks[0].self_attn, RawRows()
+    attention, raw = WanModel(config).blocks[0].self_attn, Raw()
     if fast:
         attention.o = Fp8MatmulLinear.quantise(attention.o.weight, attention.o.bias, torch.float8_e4m3fn)
     x, rope = torch.randn(1, 8, 64), rope_table(GRID, 32, device=torch.device("cpu"))
