@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,5 +51,10 @@ def round_size(width: int, height: int) -> tuple[int, int]:
 
 
 def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
-    """What ComfyUI reads of a node module: classes and display names, by class name."""
+    """What ComfyUI reads of a node module: classes and display names, by class name.
+
+    A node without a DESCRIPTION shows the first line of its docstring.
+    """
+    for node in nodes:
+        node.DESCRIPTION = getattr(node, "DESCRIPTION", "") or inspect.getdoc(node).splitlines()[0]
     return {node.__name__: node for node in nodes}, {node.__name__: node.DISPLAY_NAME for node in nodes}

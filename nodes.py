@@ -20,6 +20,11 @@ Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
 LATENT_CHANNELS = 16
 LATENT_FACTOR = 8
+TILE_TIP = "Less memory; seams fade where tiles overlap"
+STRIDE_TIP = "Pixels from a tile to the next one {}; less than its {}, so that they overlap"
+OFFLOAD_TIP = "Free the GPU afterwards"
+SIDE_TIP = "In pixels; rounded down to a multiple of 16"
+FRAMES_TIP = "4n+1 frames; 81 are what most models were trained on"
 
 
 class WanVideoClipVisionEncode:
@@ -33,22 +38,34 @@ class WanVideoClipVisionEncode:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        strength = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.001})
+        strength = {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.001}
         return {
             "required": {
-                "clip_vision": ("CLIP_VISION",),
-                "image_1": ("IMAGE",),
-                "strength_1": strength,
-                "strength_2": strength,
+                "clip_vision": ("CLIP_VISION", {"tooltip": "The CLIP ViT-H encoder that the model was trained with"}),
+                "image_1": ("IMAGE", {"tooltip": "The start picture; a batch gives one row of features each"}),
+                "strength_1": ("FLOAT", {**strength, "tooltip": "Weight of image_1's features"}),
+                "strength_2": ("FLOAT", {**strength, "tooltip": "Weight of image_2's features"}),
                 "crop": (["center", "disabled"], {"default": "center", "tooltip": "Cut the middle out, or squeeze"}),
-                "combine_embeds": (["average", "sum", "concat", "batch"], {"default": "average"}),
-                "force_offload": ("BOOLEAN", {"default": True}),
+                "combine_embeds": (
+                    ["average", "sum", "concat", "batch"],
+                    {"default": "average", "tooltip": "How the features of two pictures become one"},
+                ),
+                "force_offload": ("BOOLEAN", {"default": True, "tooltip": OFFLOAD_TIP}),
             },
             "optional": {
-                "image_2": ("IMAGE",),
+                "image_2": ("IMAGE", {"tooltip": "A second picture, such as the end of the video"}),
                 "negative_image": ("IMAGE", {"tooltip": "For the pass without the prompt"}),
                 "tiles": ("INT", {"default": 0, "min": 0, "max": 16, "step": 2, "tooltip": "Not available: 0"}),
-                "ratio": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
+                "ratio": (
+                    "FLOAT",
+                    {
+                        "default": 0.5,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Of the tiles, so without effect",
+                    },
+                ),
             },
         }
 
@@ -104,25 +121,28 @@ class WanVideoImageToVideoEncode:
         strength = {"min": 0.0, "max": 10.0, "step": 0.001}
         return {
             "required": {
-                "width": ("INT", {"default": 832, **size}),
-                "height": ("INT", {"default": 480, **size}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4}),
+                "width": ("INT", {"default": 832, **size, "tooltip": SIDE_TIP}),
+                "height": ("INT", {"default": 480, **size, "tooltip": SIDE_TIP}),
+                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
                 "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength, "tooltip": "Noise on the pictures"}),
-                "start_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
-                "end_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
-                "force_offload": ("BOOLEAN", {"default": True}),
+                "start_latent_strength": ("FLOAT", {"default": 1.0, **strength, "tooltip": "Below 1: more motion"}),
+                "end_latent_strength": (
+                    "FLOAT",
+                    {"default": 1.0, **strength, "tooltip": "The same for the end picture"},
+                ),
+                "force_offload": ("BOOLEAN", {"default": True, "tooltip": OFFLOAD_TIP}),
             },
             "optional": {
-                "vae": ("WANVAE",),
-                "clip_embeds": ("WANVIDIMAGE_CLIPEMBEDS",),
-                "start_image": ("IMAGE",),
-                "end_image": ("IMAGE",),
-                "control_embeds": ("WANVIDIMAGE_EMBEDS",),
+                "vae": ("WANVAE", {"tooltip": "The VAE of the model; encodes the pictures"}),
+                "clip_embeds": ("WANVIDIMAGE_CLIPEMBEDS", {"tooltip": "For Wan 2.1 models; 2.2 models use none"}),
+                "start_image": ("IMAGE", {"tooltip": "The first frame, or the first frames"}),
+                "end_image": ("IMAGE", {"tooltip": "The last frame, or the last frames"}),
+                "control_embeds": ("WANVIDIMAGE_EMBEDS", {"tooltip": "Of control models; not available"}),
                 "fun_or_fl2v_model": ("BOOLEAN", {"default": True, "tooltip": "The end picture is the last frame"}),
                 "temporal_mask": ("MASK", {"tooltip": "1 where a frame is given"}),
                 "extra_latents": ("LATENT", {"tooltip": "Reference latents in front"}),
-                "tiled_vae": ("BOOLEAN", {"default": False}),
-                "add_cond_latents": ("ADD_COND_LATENTS", {"advanced": True}),
+                "tiled_vae": ("BOOLEAN", {"default": False, "tooltip": TILE_TIP}),
+                "add_cond_latents": ("ADD_COND_LATENTS", {"advanced": True, "tooltip": "Not available"}),
                 "augment_empty_frames": (
                     "FLOAT",
                     {"default": 0.0, "min": 0.0, "max": 10.0, "step": 0.01, "tooltip": "More motion, experimental"},
@@ -214,12 +234,12 @@ class WanVideoEmptyEmbeds:
         size = {"min": 64, "max": 8096, "step": 8}
         return {
             "required": {
-                "width": ("INT", {"default": 832, **size}),
-                "height": ("INT", {"default": 480, **size}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4}),
+                "width": ("INT", {"default": 832, **size, "tooltip": SIDE_TIP}),
+                "height": ("INT", {"default": 480, **size, "tooltip": SIDE_TIP}),
+                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
             },
             "optional": {
-                "control_embeds": ("WANVIDIMAGE_EMBEDS",),
+                "control_embeds": ("WANVIDIMAGE_EMBEDS", {"tooltip": "Of control models; not available"}),
                 "extra_latents": ("LATENT", {"tooltip": "The first latent frames (5B image to video)"}),
             },
         }
@@ -241,9 +261,6 @@ class WanVideoEmptyEmbeds:
         return (ImageEmbeds(latent_shape=shape, num_frames=frames, given_latents=given),)
 
 
-TILE_TIP = "Less memory; seams fade where tiles overlap"
-
-
 class WanVideoEncode:
     """Encodes pictures as latents."""
 
@@ -260,17 +277,17 @@ class WanVideoEncode:
         strength = {"min": 0.0, "max": 10.0, "step": 0.001}
         return {
             "required": {
-                "vae": ("WANVAE",),
-                "image": ("IMAGE",),
+                "vae": ("WANVAE", {"tooltip": "The VAE of the model that samples afterwards"}),
+                "image": ("IMAGE", {"tooltip": "Frames; the first 4n+1 are encoded"}),
                 "enable_vae_tiling": ("BOOLEAN", {"default": False, "tooltip": TILE_TIP}),
-                "tile_x": ("INT", {"default": 272, **tile}),
-                "tile_y": ("INT", {"default": 272, **tile}),
-                "tile_stride_x": ("INT", {"default": 144, **stride}),
-                "tile_stride_y": ("INT", {"default": 128, **stride}),
+                "tile_x": ("INT", {"default": 272, **tile, "tooltip": "Width of a tile in pixels"}),
+                "tile_y": ("INT", {"default": 272, **tile, "tooltip": "Height of a tile in pixels"}),
+                "tile_stride_x": ("INT", {"default": 144, **stride, "tooltip": STRIDE_TIP.format("right", "width")}),
+                "tile_stride_y": ("INT", {"default": 128, **stride, "tooltip": STRIDE_TIP.format("down", "height")}),
             },
             "optional": {
-                "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength}),
-                "latent_strength": ("FLOAT", {"default": 1.0, **strength}),
+                "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength, "tooltip": "Noise on the pictures"}),
+                "latent_strength": ("FLOAT", {"default": 1.0, **strength, "tooltip": "Factor on the latents"}),
                 "mask": ("MASK", {"tooltip": "1 where the sampler may paint"}),
             },
         }
@@ -315,15 +332,20 @@ class WanVideoDecode:
         stride = {"min": 32, "max": 2040, "step": 8}
         return {
             "required": {
-                "vae": ("WANVAE",),
-                "samples": ("LATENT",),
+                "vae": ("WANVAE", {"tooltip": "The VAE of the model that sampled"}),
+                "samples": ("LATENT", {"tooltip": "From the sampler"}),
                 "enable_vae_tiling": ("BOOLEAN", {"default": False, "tooltip": TILE_TIP}),
-                "tile_x": ("INT", {"default": 272, **tile}),
-                "tile_y": ("INT", {"default": 272, **tile}),
-                "tile_stride_x": ("INT", {"default": 144, **stride}),
-                "tile_stride_y": ("INT", {"default": 128, **stride}),
+                "tile_x": ("INT", {"default": 272, **tile, "tooltip": "Width of a tile in pixels"}),
+                "tile_y": ("INT", {"default": 272, **tile, "tooltip": "Height of a tile in pixels"}),
+                "tile_stride_x": ("INT", {"default": 144, **stride, "tooltip": STRIDE_TIP.format("right", "width")}),
+                "tile_stride_y": ("INT", {"default": 128, **stride, "tooltip": STRIDE_TIP.format("down", "height")}),
             },
-            "optional": {"normalization": (["default", "minmax", "none"], {"advanced": True})},
+            "optional": {
+                "normalization": (
+                    ["default", "minmax", "none"],
+                    {"advanced": True, "tooltip": "minmax: darkest is black, brightest is white; none: no limits"},
+                )
+            },
         }
 
     @classmethod
@@ -362,8 +384,9 @@ class WanVideoDecode:
         finally:
             vae.managed.release()
         if normalization == "minmax":
-            low, high = video.min(), video.max()
-            video = (video - low) / (high - low) * 2 - 1
+            low, high = video.aminmax()
+            # A video of one colour has no range to stretch; it stays as it is.
+            video = (video - low) / (high - low) * 2 - 1 if high > low else video
         if normalization == "none":
             return (video.movedim(0, -1).contiguous(),)
         return (to_images(video),)
@@ -383,9 +406,12 @@ class WanVideoEnhanceAVideo:
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
-                "weight": ("FLOAT", {"default": 2.0, "min": 0, "max": 100, "step": 0.01}),
-                "start_percent": ("FLOAT", {"default": 0.0, **percent}),
-                "end_percent": ("FLOAT", {"default": 1.0, **percent}),
+                "weight": ("FLOAT", {"default": 2.0, "min": 0, "max": 100, "step": 0.01, "tooltip": "0 has no effect"}),
+                "start_percent": (
+                    "FLOAT",
+                    {"default": 0.0, **percent, "tooltip": "Share of the steps before it starts"},
+                ),
+                "end_percent": ("FLOAT", {"default": 1.0, **percent, "tooltip": "Share of the steps when it ends"}),
             }
         }
 

@@ -24,13 +24,15 @@ CLASSES, TITLES = unbuilt({})
 def test_refuses_before_and_while_running(name):
     node, title = CLASSES[name], TITLES[name]
     assert title == ORIGINAL[name]["display_name"]
-    assert node.DEPRECATED == ORIGINAL[name]["deprecated"] and node.EXPERIMENTAL == ORIGINAL[name]["experimental"]
+    for flag in ("deprecated", "experimental"):
+        assert getattr(node, flag.upper()) == ORIGINAL[name][flag]
     if issubclass(node, IgnoredNode):
         assert node.VALIDATE_INPUTS() is True
         assert getattr(node(), node.FUNCTION)() == (None,) * len(node.RETURN_TYPES)
         return
     sentence = node.VALIDATE_INPUTS(input_types={"vae": "WANVAE"})
-    assert sentence.startswith(f"'{title}' is not built in this version: disconnect or bypass it") and sentence[-1] == "."
+    assert sentence.startswith(f"'{title}' is not built in this version: disconnect or bypass it")
+    assert sentence.endswith(".")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         getattr(node(), node.FUNCTION)(anything=1)
 
