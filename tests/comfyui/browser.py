@@ -29,6 +29,10 @@ def main(url, screenshots, *graphs):
         page.wait_for_function(READY, timeout=120_000)
         for graph in map(Path, graphs):
             opened[graph.name] = page.evaluate(OPEN, json.loads(graph.read_text(encoding="utf-8")))
+            # The list of templates, then that of other packs' nodes that are missing.
+            for _ in range(2):
+                page.keyboard.press("Escape")
+                page.wait_for_timeout(500)
             page.screenshot(path=Path(screenshots) / f"{graph.stem}.png")
         browser.close()
     sys.stdout.write(json.dumps(opened))
