@@ -35,7 +35,7 @@ gpu-memcheck: $(VENV)/.installed
 	    tests/attention_backends/test_any_layout.py tests/test_attention_cudnn.py
 
 docs:
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs>=1.6,<2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.6,<10'
 	$(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.installed: pyproject.toml constraints.txt
