@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz lint clean
+COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
+# An interpreter with what ComfyUI needs and this pack; comfy-cli makes it beside ComfyUI or inside.
+COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(COMFYUI_PATH)/../venv/bin/python) $(BIN)/python)
+
+.PHONY: demo test fuzz lint docs comfyui-test gpu-test gpu-memcheck clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/wanvideo demo
@@ -17,6 +21,26 @@ fuzz: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
+
+# The real server and front end; skips, with the reason, what this machine lacks.
+comfyui-test: $(VENV)/.installed
+	COMFYUI_PATH="$(COMFYUI_PATH)" COMFYUI_PYTHON="$(COMFYUI_PYTHON)" $(BIN)/python -m pytest tests/comfyui -m comfyui -rs
+
+gpu-test: $(VENV)/.installed
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	$(BIN)/python -m pytest -m cuda -rs
+
+# Allocations one by one, so that an access past a tensor's end is seen and not served by its neighbour.
+MEMCHECK := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1
+gpu-memcheck: $(VENV)/.installed
+	WAN_LAYOUT_EXAMPLES=30 $(MEMCHECK) $(BIN)/python -m pytest -q -m cuda \
+	    tests/kernels tests/quantized/test_layouts.py tests/wanvideo/test_quantization.py
+	$(MEMCHECK) --report-api-errors no $(BIN)/python -m pytest -q -m cuda \
+	    tests/attention_backends/test_any_layout.py tests/test_attention_cudnn.py
+
+docs:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.6,<10'
+	$(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

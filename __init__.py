@@ -40,4 +40,7 @@ def _register(family: str) -> None:
 if __package__:
     for _family in (*FAMILIES, *importlib.import_module(".registry", package=__package__).NODE_MODULES):
         _register(_family)
+    _unbuilt = importlib.import_module(".nodes_unbuilt", package=__package__).unbuilt(NODE_CLASS_MAPPINGS)
+    NODE_CLASS_MAPPINGS.update(_unbuilt[0])
+    NODE_DISPLAY_NAME_MAPPINGS.update(_unbuilt[1])
     importlib.import_module(".host", package=__package__).warn_about_copies()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,11 @@ Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
 
 CATEGORY = "WanVideoWrapper"
+# Tooltips that several nodes share.
+TILE_TIP = "Less memory; seams fade where tiles overlap"
+OFFLOAD_TIP = "Free the GPU afterwards"
+SIDE_TIP = "In pixels; rounded down to a multiple of 16"
+FRAMES_TIP = "4n+1 frames; 81 are what most models were trained on"
 SIZE_STEP = 16
 # Kinds of the widget of a text encoder.
 TEXT_ENCODERS = ("text_encoders", "text_encoders_gguf")
@@ -70,5 +76,10 @@ def whole_frames(num_frames: int) -> int:
 
 
 def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
-    """What ComfyUI reads of a node module: classes and display names, by class name."""
+    """What ComfyUI reads of a node module: classes and display names, by class name.
+
+    A node without a DESCRIPTION shows the first line of its docstring.
+    """
+    for node in nodes:
+        node.DESCRIPTION = getattr(node, "DESCRIPTION", "") or inspect.getdoc(node).splitlines()[0]
     return {node.__name__: node for node in nodes}, {node.__name__: node.DISPLAY_NAME for node in nodes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .node_tools import CATEGORY, Inputs, Latent, mappings, round_size, whole_frames
+from .node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, TILE_TIP, Inputs, Latent, mappings, round_size, whole_frames
 from .wanvideo.frames import latent_frames
 from .wanvideo.images import resize_images, to_images, to_video
 from .wanvideo.modules.vae import Tile, WanVAE
@@ -13,6 +13,7 @@ from .wanvideo.request import ImageEmbeds, payloads_of
 
 LATENT_CHANNELS = 16
 LATENT_FACTOR = 8
+STRIDE_TIP = "Pixels from a tile to the next one {}; less than its {}, so that they overlap"
 
 
 class WanVideoEmptyEmbeds:
@@ -29,12 +30,12 @@ class WanVideoEmptyEmbeds:
         size = {"min": 64, "max": 8096, "step": 8}
         return {
             "required": {
-                "width": ("INT", {"default": 832, **size}),
-                "height": ("INT", {"default": 480, **size}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4}),
+                "width": ("INT", {"default": 832, **size, "tooltip": SIDE_TIP}),
+                "height": ("INT", {"default": 480, **size, "tooltip": SIDE_TIP}),
+                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
             },
             "optional": {
-                "control_embeds": ("WANVIDIMAGE_EMBEDS",),
+                "control_embeds": ("WANVIDIMAGE_EMBEDS", {"tooltip": "Of control models; not available"}),
                 "extra_latents": ("LATENT", {"tooltip": "The first latent frames (5B image to video)"}),
             },
         }
@@ -56,9 +57,6 @@ class WanVideoEmptyEmbeds:
         return (ImageEmbeds(latent_shape=shape, num_frames=frames, payloads=payloads, given_latents=given),)
 
 
-TILE_TIP = "Less memory; seams fade where tiles overlap"
-
-
 class WanVideoEncode:
     """Encodes pictures as latents."""
 
@@ -75,17 +73,17 @@ class WanVideoEncode:
         strength = {"min": 0.0, "max": 10.0, "step": 0.001}
         return {
             "required": {
-                "vae": ("WANVAE",),
-                "image": ("IMAGE",),
+                "vae": ("WANVAE", {"tooltip": "The VAE of the model that samples afterwards"}),
+                "image": ("IMAGE", {"tooltip": "Frames; the first 4n+1 are encoded"}),
                 "enable_vae_tiling": ("BOOLEAN", {"default": False, "tooltip": TILE_TIP}),
-                "tile_x": ("INT", {"default": 272, **tile}),
-                "tile_y": ("INT", {"default": 272, **tile}),
-                "tile_stride_x": ("INT", {"default": 144, **stride}),
-                "tile_stride_y": ("INT", {"default": 128, **stride}),
+                "tile_x": ("INT", {"default": 272, **tile, "tooltip": "Width of a tile in pixels"}),
+                "tile_y": ("INT", {"default": 272, **tile, "tooltip": "Height of a tile in pixels"}),
+                "tile_stride_x": ("INT", {"default": 144, **stride, "tooltip": STRIDE_TIP.format("right", "width")}),
+                "tile_stride_y": ("INT", {"default": 128, **stride, "tooltip": STRIDE_TIP.format("down", "height")}),
             },
             "optional": {
-                "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength}),
-                "latent_strength": ("FLOAT", {"default": 1.0, **strength}),
+                "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength, "tooltip": "Noise on the pictures"}),
+                "latent_strength": ("FLOAT", {"default": 1.0, **strength, "tooltip": "Factor on the latents"}),
                 "mask": ("MASK", {"tooltip": "1 where the sampler may paint"}),
             },
         }
@@ -130,15 +128,20 @@ class WanVideoDecode:
         stride = {"min": 32, "max": 2040, "step": 8}
         return {
             "required": {
-                "vae": ("WANVAE",),
-                "samples": ("LATENT",),
+                "vae": ("WANVAE", {"tooltip": "The VAE of the model that sampled"}),
+                "samples": ("LATENT", {"tooltip": "From the sampler"}),
                 "enable_vae_tiling": ("BOOLEAN", {"default": False, "tooltip": TILE_TIP}),
-                "tile_x": ("INT", {"default": 272, **tile}),
-                "tile_y": ("INT", {"default": 272, **tile}),
-                "tile_stride_x": ("INT", {"default": 144, **stride}),
-                "tile_stride_y": ("INT", {"default": 128, **stride}),
+                "tile_x": ("INT", {"default": 272, **tile, "tooltip": "Width of a tile in pixels"}),
+                "tile_y": ("INT", {"default": 272, **tile, "tooltip": "Height of a tile in pixels"}),
+                "tile_stride_x": ("INT", {"default": 144, **stride, "tooltip": STRIDE_TIP.format("right", "width")}),
+                "tile_stride_y": ("INT", {"default": 128, **stride, "tooltip": STRIDE_TIP.format("down", "height")}),
             },
-            "optional": {"normalization": (["default", "minmax", "none"], {"advanced": True})},
+            "optional": {
+                "normalization": (
+                    ["default", "minmax", "none"],
+                    {"advanced": True, "tooltip": "minmax: darkest is black, brightest is white; none: no limits"},
+                )
+            },
         }
 
     @classmethod
@@ -178,8 +181,9 @@ class WanVideoDecode:
         finally:
             vae.managed.release()
         if normalization == "minmax":
-            low, high = video.min(), video.max()
-            video = (video - low) / (high - low) * 2 - 1
+            low, high = video.aminmax()
+            # A video of one colour has no range to stretch; it stays as it is.
+            video = (video - low) / (high - low) * 2 - 1 if high > low else video
         if normalization == "none":
             return (video.movedim(0, -1).contiguous(),)
         return (to_images(video),)

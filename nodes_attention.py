@@ -12,6 +12,7 @@ from .wanvideo.attention_plan import RadialSettings, Rule, plan_for, with_radial
 from .wanvideo.loading import WanVideoModel
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
+MODEL_TIP = "A loaded model; what else it is connected to keeps it as it was"
 DENSE_MODES = ["sdpa", "flash_attn_2", "flash_attn_3", "sageattn", "sparse_sage_attention"]
 
 
@@ -29,8 +30,8 @@ class WanVideoSetAttentionModeOverride:
         step = {"max": 10000, "step": 1}
         return {
             "required": {
-                "model": ("WANVIDEOMODEL",),
-                "attention_mode": (list(ATTENTION_MODES), {"default": "sdpa"}),
+                "model": ("WANVIDEOMODEL", {"tooltip": MODEL_TIP}),
+                "attention_mode": (list(ATTENTION_MODES), {"default": "sdpa", "tooltip": "In these steps and blocks"}),
                 "start_step": ("INT", {"default": 0, "min": 0, **step, "tooltip": "First step of the sampler's run"}),
                 "end_step": ("INT", {"default": 10000, "min": 1, **step, "tooltip": "The step it ends before"}),
                 "verbose": ("BOOLEAN", {"default": False, "tooltip": "Log each step where it applies"}),
@@ -87,8 +88,11 @@ class WanVideoSetRadialAttention:
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "model": ("WANVIDEOMODEL",),
-                "dense_attention_mode": (DENSE_MODES, {"default": "sageattn"}),
+                "model": ("WANVIDEOMODEL", {"tooltip": MODEL_TIP}),
+                "dense_attention_mode": (
+                    DENSE_MODES,
+                    {"default": "sageattn", "tooltip": "Where attention is not sparse"},
+                ),
                 "dense_blocks": (
                     "INT",
                     {"default": 1, "min": 0, "max": 40, "step": 1, "tooltip": "The first blocks are dense"},
@@ -111,7 +115,7 @@ class WanVideoSetRadialAttention:
                     "FLOAT",
                     {"default": 0.2, "min": 0, "max": 1, "step": 0.01, "tooltip": "Larger windows, less sparse"},
                 ),
-                "block_size": ([128, 64], {"default": 128}),
+                "block_size": ([128, 64], {"default": 128, "tooltip": "Tokens of a block of the sparse mask"}),
             }
         }
 
@@ -148,7 +152,7 @@ class WanVideoUltraVicoSettings:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         alpha = {"default": 0.9, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "1 is no decay of far tokens"}
-        return {"required": {"model": ("WANVIDEOMODEL",), "alpha": ("FLOAT", alpha)}}
+        return {"required": {"model": ("WANVIDEOMODEL", {"tooltip": MODEL_TIP}), "alpha": ("FLOAT", alpha)}}
 
     def getmodelpath(self, model: WanVideoModel, alpha: float) -> tuple[WanVideoModel]:
         """The same model with this alpha."""
@@ -167,7 +171,7 @@ class WanVideoBlockList:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"blocks": ("STRING", {"default": "1", "multiline": True})}}
+        return {"required": {"blocks": ("STRING", {"default": "1", "multiline": True, "tooltip": "Such as 0,2,3-5"})}}
 
     def create_list(self, blocks: str) -> tuple[list[int]]:
         """The numbers, in the order given. Raises ValueError for anything else."""

@@ -16,8 +16,9 @@ from .wanvideo.request import TextEmbeds
 from .wanvideo.text_cache import TextCache
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
-PROMPT = ("STRING", {"default": "", "multiline": True})
-ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu"})
+PROMPT = ("STRING", {"default": "", "multiline": True, "tooltip": "What to show"})
+NEGATIVE = ("STRING", {"default": "", "multiline": True, "tooltip": "What to avoid; unused where cfg is 1"})
+ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu", "tooltip": "The cpu is slower and leaves the GPU alone"})
 
 
 def _encode_prompts(
@@ -65,9 +66,9 @@ class WanVideoTextEncode:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
-            "required": {"positive_prompt": PROMPT, "negative_prompt": PROMPT},
+            "required": {"positive_prompt": PROMPT, "negative_prompt": NEGATIVE},
             "optional": {
-                "t5": ("WANTEXTENCODER",),
+                "t5": ("WANTEXTENCODER", {"tooltip": "The encoder; not needed where use_disk_cache has the prompt"}),
                 "force_offload": ("BOOLEAN", {"default": True, "tooltip": "Free the GPU afterwards"}),
                 "model_to_offload": ("WANVIDEOMODEL", {"tooltip": "A model that leaves the GPU first"}),
                 "use_disk_cache": ("BOOLEAN", {"default": False, "tooltip": "Keep embeddings on disk"}),
@@ -138,14 +139,17 @@ class WanVideoTextEncodeCached:
         return {
             "required": {
                 "model_name": (files(*TEXT_ENCODERS), {"tooltip": "A umt5-xxl encoder in models/text_encoders"}),
-                "precision": (["fp32", "bf16"], {"default": "bf16"}),
+                "precision": (["fp32", "bf16"], {"default": "bf16", "tooltip": "Of the encoder's weights"}),
                 "positive_prompt": PROMPT,
-                "negative_prompt": PROMPT,
-                "quantization": (["disabled", "fp8_e4m3fn"], {"default": "disabled"}),
+                "negative_prompt": NEGATIVE,
+                "quantization": (
+                    ["disabled", "fp8_e4m3fn"],
+                    {"default": "disabled", "tooltip": "fp8 takes half the memory"},
+                ),
                 "use_disk_cache": ("BOOLEAN", {"default": True, "tooltip": "Keep embeddings on disk"}),
                 "device": ENCODE_DEVICES,
             },
-            "optional": {"extender_args": ("WANVIDEOPROMPTEXTENDER_ARGS",)},
+            "optional": {"extender_args": ("WANVIDEOPROMPTEXTENDER_ARGS", {"tooltip": "Not available"})},
         }
 
     def process(
@@ -188,7 +192,10 @@ class WanVideoTextEmbedBridge:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"positive": ("CONDITIONING",)}, "optional": {"negative": ("CONDITIONING",)}}
+        return {
+            "required": {"positive": ("CONDITIONING", {"tooltip": "What to show"})},
+            "optional": {"negative": ("CONDITIONING", {"tooltip": "What to avoid"})},
+        }
 
     def process(self, positive: list[list[object]], negative: list[list[object]] | None = None) -> tuple[TextEmbeds]:
         """The same embeddings as text embeds."""

@@ -32,12 +32,18 @@ class CreateCFGScheduleFloatList:
         percent = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.01}
         return {
             "required": {
-                "steps": ("INT", {"default": 30, "min": 2, "max": 1000, "step": 1}),
-                "cfg_scale_start": ("FLOAT", scale),
-                "cfg_scale_end": ("FLOAT", scale),
-                "interpolation": (list(EASES), {"default": "linear"}),
-                "start_percent": ("FLOAT", {"default": 0.0, **percent}),
-                "end_percent": ("FLOAT", {"default": 1.0, **percent}),
+                "steps": ("INT", {"default": 30, "min": 2, "max": 1000, "step": 1, "tooltip": "Those of the sampler"}),
+                "cfg_scale_start": ("FLOAT", {**scale, "tooltip": "At the first step of the range"}),
+                "cfg_scale_end": ("FLOAT", {**scale, "tooltip": "At the last step of the range"}),
+                "interpolation": (
+                    list(EASES),
+                    {"default": "linear", "tooltip": "How the value goes from start to end"},
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {"default": 0.0, **percent, "tooltip": "Share of the steps before the range"},
+                ),
+                "end_percent": ("FLOAT", {"default": 1.0, **percent, "tooltip": "Share of the steps when it ends"}),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -74,7 +80,7 @@ class WanVideoPassImagesFromSamples:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"samples": ("LATENT",)}}
+        return {"required": {"samples": ("LATENT", {"tooltip": "From a sampler that decoded while it ran"})}}
 
     def decode(self, samples: dict[str, object]) -> tuple[Tensor, str]:
         """IMAGE in 0..1 and the folder ("" if there is none)."""

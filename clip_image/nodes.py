@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..node_tools import CATEGORY, Inputs, mappings, reject
+from ..node_tools import CATEGORY, OFFLOAD_TIP, Inputs, mappings, reject
 from .extension import ClipImage
 
 
@@ -20,22 +20,34 @@ class WanVideoClipVisionEncode:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        strength = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.001})
+        strength = {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.001}
         return {
             "required": {
-                "clip_vision": ("CLIP_VISION",),
-                "image_1": ("IMAGE",),
-                "strength_1": strength,
-                "strength_2": strength,
+                "clip_vision": ("CLIP_VISION", {"tooltip": "The CLIP ViT-H encoder that the model was trained with"}),
+                "image_1": ("IMAGE", {"tooltip": "The start picture; a batch gives one row of features each"}),
+                "strength_1": ("FLOAT", {**strength, "tooltip": "Weight of image_1's features"}),
+                "strength_2": ("FLOAT", {**strength, "tooltip": "Weight of image_2's features"}),
                 "crop": (["center", "disabled"], {"default": "center", "tooltip": "Cut the middle out, or squeeze"}),
-                "combine_embeds": (["average", "sum", "concat", "batch"], {"default": "average"}),
-                "force_offload": ("BOOLEAN", {"default": True}),
+                "combine_embeds": (
+                    ["average", "sum", "concat", "batch"],
+                    {"default": "average", "tooltip": "How the features of two pictures become one"},
+                ),
+                "force_offload": ("BOOLEAN", {"default": True, "tooltip": OFFLOAD_TIP}),
             },
             "optional": {
-                "image_2": ("IMAGE",),
+                "image_2": ("IMAGE", {"tooltip": "A second picture, such as the end of the video"}),
                 "negative_image": ("IMAGE", {"tooltip": "For the pass without the prompt"}),
                 "tiles": ("INT", {"default": 0, "min": 0, "max": 16, "step": 2, "tooltip": "Not available: 0"}),
-                "ratio": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
+                "ratio": (
+                    "FLOAT",
+                    {
+                        "default": 0.5,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Of the tiles, so without effect",
+                    },
+                ),
             },
         }
 

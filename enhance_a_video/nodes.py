@@ -20,9 +20,12 @@ class WanVideoEnhanceAVideo:
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
-                "weight": ("FLOAT", {"default": 2.0, "min": 0, "max": 100, "step": 0.01}),
-                "start_percent": ("FLOAT", {"default": 0.0, **percent}),
-                "end_percent": ("FLOAT", {"default": 1.0, **percent}),
+                "weight": ("FLOAT", {"default": 2.0, "min": 0, "max": 100, "step": 0.01, "tooltip": "0 has no effect"}),
+                "start_percent": (
+                    "FLOAT",
+                    {"default": 0.0, **percent, "tooltip": "Share of the steps before it starts"},
+                ),
+                "end_percent": ("FLOAT", {"default": 1.0, **percent, "tooltip": "Share of the steps when it ends"}),
             }
         }
 

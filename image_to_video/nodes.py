@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..node_tools import CATEGORY, Inputs, Latent, mappings, round_size, whole_frames
+from ..node_tools import (
+    CATEGORY,
+    FRAMES_TIP,
+    OFFLOAD_TIP,
+    SIDE_TIP,
+    TILE_TIP,
+    Inputs,
+    Latent,
+    mappings,
+    round_size,
+    whole_frames,
+)
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.modules.vae import Tile, WanVAE
 from ..wanvideo.request import ImageEmbeds, payloads_of
@@ -28,25 +39,28 @@ class WanVideoImageToVideoEncode:
         strength = {"min": 0.0, "max": 10.0, "step": 0.001}
         return {
             "required": {
-                "width": ("INT", {"default": 832, **size}),
-                "height": ("INT", {"default": 480, **size}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4}),
+                "width": ("INT", {"default": 832, **size, "tooltip": SIDE_TIP}),
+                "height": ("INT", {"default": 480, **size, "tooltip": SIDE_TIP}),
+                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
                 "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength, "tooltip": "Noise on the pictures"}),
-                "start_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
-                "end_latent_strength": ("FLOAT", {"default": 1.0, **strength}),
-                "force_offload": ("BOOLEAN", {"default": True}),
+                "start_latent_strength": ("FLOAT", {"default": 1.0, **strength, "tooltip": "Below 1: more motion"}),
+                "end_latent_strength": (
+                    "FLOAT",
+                    {"default": 1.0, **strength, "tooltip": "The same for the end picture"},
+                ),
+                "force_offload": ("BOOLEAN", {"default": True, "tooltip": OFFLOAD_TIP}),
             },
             "optional": {
-                "vae": ("WANVAE",),
-                "clip_embeds": ("WANVIDIMAGE_CLIPEMBEDS",),
-                "start_image": ("IMAGE",),
-                "end_image": ("IMAGE",),
-                "control_embeds": ("WANVIDIMAGE_EMBEDS",),
+                "vae": ("WANVAE", {"tooltip": "The VAE of the model; encodes the pictures"}),
+                "clip_embeds": ("WANVIDIMAGE_CLIPEMBEDS", {"tooltip": "For Wan 2.1 models; 2.2 models use none"}),
+                "start_image": ("IMAGE", {"tooltip": "The first frame, or the first frames"}),
+                "end_image": ("IMAGE", {"tooltip": "The last frame, or the last frames"}),
+                "control_embeds": ("WANVIDIMAGE_EMBEDS", {"tooltip": "Of control models; not available"}),
                 "fun_or_fl2v_model": ("BOOLEAN", {"default": True, "tooltip": "The end picture is the last frame"}),
                 "temporal_mask": ("MASK", {"tooltip": "1 where a frame is given"}),
                 "extra_latents": ("LATENT", {"tooltip": "Reference latents in front"}),
-                "tiled_vae": ("BOOLEAN", {"default": False}),
-                "add_cond_latents": ("ADD_COND_LATENTS", {"advanced": True}),
+                "tiled_vae": ("BOOLEAN", {"default": False, "tooltip": TILE_TIP}),
+                "add_cond_latents": ("ADD_COND_LATENTS", {"advanced": True, "tooltip": "Not available"}),
                 "augment_empty_frames": (
                     "FLOAT",
                     {"default": 0.0, "min": 0.0, "max": 10.0, "step": 0.01, "tooltip": "More motion, experimental"},

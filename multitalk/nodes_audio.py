@@ -32,7 +32,7 @@ Inputs = dict[str, dict[str, tuple[object, ...]]]
 SPEECH_MODELS = {"TencentGameMate/chinese-wav2vec2-base": "refs/pr/1", "facebook/wav2vec2-base-960h": "main"}
 TRAINED_FPS = 25.0
 SPEECH_WIDGETS = {
-    "base_precision": (["fp32", "bf16", "fp16"], {"default": "fp16"}),
+    "base_precision": (["fp32", "bf16", "fp16"], {"default": "fp16", "tooltip": "Of the encoder's weights"}),
     "load_device": (
         ["main_device", "offload_device"],
         {"default": "main_device", "tooltip": "On the GPU only while it encodes, either way"},
@@ -77,7 +77,7 @@ class DownloadAndLoadWav2VecModel:
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "model": (list(SPEECH_MODELS), {}),
+                "model": (list(SPEECH_MODELS), {"tooltip": "Kept in models/transformers"}),
                 **SPEECH_WIDGETS,
             }
         }
@@ -120,8 +120,8 @@ class MultiTalkWav2VecEmbeds:
         strength = {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}
         return {
             "required": {
-                "wav2vec_model": ("WAV2VECMODEL",),
-                "audio_1": ("AUDIO",),
+                "wav2vec_model": ("WAV2VECMODEL", {"tooltip": "Turns the sound into features; the Chinese base model"}),
+                "audio_1": ("AUDIO", {"tooltip": "Speech of the first speaker"}),
                 "normalize_loudness": ("BOOLEAN", {"default": True, "tooltip": "To -23 LUFS"}),
                 "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 1, "tooltip": "Longest video"}),
                 "fps": (
@@ -133,9 +133,9 @@ class MultiTalkWav2VecEmbeds:
                 "multi_audio_type": (["para", "add"], {"default": "para", "tooltip": "At once, or in turn"}),
             },
             "optional": {
-                "audio_2": ("AUDIO",),
-                "audio_3": ("AUDIO",),
-                "audio_4": ("AUDIO",),
+                "audio_2": ("AUDIO", {"tooltip": "Speech of the second speaker"}),
+                "audio_3": ("AUDIO", {"tooltip": "Speech of the third speaker"}),
+                "audio_4": ("AUDIO", {"tooltip": "Speech of the fourth speaker"}),
                 "ref_target_masks": ("MASK", {"tooltip": "Where each speaker is, in the order of the audio"}),
                 "add_noise_floor": ("BOOLEAN", {"default": False, "tooltip": "Faint noise at -45 dB in silent gaps"}),
                 "smooth_transients": ("BOOLEAN", {"default": False, "tooltip": "Low-pass at 3 kHz"}),
@@ -198,7 +198,9 @@ class MultiTalkSilentEmbeds:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
-            "required": {"num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 1})},
+            "required": {
+                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 1, "tooltip": "Length at 25 fps"})
+            },
             "optional": {"wav2vec_model": ("WAV2VECMODEL", {"tooltip": "Encodes the silence"})},
         }
 

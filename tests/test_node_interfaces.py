@@ -1,5 +1,6 @@
 """Every node has the interface that saved graphs rely on: names, order, types, options, defaults, limits, outputs."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 ORIGINAL = json.loads((Path(__file__).parent / "data/node_interfaces.json").read_text())
 NODES = wanvideo_wrapper.NODE_CLASS_MAPPINGS
+FOLDERS = (
+    "diffusion_models", "vae", "text_encoders", "clip_vision", "loras", "wav2vec2", "vae_approx", "controlnet",
+    "audio_encoders", "nlf", "mmaudio",
+)  # fmt: skip
 LIMITS = ("default", "min", "max", "step", "round", "multiline", "advanced")
 # Inputs that come after the original's, so that saved graphs stay valid.
 APPENDED = {"MultiTalkSilentEmbeds": {"optional": ["wav2vec_model"]}}
@@ -25,7 +30,7 @@ def files(tmp_path):
     """A host with one file of each kind; returns the widget list of a `<files:...>` type."""
     before = get_host()
     names = {}
-    for kind in ("diffusion_models", "vae", "text_encoders", "clip_vision", "loras", "wav2vec2"):
+    for kind in FOLDERS:
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"{kind}.safetensors").touch()
         names[kind] = [f"{kind}.safetensors"]
@@ -55,7 +60,9 @@ def test_inputs(name, files):
                 assert got[entry[0]] == entry[1]
                 continue
             kind, *options = got[entry[0]]
-            want, appended = files(entry[1]), APPENDED_OPTIONS.get((name, entry[0]))
+            # The two ways to write a dropdown.
+            original = entry[2]["options"] if entry[1] == "COMBO" else entry[1]
+            want, appended = files(original), APPENDED_OPTIONS.get((name, entry[0]))
             if isinstance(want, list):
                 want = [part for item in want for part in (files(item) if str(item).startswith("<files:") else [item])]
             assert kind == (want if appended is None else want + appended), entry[0]
@@ -76,6 +83,13 @@ def test_outputs_and_names(name):
     assert wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS[name] == original["display_name"]
 
 
-def test_all_families_register():
-    assert len(NODES) == 44
-    assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS)
+def test_every_node_of_the_original_is_registered():
+    assert len(ORIGINAL) == 146
+    assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS) >= set(ORIGINAL)
+
+
+@pytest.mark.parametrize("family", wanvideo_wrapper.FAMILIES)
+def test_families_register(family):
+    module = importlib.import_module(family, package="wanvideo_wrapper")
+    assert module.NODE_CLASS_MAPPINGS
+    assert all(NODES[name] is node for name, node in module.NODE_CLASS_MAPPINGS.items())

@@ -143,6 +143,19 @@ def test_text_to_video_and_what_decoding_gives(vae):
     assert "overlap" in N["WanVideoDecode"].VALIDATE_INPUTS(128, 272, 128, 128)
 
 
+@pytest.mark.parametrize("shade", [-1.0, 0.25])
+def test_a_video_of_one_colour_has_no_range_to_stretch(shade):
+    class OneColour:
+        managed = SimpleNamespace(release=lambda: None)
+
+        def decode(self, latents, *, tile=None):
+            return torch.full((3, 5, 8, 8), shade)
+
+    samples = {"samples": torch.randn(1, 16, 2, 1, 1)}
+    (images,) = N["WanVideoDecode"]().decode(OneColour(), samples, False, 272, 272, 144, 128, "minmax")
+    torch.testing.assert_close(images, torch.full((5, 8, 8, 3), (shade + 1) / 2))
+
+
 def test_image_to_video_needs_its_inputs(vae):
     i2v, t2v = model("i2v.safetensors"), model()
     (embeds,) = N["WanVideoImageToVideoEncode"]().process(32, 32, 9, 0.0, 1.0, 1.0, True, vae, start_image=pictures(1))

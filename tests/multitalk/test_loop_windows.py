@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import talking
 import torch
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost

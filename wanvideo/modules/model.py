@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -237,13 +238,9 @@ class WanModel(nn.Module):
             if state is not None:
                 active.append(Active(place, extension, state))
 
-        def run() -> Tensor:
-            return self._run_blocks(tokens, active, inputs.step)
-
-        if memory is None:
-            x = run()
-        else:
-            x = memory.blocks(Moment(tokens.embedding, tokens.mod, tokens.x), inputs.step, run)
+        run = partial(self._run_blocks, tokens, active, inputs.step)
+        moment = Moment(tokens.embedding, tokens.mod, tokens.x)
+        x = run() if memory is None else memory.blocks(moment, inputs.step, run)
         count = video_tokens(tokens.grid)
         rows = None if tokens.rows is None else tokens.rows[:count]
         return self._unpatchify(self.head(x[:, :count], tokens.embedding, rows), tokens.grid)

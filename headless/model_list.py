@@ -1,0 +1,159 @@
+"""Which model files a workflow names, where each belongs, whether it is there, and where it is published.
+
+The logic of `wanvideo models WORKFLOW.json`. Nothing is downloaded; sizes are those of the published files, rounded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from .graph import Prompt
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+ENDINGS = (".safetensors", ".sft", ".gguf")
+# The folder that a loader reads, by the start of its class name; the first that fits.
+FOLDERS = (
+    ("WanVideoVAELoader", "vae"),
+    ("LoadWanVideoT5TextEncoder", "text_encoders"),
+    ("WanVideoTextEncodeCached", "text_encoders"),
+    ("CLIPLoader", "text_encoders"),
+    ("LoadWanVideoClipTextEncoder", "clip_vision"),
+    ("CLIPVisionLoader", "clip_vision"),
+    ("Wav2VecModelLoader", "wav2vec2"),
+    ("WanVideoLora", "loras"),
+    ("WanVideoTinyVAELoader", "vae_approx"),
+    ("WanVideoControlnetLoader", "controlnet"),
+    ("WanVideoUni3C_ControlnetLoader", "controlnet"),
+    ("WhisperModelLoader", "audio_encoders"),
+    ("OviMMAudioVAELoader", "vae"),
+)
+DEFAULT_FOLDER = "diffusion_models"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file, or a series of files, on Hugging Face.
+
+    pattern: matches the whole file name, in any case. path: inside the repository; "{}" is the name. gigabytes: of one
+    file, 10^9 bytes.
+    """
+
+    pattern: str
+    repository: str
+    path: str
+    gigabytes: float
+
+    def url(self, name: str) -> str:
+        """Where the file of this name can be looked at."""
+        return f"https://huggingface.co/{self.repository}/blob/main/{self.path.format(name)}"
+
+
+KIJAI, SCALED, GGUF = "Kijai/WanVideo_comfy", "Kijai/WanVideo_comfy_fp8_scaled", "Kijai/WanVideo_comfy_GGUF"
+WAN21, WAN22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
+PUBLISHED = (
+    Published(r"wan2\.1_t2v_1\.3B_(fp16|bf16)\.safetensors", WAN21, "split_files/diffusion_models/{}", 2.8),
+    Published(r"wan2\.2_ti2v_5B_fp16\.safetensors", WAN22, "split_files/diffusion_models/{}", 10.0),
+    Published(r"Wan2_1-T2V-14B_fp8_e4m3fn\.safetensors", KIJAI, "{}", 14.9),
+    Published(r"Wan2_1-T2V-14B_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "T2V/{}", 14.9),
+    Published(r"Wan2_1-I2V-14B-(480P|720P)_fp8_e4m3fn\.safetensors", KIJAI, "{}", 17.0),
+    Published(r"Wan2_1-I2V-14B-(480p|720p)_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "I2V/{}", 17.0),
+    Published(r"Wan2_2-I2V-A14B-(HIGH|LOW)_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "I2V/{}", 15.0),
+    Published(r"wan2\.1-i2v-14b-480p-Q8_0\.gguf", "city96/Wan2.1-I2V-14B-480P-gguf", "{}", 18.0),
+    Published(r"Wan2_1-InfiniteTalk_(Single|Multi)_Q8\.gguf", GGUF, "InfiniteTalk/{}", 2.7),
+    Published(
+        r"Wan2_1-InfiniteTalk-(Single|Multi)_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "InfiniteTalk/{}", 2.8
+    ),
+    Published(r"Wan21-SkyReelsV3-A2V_fp8_scaled_mixed\.safetensors", SCALED, "SkyReelsV3/{}", 19.0),
+    Published(r"Wan2_1_VAE_bf16\.safetensors", KIJAI, "{}", 0.25),
+    Published(r"Wan2_2_VAE_bf16\.safetensors", KIJAI, "{}", 1.4),
+    Published(r"umt5-xxl-enc-bf16\.safetensors", KIJAI, "{}", 11.4),
+    Published(r"umt5-xxl-enc-fp8_e4m3fn\.safetensors", KIJAI, "{}", 6.7),
+    Published(r"umt5_xxl_fp16\.safetensors", WAN21, "split_files/text_encoders/{}", 11.4),
+    Published(r"umt5_xxl_fp8_e4m3fn_scaled\.safetensors", WAN21, "split_files/text_encoders/{}", 6.7),
+    Published(r"clip_vision_h\.safetensors", WAN21, "split_files/clip_vision/{}", 1.3),
+    Published(r"open-clip-xlm-roberta-large-vit-huge-14_visual_fp16\.safetensors", KIJAI, "{}", 1.3),
+    Published(r"wav2vec2-chinese-base_fp16\.safetensors", "Kijai/wav2vec2_safetensors", "{}", 0.19),
+    Published(r"lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16\.safetensors", KIJAI, "Lightx2v/{}", 0.74),
+    # Saved graphs write the name with a last '_' that the published file does not have.
+    Published(
+        r"lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16_?\.safetensors",
+        KIJAI,
+        "Lightx2v/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors",
+        0.63,
+    ),
+    Published(r"MelBandRoformer_fp16\.safetensors", "Kijai/MelBandRoFormer_comfy", "{}", 0.46),
+)
+
+
+@dataclass(frozen=True)
+class NeededModel:
+    """A model file that a workflow names.
+
+    name: as the workflow has it, with '/' between folders. folder: below the models folder. elsewhere: the same file
+    name in another subfolder, "" if there is none.
+    """
+
+    name: str
+    folder: str
+    nodes: tuple[str, ...]
+    present: bool
+    elsewhere: str
+    published: Published | None
+
+    def line(self) -> str:
+        """What the command prints."""
+        target = f"models/{self.folder}/{self.name}"
+        if self.present:
+            return f"there     {target}"
+        if self.elsewhere:
+            return f"moved     {target}: it lies at models/{self.folder}/{self.elsewhere}, choose that"
+        if self.published is None:
+            return f"MISSING   {target}: for {', '.join(self.nodes)}; where it is published is not known here"
+        url = self.published.url(PurePosixPath(self.name).name)
+        return f"MISSING   {target}: {self.published.gigabytes:g} GB, {url}"
+
+
+def published(name: str) -> Published | None:
+    """What is known of a file by its name, in whatever subfolder; None if nothing."""
+    base = PurePosixPath(name.replace("\\", "/")).name
+    return next((row for row in PUBLISHED if re.fullmatch(row.pattern, base, re.IGNORECASE)), None)
+
+
+def needed_models(prompt: Prompt, host: Host) -> list[NeededModel]:
+    """The model files that the nodes of a workflow name, in order of nodes, each once."""
+    users: dict[tuple[str, str], list[str]] = {}
+    for node_type, label, name in _named_files(prompt):
+        users.setdefault((_folder(node_type), name), []).append(label)
+    return [_needed(folder, name, tuple(nodes), host) for (folder, name), nodes in users.items()]
+
+
+def _named_files(prompt: Prompt) -> Iterator[tuple[str, str, str]]:
+    for node in prompt.nodes.values():
+        for value in node.inputs.values():
+            if isinstance(value, str) and value.lower().endswith(ENDINGS):
+                yield node.type, node.label, value.replace("\\", "/")
+
+
+def _folder(node_type: str) -> str:
+    return next((folder for start, folder in FOLDERS if node_type.startswith(start)), DEFAULT_FOLDER)
+
+
+def _needed(folder: str, name: str, nodes: tuple[str, ...], host: Host) -> NeededModel:
+    gguf = folder == DEFAULT_FOLDER and name.lower().endswith(".gguf")
+    names = {entry.replace("\\", "/") for entry in host.list_files("unet_gguf" if gguf else folder)}
+    base = PurePosixPath(name).name
+    others = sorted(entry for entry in names if PurePosixPath(entry).name == base)
+    return NeededModel(
+        name=name,
+        folder=folder,
+        nodes=nodes,
+        present=name in names,
+        elsewhere=others[0] if others else "",
+        published=published(name),
+    )

@@ -1,0 +1,118 @@
+"""Nodes of the original that no family builds yet: their interface is there, so that saved graphs open and keep their
+values, and one that a result depends on is refused before anything runs.
+
+nodes_unbuilt.json holds the interfaces. A node that a family registers is never taken from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from .host import get_host
+
+log = logging.getLogger("wanvideo")
+
+TABLE = Path(__file__).with_name("nodes_unbuilt.json")
+FILES_OF = "<files:"
+
+Interface = Mapping[str, object]
+
+
+def unbuilt(registered: Mapping[str, type]) -> tuple[dict[str, type], dict[str, str]]:
+    """Classes and display names, by class name, of the original's nodes that are not among `registered`."""
+    missing = {
+        name: interface
+        for name, interface in json.loads(TABLE.read_text(encoding="utf-8")).items()
+        if name not in registered
+    }
+    classes = {name: _node_class(name, interface) for name, interface in missing.items()}
+    return classes, {name: interface["display_name"] for name, interface in missing.items()}
+
+
+class UnbuiltNode:
+    """What such nodes have in common; `_node_class` adds the interface of one."""
+
+    interface: Interface
+    refusal: str
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, object]]:
+        sections: dict[str, dict[str, object]] = {
+            section: {name: (_choices(kind), *options) for name, kind, *options in cls.interface.get(section, ())}
+            for section in ("required", "optional")
+        }
+        return sections | {"hidden": dict(cls.interface.get("hidden", {}))}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: object = None) -> bool | str:
+        """Refuses when the graph is queued, which ComfyUI asks only of nodes that an output depends on.
+
+        input_types: ComfyUI's name for the types of what is linked. A parameter of that name makes it report the
+        refusal once, instead of once for every input.
+        """
+        return cls.refusal
+
+    def run(self, **inputs: object) -> tuple[None, ...]:
+        """For hosts that run a node without asking VALIDATE_INPUTS."""
+        raise ValueError(self.refusal)
+
+
+class IgnoredNode(UnbuiltNode):
+    """A node without an effect on the result: it runs, says so, and passes nothing on."""
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: object = None) -> bool | str:
+        """Always welcome."""
+        return True
+
+    def run(self, **inputs: object) -> tuple[None, ...]:
+        """Nothing for every output."""
+        log.info(self.refusal)
+        return (None,) * len(self.interface["outputs"])
+
+
+def _node_class(name: str, interface: Interface) -> type:
+    kinds, names = zip(*interface["outputs"], strict=True)
+    base = IgnoredNode if "ignored" in interface else UnbuiltNode
+    refusal = _refusal(interface)
+    members = {
+        "__doc__": refusal,
+        "DESCRIPTION": refusal,
+        "DISPLAY_NAME": interface["display_name"],
+        "CATEGORY": interface["category"],
+        "FUNCTION": interface["function"],
+        "RETURN_TYPES": kinds,
+        "RETURN_NAMES": names,
+        "DEPRECATED": interface.get("deprecated", False),
+        "EXPERIMENTAL": interface.get("experimental", False),
+        "interface": interface,
+        "refusal": refusal,
+        interface["function"]: base.run,
+    }
+    return type(name, (base,), members)
+
+
+def _refusal(interface: Interface) -> str:
+    title = interface["display_name"]
+    if "ignored" in interface:
+        return f"'{title}' changes nothing in this version: {interface['ignored']}."
+    instead = f", and {interface['instead']}" if "instead" in interface else ""
+    return f"'{title}' is not built in this version: disconnect or bypass it{instead}."
+
+
+def _choices(kind: object) -> object:
+    """The type of an input; "<files:A>+<files:B>" becomes the host's files of both kinds."""
+    if not isinstance(kind, str) or not kind.startswith(FILES_OF):
+        return kind
+    return [name for part in kind.split("+") for name in _files(part.removeprefix(FILES_OF).removesuffix(">"))]
+
+
+def _files(kind: str) -> list[str]:
+    try:
+        return get_host().list_files(kind)
+    except KeyError:
+        # ComfyUI has no such folder until a node that reads it is built, and registers it.
+        return []

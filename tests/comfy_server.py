@@ -1,0 +1,125 @@
+"""A real ComfyUI server on CPU, for tests.
+
+Needs ComfyUI at COMFYUI_PATH (default ~/comfy/ComfyUI) and, in COMFYUI_PYTHON (default this interpreter), what ComfyUI
+and this pack import. Nodes of other packs come from this pack's stand-ins.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from saved_models import ROOT
+
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+START_SECONDS, RUN_SECONDS = 120, 400
+FOREIGN = ("VHS_VideoCombine", "VHS_LoadVideo", "ImageResizeKJv2", "INTConstant", "FloatConstant")
+FOREIGN += ("GetImageSizeAndCount", "GetImageRangeFromBatch", "ImageConcatMulti")
+
+# A copy of the package of its own, with the server's folders.
+STAND_IN_PACK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {packages!r})
+from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as ALL
+from wanvideo_wrapper.host import set_host
+from wanvideo_wrapper.host import StandaloneHost
+set_host(StandaloneHost(inputs=Path({base!r}) / "input", outputs=Path({base!r}) / "output", device="cpu"))
+NODE_CLASS_MAPPINGS = {{name: ALL[name] for name in {names!r}}}
+"""
+
+
+def missing():
+    if not (COMFYUI / "main.py").is_file():
+        return f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)"
+    code = "import aiohttp, alembic, torchsde, kornia, comfyui_frontend_package, diffusers"
+    probe = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False)
+    reason = (probe.stderr.strip().splitlines() or ["?"])[-1]
+    return "" if probe.returncode == 0 else f"{PYTHON} lacks what ComfyUI needs ({reason}); set COMFYUI_PYTHON"
+
+
+class RefusedError(Exception):
+    """The server did not take a prompt; carries its answer."""
+
+
+class Server:
+    def __init__(self, base, port):
+        self.base, self.url = base, f"http://127.0.0.1:{port}"
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def queue(self, prompt, workflow=None):
+        """Post a prompt; returns its id. Raises RefusedError."""
+        body = {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": workflow}}}
+        request = urllib.request.Request(
+            f"{self.url}/prompt", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise RefusedError(error.read().decode()) from error
+
+    def run(self, prompt, workflow=None):
+        """Post a prompt and wait; returns the files that it wrote."""
+        before = self._results()
+        number = self.queue(prompt, workflow)
+        deadline = time.time() + RUN_SECONDS
+        while time.time() < deadline:
+            entry = self.get(f"/history/{number}").get(number)
+            if entry is not None:
+                assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])[-2000:]
+                return sorted(self._results() - before)
+            time.sleep(0.5)
+        pytest.fail(f"the prompt did not finish in {RUN_SECONDS} seconds")
+
+    def _results(self):
+        folders = (self.base / "output", self.base / "temp")
+        return {path for folder in folders for ending in ("mp4", "png") for path in folder.rglob(f"*.{ending}")}
+
+
+@contextlib.contextmanager
+def serving(base):
+    """A server with this pack and the stand-ins of others, whose folders lie below `base`."""
+    for folder in ("custom_nodes", "input", "models", "output", "temp", "user"):
+        (base / folder).mkdir()
+    (base / "custom_nodes" / "ComfyUI-WanVideoWrapper-Aligned").symlink_to(ROOT)
+    (base / "custom_nodes" / "stand_ins").mkdir()
+    (base / "packages").mkdir()
+    (base / "packages" / "wanvideo_wrapper").symlink_to(ROOT)
+    pack = STAND_IN_PACK.format(packages=str(base / "packages"), base=str(base), names=FOREIGN)
+    (base / "custom_nodes" / "stand_ins" / "__init__.py").write_text(pack)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(__file__).parent / "comfyui" / "launch.py"
+    command = [PYTHON, launcher, COMFYUI, "--cpu", "--listen", "127.0.0.1"]
+    command += ["--port", port, "--disable-auto-launch", "--base-directory", base]
+    command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}"]
+    with (base / "log.txt").open("w") as log:
+        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, cwd=COMFYUI)
+    running = Server(base, port)
+    try:
+        deadline = time.time() + START_SECONDS
+        while True:
+            try:
+                running.get("/system_stats")
+                break
+            except OSError:
+                tail = (base / "log.txt").read_text()[-2000:]
+                assert process.poll() is None and time.time() < deadline, f"the server did not start:\n{tail}"
+                time.sleep(0.5)
+        yield running
+    finally:
+        process.terminate()
+        process.wait(20)

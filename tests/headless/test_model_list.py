@@ -1,0 +1,76 @@
+"""What `wanvideo models` says of a workflow: every file once, where it belongs, whether it is there."""
+
+import re
+
+import pytest
+from saved_models import GRAPHS
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS
+from wanvideo_wrapper.demo import INPUT, MODELS, WORKFLOW
+from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+from wanvideo_wrapper.headless.graph import Node, Prompt, load
+from wanvideo_wrapper.headless.model_list import PUBLISHED, needed_models, published
+from wanvideo_wrapper.host import StandaloneHost
+
+MODEL, VAE = "WanVideo\\Wan2_1-I2V-14B-480P_fp8_e4m3fn.safetensors", "wanvideo/Wan2_1_VAE_bf16.safetensors"
+
+
+def prompt(*nodes):
+    return Prompt({str(key): Node(str(key), kind, "", inputs) for key, (kind, inputs) in enumerate(nodes)}, {})
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def test_there_moved_and_missing(tmp_path):
+    host = StandaloneHost(models=tmp_path, device="cpu")
+    touch(tmp_path / "diffusion_models/WanVideo/Wan2_1-I2V-14B-480P_fp8_e4m3fn.safetensors")
+    touch(tmp_path / "vae/Wan2_1_VAE_bf16.safetensors")
+    graph = prompt(
+        ("WanVideoModelLoader", {"model": MODEL, "quantization": "disabled"}),
+        ("WanVideoVAELoader", {"model_name": VAE}),
+        ("MultiTalkModelLoader", {"model": "Wan2_1-InfiniteTalk_Single_Q8.gguf"}),
+        ("WanVideoLoraSelect", {"lora": "mine.safetensors"}),
+        ("WanVideoModelLoader", {"model": MODEL}),
+    )
+    model, vae, talk, lora = needed_models(graph, host)
+    assert model.present and model.nodes == ("WanVideoModelLoader (#0)", "WanVideoModelLoader (#4)")
+    assert not vae.present and vae.elsewhere == "Wan2_1_VAE_bf16.safetensors" and "choose that" in vae.line()
+    assert not talk.present and talk.folder == "diffusion_models"
+    assert talk.line().endswith(
+        "2.7 GB, https://huggingface.co/Kijai/WanVideo_comfy_GGUF/blob/main/InfiniteTalk/"
+        "Wan2_1-InfiniteTalk_Single_Q8.gguf"
+    )
+    assert lora.folder == "loras" and "WanVideoLoraSelect (#3); where it is published is not known" in lora.line()
+
+
+def test_gguf_files_are_found_beside_the_others(tmp_path):
+    touch(tmp_path / "diffusion_models/a.gguf")
+    graph = prompt(("WanVideoModelLoader", {"model": "a.gguf"}))
+    (needed,) = needed_models(graph, StandaloneHost(models=tmp_path, device="cpu"))
+    assert needed.present and needed.line() == "there     models/diffusion_models/a.gguf"
+
+
+def test_the_demo_has_all_it_needs():
+    host = StandaloneHost(models=MODELS, inputs=INPUT, device="cpu")
+    needed = needed_models(load(WORKFLOW, {**STAND_INS, **NODE_CLASS_MAPPINGS}), host)
+    assert len(needed) >= 4 and all(entry.present for entry in needed)
+
+
+@pytest.mark.skipif(not GRAPHS.is_dir(), reason=f"no saved graphs in {GRAPHS} (set WANVIDEO_GRAPHS)")
+@pytest.mark.parametrize("pattern", ["*I2V_InfiniteTalk*03*.json", "*T2V_example_03*.json", "*I2V_A14B*.json"])
+def test_files_of_saved_graphs_are_known(pattern, tmp_path):
+    (path,) = GRAPHS.glob(pattern)
+    graph = load(path, {**STAND_INS, **NODE_CLASS_MAPPINGS})
+    needed = needed_models(graph, StandaloneHost(models=tmp_path, device="cpu"))
+    unknown = {entry.name for entry in needed if entry.published is None}
+    assert len(needed) >= 4 and unknown <= {"depth_anything_v2_vitl_fp16.safetensors"}
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.pattern)
+def test_rows_are_sound(row):
+    assert re.compile(row.pattern) and 0.1 < row.gigabytes < 60
+    assert row.url("x.gguf").startswith(f"https://huggingface.co/{row.repository}/blob/main/")
+    name = re.sub(r"\(([^|)]+)[^)]*\)", r"\1", row.pattern).replace("\\", "").replace("_?", "_")
+    assert published(f"WanVideo\\{name}") is row
