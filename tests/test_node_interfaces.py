@@ -78,5 +78,5 @@ def test_outputs_and_names(name):
 
 
 def test_all_families_register():
-    assert len(NODES) == 44
+    assert len(NODES) == 46
     assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS)

@@ -19,7 +19,7 @@ from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
 from ..quantized.linear import QuantisedLinear
 from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
 from .checkpoint import Checkpoint
-from .lora_merge import MergedLoras
+from .lora import MergedLoras
 
 log = logging.getLogger("wanvideo")
 
