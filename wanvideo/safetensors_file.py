@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .tensor_file import StoredTensor, unreadable
+from .tensor_file import LENGTH_BYTES, StoredTensor, unreadable
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,7 +31,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-LENGTH_BYTES = 8
 LARGEST_HEADER = 100_000_000
 METADATA = "__metadata__"
 

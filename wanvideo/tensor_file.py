@@ -13,6 +13,8 @@ from torch import Tensor
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 GGUF_MAGIC = b"GGUF"
+# What stands in front of a safetensors header, which is a JSON object.
+LENGTH_BYTES = 8
 _SHARD = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -83,8 +85,11 @@ def open_file(path: Path) -> TensorFile:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name and the model folder.")
     with path.open("rb") as file:
-        magic = file.read(len(GGUF_MAGIC))
-    if path.suffix.lower() in PICKLE_SUFFIXES or magic.startswith(PICKLE_MAGIC):
+        start = file.read(LENGTH_BYTES + 1)
+    magic = start[: len(GGUF_MAGIC)]
+    # The length of a safetensors header may begin like a pickle: 640 bytes are b"\x80\x02".
+    pickled = magic.startswith(PICKLE_MAGIC) and start[LENGTH_BYTES:] != b"{"
+    if path.suffix.lower() in PICKLE_SUFFIXES or pickled:
         raise ValueError(
             f"{path.name} is a pickle, which can run any program when it is opened; use the model's .safetensors or "
             ".gguf file, or convert it with safetensors.torch.save_file where you trust its source."

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 Parts = Mapping[str, Tensor]
-# alpha / r of a kind with this rank: from the layer's own alpha, the file's configuration, or 1.
-FactorOf = Callable[[int], float]
+# (rank, whether it is a pair's) -> alpha / r: from the layer's own alpha, the file's configuration, or by default.
+FactorOf = Callable[[int, bool], float]
 
 
 # ComfyUI's and LyCORIS' name of DoRA's lengths, and PEFT's.
@@ -163,6 +163,7 @@ def read_change(
     """
     unused: dict[str, str] = {}
     deltas = []
+    magnitude = _magnitude(parts, shape)
     for names, read in _KINDS:
         present = [name for name in names if name in parts]
         if not present:
@@ -171,18 +172,18 @@ def read_change(
             _check_sound((*names, *_SHARED), unsound)
             delta = read(parts, factor_of)
             _check_size(delta, shape)
-            _check_magnitude(parts, shape)
+            _check_magnitude(parts, magnitude, shape)
         except ValueError as error:
             unused |= dict.fromkeys(present, str(error))
         else:
             deltas.append(delta)
-    magnitude = _magnitude(parts, shape)
-    if magnitude is not None and not deltas:
-        unused |= {name: "no change belongs to it" for name in MAGNITUDES if name in parts}
+    if not deltas:
+        reason = next(iter(unused.values()), "no change belongs to it")
+        unused |= dict.fromkeys((name for name in MAGNITUDES if name in parts), reason)
         magnitude = None
     total = _bias(parts, next((d for d in deltas if isinstance(d, Pair)), None), bias, unused)
     if "alpha" in parts and not deltas and total is None:
-        unused["alpha"] = "no change belongs to it"
+        unused["alpha"] = next(iter(unused.values()), "no change belongs to it")
     return Reading(Change(deltas=tuple(deltas), bias=total, magnitude=magnitude), unused)
 
 
@@ -192,9 +193,9 @@ def _check_sound(names: Sequence[str], unsound: Collection[str]) -> None:
         raise ValueError(f"its '{broken}' cannot be read")
 
 
-def _check_magnitude(parts: Parts, shape: torch.Size) -> None:
+def _check_magnitude(parts: Parts, magnitude: Magnitude | None, shape: torch.Size) -> None:
     name = next((n for n in MAGNITUDES if n in parts), None)
-    if name is not None and _magnitude(parts, shape) is None:
+    if name is not None and magnitude is None:
         raise ValueError(f"its '{name}' has {parts[name].numel()} lengths, which fit no weight of {_times(shape)}")
 
 
@@ -230,7 +231,7 @@ def _read_pair(parts: Parts, factor_of: FactorOf) -> Pair:
         if mid.shape[:2] != (rank, rank) or down.numel() != rank * down.shape[1]:
             raise ValueError(f"its 'lora_mid' is {_times(mid.shape)}, which fits no pair of rank {rank}")
         down = torch.einsum("nm...,mj->nj...", mid.float(), down.flatten(1).float())
-    return Pair(down.flatten(1), up.flatten(1), factor_of(rank))
+    return Pair(down.flatten(1), up.flatten(1), factor_of(rank, True))
 
 
 def _read_hadamard(parts: Parts, factor_of: FactorOf) -> Hadamard:
@@ -238,7 +239,7 @@ def _read_hadamard(parts: Parts, factor_of: FactorOf) -> Hadamard:
     second = _factors(parts, "hada_w2", core="hada_t2")
     if len(first) == 1 or len(second) == 1 or _product_size(first) != _product_size(second):
         raise ValueError("the two products of its LoHa differ in size")
-    return Hadamard(first, second, factor_of(first[1].shape[0]))
+    return Hadamard(first, second, factor_of(first[1].shape[0], False))
 
 
 def _read_kronecker(parts: Parts, factor_of: FactorOf) -> Kronecker:
@@ -247,7 +248,7 @@ def _read_kronecker(parts: Parts, factor_of: FactorOf) -> Kronecker:
         raise ValueError(f"'lokr_w1' is {_times(first[0].shape)}, and no matrix")
     # ComfyUI, LyCORIS: the rank is that of the last factor which has one.
     factored = next((factors for factors in (second, first) if len(factors) > 1), None)
-    return Kronecker(first, second, 1.0 if factored is None else factor_of(factored[1].shape[0]))
+    return Kronecker(first, second, 1.0 if factored is None else factor_of(factored[1].shape[0], False))
 
 
 def _read_full(parts: Parts, factor_of: FactorOf) -> Full:

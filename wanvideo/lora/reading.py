@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,7 +193,7 @@ def _read_group(
         return
     parts, unused = _sound_parts(source, group)
     alpha = float(parts["alpha"]) if "alpha" in parts else None
-    reading = read_change(parts, lambda rank: scaling.factor(group.layer, rank, alpha), *targets[layer], unused)
+    reading = read_change(parts, partial(scaling.factor, group.layer, alpha), *targets[layer], unused)
     unused = reading.unused | unused
     if reading.change.deltas or reading.change.bias is not None:
         lora.changes.setdefault(layer, []).append(reading.change)

@@ -43,17 +43,17 @@ class Scaling:
         self._by_root = bool(config is not None and config.get("use_rslora"))
         self._stabilized = stabilized and config is None
 
-    def factor(self, layer: str, rank: int, alpha: float | None) -> float:
-        """Of a layer as the file spells it; alpha: its own, None or 0 where there is none."""
+    def factor(self, layer: str, alpha: float | None, rank: int, pair: bool) -> float:
+        """Of a layer as the file spells it. alpha: its own, None or 0 where there is none; pair: or LoHa, LoKr."""
         if alpha:
             return alpha / rank
         name = bare(layer)
         stated = next((a for p, a in self._patterns.items() if name == p or name.endswith(f".{p}")), self._alpha)
         if stated is not None:
             return stated / math.sqrt(rank) if self._by_root else stated / rank
-        # Without a configuration PEFT's own files are taken for rank-stabilised ones with alpha = rank, in the whole
-        # numbers that the original pack and ComfyUI's users know: 2.75 at rank 8.
-        return (rank * rank // rank**0.5) / rank if self._stabilized else 1.0
+        # Without a configuration the pairs of PEFT's own files are taken for rank-stabilized ones with alpha = rank,
+        # in the whole numbers that the original pack has given its users: 2.75 at rank 8.
+        return (rank * rank // rank**0.5) / rank if self._stabilized and pair else 1.0
 
 
 def scaling_of(path: Path, metadata: Mapping[str, str], keys: Iterable[str], ranks: frozenset[int]) -> Scaling:
