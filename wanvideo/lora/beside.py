@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -87,11 +87,11 @@ def beside(model: nn.Module, files: Sequence[LoraFile], device: torch.device, dt
     for index, read in enumerate(_changes_of(model, files)):
         for name, found in read.items():
             changes.setdefault(name, []).extend((index, change) for change in found)
-    slots = _Slots(state, dtype)
+    slots, modules = _Slots(state, dtype), dict(model.named_modules())
     try:
         with torch.no_grad():
             for name, found in changes.items():
-                slots.attach(model, name, found)
+                slots.attach(modules, name, found)
         if slots.dense:
             log.info(
                 "LoRAs beside the model hold %.2f GB of full differences; merge_loras saves that.", slots.dense / 1e9
@@ -127,16 +127,16 @@ class _Slots:
         self._changed: dict[nn.Module, type[nn.Module]] = {}
         self._names: list[tuple[nn.Module, str]] = []
 
-    def attach(self, model: nn.Module, name: str, changes: Sequence[tuple[int, Change]]) -> None:
+    def attach(self, modules: Mapping[str, nn.Module], name: str, changes: Sequence[tuple[int, Change]]) -> None:
         """Give the layer, or the module of the parameter, of this name what it needs for these changes by file."""
-        module = dict(model.named_modules()).get(name)
+        module = modules.get(name)
         if isinstance(module, nn.Linear | nn.Conv3d):
             self._attach_layer(module, changes)
             return
         leaf = "weight"
         if module is None:
             owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
+            module = modules[owner]
         for parameter in (leaf, "bias"):
             self._attach_parameter(module, parameter, changes)
 
