@@ -79,6 +79,10 @@ def test_stand_in_beside_a_plain_pair_and_a_core_are_both_used(model, tmp_path, 
     assert {fate.kind for fate in lora.fates.values()} == {USED}
     assert close(changed(lora, model, Q), want + up.double() @ down.double())
     assert "Stand-In's pairs" in caplog.text
+    # The system that they belong to takes them, and leaves the plain pair.
+    lora = read_lora(LoraFile(path=tmp_path / "l.safetensors", claimed=("*_loras",)), model)
+    assert {key for key, fate in lora.fates.items() if fate.kind == CLAIMED} == {k for k in tensors if "_loras" in k}
+    assert close(changed(lora, model, Q), want)
 
 
 def test_small_parameters_and_biases(model, tmp_path):
@@ -244,7 +248,7 @@ def test_layers_of_another_model_a_text_encoder_and_another_system(model, tmp_pa
     assert [left.layer for left in lora.left_out if left.keys == tuple(control)] == ["patch_embedding"]
 
     # Another system claims them, and takes the tensors.
-    file = LoraFile(path=path, claimed=("patch_embedding", "dwpose_embedding"))
+    file = LoraFile(path=path, claimed=("patch_embedding", "dwpose_embedding.*"))
     lora = read_lora(file, model)
     assert {lora.fates[key].kind for key in (*control, "dwpose_embedding.0.weight")} == {CLAIMED}
     assert not any(left.layer == "patch_embedding" for left in lora.left_out)

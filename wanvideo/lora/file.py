@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 
@@ -12,8 +13,9 @@ class LoraFile:
 
     strength: one number, or one a step (then it cannot be merged). blocks: names such as "blocks.3." that are used,
     None for all; layers outside blocks always are. skip_layers: parts of names of layers that are not. merge: into the
-    weights at load, else beside them. claimed: beginnings of layer names, such as "patch_embedding", that another
-    system takes from the file (`reading.open_lora` gives it the tensors); they are neither used here nor reported.
+    weights at load, else beside them. claimed: shell patterns of the layers that another system takes from the file
+    (`reading.open_lora` gives it the tensors), such as "patch_embedding" or, for Stand-In's pairs, "*_loras"; they are
+    neither used here nor left out.
     """
 
     path: Path
@@ -34,3 +36,7 @@ class LoraFile:
         if any(part and part in layer for part in self.skip_layers):
             return False
         return self.blocks is None or not layer.startswith("blocks.") or layer.startswith(self.blocks)
+
+    def claims(self, *names: str) -> bool:
+        """Whether another system takes what has one of these names: the model's or the file's of a layer, or a key."""
+        return any(fnmatchcase(name, pattern) for pattern in self.claimed for name in names)

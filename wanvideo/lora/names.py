@@ -31,7 +31,8 @@ _PAIR_SPELLINGS = (
     (".lora_down", ".lora_up"),
 )
 # Stand-In's pairs (WeChatCV/Stand-In), a group beside other pairs of the same layer.
-STAND_IN = ("_loras.down.weight", "_loras.up.weight")
+STAND_IN_MARK = "_loras"
+STAND_IN = (f"{STAND_IN_MARK}.down.weight", f"{STAND_IN_MARK}.up.weight")
 _OWN_NAMES = (
     "alpha", "dora_scale", "diff", "diff_b", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
     "lokr_t2", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
@@ -72,7 +73,7 @@ def split_key(key: str) -> Key | None:
         return None
     group = layer = key.removesuffix(suffix)
     if suffix in STAND_IN:
-        group += "_loras"
+        group += STAND_IN_MARK
     elif suffix == ".diff_m":
         group = layer = f"{layer}.modulation"
     return Key(group, layer, _SUFFIXES[suffix])

@@ -22,7 +22,7 @@ from ..families import kind_of
 from ..tensor_file import Parts, TensorFile, open_files
 from .file import LoraFile
 from .kinds import Change, read_change
-from .names import STAND_IN, TEXT_ENCODER, LayerNames, bare, split_key
+from .names import STAND_IN, STAND_IN_MARK, TEXT_ENCODER, LayerNames, bare, split_key
 from .scaling import Scaling, scaling_of
 
 log = logging.getLogger("wanvideo")
@@ -161,7 +161,7 @@ def read_lora(file: LoraFile, model: nn.Module) -> Lora:
     for name, group in source.groups.items():
         _read_group(source, name, (names.find(group.layer), targets), file, scaling, lora)
     for key in source.strays:
-        kind = CLAIMED if bare(key).startswith(file.claimed) else TEXT if TEXT_ENCODER.match(key) else UNKNOWN
+        kind = CLAIMED if file.claims(bare(key)) else TEXT if TEXT_ENCODER.match(key) else UNKNOWN
         lora.fates[key] = Fate(kind)
     for key, scale in source.scales.items():
         lora.fates[scale] = lora.fates[key]
@@ -180,7 +180,7 @@ def _read_group(
 ) -> None:  # fmt: skip
     group, (layer, targets) = source.groups[name], place
     keys = tuple(group.keys.values())
-    if (layer or bare(group.layer)).startswith(file.claimed):
+    if file.claims(bare(name), *([] if layer is None or name.endswith(STAND_IN_MARK) else [layer])):
         lora.fates |= dict.fromkeys(keys, Fate(CLAIMED))
         return
     if layer is None:
