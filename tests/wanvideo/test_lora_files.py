@@ -266,6 +266,8 @@ def test_layers_of_another_model_a_text_encoder_and_another_system(model, tmp_pa
         ({"double_blocks.0.img_attn.qkv.lora_A.weight": randn(4, 64)}, "first 'double_blocks.0.img_attn.qkv'"),
         ({f"{K}.lora_A.weight": randn(4, 64), f"{K}.lora_B.weight": randn(64, 4)},
          "another size of model: its change of 'blocks.1.self_attn.k' is left out, as it is made for 64 x 64"),
+        ({f"{K}.lora_A.weight": randn(4, 128)},
+         "it may be damaged: its change of 'blocks.1.self_attn.k' is left out, as half of its pair is missing"),
     ],
 )  # fmt: skip
 def test_a_file_of_which_nothing_fits_is_refused_by_what_it_holds(model, tensors, words, tmp_path):

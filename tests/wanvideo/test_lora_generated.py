@@ -65,6 +65,9 @@ def tensors(draw):
 def files(draw):
     """Sound changes, sound changes with some keys damaged or lost, and anything at all."""
     content = {}
+    if draw(st.booleans()):
+        parts, _ = KINDS["pair"](WEIGHT, 4)
+        content = {"diffusion_model.blocks.1.self_attn.q" + suffix: value for suffix, value in parts.items()}
     for layer in draw(st.lists(layers(), max_size=3)):
         parts, _ = KINDS[draw(st.sampled_from(list(KINDS)))](WEIGHT, draw(st.sampled_from([1, 4])))
         for suffix, value in parts.items():

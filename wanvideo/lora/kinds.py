@@ -28,6 +28,7 @@ FactorOf = Callable[[int, bool], float]
 
 # ComfyUI's and LyCORIS' name of DoRA's lengths, and PEFT's.
 MAGNITUDES = ("dora_scale", "magnitude")
+OTHER_SIZE = "it is made for"
 _SHARED = ("alpha", *MAGNITUDES)
 
 
@@ -85,9 +86,9 @@ class Kronecker(NamedTuple):
         return rows * more_rows, columns * more_columns
 
     def values(self) -> Tensor:
-        first, second = _product(self.first), _product(self.second)
-        first = first.reshape(*first.shape, *(1 for _ in second.shape[2:]))
-        return self.factor * torch.kron(first, second).flatten(1)
+        # Not torch.kron, which fails for the strides that a core of rank 1 leaves behind.
+        product = torch.einsum("ab,cd...->acbd...", _product(self.first), _product(self.second))
+        return self.factor * product.reshape(self.size)
 
 
 class Full(NamedTuple):
@@ -208,7 +209,7 @@ def _check_size(delta: Delta, shape: torch.Size) -> None:
         fits = bool(wanted) and rows == wanted[0] and rows * columns == whole
     if not fits:
         size = tuple(delta.difference.shape) if isinstance(delta, Full) else (rows, columns)
-        raise ValueError(f"it is made for {' x '.join(map(str, size))} where this model has {_times(shape)}")
+        raise ValueError(f"{OTHER_SIZE} {' x '.join(map(str, size))} where this model has {_times(shape)}")
 
 
 def _times(shape: torch.Size) -> str:

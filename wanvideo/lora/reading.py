@@ -21,7 +21,7 @@ from ...quantized.linear import SCALE_NAMES, weight_shape
 from ..families import kind_of
 from ..tensor_file import Parts, TensorFile, open_files
 from .file import LoraFile
-from .kinds import Change, read_change
+from .kinds import OTHER_SIZE, Change, read_change
 from .names import STAND_IN, STAND_IN_MARK, TEXT_ENCODER, LayerNames, bare, split_key
 from .scaling import Scaling, scaling_of
 
@@ -260,7 +260,8 @@ def _why(lora: Lora) -> str:
     misfit = next((left for left in lora.left_out if left.reason not in (ABSENT, TEXT)), None)
     if misfit is None:
         return "it was made for another model"
-    return f"it was made for another size of model: its change of '{misfit.layer}' is left out, as {misfit.reason}"
+    cause = "it was made for another size of model" if misfit.reason.startswith(OTHER_SIZE) else "it may be damaged"
+    return f"{cause}: its change of '{misfit.layer}' is left out, as {misfit.reason}"
 
 
 def _report(source: LoraTensors, lora: Lora, scaling: Scaling) -> None:
