@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -12,6 +13,8 @@ from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
 from .wanvideo.loading import WanVideoModel, with_loras
 from .wanvideo.lora import LoraFile
+
+log = logging.getLogger("wanvideo")
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 
@@ -123,10 +126,24 @@ class WanVideoBlockSwap:
         return (args,)
 
 
+_STRENGTH = "1 is what it was trained for; 0 leaves it out. A list gives one value a step"
+
+
+def _shared_inputs() -> dict[str, tuple[object, ...]]:
+    """The optional inputs of all nodes that choose LoRAs."""
+    return {
+        "prev_lora": ("WANVIDLORA", {"default": None, "tooltip": "LoRAs that come before"}),
+        "blocks": ("SELECTEDBLOCKS", {"tooltip": "Only these blocks, from WanVideo Lora Block Edit"}),
+        "low_mem_load": ("BOOLEAN", {"default": False, "tooltip": "Merging always uses little memory here"}),
+        "merge_loras": ("BOOLEAN", {"default": True, "tooltip": "Into the weights at load, or beside them"}),
+    }
+
+
 class WanVideoLoraSelect:
     """Chooses a LoRA from models/loras."""
 
     DISPLAY_NAME = "WanVideo Lora Select"
+    DESCRIPTION = "Chooses a LoRA from models/loras. The log says which of its keys are used, and why others are not."
     CATEGORY = CATEGORY
     FUNCTION = "getlorapath"
     RETURN_TYPES = ("WANVIDLORA",)
@@ -137,14 +154,12 @@ class WanVideoLoraSelect:
         return {
             "required": {
                 "lora": (files("loras"), {"tooltip": "A LoRA in models/loras"}),
-                "strength": ("FLOAT", {"default": 1.0, "min": -1000.0, "max": 1000.0, "step": 0.0001}),
+                "strength": (
+                    "FLOAT",
+                    {"default": 1.0, "min": -1000.0, "max": 1000.0, "step": 0.0001, "tooltip": _STRENGTH},
+                ),
             },
-            "optional": {
-                "prev_lora": ("WANVIDLORA", {"default": None, "tooltip": "LoRAs that come before"}),
-                "blocks": ("SELECTEDBLOCKS",),
-                "low_mem_load": ("BOOLEAN", {"default": False, "tooltip": "Merging always uses little memory here"}),
-                "merge_loras": ("BOOLEAN", {"default": True, "tooltip": "Into the weights at load, or beside them"}),
-            },
+            "optional": _shared_inputs(),
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -170,20 +185,95 @@ def _lora_file(
     name: str, strength: float | tuple[float, ...], blocks: dict[str, object] | None, merge: bool
 ) -> LoraFile:
     chosen = blocks or {}
-    skipped = str(chosen.get("layer_filter", "")).split(",")
+    selected, skipped = chosen.get("selected_blocks"), chosen.get("layer_filter", "")
+    skipped = skipped.split(",") if isinstance(skipped, str) else skipped
     return LoraFile(
         path=get_host().find_file("loras", name),
         strength=strength,
-        blocks=tuple(chosen.get("selected_blocks", {})),
+        blocks=None if selected is None else tuple(selected),
         skip_layers=tuple(part.strip() for part in skipped if part.strip()),
         merge=bool(merge),
     )
+
+
+class WanVideoLoraSelectByName(WanVideoLoraSelect):
+    """Chooses a LoRA by its name or a part of it, so that the name can come from another node."""
+
+    DISPLAY_NAME = "WanVideo Lora Select By Name"
+    DESCRIPTION = "Chooses the LoRA whose file name is, or contains, the text; the log names it."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "lora_name": ("STRING", {"default": "", "multiline": False, "tooltip": "A file name or a part of it"}),
+                "strength": (
+                    "FLOAT",
+                    {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.0001, "tooltip": _STRENGTH},
+                ),
+            },
+            "optional": _shared_inputs(),
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def getlorapath(
+        self,
+        lora_name: str,
+        strength: float | Sequence[float],
+        prev_lora: Sequence[LoraFile] | None = None,
+        blocks: dict[str, object] | None = None,
+        low_mem_load: bool = False,
+        merge_loras: bool = True,
+        unique_id: str | None = None,
+    ) -> tuple[tuple[LoraFile, ...]]:
+        """Of several files that contain the text, the last one, as in the original pack.
+
+        Raises ValueError if the text is empty or no file contains it.
+        """
+        if strength == 0:
+            return (tuple(prev_lora or ()),)
+        names = files("loras")
+        matching = [name for name in names if lora_name.strip() and lora_name.strip() in name]
+        if not matching:
+            raise ValueError(
+                f"No LoRA in models/loras has '{lora_name}' in its name ({len(names)} files are there): write the file "
+                "name or a part of it, or set the strength to 0."
+            )
+        name = lora_name.strip() if lora_name.strip() in matching else matching[-1]
+        log.info("LoRA '%s' is %s%s.", lora_name, name, "" if len(matching) == 1 else f", one of {len(matching)}")
+        return super().getlorapath(name, strength, prev_lora, blocks, low_mem_load, merge_loras)
+
+
+class WanVideoLoraBlockEdit:
+    """Chooses the blocks that LoRAs change."""
+
+    DISPLAY_NAME = "WanVideo Lora Block Edit"
+    DESCRIPTION = "Chooses the blocks that a LoRA changes. Layers outside blocks are always changed."
+    CATEGORY = CATEGORY
+    FUNCTION = "select"
+    RETURN_TYPES = ("SELECTEDBLOCKS",)
+    RETURN_NAMES = ("blocks",)
+    COUNT: ClassVar[int] = 40
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        tooltip = "Parts of names of layers that stay as they are, separated by commas, as: ffn, cross_attn.k"
+        return {
+            "required": {f"blocks.{index}.": ("BOOLEAN", {"default": True}) for index in range(cls.COUNT)},
+            "optional": {"layer_filter": ("STRING", {"default": "", "multiline": True, "tooltip": tooltip})},
+        }
+
+    def select(self, layer_filter: str = "", **blocks: bool) -> tuple[dict[str, object]]:
+        """blocks: one switch for each name, such as "blocks.3."."""
+        selected = {name: True for name, wanted in blocks.items() if wanted is True}
+        return ({"selected_blocks": selected, "layer_filter": layer_filter.split(",")},)
 
 
 class WanVideoLoraSelectMulti:
     """Chooses up to five LoRAs."""
 
     DISPLAY_NAME = "WanVideo Lora Select Multi"
+    DESCRIPTION = "Chooses up to five LoRAs from models/loras; 'none' and a strength of 0 add nothing."
     CATEGORY = CATEGORY
     FUNCTION = "getlorapath"
     RETURN_TYPES = ("WANVIDLORA",)
@@ -196,15 +286,13 @@ class WanVideoLoraSelectMulti:
         required: dict[str, tuple[object, ...]] = {}
         for slot in cls.SLOTS:
             required[f"lora_{slot}"] = (names, {"default": "none"})
-            required[f"strength_{slot}"] = ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.0001})
+            required[f"strength_{slot}"] = (
+                "FLOAT",
+                {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.0001, "tooltip": _STRENGTH},
+            )
         return {
             "required": required,
-            "optional": {
-                "prev_lora": ("WANVIDLORA", {"default": None, "tooltip": "LoRAs that come before"}),
-                "blocks": ("SELECTEDBLOCKS",),
-                "low_mem_load": ("BOOLEAN", {"default": False, "tooltip": "Merging always uses little memory here"}),
-                "merge_loras": ("BOOLEAN", {"default": True, "tooltip": "Into the weights at load, or beside them"}),
-            },
+            "optional": _shared_inputs(),
         }
 
     def getlorapath(
@@ -239,6 +327,8 @@ class WanVideoSetLoRAs:
     """Runs LoRAs beside the weights of a loaded model; needs merge_loras off."""
 
     DISPLAY_NAME = "WanVideo Set LoRAs"
+    DESCRIPTION = "Runs LoRAs beside the weights of a loaded model, which stay as they are; needs merge_loras off."
+    EXPERIMENTAL = True
     CATEGORY = CATEGORY
     FUNCTION = "setlora"
     RETURN_TYPES = ("WANVIDEOMODEL",)
@@ -276,6 +366,8 @@ NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     WanVideoBlockSwap,
     WanVideoSetBlockSwap,
     WanVideoLoraSelect,
+    WanVideoLoraSelectByName,
     WanVideoLoraSelectMulti,
+    WanVideoLoraBlockEdit,
     WanVideoSetLoRAs,
 )

@@ -96,6 +96,22 @@ def from_diffusers(key: str) -> str:
     return block[1] + rest
 
 
+def to_diffusers(key: str) -> str:
+    """The diffusers name of a canonical one, whatever follows the module."""
+    block = _BLOCK.match(key)
+    if block is None:
+        return _replace_head(key, _swapped(_DIFFUSERS_TOP))
+    rest = block[2]
+    attention = _ATTENTION.match(rest)
+    if attention is not None:
+        rest = attention[1] + _replace_head(attention[2], _swapped(_DIFFUSERS_ATTENTION))
+    return block[1] + _replace_head(rest, _swapped(_DIFFUSERS_BLOCK))
+
+
+def _swapped(table: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    return ((new, old) for old, new in table)
+
+
 def _replace_head(key: str, table: Iterable[tuple[str, str]]) -> str:
     for old, new in table:
         if key == old or key.startswith(old + "."):

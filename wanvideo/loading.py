@@ -26,8 +26,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
 from .config import WanConfig
 from .families import TRANSFORMER, Kind
-from .lora import LoraFile, beside
-from .lora_merge import MergedLoras
+from .lora import LoraFile, MergedLoras, beside
 from .modules.model import WanModel
 from .quantization import Plan, describe, plan_of, say_what_is_overruled
 from .systems import Systems
@@ -224,7 +223,7 @@ def with_aliases(checkpoint: Checkpoint, systems: Systems) -> Checkpoint:
 def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[LoraFile]) -> LoadReport:
     names = {name: name for name, _ in model.named_parameters()}
     report = check(model, checkpoint, names, what=TRANSFORMER)
-    merged = MergedLoras(loras, model)
+    merged = MergedLoras(loras, model, checkpoint)
     with torch.no_grad():
         for name, plain in list(model.named_modules()):
             if not isinstance(plain, nn.Linear):

@@ -19,7 +19,7 @@ from ..quantized.linear import QuantisedLinear
 from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
 from .checkpoint import Checkpoint
 from .gguf_file import BLOCKS
-from .lora_merge import MergedLoras
+from .lora import MergedLoras
 from .stored_weights import expanding_layer
 
 log = logging.getLogger("wanvideo")

@@ -17,7 +17,7 @@ from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
-from wanvideo_wrapper.wanvideo.lora import LoraFile, canonical_layer
+from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
@@ -306,26 +306,6 @@ def test_lora_for_another_model_is_named(t2v, tmp_path):
     options = replace(FP32, loras=(LoraFile(path=tmp_path / "lora.safetensors"),))
     with pytest.raises(ValueError, match="fits no layer"):
         load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
-
-
-@pytest.mark.parametrize(
-    ("key", "layer", "part"),
-    [
-        ("diffusion_model.blocks.3.self_attn.q.lora_A.weight", "blocks.3.self_attn.q", "down"),
-        ("blocks.3.cross_attn.k_img.lora_up.weight", "blocks.3.cross_attn.k_img", "up"),
-        ("transformer.blocks.2.attn1.to_out.0.lora_B.weight", "blocks.2.self_attn.o", "up"),
-        ("transformer.blocks.2.attn2.to_k.lora_A.weight", "blocks.2.cross_attn.k", "down"),
-        ("transformer.blocks.2.ffn.net.0.proj.lora_A.weight", "blocks.2.ffn.0", "down"),
-        ("base_model.model.blocks.0.ffn.2.lora_A.default.weight", "blocks.0.ffn.2", "down"),
-        ("lora_unet__blocks_12_cross_attn_v_img.lora_down.weight", "blocks.12.cross_attn.v_img", "down"),
-        ("lora_unet__blocks_12_ffn_2.alpha", "blocks.12.ffn.2", "alpha"),
-        ("diffusion_model.blocks.1.norm3.diff_b", "blocks.1.norm3", "diff_b"),
-        ("diffusion_model.time_projection.1.diff", "time_projection.1", "diff"),
-        ("diffusion_model.blocks.1.diff_m", "blocks.1.modulation", "diff"),
-    ],
-)
-def test_lora_namings(key, layer, part):
-    assert canonical_layer(key) == (layer, part)
 
 
 def test_block_swap_names_the_last_blocks_and_rests_on_one_device(t2v, tmp_path):

@@ -30,7 +30,7 @@ from wanvideo_wrapper.wanvideo import quantization
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model, with_loras
-from wanvideo_wrapper.wanvideo.lora import LoraFile, read_changes
+from wanvideo_wrapper.wanvideo.lora import LoraFile, read_lora
 from wanvideo_wrapper.wanvideo.quantization import QUANTIZATIONS
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
@@ -325,9 +325,10 @@ def test_merged_loras_are_rounded_once(t2v, option, scaled, tmp_path):
     files = [lora(t2v, tmp_path / f"{n}.safetensors", strength=n / 2) for n in (1, 3)]
     options = replace(FP32, quantization=option)
     layer = load_wan_model(path, replace(options, loras=tuple(files)), HOST, SYSTEMS).transformer.blocks[1].self_attn.q
-    plain = load_wan_model(path, FP32, HOST, SYSTEMS).transformer.blocks[1].self_attn.q
+    base = load_wan_model(path, FP32, HOST, SYSTEMS).transformer
+    plain = base.blocks[1].self_attn.q
     exact = plain.weight if scaled is None else plain.expanded(torch.float32)
-    change = read_changes(files[0])["blocks.1.self_attn.q"].weight(exact.shape)
+    change = read_lora(files[0], base).changes["blocks.1.self_attn.q"][0].delta(exact.shape)
     arguments = () if option.startswith("fp4") else (layer.weight.dtype,)
     want = type(layer).quantise(exact + 2 * change, None, *arguments)
     assert change.norm() > 0 and relative(layer.expanded(torch.float64), want.expanded(torch.float64)) < 2e-3
