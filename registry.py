@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 
 from .unbuilt import UNBUILT_FILES, UNBUILT_KEYS
 from .wanvideo.systems import Systems
@@ -20,8 +20,8 @@ FOLDERS = (
 
 def _modules(name: str) -> tuple[str, ...]:
     """The modules of this name that the folders have."""
-    paths = (f"{__package__}.{folder}.{name}" for folder in FOLDERS)
-    return tuple(path for path in paths if find_spec(path) is not None)
+    have = (folder for folder in FOLDERS if (Path(__file__).parent / folder / f"{name}.py").is_file())
+    return tuple(f"{__package__}.{folder}.{name}" for folder in have)
 
 
 NODE_MODULES = _modules("nodes")

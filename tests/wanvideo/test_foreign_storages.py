@@ -105,7 +105,7 @@ def test_marked_layers_keep_their_bytes(t2v, kind, tmp_path):
     assert type(layer) is (Mxfp8Linear if name == "MXFP8" else Int8Linear)
     stored = load_file(tmp_path / "m.safetensors")["blocks.0.ffn.0.weight"]
     assert torch.equal(layer.weight.view(torch.uint8), stored.view(torch.uint8))
-    assert f"{name} (" in str(describe(tmp_path / "m.safetensors"))
+    assert f"{name} (" in str(describe(tmp_path / "m.safetensors", SYSTEMS))
     # Read without a layer, as other models do.
     checkpoint, plain = (open_checkpoint(tmp_path / f"{file}.safetensors") for file in ("m", "exact"))
     for key in checkpoint.quantised:
@@ -161,7 +161,7 @@ def test_nvfp4_of_other_writers(t2v, rewrite, tmp_path, monkeypatch):
     tensors = load_file(tmp_path / "comfy.safetensors")
     rewrite(tensors)
     save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
-    assert "NVFP4 (" in str(describe(tmp_path / "m.safetensors"))
+    assert "NVFP4 (" in str(describe(tmp_path / "m.safetensors", SYSTEMS))
     monkeypatch.setattr(quantization, "runs_fp4", lambda device: True)
     for option, kind in (("disabled", Nvfp4Linear), ("fp4_scaled_fast", Nvfp4MatmulLinear)):
         got, want = (

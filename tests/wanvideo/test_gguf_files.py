@@ -113,7 +113,7 @@ def test_main_and_module_of_different_formats(main, tmp_path):
 
 def test_inspect_names_the_types(t2v, tmp_path):
     save_gguf(t2v, tmp_path / "m.gguf", form="Q5_1")
-    assert "GGUF Q5_1 (" in str(describe(tmp_path / "m.gguf"))
+    assert "GGUF Q5_1 (" in str(describe(tmp_path / "m.gguf", SYSTEMS))
 
 
 def test_a_type_without_values_is_named(tmp_path):

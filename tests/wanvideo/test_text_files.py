@@ -97,7 +97,7 @@ def test_gguf_encoder(host, form, names, tmp_path):
         linear = [m for m in got._model.modules() if isinstance(m, torch.nn.Linear)]
         assert linear and all(type(layer) is GgufLinear for layer in linear)
         assert type(got._model.shared) is GgufEmbedding
-    assert "UMT5 text encoder" in str(describe(folder / "t5.gguf"))
+    assert "UMT5 text encoder" in str(describe(folder / "t5.gguf", SYSTEMS))
     with pytest.raises(ValueError, match=r"t5\.gguf is a GGUF file, whose own") if form != "BF16" else nullcontext():
         t5.load_text_encoder(folder / "t5.gguf", dtype=torch.float32, host=host, quantization="fp8_e4m3fn")
 

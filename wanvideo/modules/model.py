@@ -291,7 +291,8 @@ class WanModel(nn.Module):
 
     def modulation(self, embedding: Tensor) -> Tensor:
         """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C] float32."""
-        return self.time_projection(embedding.to(self.time_projection[1].weight.dtype)).float().unflatten(-1, (6, -1))
+        embedding = embedding.to(self.time_embedding[0].weight.dtype)
+        return self.time_projection(embedding).float().unflatten(-1, (6, -1))
 
     def rope(
         self,
