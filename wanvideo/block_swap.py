@@ -6,7 +6,7 @@ Weights are read only, so nothing is ever copied back: leaving the device means 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -143,6 +143,17 @@ class Swapper:
         if self._args.block_swap_debug:
             size = sum(value.nbytes for _, value in moved) / 2**20
             log.info("Waiting block %d: %.1f MB to the GPU.", place, size)
+
+
+@contextmanager
+def brought(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the modules' weights are on `device`; after it they are where they wait. Nothing is copied back."""
+    waiting = [pair for module in modules for pair in _move(module, device, non_blocking=False)]
+    try:
+        yield
+    finally:
+        for parameter, value in waiting:
+            parameter.data = value
 
 
 def _visit(module: nn.Module, device: torch.device, non_blocking: bool) -> tuple[RemovableHandle, RemovableHandle]:

@@ -29,7 +29,7 @@ class Hash(Protocol):
 
 def digest(value: object) -> str:
     """32 hexadecimal digits of numbers, strings, tensors, modules, files (a Path), and dataclasses and containers of
-    these.
+    these. Fields of a dataclass that are left out of its comparison do not count.
 
     Raises TypeError for anything else, rather than leaving it out.
     """
@@ -51,7 +51,7 @@ def _feed(state: Hash, value: object) -> None:
         _feed(state, dict(value.state_dict()))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         state.update(f"{type(value).__qualname__};".encode())
-        _feed(state, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        _feed(state, {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare})
     elif isinstance(value, Mapping):
         state.update(f"mapping:{len(value)};".encode())
         for key in sorted(value, key=str):
