@@ -194,7 +194,9 @@ def fingerprint_parts(request: SampleRequest) -> dict[str, object]:
         "start_image": loop.start_images,
         "reference_video": loop.reference_video,
         "multitalk_embeds": speech,
-        "other conditions": tuple(payload for payload in request.payloads if payload is not speech),
+        "other conditions": tuple(
+            payload for payload in (*request.payloads, *model.payloads) if payload is not speech
+        ),
         "schedule": request.schedule.spec,
         **options,
         **{name: getattr(request, name) for name in names},

@@ -176,6 +176,7 @@ class Denoiser:
             latents=video.expand(count, *video.shape),
             timestep=timestep.to(self.device).expand(count, *timestep.shape),
             text=tuple(self._text(row) for row in rows),
+            prompts=(self._conditions.positive,) * count,
             payloads=tuple(first.stack(others) for first, *others in zip(*forms, strict=True)),
             step=step,
             riflex_index=self.riflex_index,

@@ -24,6 +24,7 @@ from .attention_plan import AttentionPlan, plan_for
 from .block_swap import BlockSwapArgs, Placement
 from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
+from .conditioning import Payload
 from .config import WanConfig
 from .families import TRANSFORMER, Kind
 from .lora import LoraFile, MergedLoras, beside
@@ -65,7 +66,10 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WanVideoModel:
-    """A loaded transformer and how to run it (socket WANVIDEOMODEL). Copies share the weights."""
+    """A loaded transformer and how to run it (socket WANVIDEOMODEL). Copies share the weights.
+
+    payloads: what nodes between loader and sampler condition every run of this copy on.
+    """
 
     transformer: WanModel
     managed: Managed
@@ -77,6 +81,7 @@ class WanVideoModel:
     attention_spec: AttentionSpec
     loras: tuple[LoraFile, ...] = ()
     block_swap: BlockSwapArgs | None = None
+    payloads: tuple[Payload, ...] = ()
     _listeners: list[object] = field(default_factory=list, repr=False, compare=False)
 
     @property

@@ -105,7 +105,7 @@ class SampleRequest:
     def all_payloads(self) -> tuple[Payload, ...]:
         """Everything that conditions the model besides the prompts themselves."""
         text = () if self.text is None else self.text.payloads
-        return (*self.image.payloads, *text, *self.payloads)
+        return (*self.image.payloads, *text, *self.payloads, *self.model.payloads)
 
     @property
     def guidance(self) -> Guidance:

@@ -250,7 +250,7 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
 def whole_window(frames: int, leading: int = 0, trailing: int = 0) -> Window:
     """All of a video of so many latent frames, references included."""
     pixels = (frames - leading - trailing - 1) * VAE_TIME_STRIDE + 1
-    return Window(tuple(range(frames)), tuple(range(pixels)), leading, trailing, whole=True)
+    return Window(tuple(range(frames)), tuple(range(pixels)), leading, trailing, whole=True, total=frames)
 
 
 def _references(request: SampleRequest) -> int:

@@ -22,12 +22,14 @@ class ModelInputs:
     """One forward pass.
 
     latents [B, channels, F, H, W]: the noise; extensions join condition channels. timestep [B], or [B, F] for one per
-    latent frame, 0..1000. text: B tensors [tokens, text_dim] without padding. payloads: what the extensions read.
+    latent frame, 0..1000. text: B tensors [tokens, text_dim] without padding. prompts: the same of the passes with the
+    prompt, for what reads the prompt in every pass; None where `text` is that. payloads: what the extensions read.
     """
 
     latents: Tensor
     timestep: Tensor
     text: tuple[Tensor, ...]
+    prompts: tuple[Tensor, ...] | None = None
     payloads: tuple[Payload, ...] = ()
     step: Step = Step()
     riflex_index: int = 0
@@ -99,7 +101,8 @@ class Tokens(NamedTuple):
     """The sequence on its way to the blocks; `Extension.prepare` may change any of it.
 
     x [B, L, C]; mod [B, R, 6, C] float32; rows [L] or None; rope [L, D/2, 2]; grid of the video tokens, which always
-    come first; text: what cross-attention reads; embedding [B, R, C] float32: the time embedding before its projection.
+    come first; text: what cross-attention reads; embedding [B, R, C] float32: the time embedding before its projection;
+    latents [B, in_dim, F, H, W]: what the patch embedding read, joined channels included.
     """
 
     x: Tensor
@@ -109,6 +112,7 @@ class Tokens(NamedTuple):
     grid: Grid
     text: TextSource
     embedding: Tensor
+    latents: Tensor
 
     def appended(self, x: Tensor, rope: Tensor, mod: Tensor | None = None) -> Tokens:
         """With more tokens x [B, N, C] at positions rope [N, D/2, 2] behind the others.

@@ -244,6 +244,7 @@ class WindowedDenoiser:
             leading=self._leading,
             trailing=self._trailing,
             picture=None if frames[0] == 0 or reference is None else _part(reference, frames, count),
+            total=end + self._trailing,
         )  # fmt: skip
 
     def _conditions_of(self, window: Window, frames: Frames, count: int) -> Conditions:

@@ -47,7 +47,7 @@ def test_segments_attend_to_their_own_prompt():
     model.text_embedding.double()
     x = torch.randn(2, 5 * 4, 24, dtype=torch.float64)
     first = Text(model.embed_text([texts[0]] * 2, torch.float64))
-    tokens = Tokens(x, torch.zeros(1), None, torch.zeros(1), (5, 2, 2), first, torch.zeros(1))
+    tokens = Tokens(x, torch.zeros(1), None, torch.zeros(1), (5, 2, 2), first, torch.zeros(1), torch.zeros(1))
     tokens, _ = extension.prepare(model, PromptSegments(tuple(texts[1:])), None, tokens)
     cross = block.cross_attn
 

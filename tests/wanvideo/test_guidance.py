@@ -110,6 +110,15 @@ def test_negative_clip_features_go_with_the_negative_prompt():
     torch.testing.assert_close(model.seen[3].payloads[0].positive, clip.positive)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_every_pass_knows_the_prompt(batched):
+    model = LinearModel()
+    denoiser(model, Guidance(cfg=(2.0,), batched=batched))(rand(*SHAPE), torch.tensor(1.0), Step())
+    texts, prompts = ([t for call in model.seen for t in getattr(call, name)] for name in ("text", "prompts"))
+    assert [len(text) for text in texts] == [5, 3]
+    assert len(prompts) == 2 and all(torch.equal(prompt, rand(5, 8, seed=1)) for prompt in prompts)
+
+
 def test_rows_weigh_one_together():
     for text in (0.0, 1.0, 2.5, 7.0):
         for audio in (0.0, 1.0, 2.5, 4.0):

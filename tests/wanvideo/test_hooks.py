@@ -74,6 +74,23 @@ def test_latents_are_what_the_patch_embedding_reads():
     assert (got - model(inputs())).abs().max() > 1e-3
 
 
+def test_prepare_sees_the_latents_that_the_patch_embedding_read():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Joins(ToyExtension):
+        def latents(self, model, payload, latents, inputs):
+            return latents + payload.value
+
+        def prepare(self, model, payload, inputs, tokens):
+            seen.append(tokens.latents)
+            return tokens, None
+
+    _, model = build(Joins())
+    model(inputs(Toy(torch.tensor(0.5))))
+    assert torch.equal(seen[0], inputs().latents + 0.5)
+
+
 def test_prepare_changes_the_tokens():
     @dataclass(frozen=True)
     class Prepare(ToyExtension):
@@ -313,7 +330,8 @@ def test_two_payloads_of_a_kind_are_refused():
 
 def tokens(rows=None, count=6):
     mod = torch.randn(1, 1 if rows is None else 3, 6, 8)
-    return Tokens(torch.randn(1, count, 8), mod, rows, torch.randn(count, 2, 2), (3, 1, 2), None, torch.randn(1, 1, 8))
+    embedding, latents = torch.randn(1, 1, 8), torch.randn(1, 16, 3, 2, 4)
+    return Tokens(torch.randn(1, count, 8), mod, rows, torch.randn(count, 2, 2), (3, 1, 2), None, embedding, latents)
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([0, 0, 1, 1, 2, 2])])

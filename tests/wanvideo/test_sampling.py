@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -87,6 +87,8 @@ class GaussianTransformer:
 
 
 class FakeModel:
+    payloads = ()
+
     def __init__(self, transformer=None, loras=()):
         self.transformer = transformer or GaussianTransformer(config())
         self.config, self.base_dtype, self.loras = self.transformer.config, torch.float32, loras
@@ -169,6 +171,24 @@ def test_host_is_told_every_step_and_the_model_released():
     model = FakeModel()
     sample(request(model, force_offload=False), FakeHost())
     assert model.events[-1] == "leave"
+
+
+def test_what_the_model_brings_conditions_the_run():
+    events = []
+
+    @dataclass(frozen=True)
+    class Brought(EnhanceArgs):
+        @contextlib.contextmanager
+        def active(self):
+            events.append("enter")
+            yield
+            events.append("leave")
+
+    model = FakeModel(GaussianTransformer(config(), (EnhanceAVideo(),)))
+    model.payloads = (Brought(1.0),)
+    sample(request(model), FakeHost())
+    assert events == ["enter", "leave"]
+    assert all([type(p) for p in call.payloads] == [Brought] for call in model.transformer.calls)
 
 
 @pytest.mark.parametrize("force_offload", [True, False])

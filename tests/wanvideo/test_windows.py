@@ -1,6 +1,6 @@
 """Context windows: every frame is covered, blending against a plain loop, each window sees its own conditions."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import talking
@@ -136,6 +136,22 @@ def test_blending_equals_a_plain_loop(folder, calls, schedule, fuse):
         latents = latents + velocity * (asked.schedule.sigmas[step + 1] - sigma).double()
     assert done == len(calls)
     torch.testing.assert_close(result.double(), latents, atol=1e-4, rtol=1e-4)
+
+
+def test_windows_know_how_long_the_run_is(folder, calls):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Curious(ImageCondition):
+        def window(self, window):
+            seen.append(window.total)
+            return super().window(window)
+
+    asked = request(folder, options(schedule="static_standard"), base="base")
+    (picture,) = asked.image.payloads
+    asked = replace(asked, image=replace(asked.image, payloads=(Curious(picture.cond, picture.mask),)))
+    sample(asked, StandaloneHost(device="cpu"))
+    assert seen and set(seen) == {FRAMES} and whole_window(7, 1, 2).total == 7
 
 
 def test_windows_start_from_the_picture_or_the_reference(folder, calls):

@@ -287,6 +287,7 @@ class WanModel(nn.Module):
             grid=grid,
             text=Text(self.embed_text(inputs.text, x.dtype)),
             embedding=embedding.float(),
+            latents=latents,
         )
 
     def modulation(self, embedding: Tensor) -> Tensor:
