@@ -15,6 +15,7 @@ FOLDERS = (
     "clip_image",
     "multitalk",
     "enhance_a_video",
+    "uni3c",
 )
 
 

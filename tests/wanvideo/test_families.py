@@ -118,6 +118,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("wav2vec2_base", "wav2vec2 speech encoder"),
         ("infinitetalk_module", "MultiTalk or InfiniteTalk module"),
         ("vace_module_only_14B", "VACE module"),
+        ("uni3c_controlnet", "Uni3C controlnet"),
     ],
 )
 def test_other_kinds_of_files_are_named(name, kind, tmp_path):

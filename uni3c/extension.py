@@ -1,0 +1,155 @@
+"""Uni3C (Cao et al. 2025): a controlnet steers the camera by a video rendered along its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..wanvideo.compilation import compiled
+from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.extension import Extension
+from ..wanvideo.families import Kind
+from ..wanvideo.modules.model import WanModel
+from ..wanvideo.rope import rope_table
+from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens, video_tokens
+from .controlnet import KIND, MASK_STRIDE, READ_CHANNELS, Uni3CModel, joined_latents, resized
+
+
+@dataclass(frozen=True)
+class Uni3CArgs(Payload):
+    """Socket UNI3C_EMBEDS.
+
+    render [1, c, F, h, w]: the rendered video through the VAE. strength, and the part of the steps (0..1) in which it
+    acts. mask [1, 1, T, H, W]: where the render is valid, for files that read a mask alone. offload: the controlnet
+    waits in main memory and is brought block by block.
+    """
+
+    controlnet: Uni3CModel
+    render: Tensor
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: Tensor | None = None
+    offload: bool = True
+    needs: ClassVar[str] = "Uni3C works with every Wan model of its width; this one was built without extensions."
+
+    def window(self, window: Window) -> Self:
+        """The window's frames of the render, which is stretched to the length of the run, and of the mask.
+
+        Raises ValueError where one of them ends before the window does.
+        """
+        render = self.render
+        if window.total is not None:
+            render = resized(render, (window.total, *render.shape[3:]))
+        self._check_length("render_latent", render.shape[2], max(window.latents) + 1)
+        mask = self.mask
+        if mask is not None:
+            self._check_length("render_mask", mask.shape[2], max(window.pixels) + 1)
+            mask = mask[:, :, list(window.pixels)]
+        return replace(self, render=render[:, :, list(window.latents)], mask=mask)
+
+    @staticmethod
+    def _check_length(name: str, frames: int, wanted: int) -> None:
+        if frames < wanted:
+            raise ValueError(f"The {name} of Uni3C has {frames} frames but the video needs {wanted}: render all of it.")
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Holds the controlnet beside the transformer unless it is offloaded, its blocks compiled where asked."""
+        with ExitStack() as stack:
+            if not self.offload:
+                stack.enter_context(self.controlnet.held())
+            stack.enter_context(compiled((self.controlnet.module.controlnet_blocks,), self.controlnet.compile))
+            yield
+
+
+@dataclass
+class Steering:
+    """The controlnet's way through one forward: its tokens [B, L, D] behind `done` of its blocks."""
+
+    payload: Uni3CArgs
+    embedding: Tensor
+    rope: Tensor
+    x: Tensor
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class Uni3C(Extension):
+    """Present in every model, idle without its payload: the weights are a model of their own."""
+
+    payload: ClassVar[type] = Uni3CArgs
+    file: ClassVar[Kind] = KIND
+
+    @classmethod
+    def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """Needs no weights of the transformer's."""
+        return cls()
+
+    def prepare(
+        self, model: WanModel, payload: Uni3CArgs, inputs: ModelInputs, tokens: Tokens
+    ) -> tuple[Tokens, Steering | None]:
+        """Embeds latents and render; idle outside its steps and at strength 0. Raises ValueError for other sizes."""
+        if payload.strength == 0 or not inputs.step.within(payload.start, payload.end):
+            return tokens, None
+        module = payload.controlnet.module
+        _check_sizes(payload, model)
+        mask = None if payload.mask is None else _fitted_mask(payload.mask, tokens.latents.shape)
+        with payload.controlnet.brought(tokens.x.device, *module.entrance()):
+            x = module.embed(joined_latents(tokens.latents, payload.render), mask)
+        rope = rope_table(tokens.grid, module.sizes.config.head_dim, device=tokens.x.device)
+        return tokens, Steering(payload, tokens.embedding, rope, x)
+
+    def after_block(self, model: WanModel, index: int, x: Tensor, inputs: BlockInputs, state: Steering) -> Tensor:
+        """Adds the state of the controlnet's block of the same number to the video tokens."""
+        owner, module = state.payload.controlnet, state.payload.controlnet.module
+        if index >= len(module.controlnet_blocks):
+            return x
+        count = video_tokens(inputs.grid)
+        rows = None if inputs.rows is None else inputs.rows[:count]
+        own = inputs._replace(rope=state.rope, rows=rows, attention=None)
+        # More than one where the transformer went around blocks: the controlnet's own chain has no gaps.
+        for block in module.controlnet_blocks[state.done : index + 1]:
+            with owner.brought(x.device, block):
+                state.x = block(state.x, state.embedding, own)
+        state.done = index + 1
+        with owner.brought(x.device, module.proj_out[index]):
+            control = module.proj_out[index](state.x)
+        steered = x[:, :count] + control.to(x.dtype) * state.payload.strength
+        return steered if count == x.shape[1] else torch.cat((steered, x[:, count:]), dim=1)
+
+
+def _check_sizes(payload: Uni3CArgs, model: WanModel) -> None:
+    sizes, dim = payload.controlnet.module.sizes, model.config.dim
+    if {sizes.out_dim, sizes.time_dim} != {dim}:
+        raise ValueError(
+            f"{payload.controlnet.path.name} steers transformers of {sizes.out_dim} channels (5120 are the 14B "
+            f"models), but this one has {dim}: choose a model of that size."
+        )
+    wanted, channels = sizes.config.in_dim - READ_CHANNELS, payload.render.shape[1]
+    if channels != wanted:
+        raise ValueError(
+            f"The render_latent of Uni3C has {channels} channels but {payload.controlnet.path.name} reads {wanted}: "
+            "encode the rendered video with the VAE of the model."
+        )
+
+
+def _fitted_mask(mask: Tensor, latents: torch.Size) -> Tensor:
+    """The mask [1, 1, T, H, W] at the pixels of the latents [B, C, F, h, w], 0 or 1."""
+    frames, height, width = latents[2:]
+    if mask.shape[2] != MASK_STRIDE[0] * (frames - 1) + 1:
+        raise ValueError(
+            f"The render_mask of Uni3C has {mask.shape[2]} frames but the video has "
+            f"{MASK_STRIDE[0] * (frames - 1) + 1}: give one mask a frame."
+        )
+    size = (mask.shape[2], height * MASK_STRIDE[1], width * MASK_STRIDE[2])
+    return (F.interpolate(mask, size=size, mode="nearest") >= 0.5).to(mask.dtype)
+
+
+EXTENSION = Uni3C
