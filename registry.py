@@ -16,6 +16,7 @@ FOLDERS = (
     "multitalk",
     "enhance_a_video",
     "uni3c",
+    "controlnet",
 )
 
 

@@ -119,6 +119,9 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("infinitetalk_module", "MultiTalk or InfiniteTalk module"),
         ("vace_module_only_14B", "VACE module"),
         ("uni3c_controlnet", "Uni3C controlnet"),
+        ("wan_controlnet_1_3B", "Wan ControlNet"),
+        ("wan_controlnet_5B", "Wan ControlNet"),
+        ("wan_controlnet_14B", "Wan ControlNet"),
     ],
 )
 def test_other_kinds_of_files_are_named(name, kind, tmp_path):
