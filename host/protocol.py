@@ -26,6 +26,11 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "loras": ("loras", MODEL_SUFFIXES),
     "wav2vec2": ("wav2vec2", MODEL_SUFFIXES),
     "transformers": ("transformers", MODEL_SUFFIXES),
+    "vae_approx": ("vae_approx", MODEL_SUFFIXES),
+    "controlnet": ("controlnet", MODEL_SUFFIXES),
+    "audio_encoders": ("audio_encoders", MODEL_SUFFIXES),
+    "nlf": ("nlf", MODEL_SUFFIXES),
+    "mmaudio": ("mmaudio", MODEL_SUFFIXES),
 }
 
 

@@ -19,7 +19,7 @@ from .assign import check, fill
 from .block_swap import brought
 from .checkpoint import Checkpoint, open_checkpoint
 from .families import Kind
-from .lora_merge import MergedLoras
+from .lora import MergedLoras
 from .quantization import Plan, describe
 from .systems import Systems
 
