@@ -76,14 +76,16 @@ class Payload:
 
     Its Tensor fields lead with a batch axis, or are 0-d. needs: one sentence for the user whose model lacks the weights:
     which key is missing, which loader input gives it. optional: such a model ignores the payload, with that sentence as
-    a warning. encoded: it holds latents of a VAE, so that the noise must have their channels.
-    holds_given: latents that were given before sampling are put back after every step. part: what `window` returns, where
-    that is another type, which the model reads.
+    a warning. encoded: it holds latents of a VAE, so that the noise must have their channels. fills_channels: its
+    system gives the model all condition channels that it reads, so that no picture need be connected. holds_given:
+    latents that were given before sampling are put back after every step. part: what `window` returns, where that is
+    another type, which the model reads.
     """
 
     needs: ClassVar[str]
     optional: ClassVar[bool] = False
     encoded: ClassVar[bool] = False
+    fills_channels: ClassVar[bool] = False
     holds_given: ClassVar[bool] = False
     part: ClassVar[type[Payload] | None] = None
 

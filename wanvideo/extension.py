@@ -36,8 +36,16 @@ class Transformer(Protocol):
     def modulation(self, embedding: Tensor) -> Tensor:
         """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C] float32."""
 
-    def rope(self, grid: Grid, *, start: Grid = (0, 0, 0), device: torch.device | None = None) -> Tensor:
-        """Rotations [tokens, D/2, 2] of a grid whose first token is at position `start`."""
+    def rope(
+        self,
+        grid: Grid,
+        *,
+        start: Grid = (0, 0, 0),
+        riflex_index: int = 0,
+        riflex_frames: int | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Rotations [tokens, D/2, 2] of a grid whose first token is at position `start`; RIFLEx as in `rope_table`."""
 
     def visit(self, block: nn.Module) -> AbstractContextManager[None]:
         """Inside, the weights of a block, one of `stacks`, are on the device."""

@@ -19,11 +19,11 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def _axis_angles(start: int, length: int, size: int, riflex_index: int = 0) -> Tensor:
+def _axis_angles(start: int, length: int, size: int, riflex_index: int = 0, riflex_frames: int = 1) -> Tensor:
     frequencies = ROPE_THETA ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     if riflex_index:
         # RIFLEx (Zhao et al. 2025): the component that would repeat within the clip is slowed to less than one period.
-        frequencies[riflex_index - 1] = RIFLEX_MARGIN * 2 * math.pi / length
+        frequencies[riflex_index - 1] = RIFLEX_MARGIN * 2 * math.pi / riflex_frames
     return torch.outer(torch.arange(start, start + length, dtype=torch.float64), frequencies)
 
 
@@ -34,18 +34,22 @@ def rope_table(
     *,
     start: tuple[int, int, int] = (0, 0, 0),
     riflex_index: int = 0,
+    riflex_frames: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Cosine and sine of every token's rotation: [frames * height * width, head_dim / 2, 2] float32.
 
-    start: position of the first token. riflex_index: which temporal component RIFLEx slows, counted from 1; 0 is off. Raises ValueError if out of range.
+    start: position of the first token. riflex_index: which temporal component RIFLEx slows, counted from 1; 0 is off.
+    riflex_frames: frames of the video that it slows it for, where the grid is not that video. Raises ValueError if the
+    index is out of range.
     """
     time_size, height_size, width_size = axis_sizes(head_dim)
     if not 0 <= riflex_index <= time_size // 2:
         raise ValueError(f"riflex_freq_index must be 0 to {time_size // 2} for this model, not {riflex_index}.")
     frames, height, width = grid
+    time = _axis_angles(start[0], frames, time_size, riflex_index, riflex_frames or frames)
     parts = (
-        _axis_angles(start[0], frames, time_size, riflex_index)[:, None, None].expand(frames, height, width, -1),
+        time[:, None, None].expand(frames, height, width, -1),
         _axis_angles(start[1], height, height_size)[None, :, None].expand(frames, height, width, -1),
         _axis_angles(start[2], width, width_size)[None, None, :].expand(frames, height, width, -1),
     )

@@ -119,7 +119,7 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
 
 def _check_channels(request: SampleRequest) -> None:
     expected = request.model.config.condition_channels
-    if expected and not any(payload.encoded for payload in request.all_payloads):
+    if expected and not any(payload.encoded or payload.fills_channels for payload in request.all_payloads):
         raise ValueError(
             f"This model reads {expected} channels of encoded images besides the noise, but none are connected: use "
             "WanVideoImageToVideoEncode, or load a text-to-video model."

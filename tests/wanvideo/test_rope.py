@@ -48,3 +48,12 @@ def test_axes_fill_the_head():
 def test_index_out_of_range_is_named():
     with pytest.raises(ValueError, match="riflex_freq_index"):
         rope_table((2, 2, 2), 128, riflex_index=23)
+
+
+def test_frames_behind_the_video_turn_at_its_speed():
+    """RIFLEx slows by the length of the video, whatever else lies behind it."""
+    whole = rope_table((5, 2, 3), 24, riflex_index=2, riflex_frames=3)
+    assert torch.equal(whole[: 3 * 6], rope_table((3, 2, 3), 24, riflex_index=2))
+    behind = rope_table((2, 2, 3), 24, start=(3, 0, 0), riflex_index=2, riflex_frames=3)
+    assert torch.equal(whole[3 * 6 :], behind)
+    assert not torch.equal(behind, rope_table((2, 2, 3), 24, start=(3, 0, 0), riflex_index=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVid
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.prompt_segments.extension import PromptSegmentsExtension, segments
+from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.latents import Inpainting, change_mask
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
@@ -346,6 +349,27 @@ def test_nan_in_the_samples_is_told_apart():
     bad[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="step 1 of 6"):
         sample(request(samples={"samples": bad}), FakeHost())
+
+
+@dataclass(frozen=True)
+class FillsChannels(Payload):
+    needs: ClassVar[str] = "none"
+    fills_channels: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Filler(Extension):
+    payload: ClassVar[type] = FillsChannels
+
+
+def test_a_system_that_fills_the_condition_channels_stands_for_the_picture():
+    def run(out_dim, shape=SHAPE):
+        model = GaussianTransformer(config(in_dim=out_dim + 20, out_dim=out_dim), (Filler(),))
+        image = ImageEmbeds(latent_shape=shape, num_frames=9, payloads=(FillsChannels(),))
+        return latents_of(sample(request(FakeModel(model), image=image), FakeHost()))
+
+    assert run(16).shape == SHAPE
+    assert run(48, (16, 3, 8, 12)).shape == (48, 3, 4, 6), "it holds no latents of another VAE"
 
 
 def test_wrong_inputs_are_named():

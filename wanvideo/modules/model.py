@@ -301,10 +301,18 @@ class WanModel(nn.Module):
         *,
         start: Grid = (0, 0, 0),
         riflex_index: int = 0,
+        riflex_frames: int | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Rotations [tokens, D/2, 2] of a grid whose first token is at position `start`."""
-        return rope_table(grid, self.config.head_dim, start=start, riflex_index=riflex_index, device=device)
+        """Rotations [tokens, D/2, 2] of a grid whose first token is at position `start`; RIFLEx as in `rope_table`."""
+        return rope_table(
+            grid,
+            self.config.head_dim,
+            start=start,
+            riflex_index=riflex_index,
+            riflex_frames=riflex_frames,
+            device=device,
+        )
 
     def embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Prompts [tokens, text_dim] each -> [B, T, C] in `dtype`, padded to the model's text length."""
