@@ -17,6 +17,7 @@ FOLDERS = (
     "enhance_a_video",
     "uni3c",
     "controlnet",
+    "phantom",
 )
 
 
