@@ -11,6 +11,7 @@ from .wanvideo.systems import Systems
 # Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or both.
 FOLDERS = (
     "prompt_segments",
+    "fun_control",
     "image_to_video",
     "clip_image",
     "multitalk",
