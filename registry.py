@@ -13,6 +13,7 @@ FOLDERS = (
     "prompt_segments",
     "fun_control",
     "image_to_video",
+    "fun_camera",
     "clip_image",
     "multitalk",
     "enhance_a_video",

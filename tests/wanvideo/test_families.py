@@ -23,13 +23,15 @@ BASE = {
     "wan21_flf2v_14B": (5120, 40, 40, 36, ("ClipImageExtension",)),
     "wan21_fun_inp_1_3B": (1536, 30, 12, 36, ("ClipImageExtension",)),
     "wan21_fun_control_14B": (5120, 40, 40, 48, ("FunControl", "ClipImageExtension")),
+    "wan21_fun_control_camera_14B": (5120, 40, 40, 32, ("FunCamera", "ClipImageExtension")),
     "wan22_fun_control_A14B": (5120, 40, 40, 52, ("FunControl",)),
+    "wan22_fun_control_camera_A14B": (5120, 40, 40, 36, ("FunCamera",)),
     "wan22_t2v_A14B": (5120, 40, 40, 16, ()),
     "wan22_i2v_A14B": (5120, 40, 40, 36, ()),
     "wan22_ti2v_5B": (3072, 30, 24, 48, ()),
     "skyreels_v3_talking_avatar_14B": (5120, 40, 40, 36, ("ClipImageExtension", "MultiTalk")),
 }
-WITH_WEIGHTS = ("FunControl", "ClipImageExtension", "MultiTalk")
+WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk")
 REFUSED = {
     "vace_14B": "VACE",
     "vace_1_3B": "VACE",
@@ -38,7 +40,6 @@ REFUSED = {
     "humo_17B": "HuMo",
     "recammaster_1_3B": "ReCamMaster",
     "mtvcrafter_14B_merged": "MTVCrafter",
-    "wan21_fun_control_camera_14B": "Fun camera control adapter",
     "steadydancer_14B": "SteadyDancer",
 }
 
