@@ -122,6 +122,12 @@ class Runner:
         takes_all = getattr(cls, "ACCEPTS_ALL", False)
         # A saved input named "self" would take the method's own.
         chosen = {n: v for n, v in arguments.items() if n in declared or (takes_all and n != "self")}
+        if getattr(cls, "ACCEPTS_ALL", False):
+            declared |= arguments.keys()
+        elif _takes_any_name(cls):
+            # As ComfyUI does: a socket may have had another name when the graph was saved.
+            declared |= {name for name, value in node.inputs.items() if isinstance(value, Link)}
+        chosen = {name: value for name, value in arguments.items() if name in declared}
         hidden = {
             "UNIQUE_ID": lambda: node.id,
             "PROMPT": lambda: as_api(self._prompt),
@@ -140,3 +146,16 @@ class Runner:
         }
         text = json.dumps([node.type, inputs], sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _takes_any_name(cls: type) -> bool:
+    parameters = inspect.signature(getattr(cls, cls.FUNCTION)).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _fits(made: object, wanted: object) -> bool:
+    """Whether an output type may go to an input type: "*" is any, "A,B" is either, and a whole number is a number."""
+    if not isinstance(made, str) or not isinstance(wanted, str) or "*" in (made, wanted):
+        return True
+    makes, takes = set(made.split(",")), set(wanted.split(","))
+    return bool(makes & takes) or ("INT" in makes and "FLOAT" in takes)

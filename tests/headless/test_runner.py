@@ -111,6 +111,32 @@ def test_wrong_prompts_are_named_before_anything_runs(nodes, says):
     assert not [entry for entry in RAN if entry[0] != "number"]
 
 
+class Gather:
+    FUNCTION = "go"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"first": ("INT", {"forceInput": True})}}
+
+    def go(self, first, **others):
+        RAN.append(("gather", first, others))
+        return ()
+
+
+def test_links_to_sockets_of_an_older_name_arrive_where_any_name_is_taken():
+    """Values of undeclared widgets do not, and a function with fixed names gets none of it, as in ComfyUI."""
+    RAN.clear()
+    two = Link("n", 0)
+    prompted = prompt(
+        g=("Gather", {"first": two, "older": two, "widget": 5}), n=("Number", {"value": 2}),
+        s=("Show", {"value": two, "older": two}),
+    )  # fmt: skip
+    Runner(prompted, {**CLASSES, "Gather": Gather}, StandaloneHost(device="cpu")).run()
+    assert ("gather", 2, {"older": 2}) in RAN
+
+
 def test_cancel():
     host = StandaloneHost(device="cpu")
     host.cancel.set()
