@@ -54,6 +54,7 @@ class EnhanceAVideo(Extension):
     """Present in every model, idle without its payload."""
 
     payload: ClassVar[type] = EnhanceArgs
+    weightless: ClassVar[bool] = True
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:

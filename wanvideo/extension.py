@@ -64,9 +64,12 @@ class Extension:
     The hooks from `attend` on are traced into the block and must be pure: (block, value, cond) -> (value, cond); strength
     is data (a 0-d tensor in cond), activity is structure (None where idle), and scratch between two hooks of a block
     flows through cond. What a subclass does not override costs nothing.
+
+    weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
     """
 
     payload: ClassVar[type[Payload]]
+    weightless: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, str]] = {}
     file: ClassVar[Kind | None] = None
     high_precision: ClassVar[tuple[str, ...]] = ()

@@ -86,7 +86,8 @@ class BlockInputs(NamedTuple):
 
     mod [B, R, 6, C] float32; rows [L] token -> row of mod, None where R is 1; rope [L, D/2, 2] cosine and sine, float32;
     grid (frames, height, width) of the video tokens; attention: the backend of self-attention in this step and block,
-    None for the module's own.
+    None for the module's own. conds: in `after_block`, what weightless extensions give to blocks of other systems: one
+    entry for each of the model's extensions.
     """
 
     mod: Tensor
@@ -95,6 +96,7 @@ class BlockInputs(NamedTuple):
     text: TextSource
     grid: Grid
     attention: Attention | None = None
+    conds: tuple[NamedTuple | None, ...] = ()
 
 
 class Tokens(NamedTuple):

@@ -7,8 +7,10 @@ from typing import ClassVar, NamedTuple
 import pytest
 import torch
 from contract import build, inputs
+from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.extension import Extension
+from wanvideo_wrapper.wanvideo.modules.model import WanAttentionBlock
 from wanvideo_wrapper.wanvideo.tokens import Text, Tokens, video_tokens
 
 # Norms take out what all channels have in common.
@@ -161,6 +163,39 @@ def test_after_block_changes_what_the_next_block_reads(index):
         model.blocks[index] = Added(model.blocks[index])
 
     run(After(), VECTOR, change)
+
+
+@pytest.mark.parametrize("weightless", [True, False])
+def test_blocks_of_other_systems_run_the_hooks_of_weightless_ones(weightless):
+    @dataclass(frozen=True)
+    class Halves(ToyExtension):
+        def self_attn_output(self, block, y, cond):
+            return y * cond.value, cond
+
+    Halves.weightless = weightless
+
+    @dataclass(frozen=True)
+    class Acts(Payload):
+        needs: ClassVar[str] = "none"
+
+    @dataclass(frozen=True)
+    class OwnBlock(Extension):
+        payload: ClassVar[type] = Acts
+
+        def build(self, model):
+            model.own = torch.nn.ModuleList([WanAttentionBlock(model.config, sdpa())])
+            model.own[0].extensions = model.extensions
+
+        def after_block(self, model, index, x, inputs, state):
+            return model.own[0](x, inputs, inputs.conds) if index == 1 else x
+
+    _, model = build(OwnBlock(), Halves())
+    got = model(inputs(Acts(), Toy(torch.tensor(0.5))))
+    with torch.no_grad():
+        scaled("self_attn.o")(model)
+        if weightless:
+            scaled("self_attn.o")(type("M", (), {"blocks": model.own}))
+    close(got, model(inputs(Acts())))
 
 
 def test_block_cond_chooses_blocks():

@@ -252,8 +252,11 @@ class WanModel(nn.Module):
             if any(entry.extension.skips(entry.state, index) for entry in active):
                 continue
             inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid, backend)
+            conds = self._conds(index, active)
             with self.visit(self.blocks[index]):
-                x = self.blocks[index](x, inputs, self._conds(index, active))
+                x = self.blocks[index](x, inputs, conds)
+            shared = (c if e.weightless else None for e, c in zip(self.extensions, conds, strict=True))
+            inputs = inputs._replace(conds=tuple(shared))
             for entry in active:
                 x = entry.extension.after_block(self, index, x, inputs, entry.state)
         return x
