@@ -20,6 +20,7 @@ FOLDERS = (
     "uni3c",
     "controlnet",
     "phantom",
+    "vace",
 )
 
 

@@ -30,11 +30,12 @@ BASE = {
     "wan22_i2v_A14B": (5120, 40, 40, 36, ()),
     "wan22_ti2v_5B": (3072, 30, 24, 48, ()),
     "skyreels_v3_talking_avatar_14B": (5120, 40, 40, 36, ("ClipImageExtension", "MultiTalk")),
+    "vace_1_3B": (1536, 30, 12, 16, ("VaceExtension",)),
+    "vace_14B": (5120, 40, 40, 16, ("VaceExtension",)),
 }
 WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk")
+WITH_WEIGHTS = ("ClipImageExtension", "MultiTalk", "VaceExtension")
 REFUSED = {
-    "vace_14B": "VACE",
-    "vace_1_3B": "VACE",
     "s2v_14B": "S2V",
     "wananimate_14B": "WanAnimate",
     "humo_17B": "HuMo",
@@ -92,9 +93,17 @@ def test_base_families(name, prefix, tmp_path):
     assert built == published
 
 
-@pytest.mark.parametrize("module", ["infinitetalk_module", "multitalk_module"])
-def test_module_joins_its_base(module, tmp_path):
-    base = open_checkpoint(sparse_file(tmp_path / "base.safetensors", keys_of("wan21_i2v_14B")))
+@pytest.mark.parametrize(
+    ("module", "base"),
+    [
+        ("infinitetalk_module", "wan21_i2v_14B"),
+        ("multitalk_module", "wan21_i2v_14B"),
+        ("vace_module_only_1_3B", "wan21_t2v_1_3B"),
+        ("vace_module_only_14B", "wan21_t2v_14B"),
+    ],
+)
+def test_module_joins_its_base(module, base, tmp_path):
+    base = open_checkpoint(sparse_file(tmp_path / "base.safetensors", keys_of(base)))
     speech = open_checkpoint(sparse_file(tmp_path / "speech.safetensors", keys_of(module)))
     whole = with_aliases(base, SYSTEMS).joined([with_aliases(speech, SYSTEMS)])
     with torch.device("meta"):
