@@ -12,6 +12,7 @@ from .wanvideo.systems import Systems
 FOLDERS = (
     "prompt_segments",
     "fun_control",
+    "nag",
     "image_to_video",
     "fun_camera",
     "clip_image",
