@@ -11,8 +11,8 @@ from .wanvideo.systems import Systems
 # Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or both.
 FOLDERS = (
     "prompt_segments",
-    "fun_control",
     "nag",
+    "fun_control",
     "image_to_video",
     "fun_camera",
     "clip_image",

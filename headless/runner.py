@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -120,14 +121,11 @@ class Runner:
     def _accepted(self, cls: type, node: Node, arguments: dict[str, object]) -> dict[str, object]:
         declared = {entry.name for entry in inputs_of(cls)}
         takes_all = getattr(cls, "ACCEPTS_ALL", False)
-        # A saved input named "self" would take the method's own.
-        chosen = {n: v for n, v in arguments.items() if n in declared or (takes_all and n != "self")}
-        if getattr(cls, "ACCEPTS_ALL", False):
-            declared |= arguments.keys()
-        elif _takes_any_name(cls):
+        if _takes_any_name(cls):
             # As ComfyUI does: a socket may have had another name when the graph was saved.
             declared |= {name for name, value in node.inputs.items() if isinstance(value, Link)}
-        chosen = {name: value for name, value in arguments.items() if name in declared}
+        # A saved input named "self" would take the method's own.
+        chosen = {n: v for n, v in arguments.items() if n in declared or (takes_all and n != "self")}
         hidden = {
             "UNIQUE_ID": lambda: node.id,
             "PROMPT": lambda: as_api(self._prompt),

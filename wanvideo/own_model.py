@@ -81,10 +81,10 @@ def load_own(
     """
     names = {name: name for name, _ in module.named_parameters()}
     check(module, checkpoint, names, what=what)
-    nothing = MergedLoras((), module)
+    nothing = MergedLoras((), module, checkpoint)
     for name, plain in list(module.named_modules()):
         plan = plan_of(name) if isinstance(plain, nn.Linear) else None
-        layer = None if plan is None else plan.layer(checkpoint, name, plain, nothing)
+        layer = None if plan is None else plan.layer(checkpoint, name, plain, nothing, in_block=True)
         if layer is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, layer)

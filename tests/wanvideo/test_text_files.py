@@ -12,6 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.gguf import GgufEmbedding, GgufLinear
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.inspect import describe
 from wanvideo_wrapper.wanvideo.modules import t5, tokenizer
 from wanvideo_wrapper.wanvideo.text_cache import PIECE_DISTANCE, TextCache, content_digest
