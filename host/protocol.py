@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clip_vision": ("clip_vision", MODEL_SUFFIXES),
     "loras": ("loras", MODEL_SUFFIXES),
     "wav2vec2": ("wav2vec2", MODEL_SUFFIXES),
+    "audio_encoders": ("audio_encoders", MODEL_SUFFIXES),
     "transformers": ("transformers", MODEL_SUFFIXES),
     "vae_approx": ("vae_approx", MODEL_SUFFIXES),
     "controlnet": ("controlnet", MODEL_SUFFIXES),
