@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .config import WanConfig
 from .frames import VAE_TIME_STRIDE
 
 EVERYTHING: frozenset[str] = frozenset()
@@ -88,6 +89,10 @@ class Payload:
     fills_channels: ClassVar[bool] = False
     holds_given: ClassVar[bool] = False
     part: ClassVar[type[Payload] | None] = None
+
+    def fitted(self, config: WanConfig) -> Self:
+        """The form for a model of these sizes, which guides and conditions the run in the place of this one."""
+        return self
 
     def window(self, window: Window) -> Self | None:
         """The part that belongs to this window: itself where it is the same for all, None where it has no part."""

@@ -16,6 +16,7 @@ from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.prompt_segments.extension import PromptSegmentsExtension, segments
 from wanvideo_wrapper.wanvideo.conditioning import Payload
+from wanvideo_wrapper.wanvideo.conditioning import Payload, Row, Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.latents import Inpainting, change_mask
@@ -407,6 +408,36 @@ def test_payloads_reach_the_model(caplog):
     sample(bare, FakeHost())
     assert all(not call.payloads for call in bare.model.transformer.calls)
     assert "no image cross-attention" in caplog.text
+
+
+@dataclass(frozen=True)
+class Sized(Payload):
+    dim: int = 0
+    needs: ClassVar[str] = "none"
+
+    def fitted(self, config):
+        return Sized(config.dim)
+
+    def guidance(self, scale, step):
+        return (Row(float(self.dim)),)
+
+
+class SizedExtension(Extension):
+    payload = Sized
+
+
+def test_payloads_take_the_form_for_the_model():
+    """Both what guides and what the model reads, from all places that payloads come from."""
+    for place in (
+        {"payloads": (Sized(),)},
+        {"image": ImageEmbeds(latent_shape=SHAPE, num_frames=9, payloads=(Sized(),))},
+        {"text": TextEmbeds(positive=(rand(5, 8),), payloads=(Sized(),))},
+    ):
+        model = FakeModel(GaussianTransformer(config(), (SizedExtension(),)))
+        asked = request(model, **place)
+        sample(asked, FakeHost())
+        assert asked.guidance.rows(Step()) == (Row(48.0),)
+        assert all(call.payloads == (Sized(48),) for call in model.transformer.calls) and model.transformer.calls
 
 
 def test_several_prompts_share_the_frames_of_positive_passes():
