@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
@@ -19,7 +20,8 @@ from .multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention,
 from .speakers import speaker_map, token_masks
 
 PROJECTION = "multitalk_audio_proj."
-BLOCK_KEYS = ("audio_cross_attn.", "norm_x.")
+# Other systems have an audio_cross_attn too, within a part of their own.
+OWN_KEYS = re.compile(rf"{re.escape(PROJECTION)}|blocks\.\d+\.(audio_cross_attn|norm_x)\.")
 # The name of the speech in guidance.
 AUDIO = "audio"
 NEEDS = (
@@ -110,7 +112,7 @@ class MultiTalk(Extension):
 
     def owns(self, key: str) -> bool:
         """The projection, and the audio attention and its norm in every block."""
-        return key.startswith(PROJECTION) or (key.startswith("blocks.") and any(part in key for part in BLOCK_KEYS))
+        return OWN_KEYS.match(key) is not None
 
     def build(self, model: WanModel) -> None:
         """Adds multitalk_audio_proj and, in every voiced block, norm_x and audio_cross_attn."""

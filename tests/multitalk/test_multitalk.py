@@ -272,3 +272,9 @@ def test_the_host_does_not_wait_for_several_speakers(given):
         forward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_audio_attention_within_a_part_of_another_system_is_not_its_own():
+    system = MultiTalk(features=6, intermediate_dim=8, context_tokens=2, output_dim=4, voiced=(0,))
+    assert system.owns("blocks.0.audio_cross_attn.q_linear.weight") and system.owns("blocks.11.norm_x.bias")
+    assert not any(system.owns(f"blocks.0.wrapper.{name}") for name in ("audio_cross_attn.q.weight", "norm_x.bias"))
