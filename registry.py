@@ -17,6 +17,7 @@ FOLDERS = (
     "fun_camera",
     "clip_image",
     "multitalk",
+    "humo",
     "enhance_a_video",
     "uni3c",
     "controlnet",

@@ -10,8 +10,10 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import WhisperConfig, WhisperModel
 from wanvideo_wrapper.demo import INPUT, tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
+from wanvideo_wrapper.humo.extension import HuMo
 from wanvideo_wrapper.quantized.fp8 import quantise_rows
 from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4
 
@@ -19,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = Path(os.environ.get("WANVIDEO_GRAPHS", ROOT.parent / "shared" / "workflows"))
 LIGHTX = "WanVideo/Lightx2v/lightx2v_{}_14B{}_cfg_step_distill_{}rank64_bf16{}.safetensors"
 MORDOR = "one-does-not-simply-walk-into-mordor-its-black-gates-are-guarded-by-more-than-just-orcs.mp3"
+Q8_0 = GGMLQuantizationType.Q8_0
+HEARING = HuMo(features=8 * 5 * tiny.SPEECH_DIM, hidden_dim=32, context_tokens=16, output_dim=48)
 
 # The graph of each test, what makes it small, and the frames of the video it must make. Only attention_mode, size,
 # frames and steps may be set; MelBandRoFormer is bypassed.
@@ -40,6 +44,15 @@ GRAPH_RUNS = {
         ),
         ("MelBandRoFormerSampler",),
         40,
+    ),
+    "humo": (
+        "*HuMo*.json",
+        (
+            "61.value=64", "62.value=64", "HuMoEmbeds.num_frames=9", "WanVideoModelLoader.attention_mode=sdpa",
+            "WanVideoSampler.steps=2",
+        ),
+        ("MelBandRoFormerSampler",),
+        9,
     ),
     "image_to_video": (
         "*I2V_example_03*.json",
@@ -167,12 +180,17 @@ def fill(models, inputs, *, clip_dim=tiny.CLIP_DIM):
     for seed, noise in enumerate(("HIGH", "LOW")):
         model = tiny.transformer(in_dim=36, seed=seed)
         save_fp8(model, diffusion / f"2_2/Wan2_2-I2V-A14B-{noise}_fp8_e4m3fn_scaled_KJ.safetensors", scaled=True)
-    tiny.vae().save(models / "vae/wanvideo/Wan2_1_VAE_bf16.safetensors")
+    humo = tiny.transformer(in_dim=36, extensions=(HEARING,))
+    save_fp8(humo, diffusion / "HuMo/Wan2_1-HuMo-14B_fp8_e4m3fn_scaled_KJ.safetensors", scaled=True)
+    whisper().save(models / "audio_encoders/whisper_large_v3_encoder_fp16.safetensors", torch.float16)
+    for place in ("wanvideo/", ""):
+        tiny.vae().save(models / f"vae/{place}Wan2_1_VAE_bf16.safetensors")
     tiny.text_encoder().save(models / "text_encoders/umt5-xxl-enc-bf16.safetensors")
     tiny.wav2vec().save(models / "wav2vec2/wav2vec2-chinese-base_fp16.safetensors", torch.float16)
     downloaded = models / "transformers/TencentGameMate/chinese-wav2vec2-base/model.safetensors"
     tiny.wav2vec().save(downloaded, torch.float16)
-    tiny.lora(i2v).save(models / "loras" / LIGHTX.format("I2V", "_480p", "", ""))
+    for name in (LIGHTX, LIGHTX.replace("WanVideo", "WanVid")):
+        tiny.lora(i2v).save(models / "loras" / name.format("I2V", "_480p", "", ""))
     tiny.lora(t2v).save(models / "loras" / LIGHTX.format("T2V", "", "v2_lora_", "_"))
     inputs.mkdir(exist_ok=True)
     with Image.open(INPUT / "portrait.png") as portrait:
@@ -181,6 +199,18 @@ def fill(models, inputs, *, clip_dim=tiny.CLIP_DIM):
     for name in ("hush.mp3", MORDOR):
         (inputs / name).write_bytes((INPUT / "speech.wav").read_bytes())
     save_clip(inputs / "10.mp4")
+
+
+def whisper(seed=7):
+    """A Whisper encoder of four layers with random weights that hears pieces of four seconds."""
+    torch.manual_seed(seed)
+    model = WhisperModel(WhisperConfig(
+        d_model=tiny.SPEECH_DIM, encoder_layers=4, encoder_attention_heads=2, encoder_ffn_dim=128, num_mel_bins=128,
+        max_source_positions=200, decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=8, vocab_size=32,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
+    ))  # fmt: skip
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if name.startswith("encoder.")}
+    return tiny.Tiny(tensors=tensors, metadata={"wanvideo.num_heads": "2"})
 
 
 def save_clip(path, frames=30):

@@ -29,15 +29,17 @@ BASE = {
     "wan22_t2v_A14B": (5120, 40, 40, 16, ()),
     "wan22_i2v_A14B": (5120, 40, 40, 36, ()),
     "wan22_ti2v_5B": (3072, 30, 24, 48, ()),
+    "humo_17B": (5120, 40, 40, 36, ("HuMo",)),
+    "humo_1_7B": (1536, 30, 12, 36, ("HuMo",)),
     "skyreels_v3_talking_avatar_14B": (5120, 40, 40, 36, ("ClipImageExtension", "MultiTalk")),
     "vace_1_3B": (1536, 30, 12, 16, ("VaceExtension",)),
     "vace_14B": (5120, 40, 40, 16, ("VaceExtension",)),
 }
 WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "VaceExtension")
+WITH_WEIGHTS = ("ClipImageExtension", "MultiTalk", "HuMo")
 REFUSED = {
     "s2v_14B": "S2V",
     "wananimate_14B": "WanAnimate",
-    "humo_17B": "HuMo",
     "recammaster_1_3B": "ReCamMaster",
     "mtvcrafter_14B_merged": "MTVCrafter",
     "steadydancer_14B": "SteadyDancer",
@@ -87,7 +89,10 @@ def test_base_families(name, prefix, tmp_path):
     with torch.device("meta"):
         model = WanModel(config, found)
     built = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    published = {key.replace("audio_proj.", "multitalk_audio_proj."): shape for key, shape in shapes.items()}
+    published = {
+        key if "audio_proj_glob" in key else key.replace("audio_proj.", "multitalk_audio_proj."): shape
+        for key, shape in shapes.items()
+    }
     published = {key: shape for key, shape in published.items() if not key.startswith("model_type.")}
     assert built == published
 
@@ -126,6 +131,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("umt5_xxl_encoder_hf", "UMT5 text encoder"),
         ("clip_xlm_roberta_vit_h_14_visual", "CLIP vision encoder"),
         ("wav2vec2_base", "wav2vec2 speech encoder"),
+        ("whisper_large_v3_encoder", "Whisper speech encoder"),
         ("infinitetalk_module", "MultiTalk or InfiniteTalk module"),
         ("vace_module_only_14B", "VACE module"),
         ("uni3c_controlnet", "Uni3C controlnet"),

@@ -10,7 +10,7 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.headless.cli import main
 from wanvideo_wrapper.host import get_host, set_host
 
-TALKING = ("infinitetalk", "video_to_video")
+TALKING = ("infinitetalk", "video_to_video", "humo")
 pytestmark = pytest.mark.skipif(not GRAPHS.is_dir(), reason=f"no saved graphs in {GRAPHS} (set WANVIDEO_GRAPHS)")
 
 
