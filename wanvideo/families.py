@@ -55,7 +55,11 @@ OTHER_KINDS = (
     ),
     Kind("CLIP vision encoder", "Load CLIP Vision", (r"vision_model\.encoder\.layers\.0\.",)),
     Kind("wav2vec2 speech encoder", "Wav2vec2 Model Loader", (r"^(wav2vec2\.)?feature_extractor\.conv_layers\.0\.",)),
-    Kind("Whisper speech encoder", "", (r"^(model\.)?encoder\.embed_positions\.weight$", r"encoder\.conv1\.weight$")),
+    Kind(
+        "Whisper speech encoder",
+        "Whisper Model Loader",
+        (r"^(model\.)?encoder\.embed_positions\.weight$", r"encoder\.conv1\.weight$"),
+    ),
     Kind("Stable Diffusion checkpoint", "", (r"(^|\.)input_blocks\.0\.0\.weight$",)),
     Kind("Flux or Hunyuan transformer", "", (r"(^|\.)double_blocks\.0\.",)),
     Kind("MMDiT transformer (SD3 or the like)", "", (r"(^|\.)joint_blocks\.0\.",)),
