@@ -29,7 +29,6 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "transformers": ("transformers", MODEL_SUFFIXES),
     "vae_approx": ("vae_approx", MODEL_SUFFIXES),
     "controlnet": ("controlnet", MODEL_SUFFIXES),
-    "audio_encoders": ("audio_encoders", MODEL_SUFFIXES),
     "nlf": ("nlf", MODEL_SUFFIXES),
     "mmaudio": ("mmaudio", MODEL_SUFFIXES),
 }

@@ -105,8 +105,8 @@ class SampleRequest:
     def all_payloads(self) -> tuple[Payload, ...]:
         """Everything that conditions the model besides the prompts themselves, in the form for its sizes."""
         text = () if self.text is None else self.text.payloads
-        return (*self.image.payloads, *text, *self.payloads, *self.model.payloads)
-        return tuple(payload.fitted(self.model.config) for payload in (*self.image.payloads, *text, *self.payloads))
+        payloads = (*self.image.payloads, *text, *self.payloads, *self.model.payloads)
+        return tuple(payload.fitted(self.model.config) for payload in payloads)
 
     @property
     def guidance(self) -> Guidance:

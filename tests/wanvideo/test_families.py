@@ -35,8 +35,7 @@ BASE = {
     "vace_1_3B": (1536, 30, 12, 16, ("VaceExtension",)),
     "vace_14B": (5120, 40, 40, 16, ("VaceExtension",)),
 }
-WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "VaceExtension")
-WITH_WEIGHTS = ("ClipImageExtension", "MultiTalk", "HuMo")
+WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "VaceExtension")
 REFUSED = {
     "s2v_14B": "S2V",
     "wananimate_14B": "WanAnimate",

@@ -15,7 +15,6 @@ from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVid
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.prompt_segments.extension import PromptSegmentsExtension, segments
-from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Row, Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import Extension
