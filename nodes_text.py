@@ -178,7 +178,8 @@ class WanVideoTextEncodeCached:
         name = encoder_name(path, DTYPES[precision], quantization)
         both = _encode_prompts(prompts, name, encode, _cache(use_disk_cache))
         negative = TextEmbeds(positive=both[-1:])
-        return TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=segments(both[:-1])), negative, positive_prompt
+        whole = TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=segments(both[:-1]))
+        return whole, negative, positive_prompt
 
 
 class WanVideoTextEmbedBridge:

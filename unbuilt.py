@@ -1,4 +1,4 @@
-"""Systems of the original pack that this version does not have: how their files are told, so that they are refused by name.
+"""Systems of the original pack that this version does not have: how their files are told, to refuse them by name.
 
 A row goes out of use by itself when a system of the registry owns its keys or names its files.
 """

@@ -2,8 +2,8 @@
 
     python tests/mutants.py [MODULE ...] [--jobs N] [--only NUMBER]
 
-Every mutant changes one place of a module: a comparison, a sign, a number, a condition, a statement or a keyword that goes.
-It is compiled in a process of its own, which has the libraries loaded already, and runs the tests of the core until one
+Every mutant changes one place of a module: a comparison, a sign, a number, a condition, a statement or a keyword that
+goes. It is compiled in a process of its own, which has the libraries loaded already, and runs the tests of the core until one
 fails. Prints the survivors as `module:line  what was changed`, and last how many there were. Needs os.fork.
 """
 
@@ -80,10 +80,12 @@ def mutants(source):
         for field in ("body", "orelse"):
             statements = getattr(node, field, None)
             for index, statement in enumerate(statements if isinstance(statements, list) else ()):
-                goes = isinstance(statement, (ast.Expr, ast.AugAssign, ast.For, ast.Continue)) and not is_text(statement)
-                if goes and not raises(statement):
+                if is_text(statement) or raises(statement):
+                    continue
+                if isinstance(statement, (ast.Expr, ast.AugAssign, ast.For, ast.Continue)):
                     drop = lambda n, f=field, i=index: getattr(n, f).__setitem__(i, ast.Pass())  # noqa: E731
-                    yield statement.lineno, f"'{' '.join(ast.unparse(statement).split())[:50]}' goes", altered(tree, place, drop)
+                    text = " ".join(ast.unparse(statement).split())[:50]
+                    yield statement.lineno, f"'{text}' goes", altered(tree, place, drop)
 
 
 def altered(tree, place, change):

@@ -88,7 +88,7 @@ def words(path):
 
 def test_the_core_names_no_system():
     """But for schedulers, whose names are options of a widget, and for the nodes that an error advises."""
-    systems = {"multitalk", "infinitetalk", "skyreels", "vace", "humo", "uni3c", "phantom", "enhance", "feta", "clip_image"}
+    systems = {*FOLDERS, "infinitetalk", "skyreels", "feta"} - {"controlnet"}
     files = [p for p in (ROOT / "wanvideo").rglob("*.py") if p.parent.name != "schedulers"]
     told = {(p.name, word) for p in files for word in words(p) for name in systems if name in word.lower()}
     assert not {(name, word) for name, word in told if "WanVideoImageToVideoMultiTalk" not in word}

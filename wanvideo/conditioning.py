@@ -1,4 +1,4 @@
-"""What conditions one forward pass, seen from the sampler: where it is in schedule and video, and the payloads it reads."""
+"""What conditions one forward pass, seen from the sampler: its place in schedule and video, the payloads it reads."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Window(NamedTuple):
 
     latents: places along the frame axis of the run's latents. pixels: pixel frames behind the video's latents, one for
     the first latent frame and four for every other. leading, trailing: how many of `latents`, at the ends, are
-    references, which stand for no pixel frame. whole: this is all of the video. picture [C, F, h, w]: an encoded picture
-    whose first frame takes the place of the first condition frame, for windows that do not start the video. total: how
+    references, which stand for no pixel frame. whole: this is all of the video. picture [C, F, h, w]: an encoded
+    picture whose first frame takes the place of the first condition frame, for windows that do not start the video. total: how
     many latents the run has, references included; None where it is not known.
     """
 
@@ -75,7 +75,7 @@ class Window(NamedTuple):
 class Payload:
     """What a node emits for one system; all that sampler and windows know of it. Subclasses are frozen dataclasses.
 
-    Its Tensor fields lead with a batch axis, or are 0-d. needs: one sentence for the user whose model lacks the weights:
+    Its Tensor fields lead with a batch axis, or are 0-d. needs: one sentence for users whose model lacks the weights:
     which key is missing, which loader input gives it. optional: such a model ignores the payload, with that sentence as
     a warning. encoded: it holds latents of a VAE, so that the noise must have their channels. fills_channels: its
     system gives the model all condition channels that it reads, so that no picture need be connected. holds_given:

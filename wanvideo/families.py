@@ -32,8 +32,12 @@ TRANSFORMER = "Wan transformer"
 LORA = "LoRA"
 
 # The first row that fits names the file, so rows go from the most special to the most general.
-LORA_KIND = Kind(LORA, "WanVideo Lora Select", (r"(lora_(A|B|down|up)\b|lora\.(down|up)\.|\.lora_(A|B)\.|\.diff(_b|_m)?$)",))
-TRANSFORMER_KIND = Kind(TRANSFORMER, "WanVideo Model Loader", (r"^patch_embedding\.weight$", r"^blocks\.0\.self_attn\.q\.weight$"))
+LORA_KIND = Kind(
+    LORA, "WanVideo Lora Select", (r"(lora_(A|B|down|up)\b|lora\.(down|up)\.|\.lora_(A|B)\.|\.diff(_b|_m)?$)",)
+)
+TRANSFORMER_KIND = Kind(
+    TRANSFORMER, "WanVideo Model Loader", (r"^patch_embedding\.weight$", r"^blocks\.0\.self_attn\.q\.weight$")
+)
 OTHER_KINDS = (
     Kind("Wan VAE", "WanVideo VAE Loader", (r"^(model\.)?decoder\.conv1\.weight$", r"^(model\.)?conv2\.weight$")),
     Kind("Wan VAE in diffusers names", "WanVideo VAE Loader", (r"^decoder\.conv_in\.", r"^post_quant_conv\.")),

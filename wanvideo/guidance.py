@@ -39,7 +39,8 @@ def present(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 def prediction_name(rows: Sequence[Row]) -> str:
     """What a forward of these rows predicts, in words."""
-    return " and ".join(f"without {' and '.join(sorted(row.without))}" if row.without else "with everything" for row in rows)
+    names = (" and ".join(sorted(row.without)) for row in rows)
+    return " and ".join(f"without {name}" if name else "with everything" for name in names)
 
 
 def per_step(value: float | Sequence[float]) -> tuple[float, ...]:

@@ -52,8 +52,8 @@ class ImageEmbeds:
 
     latent_shape: (channels, frames, height, width) of the noise; num_frames: pixel frames of the result.
     payloads: what conditions the model, encoded pictures included. leading_latents, trailing_latents: how many latent
-    frames at either end are references, which windows keep and decoding drops. extra_end_frame: the last latent frame is
-    an end image encoded on its own; decoding drops its pixel frame. given_latents: (latent frame, [channels, frames,
+    frames at either end are references, which windows keep and decoding drops. extra_end_frame: the last latent frame
+    is an end image encoded on its own; decoding drops its pixel frame. given_latents: (latent frame, [channels, frames,
     height, width]) pairs that are known before sampling; a negative frame counts from the end. loop: makes the
     video in a way of its own.
     """

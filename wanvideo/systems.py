@@ -19,7 +19,7 @@ class Unbuilt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Systems:
-    """extensions: in the order in which their hooks run. files, keys: how files of systems that are not built are told."""
+    """extensions: in the order in which their hooks run. files, keys: how files of unbuilt systems are told."""
 
     extensions: tuple[type[Extension], ...]
     files: tuple[Kind, ...] = ()

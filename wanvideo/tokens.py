@@ -84,7 +84,7 @@ class Text(NamedTuple):
 class BlockInputs(NamedTuple):
     """What every block reads besides its tokens, a system's own blocks included.
 
-    mod [B, R, 6, C] float32; rows [L] token -> row of mod, None where R is 1; rope [L, D/2, 2] cosine and sine, float32;
+    mod [B, R, 6, C] float32; rows [L] token -> row of mod, None where R is 1; rope [L, D/2, 2] cosine, sine;
     grid (frames, height, width) of the video tokens; attention: the backend of self-attention in this step and block,
     None for the module's own. conds: in `after_block`, what weightless extensions give to blocks of other systems: one
     entry for each of the model's extensions.

@@ -177,9 +177,9 @@ def free_noise(noise: Tensor, options: ContextOptions, generator: torch.Generato
 class WindowedDenoiser:
     """Velocity of a long video from windows; stands in for a `Denoiser`.
 
-    conditions: of the whole video. texts: prompts [tokens, text_dim] that windows share out. references: how many latent
-    frames at either end every window keeps. make: a Denoiser of one window's conditions, for one forward. memories: makes
-    what the step cache remembers of one window. model: what they run.
+    conditions: of the whole video. texts: prompts [tokens, text_dim] that windows share out. references: how many
+    latent frames at either end every window keeps. make: a Denoiser of one window's conditions, for one forward.
+    memories: makes what the step cache remembers of one window. model: what they run.
     """
 
     def __init__(

@@ -112,7 +112,8 @@ def test_a_batch_equals_its_rows(case):
     _, model = built(case)
     one, two = inputs(case.payload, seed=1), inputs(case.payload, seed=2)
     both = inputs(case.payload.stack([case.payload]), batch=2)
-    both = type(both)(**{**both.__dict__, "latents": torch.cat((one.latents, two.latents)), "text": one.text + two.text})
+    rows = {"latents": torch.cat((one.latents, two.latents)), "text": one.text + two.text}
+    both = type(both)(**{**both.__dict__, **rows})
     torch.testing.assert_close(model(both), torch.cat((model(one), model(two))), rtol=1e-4, atol=1e-5)
 
 

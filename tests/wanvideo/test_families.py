@@ -79,7 +79,8 @@ def test_base_families(name, prefix, tmp_path):
     dim, layers, heads, in_dim, systems = BASE[name]
     shapes = keys_of(name)
     checkpoint = with_aliases(
-        open_checkpoint(sparse_file(tmp_path / f"{name}.safetensors", {prefix + k: v for k, v in shapes.items()})), SYSTEMS
+        open_checkpoint(sparse_file(tmp_path / f"{name}.safetensors", {prefix + k: v for k, v in shapes.items()})),
+        SYSTEMS,
     )
     config = config_of(checkpoint, SYSTEMS)
     assert (config.dim, config.num_layers, config.num_heads, config.in_dim) == (dim, layers, heads, in_dim)

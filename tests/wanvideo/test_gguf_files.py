@@ -91,7 +91,8 @@ def test_lora(t2v, merge, tmp_path):
 def test_block_swap(t2v, tmp_path):
     save_gguf(t2v, tmp_path / "m.gguf", form="Q4_0")
     plain = load_wan_model(tmp_path / "m.gguf", FP32, HOST, SYSTEMS)
-    swapped = load_wan_model(tmp_path / "m.gguf", replace(FP32, block_swap=BlockSwapArgs(blocks_to_swap=2)), HOST, SYSTEMS)
+    options = replace(FP32, block_swap=BlockSwapArgs(blocks_to_swap=2))
+    swapped = load_wan_model(tmp_path / "m.gguf", options, HOST, SYSTEMS)
     assert torch.equal(run(swapped), run(plain))
 
 

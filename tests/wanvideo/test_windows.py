@@ -92,7 +92,8 @@ def request(folder, context, prompts=1, base="text"):
     texts = tuple(torch.randn(4, asked.text.positive[0].shape[1]) for _ in range(prompts))
     image = ImageEmbeds(latent_shape=(16, FRAMES, 4, 4), num_frames=45)
     if base == "base":
-        image = replace(image, payloads=(ImageCondition(torch.randn(1, 16, FRAMES, 4, 4), torch.rand(1, 4, FRAMES, 4, 4)),))
+        picture = ImageCondition(torch.randn(1, 16, FRAMES, 4, 4), torch.rand(1, 4, FRAMES, 4, 4))
+        image = replace(image, payloads=(picture,))
     return replace(asked, image=image, context=context, text=replace(asked.text, positive=texts))
 
 
