@@ -3,8 +3,8 @@
     python tests/mutants.py [MODULE ...] [--jobs N] [--only NUMBER]
 
 Every mutant changes one place of a module: a comparison, a sign, a number, a condition, a statement or a keyword that
-goes. It is compiled in a process of its own, which has the libraries loaded already, and runs the tests of the core until one
-fails. Prints the survivors as `module:line  what was changed`, and last how many there were. Needs os.fork.
+goes. It is compiled in a process of its own, which has the libraries loaded already, and runs the tests of the core
+until one fails. Prints the survivors as `module:line  what was changed`, and last how many there were. Needs os.fork.
 """
 
 import argparse

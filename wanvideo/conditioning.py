@@ -53,8 +53,8 @@ class Window(NamedTuple):
     latents: places along the frame axis of the run's latents. pixels: pixel frames behind the video's latents, one for
     the first latent frame and four for every other. leading, trailing: how many of `latents`, at the ends, are
     references, which stand for no pixel frame. whole: this is all of the video. picture [C, F, h, w]: an encoded
-    picture whose first frame takes the place of the first condition frame, for windows that do not start the video. total: how
-    many latents the run has, references included; None where it is not known.
+    picture whose first frame takes the place of the first condition frame, for windows that do not start the video.
+    total: how many latents the run has, references included; None where it is not known.
     """
 
     latents: tuple[int, ...]

@@ -62,8 +62,8 @@ class Extension:
     """Base of all conditioning systems: subclasses are frozen dataclasses and override what they need.
 
     The hooks from `attend` on are traced into the block and must be pure: (block, value, cond) -> (value, cond);
-    strength is data (a 0-d tensor in cond), activity is structure (None where idle), and scratch between two hooks of a block
-    flows through cond. What a subclass does not override costs nothing.
+    strength is data (a 0-d tensor in cond), activity is structure (None where idle), and scratch between two hooks of
+    a block flows through cond. What a subclass does not override costs nothing.
 
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
     """

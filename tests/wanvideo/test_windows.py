@@ -64,7 +64,6 @@ def test_windows_by_hand():
     assert options(schedule="uniform_looped").windows(0, 9) == [(0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 0, 1)]
     assert options().windows(0, 9) == [(0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (4, 5, 6, 7, 8)]
     assert [radical_inverse(step) for step in range(5)] == [0, 0.5, 0.25, 0.75, 0.125]
-    assert pixel_frames((3, 4)) == list(range(12, 17)) and pixel_frames((7, 0, 1)) == [28, 0, 0, 0, 0, 1, 2, 3, 4]
 
 
 def test_windows_that_cannot_move_on_are_named():
