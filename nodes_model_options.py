@@ -90,7 +90,13 @@ class WanVideoBlockSwap:
             "required": {
                 "blocks_to_swap": (
                     "INT",
-                    {"default": 20, "min": 0, "max": 48, "step": 1, "tooltip": "Blocks that wait in main memory"},
+                    {
+                        "default": 20,
+                        "min": -1,
+                        "max": 48,
+                        "step": 1,
+                        "tooltip": "Blocks that wait in main memory; -1: as many as the free GPU memory asks for",
+                    },
                 ),
                 "offload_img_emb": ("BOOLEAN", {"default": False, "tooltip": "The CLIP image embedding waits too"}),
                 "offload_txt_emb": ("BOOLEAN", {"default": False, "tooltip": "The text embedding waits too"}),
@@ -98,7 +104,17 @@ class WanVideoBlockSwap:
             "optional": {
                 "use_non_blocking": ("BOOLEAN", {"default": False}),
                 "vace_blocks_to_swap": ("INT", {"default": 0, "min": 0, "max": 15, "step": 1}),
-                "prefetch_blocks": ("INT", {"default": 0, "min": 0, "max": 40, "step": 1}),
+                "prefetch_blocks": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 40,
+                        "step": 1,
+                        "tooltip": "Blocks on their way to the GPU while one runs: 0 and 1 are the same, and enough; "
+                        "each takes GPU memory",
+                    },
+                ),
                 "block_swap_debug": ("BOOLEAN", {"default": False}),
             },
         }

@@ -1,31 +1,39 @@
-"""Block swap: blocks that wait in main memory and are on the device only while they run.
+"""Block swap: which blocks wait in main memory, and are on the device only while they run.
 
-Weights are read only, so nothing is ever copied back: leaving the device means pointing at the waiting copy again.
+Weights are read only, so nothing is ever copied back. Where they wait is in host_slabs.py, how they come in swapper.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..tensor_layout import kernel_ready
+from .device_copies import Copies, copies_for
+from .host_slabs import Unit
 from .modules.model import WanModel
+from .swapper import Swapper
 
 log = logging.getLogger("wanvideo")
+
+AUTOMATIC = -1
+# What `AUTOMATIC` leaves for activations: 81 frames at 1280x720. The 14B model was seen to hold 22 bytes per token and
+# channel at 480p, and its activations grow with both.
+TOKENS_720P, BYTES_PER_CHANNEL = 75_600, 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSwapArgs:
     """Settings of WanVideoBlockSwap (socket BLOCKSWAPARGS).
 
-    blocks_to_swap: blocks that wait; others: the same for further block lists, by name; embeddings: names of modules
-    that wait too; prefetch_blocks: how many are brought ahead of time; block_swap_debug: log each.
+    blocks_to_swap: blocks that wait, spread evenly among those that stay; -1: as many as the device's free memory asks
+    for. others: the same for further block lists, by name; embeddings: names of modules that wait too. prefetch_blocks:
+    how many blocks are on their way while one runs, at least 1; each takes a slab on the device. block_swap_debug: log
+    each copy. use_non_blocking: kept for saved graphs; the host never waits for a copy from pinned memory.
     """
 
     blocks_to_swap: int = 20
@@ -37,29 +45,127 @@ class BlockSwapArgs:
 
 
 class Placement:
-    """Where the parts of a transformer are. Serves as the `place` callback of the host's memory management."""
+    """Where the parts of a transformer are. Serves as the `place` callback of the host's memory management.
 
-    def __init__(self, model: WanModel, offload: torch.device) -> None:
+    copies_for: how bytes reach a device.
+    """
+
+    def __init__(
+        self, model: WanModel, offload: torch.device, *, copies_for: Callable[[torch.device], Copies] = copies_for
+    ) -> None:
         self.swap: BlockSwapArgs | None = None
+        self.copies_for = copies_for
         self._model = model
         self._offload = offload
+        self._copies: Copies | None = None
+        self._units: dict[nn.Module, Unit] = {}
+        self._automatic: int | None = None
+        self._told = False
 
     def __call__(self, device: torch.device) -> None:
-        """To the device, but for the blocks that wait; to the offload device, all of it."""
-        waiting = [*self.waiting_blocks(), *self._embeddings()] if device != self._offload else []
-        held = {id(module) for module in waiting}
-        for module in self._parts():
-            module.to(self._offload if id(module) in held else device)
-        for parameter in self._model.parameters(recurse=False):
-            parameter.data = parameter.data.to(device)
+        """To the device, but for the parts that wait; to the offload device, all of it, with nothing pinned."""
+        if device == self._offload:
+            self._release(keep=0)
+            self._automatic = None
+            self._move(device)
+            return
+        try:
+            self._settle(device)
+        except BaseException:
+            self._release(keep=0)
+            raise
+
+    @contextmanager
+    def swapping(self, device: torch.device) -> Iterator[None]:
+        """Inside, the model brings waiting parts to `device` around their turn.
+
+        Slabs on the device live as long as this context. Those in main memory stay pinned for the next one, until the
+        model leaves the device or an error leaves this context.
+        """
+        if device == self._offload:
+            yield
+            return
+        # Tensors may have joined since the model was placed: a LoRA's.
+        self(device)
+        keep = 0
+        try:
+            with ExitStack() as stack:
+                if self._units:
+                    self._swap_parts(stack)
+                yield
+            keep = 1
+        finally:
+            self._release(keep=keep)
+
+    def _swap_parts(self, stack: ExitStack) -> None:
+        """From here until the stack ends, visits and forwards of waiting parts bring them."""
+        ahead, debug = self.swap.prefetch_blocks, self.swap.block_swap_debug
+        swapper = Swapper(list(self._units.values()), self._copies, ahead=ahead, debug=debug)
+        stack.callback(swapper.close)
+        stack.callback(setattr, self._model, "visit", self._model.visit)
+        self._model.visit = swapper.visit
+        for module in self._embeddings():
+            stack.enter_context(_visited_in_forward(module, swapper))
 
     def waiting_blocks(self) -> list[nn.Module]:
-        """The last blocks of every list, in the order of their lists."""
+        """Of every list as many as the settings say, in the order of their lists."""
         if self.swap is None:
             return []
         counts = {"blocks": self.swap.blocks_to_swap, **self.swap.others}
+        if self.swap.blocks_to_swap == AUTOMATIC:
+            if self._automatic is None:
+                self._automatic = self._count_for(self._copies.free())
+            counts["blocks"] = self._automatic
         stacks = self._model.stacks().items()
-        return [block for name, blocks in stacks for block in blocks[max(len(blocks) - counts.get(name, 0), 0) :]]
+        return [block for name, blocks in stacks for block in spread(blocks, counts.get(name, 0))]
+
+    def _count_for(self, free: int) -> int:
+        """How few blocks may wait with that many bytes free on the device, where the model may have parts already."""
+        config, blocks = self._model.config, self._model.blocks
+        needs = TOKENS_720P * config.dim * BYTES_PER_CHANNEL
+        swapped = {id(block) for block in blocks}
+        rest = sum(_bytes_of(module) for module in self._parts() if id(module) not in swapped)
+        here = sum(t.nbytes for t in _tensors(self._model) if t.device == self._copies.device)
+        size, room = max(_bytes_of(block) for block in blocks), free + here - needs - rest
+        if room >= len(blocks) * size:
+            return 0
+        slots = max(self.swap.prefetch_blocks, 1) + 1
+        staying = min(max(room // size - slots, 0), len(blocks) - 1)
+        log.info("Block swap: %d of %d blocks wait in main memory.", len(blocks) - staying, len(blocks))
+        return len(blocks) - staying
+
+    def _settle(self, device: torch.device) -> None:
+        """Every part where it belongs while the model is on `device`."""
+        if self._copies is None or self._copies.device != device:
+            self._copies = self.copies_for(device)
+        waiting = [*self._embeddings(), *self.waiting_blocks()]
+        before, self._units = self._units, {part: self._units.get(part) or Unit(part) for part in waiting}
+        for part in before.keys() - self._units.keys():
+            before[part].release()
+        for unit in self._units.values():
+            unit.gather(self._copies)
+        self._move(device)
+        pageable = sum(not unit.pinned for unit in self._units.values())
+        if pageable and not self._told:
+            self._told = True
+            log.warning(
+                "Block swap: the system refuses to pin the memory of %d of %d waiting parts, so that their copies to "
+                "the GPU are slower; free main memory, or let fewer blocks wait.",
+                pageable,
+                len(self._units),
+            )
+
+    def _move(self, device: torch.device) -> None:
+        """What has no slab goes to the device."""
+        for module in self._parts():
+            if module not in self._units:
+                module.to(device)
+        for tensor in (*self._model.parameters(recurse=False), *self._model.buffers(recurse=False)):
+            tensor.data = tensor.data.to(device)
+
+    def _release(self, *, keep: int) -> None:
+        for unit in self._units.values():
+            unit.release(keep=keep)
 
     def _embeddings(self) -> list[nn.Module]:
         names = () if self.swap is None else self.swap.embeddings
@@ -70,110 +176,29 @@ class Placement:
         top = [module for name, module in self._model.named_children() if name not in stacks]
         return [*top, *(block for blocks in stacks.values() for block in blocks)]
 
-    @contextmanager
-    def swapping(self, device: torch.device) -> Iterator[None]:
-        """Inside, the model brings waiting blocks to `device` around their turn."""
-        if self.swap is None or device == self._offload:
-            yield
-            return
-        swapper = Swapper(self.waiting_blocks(), device, self.swap)
-        before, self._model.visit = self._model.visit, swapper.visit
-        hooks = [hook for m in self._embeddings() for hook in _visit(m, device, self.swap.use_non_blocking)]
-        try:
-            yield
-        finally:
-            self._model.visit = before
-            swapper.leave_all()
-            for hook in hooks:
-                hook.remove()
 
-
-class Swapper:
-    """Brings waiting blocks to the device for their turn, the next ones ahead of time on a stream of their own."""
-
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, args: BlockSwapArgs) -> None:
-        self._blocks = blocks
-        self._places = {id(block): place for place, block in enumerate(blocks)}
-        self._device = device
-        self._args = args
-        self._here: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        ahead = args.prefetch_blocks > 0 and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if ahead else None
-
-    @contextmanager
-    def visit(self, block: nn.Module) -> Iterator[None]:
-        """Inside, the block's weights are on the device."""
-        place = self._places.get(id(block))
-        if place is None:
-            yield
-            return
-        self._arrive(place)
-        try:
-            yield
-        finally:
-            self._leave(place)
-
-    def leave_all(self) -> None:
-        """After a run that stopped in the middle, too."""
-        for place in list(self._here):
-            self._leave(place)
-
-    def _arrive(self, place: int) -> None:
-        """That block is ready to run, and the blocks after it are on their way."""
-        self._bring(place)
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            for later in range(place + 1, min(place + 1 + self._args.prefetch_blocks, len(self._blocks))):
-                self._bring(later)
-
-    def _leave(self, place: int) -> None:
-        """That block points at its waiting weights again."""
-        for parameter, value in self._here.pop(place, ()):
-            if self._stream is not None:
-                # Made on the copy stream, read on this one: the memory is free only once this stream is done.
-                parameter.data.record_stream(torch.cuda.current_stream(self._device))
-            parameter.data = value
-
-    def _bring(self, place: int) -> None:
-        if place in self._here:
-            return
-        with torch.cuda.stream(self._stream):
-            moved = _move(self._blocks[place], self._device, self._args.use_non_blocking)
-        self._here[place] = moved
-        if self._args.block_swap_debug:
-            size = sum(value.nbytes for _, value in moved) / 2**20
-            log.info("Waiting block %d: %.1f MB to the GPU.", place, size)
+def spread(blocks: nn.ModuleList, count: int) -> list[nn.Module]:
+    """`count` of the blocks, evenly: a block that stays gives the copies of all others the same time."""
+    total, count = len(blocks), min(count, len(blocks))
+    return [block for i, block in enumerate(blocks) if (i + 1) * count // total > i * count // total]
 
 
 @contextmanager
-def brought(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules' weights are on `device`; after it they are where they wait. Nothing is copied back."""
-    waiting = [pair for module in modules for pair in _move(module, device, non_blocking=False)]
-    try:
-        yield
-    finally:
-        for parameter, value in waiting:
-            parameter.data = value
+def _visited_in_forward(module: nn.Module, swapper: Swapper) -> Iterator[None]:
+    """Inside, each forward of the module is a visit."""
+    with ExitStack() as visit:
+        enter = module.register_forward_pre_hook(lambda *_: visit.enter_context(swapper.visit(module)))
+        leave = module.register_forward_hook(lambda *_: visit.close(), always_call=True)
+        try:
+            yield
+        finally:
+            enter.remove()
+            leave.remove()
 
 
-def _visit(module: nn.Module, device: torch.device, non_blocking: bool) -> tuple[RemovableHandle, RemovableHandle]:
-    """Hooks that bring the module to `device` for each of its forwards."""
-    waiting: list[tuple[Tensor, Tensor]] = []
-
-    def arrive(_: nn.Module, __: object) -> None:
-        waiting.extend(_move(module, device, non_blocking))
-
-    def leave(_: nn.Module, __: object, ___: object) -> None:
-        for parameter, value in waiting:
-            parameter.data = value
-        waiting.clear()
-
-    return module.register_forward_pre_hook(arrive), module.register_forward_hook(leave, always_call=True)
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
-def _move(module: nn.Module, device: torch.device, non_blocking: bool) -> list[tuple[Tensor, Tensor]]:
-    """Put the parameters on `device`; returns each with its waiting value."""
-    waiting = [(parameter, parameter.data) for parameter in module.parameters()]
-    for parameter, value in waiting:
-        parameter.data = kernel_ready(value.to(device, non_blocking=non_blocking), strided=False)
-    return waiting
+def _bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(module))

@@ -5,7 +5,7 @@ Their files are told by the `Kind` of the system's extension (`whole=True`). Lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..tensor_layout import watch
+from ..tensor_layout import kernel_ready, watch
 from .assign import check, fill
-from .block_swap import brought
 from .checkpoint import Checkpoint, open_checkpoint
 from .families import Kind
 from .lora import MergedLoras
@@ -25,6 +24,19 @@ from .systems import Systems
 
 if TYPE_CHECKING:
     from ..host import Host, Managed
+
+
+@contextmanager
+def brought(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the modules' weights are on `device`; after it they are where they wait. Nothing is copied back."""
+    waiting = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
+    for parameter, value in waiting:
+        parameter.data = kernel_ready(value.to(device), strided=False)
+    try:
+        yield
+    finally:
+        for parameter, value in waiting:
+            parameter.data = value
 
 
 @dataclass(frozen=True)

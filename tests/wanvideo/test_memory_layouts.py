@@ -18,12 +18,13 @@ from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.multitalk.multitalk import AudioProjModel, SingleStreamMultiAttention
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
-from wanvideo_wrapper.wanvideo import block_swap
-from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs, Swapper
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.device_copies import SLAB_ALIGNMENT, OrderedCopies
+from wanvideo_wrapper.wanvideo.host_slabs import Unit
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.safetensors_file import SafetensorsFile
+from wanvideo_wrapper.wanvideo.swapper import Swapper
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HOST = StandaloneHost(device="cpu")
@@ -141,23 +142,15 @@ def misplace(module, offset):
 @pytest.mark.parametrize("offset", [1, 3, 5])
 def test_swapped_blocks_are_aligned(offset):
     block = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3).bfloat16())
-    waiting = misplace(block, offset)
-    with Swapper([block], CPU, BlockSwapArgs(blocks_to_swap=1)).visit(block):
-        for parameter, value in zip(block.parameters(), waiting, strict=True):
-            assert is_kernel_ready(parameter, strided=False) and not is_kernel_ready(value, strided=False)
-            assert torch.equal(parameter, value)
-    assert all(p.data_ptr() == value.data_ptr() for p, value in zip(block.parameters(), waiting, strict=True))
-
-
-def test_embeddings_that_wait_are_aligned():
-    layer, seen = nn.Linear(7, 5), []
-    misplace(layer, 1)
-    block_swap._visit(layer, CPU, non_blocking=False)
-    layer.register_forward_pre_hook(
-        lambda *_: seen.extend(is_kernel_ready(p, strided=False) for p in layer.parameters())
-    )
-    layer(torch.randn(2, 7))
-    assert seen == [True, True] and not is_kernel_ready(layer.bias)
+    values = [value.clone() for value in misplace(block, offset)]
+    copies, unit = OrderedCopies(CPU), Unit(block)
+    unit.gather(copies)
+    waiting = [parameter.data_ptr() for parameter in block.parameters()]
+    with Swapper([unit], copies).visit(block):
+        for parameter, value, address in zip(block.parameters(), values, waiting, strict=True):
+            assert parameter.data_ptr() != address and parameter.data_ptr() % SLAB_ALIGNMENT == 0
+            assert is_kernel_ready(parameter, strided=False) and torch.equal(parameter, value)
+    assert [parameter.data_ptr() for parameter in block.parameters()] == waiting
 
 
 @pytest.fixture(scope="module")
