@@ -10,9 +10,9 @@ DEVICE = torch.device("cpu", 0)
 
 
 class CountedCopies(OrderedCopies):
-    """Runs copies when they are issued, the earliest time. pins: whether there is room to pin.
+    """Runs copies when they are issued, the earliest time. pins: whether there is room to pin. free: bytes left.
 
-    free: bytes that the device has left. log: what was issued, with the event. slabs: weak references to slabs of the device. pinned: bytes by address.
+    log: what was issued, with the event. slabs: weak references to slabs of the device. pinned: bytes by address.
     """
 
     def __init__(self, device=DEVICE, *, pins=True, free=0):

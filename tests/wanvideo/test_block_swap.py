@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -46,9 +47,11 @@ def folder(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("stored"), tiny.transformer(in_dim=16)
     for name, save in FILES.items():
         save(model, folder / f"{name}.{'gguf' if name == 'gguf' else 'safetensors'}")
-    difference = {name: 0.1 * torch.randn(model.tensors[f"blocks.{i}.{layer}"].shape)
-                  for i in range(3) for layer, name in (("norm3.weight", f"diffusion_model.blocks.{i}.norm3.diff"),
-                                                        ("modulation", f"diffusion_model.blocks.{i}.diff_m"))}  # fmt: skip
+    difference = {}
+    for i in range(3):
+        for layer, name in (("norm3.weight", "norm3.diff"), ("modulation", "diff_m")):
+            shape = model.tensors[f"blocks.{i}.{layer}"].shape
+            difference[f"diffusion_model.blocks.{i}.{name}"] = 0.1 * torch.randn(shape)
     pairs = {}
     for i in range(3):
         key, shape = f"diffusion_model.blocks.{i}.self_attn.q", model.tensors[f"blocks.{i}.self_attn.q.weight"].shape
@@ -159,7 +162,7 @@ def test_loras_beside(folder, stored, strength, kind):
     assert torch.equal(run(plain), bare)
 
 
-class Failure(Exception):
+class StopError(Exception):
     pass
 
 
@@ -173,12 +176,12 @@ def test_nothing_is_left_after_an_error(folder, where):
     broken = {"block": transformer.blocks[1].ffn, "text_embedding": transformer.text_embedding[1]}.get(where)
 
     def fail(*_):
-        raise Failure
+        raise StopError
 
     hook = None if broken is None else broken.register_forward_pre_hook(fail)
-    with pytest.raises(Failure), model.active():
+    with pytest.raises(StopError), model.active():
         transformer(given())
-        raise Failure
+        raise StopError
     if hook is not None:
         hook.remove()
     gc.collect()
@@ -261,7 +264,7 @@ def test_blocks_that_stay_lie_evenly_among_those_that_wait(total, count, waits):
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-@pytest.mark.parametrize("staying", [0, 1, 4, 8])
+@pytest.mark.parametrize("staying", [0, 1, 3, 8])
 def test_as_many_blocks_wait_as_free_memory_asks_for(staying, ahead):
     """What stays, the slabs and the activations of a 720p video fit, and one block more would not."""
     _, model = build(config=WanConfig(**{**SIZES, "num_layers": 8}))
@@ -269,7 +272,7 @@ def test_as_many_blocks_wait_as_free_memory_asks_for(staying, ahead):
     rest = sum(t.nbytes for t in tensors_of(model)) - 8 * size
     slabs = 0 if staying == 8 else max(ahead, 1) + 1
     free = 75_600 * 24 * SIZES["dim"] + rest + (staying + slabs) * size
-    less = {0: 0, 1: 0, 4: 3, 8: 7 - max(ahead, 1) - 1}[staying]
+    less = {0: 0, 1: 0, 3: 2, 8: 7 - max(ahead, 1) - 1}[staying]
     for copies, stay in ((CountedCopies(free=free), staying), (CountedCopies(free=free - 1), less)):
         placement = Placement(model, CPU, copies_for=lambda device, copies=copies: copies)
         placement.swap = BlockSwapArgs(blocks_to_swap=AUTOMATIC, prefetch_blocks=ahead)
@@ -335,23 +338,34 @@ def test_bit_identical_on_cuda(folder, stored):
     assert not any(p.is_cuda or p.is_pinned() for p in model.transformer.parameters())
 
 
+def synchronizations(call):
+    """How often the host waited for the device."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
 @pytest.mark.cuda
 @torch.no_grad()
 @pytest.mark.parametrize("strength", [None, 0.7, (0.0, 0.7, 0.2)])
-def test_the_host_never_waits(folder, strength):
-    model = replace(on_cuda(folder, ("plain", "disabled")), block_swap=WITH_TEXT)
+def test_the_host_waits_no_more_often_than_for_a_resident_model(folder, strength):
+    model = on_cuda(folder, ("plain", "disabled"))
     files = () if strength is None else (LoraFile(path=folder / "lora.safetensors", strength=strength, merge=False),)
-    model, steps = with_loras(model, files), [given(step, "cuda") for step in range(4)]
-    with model.active() as transformer:
-        assert all(p.is_pinned() for block in transformer.blocks for p in block.parameters())
-        transformer(steps[0])
-        for step in range(1, 4):
-            model.set_step(step)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                transformer(steps[step])
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    model, steps, counts = with_loras(model, files), [given(step, "cuda") for step in range(4)], []
+    for swap in (None, WITH_TEXT):
+        counts.append([])
+        swapped = replace(model, block_swap=swap)
+        with swapped.active() as transformer:
+            assert all(p.is_pinned() == (swap is not None) for block in transformer.blocks for p in block.parameters())
+            for step in range(4):
+                swapped.set_step(step)
+                counts[-1].append(synchronizations(lambda step=step: transformer(steps[step])))
+    assert counts[0] == counts[1]
 
 
 class Heavy(nn.Module):
@@ -395,6 +409,13 @@ def test_copies_run_beside_the_computation_in_two_slabs(pins, monkeypatch):
                 y = block(y)
         return y
 
+    # From pageable memory the driver copies by way of its own, which the host waits for, but torch does not know.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward(swapper.visit)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
     def timed(call):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         call()
@@ -423,7 +444,7 @@ def test_loads_unloads_and_cancels_give_device_memory_back(folder):
     model, steps = on_cuda(folder, ("plain", "disabled")), [given(step, "cuda") for step in range(3)]
     swapped, after = replace(model, block_swap=WITH_TEXT), []
     for turn in range(20):
-        with contextlib.suppress(Failure), swapped.active() as transformer:
+        with contextlib.suppress(StopError), swapped.active() as transformer:
             slabs = 2 * max(sum(-(-t.nbytes // 256) * 256 for t in tensors_of(b)) for b in transformer.blocks)
             stays = sum(t.nbytes for t in tensors_of(transformer) if t.is_cuda)
             assert stays == sum(t.nbytes for t in tensors_of(transformer)) - sum(
@@ -437,7 +458,7 @@ def test_loads_unloads_and_cancels_give_device_memory_back(folder):
             if turn == 5:
                 # Two slabs are there already; the rest is activations of a tiny video.
                 assert before >= stays + slabs and torch.cuda.max_memory_allocated() - before < 2**25
-            raise Failure
+            raise StopError
         model.managed.release()
         torch.cuda.synchronize()
         after.append(torch.cuda.memory_allocated())
