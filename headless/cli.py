@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, help="folder for results (default: ./output)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
+    models = commands.add_parser("models", help="list the model files that a workflow needs")
+    models.add_argument("workflow", type=Path)
+    models.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
+    models.set_defaults(command=_models)
+
     doctor = commands.add_parser("doctor", help="say which quantization and attention options run here, and why not")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     doctor.add_argument("--tokens", type=int, default=0, metavar="N", help="try third-party attention on N tokens")
@@ -168,6 +173,18 @@ def _assemble(options: argparse.Namespace) -> None:
     sound = None if options.audio is None else read_audio(options.audio)
     write_video(path, FrameFolder(folder), Encoding(fps=options.fps), sound)
     sys.stdout.write(f"{path}\n")
+
+
+def _models(options: argparse.Namespace) -> None:
+    from .. import NODE_CLASS_MAPPINGS
+    from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+    from .graph import load
+    from .model_list import needed_models
+
+    host = StandaloneHost(models=options.models)
+    set_host(host)
+    for needed in needed_models(load(options.workflow, {**STAND_INS, **NODE_CLASS_MAPPINGS}), host):
+        sys.stdout.write(f"{needed.line()}\n")
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
@@ -215,6 +214,8 @@ def whisper(seed=7):
 
 def save_clip(path, frames=30):
     """A picture that slides, shorter than the speech."""
+    import av
+
     with Image.open(INPUT / "portrait.png") as portrait, av.open(str(path), "w") as container:
         pixels = np.asarray(portrait.convert("RGB").resize((96, 64)))
         stream = container.add_stream("libx264", rate=25, width=96, height=64, pix_fmt="yuv420p")
