@@ -59,6 +59,17 @@ def reject(node: str, options: Mapping[str, object]) -> None:
             raise ValueError(f"The input '{name}' of '{node}' is not available in this version; disconnect it.")
 
 
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """The numbers of the widget `name`, counted from 0 and separated by commas; none for an empty text.
+
+    Raises ValueError for anything else.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"{name} must be whole numbers from 0 on, separated by commas, like 9, 10; not '{text}'.")
+    return tuple(map(int, parts))
+
+
 def round_size(width: int, height: int) -> tuple[int, int]:
     """Sides rounded down to multiples of 16, which every Wan model can run; says so where that changes them."""
     rounded = (max(width // SIZE_STEP, 1) * SIZE_STEP, max(height // SIZE_STEP, 1) * SIZE_STEP)

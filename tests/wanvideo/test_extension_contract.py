@@ -136,7 +136,8 @@ class Extra(Payload):
 
 
 class Spans(NamedTuple):
-    spans: tuple
+    video: int
+    total: int
     seen: torch.Tensor
 
 
@@ -150,11 +151,13 @@ class UnseenTokens(Extension):
         count, video = 5, tokens.x.shape[1]
         noise = torch.randn(tokens.x.shape[0], count, tokens.x.shape[2], generator=torch.Generator().manual_seed(3))
         tokens = tokens.appended(noise, model.rope((1, 1, count), start=(0, 9, 9)), tokens.mod[:, :1] * 0.5)
-        total = video + count
-        return tokens, Spans((((0, video), (0, video)), ((video, total), (0, total))), tokens.x.sum())
+        return tokens, Spans(video, video + count, tokens.x.sum())
 
     def attend(self, block, call, cond):
-        return call._replace(spans=cond.spans), cond
+        """Spans that others gave to the video's tokens stay."""
+        video, total, _ = cond
+        before = tuple(span for span in call.spans if span[0][1] <= video) or (((0, video), (0, video)),)
+        return call._replace(spans=(*before, ((video, total), (0, total)))), cond
 
 
 def own_tokens(case):

@@ -1,0 +1,41 @@
+"""Short runs of the sampler node on a tiny text-to-video model, for systems that are connected to the sampler alone."""
+
+import torch
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.prompt_segments.extension import segments
+from wanvideo_wrapper.wanvideo.request import TextEmbeds
+
+STEPS = 4
+
+
+def prompt(seed):
+    return torch.randn(4, tiny.TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+class Runs:
+    """Runs on one model, saved in `folder`; a context that holds its host."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        self.before = get_host()
+        tiny.transformer(in_dim=16).save(self.folder / "diffusion_models/t2v.safetensors")
+        set_host(StandaloneHost(models=self.folder, device="cpu"))
+        load = N["WanVideoModelLoader"]().loadmodel
+        (self.model,) = load("t2v.safetensors", "fp32", "disabled", "offload_device")
+        return self
+
+    def __exit__(self, *_):
+        set_host(self.before)
+
+    def sample(self, *, prompts=1, frames=9, **options):
+        """Latents [16, F, 4, 4] of the prompts 1 to `prompts` against the negative prompt 0."""
+        (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, frames)
+        texts = tuple(map(prompt, range(1, prompts + 1)))
+        text = TextEmbeds(positive=texts, negative=(prompt(0),), payloads=segments(texts))
+        settings = dict(steps=STEPS, cfg=3.0, shift=5.0, seed=1, force_offload=True, scheduler="euler")
+        settings |= {"riflex_freq_index": 0, "text_embeds": text, **options}
+        return N["WanVideoSampler"]().process(self.model, embeds, **settings)[0]["samples"][0]
