@@ -23,6 +23,7 @@ FOLDERS = (
     "controlnet",
     "phantom",
     "vace",
+    "slg",
 )
 
 
