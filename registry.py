@@ -24,6 +24,7 @@ FOLDERS = (
     "phantom",
     "vace",
     "slg",
+    "freeinit",
 )
 
 
