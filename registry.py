@@ -25,6 +25,7 @@ FOLDERS = (
     "vace",
     "slg",
     "freeinit",
+    "video_loop",
 )
 
 
