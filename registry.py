@@ -26,6 +26,7 @@ FOLDERS = (
     "slg",
     "freeinit",
     "video_loop",
+    "experimental",
 )
 
 
