@@ -14,7 +14,7 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.modifier import Modifier, Run
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.request import Latent, SampleRequest
-from ..wanvideo.tokens import ModelInputs, Tokens
+from ..wanvideo.tokens import ModelInputs, Tokens, video_tokens
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -80,10 +80,16 @@ class SplitAttention(Extension):
     def prepare(
         self, model: WanModel, payload: SplitSteps, inputs: ModelInputs, tokens: Tokens
     ) -> tuple[Tokens, FrameSpans | None]:
-        """Idle in other steps."""
+        """Idle in other steps. Raises ValueError where references stand behind the video: no part would see them."""
         frames, height, width = tokens.grid
-        acts = inputs.step.in_run in payload.steps
-        return tokens, FrameSpans(token_ranges(frames, height * width, payload.parts)) if acts else None
+        if inputs.step.in_run not in payload.steps:
+            return tokens, None
+        if tokens.x.shape[1] > video_tokens(tokens.grid):
+            raise ValueError(
+                "video_attention_split_steps cannot run beside a system that adds reference tokens (Phantom, a Fun "
+                "reference picture), which no part would see: disconnect one of the two."
+            )
+        return tokens, FrameSpans(token_ranges(frames, height * width, payload.parts))
 
     def attend(
         self, block: WanAttentionBlock, call: AttentionCall, cond: FrameSpans

@@ -1,6 +1,6 @@
 """Mutants of the core: does any test notice if a line of it is wrong?
 
-    python tests/mutants.py [MODULE ...] [--jobs N] [--only NUMBER]
+    python tests/mutants.py [MODULE ...] [--jobs N] [--list]
 
 Every mutant changes one place of a module: a comparison, a sign, a number, a condition, a statement or a keyword that
 goes. It is compiled in a process of its own, which has the libraries loaded already, and runs the tests of the core
@@ -12,22 +12,19 @@ import ast
 import contextlib
 import copy
 import importlib.machinery
-import io
 import os
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "wanvideo_wrapper"
 MODULES = ("extension", "guidance", "windows", "sampling", "conditioning", "tokens", "modules.model")
 TESTS = (
-    "wanvideo/test_hooks.py", "wanvideo/test_conditioning.py", "wanvideo/test_guidance.py", "wanvideo/test_model.py",
-    "wanvideo/test_sampling.py", "wanvideo/test_windows.py", "prompt_segments", "multitalk/test_multitalk.py",
-    "wanvideo/test_extension_contract.py", "wanvideo/test_attention_plan.py", "wanvideo/test_loading.py",
+    "wanvideo/test_hooks.py", "wanvideo/test_conditioning.py", "wanvideo/test_guidance.py", "wanvideo/test_sampling.py",
+    "wanvideo/test_model.py", "wanvideo/test_windows.py", "prompt_segments", "multitalk/test_multitalk.py",
 )  # fmt: skip
-SECONDS = 240
+SECONDS = 180
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -117,8 +114,8 @@ class Finder:
         return spec
 
 
-def survives(name, tree):
-    """Whether all tests pass with this mutant, in a child process."""
+def started(name, tree):
+    """A child process that runs the tests with this mutant; it ends with 0 if all pass."""
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)
@@ -128,10 +125,10 @@ def survives(name, tree):
             sys.meta_path.insert(0, Finder(f"{PACKAGE}.wanvideo.{name}", tree))
             import pytest
 
-            quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+            quiet = ["-x", "-q", "-p", "no:cacheprovider"]
             code = pytest.main([*quiet, *(str(ROOT / "tests" / test) for test in TESTS)])
         os._exit(0 if code == 0 else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return child
 
 
 def main():
@@ -155,17 +152,19 @@ def main():
     if options.list:
         sys.stdout.write("".join(f"{name}:{line}  {what}\n" for name, line, what, _ in work))
         return
-    left = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        verdicts = pool.map(lambda item: survives(item[0], item[3]), work)
-        for (name, line, what, _), alive in zip(work, verdicts, strict=True):
-            if alive:
-                left += 1
-                sys.stdout.write(f"{name}:{line}  {what}\n")
-                sys.stdout.flush()
+    left, running, waiting = 0, {}, list(reversed(work))
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            name, line, what, tree = waiting.pop()
+            running[started(name, tree)] = f"{name}:{line}  {what}\n"
+        child, status = os.wait()
+        told = running.pop(child)
+        if os.waitstatus_to_exitcode(status) == 0:
+            left += 1
+            sys.stdout.write(told)
+            sys.stdout.flush()
     sys.stdout.write(f"{len(work)} mutants, {left} survive\n")
 
 
 if __name__ == "__main__":
-    assert isinstance(sys.stdout, io.TextIOBase)
     main()

@@ -365,7 +365,8 @@ def test_the_host_waits_no_more_often_than_for_a_resident_model(folder, strength
             for step in range(4):
                 swapped.set_step(step)
                 counts[-1].append(synchronizations(lambda step=step: transformer(steps[step])))
-    assert counts[0] == counts[1]
+    # The first forward waits for what is cached then, such as the table of positions.
+    assert all(swapped <= resident for resident, swapped in zip(*counts, strict=True))
 
 
 class Heavy(nn.Module):

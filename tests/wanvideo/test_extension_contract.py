@@ -187,13 +187,17 @@ PAIRS = [
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_every_pair_runs_together(one, other):
-    """Both act, in the registry's order."""
+    """Both act, in the registry's order, unless one cannot honour tokens that the other appends and says so."""
     order = [type(e) for e in (ALL_CASES[one].extension, ALL_CASES[other].extension)]
     assert sorted(order, key=SYSTEMS.extensions.index) == order, "ALL_CASES follow the registry"
     first, second = ALL_CASES[one], ALL_CASES[other]
     config = WanConfig(**{**first.config.__dict__, "in_dim": 16 + first.joins + second.joins})
     _, model = build(first.extension, second.extension, config=config)
-    both = model(inputs(first.payload, second.payload))
+    try:
+        both = model(inputs(first.payload, second.payload))
+    except ValueError as error:
+        assert "reference tokens" in str(error) and (own_tokens(first) or own_tokens(second))
+        return
     assert both.isfinite().all()
     for case, rest in ((first, second), (second, first)):
         alone = model(inputs(case.payload, channels=16 + rest.joins))

@@ -132,7 +132,7 @@ def test_rows_that_are_quantized_already(storage, device, tmp_path):
         got = layer(rows)
         assert torch.equal(layer(x), got)
     # As precise as a product in bfloat16, though its operands are FP8.
-    assert relative(got.double() - base.double(), 20 * rows.to(torch.float64) @ delta.T.to(device)) < 4e-3
+    assert relative(got.double() - base.double(), 20 * rows.to(torch.float64) @ delta.T.to(device)) < 5e-3
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantise_rows
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo import block_swap
+from wanvideo_wrapper.wanvideo import own_model
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.families import Kind
 from wanvideo_wrapper.wanvideo.fingerprint import digest
@@ -108,7 +108,7 @@ def test_it_is_held_inside_and_released_after_a_failure(path):
 def test_parts_are_brought_and_wait_where_they_were(path, monkeypatch):
     _, model = load(path)
     waiting = [p.data_ptr() for p in model.module.parameters()]
-    monkeypatch.setattr(block_swap, "kernel_ready", lambda t, strided: t.clone())
+    monkeypatch.setattr(own_model, "kernel_ready", lambda t, strided: t.clone())
     with pytest.raises(KeyError), model.brought(CPU, model.module.toy.inner):
         inside = [p.data_ptr() for p in model.module.parameters()]
         assert [a == b for a, b in zip(waiting, inside, strict=True)] == [False, False, True, True]
