@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .kernels.fp8_rows import Fp8Rows, padded_size, quantise
+from .kernels.fp8_rows import Fp8Rows, padded_size, quantize
 from .quantized.fp8 import FP8_DTYPES, Fp8MatmulLinear, row_scales, rows_product
 from .quantized.linear import (
     INPUT_SCALE_NAMES,
     ROW_MULTIPLE,
     SCALE_NAMES,
-    QuantisedLinear,
+    QuantizedLinear,
     activation_scale,
     check_columns,
     frozen,
@@ -48,14 +48,14 @@ def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -
     cls: a layer with a weight [N, K] and perhaps a bias. With an FP8 weight, its `weight_scale` or `scale_weight` (one
     value or one a row) and `input_scale` or `scale_input` (one value; without it, or where it is 1, every row of the
     input is measured) are read where they are there. Any other weight runs the layer's `original_forward`, or its plain
-    product; a layer that is quantised already, its own product. Tuples become their first entry. FP8 products have no
+    product; a layer that is quantized already, its own product. Tuples become their first entry. FP8 products have no
     gradient.
     Raises ValueError for an input of another width or scales of another number, TypeError for a scale that is no
     number and no tensor.
     """
     # Contiguous before anything else is done with it; the operators below see to its address.
     ready = input.contiguous().to(base_dtype)
-    if isinstance(cls, QuantisedLinear):
+    if isinstance(cls, QuantizedLinear):
         return _first(cls(ready)).to(base_dtype)
     if cls.weight.dtype not in FP8_DTYPES.values():
         if hasattr(cls, "original_forward"):
@@ -66,17 +66,17 @@ def fp8_linear_forward(cls: nn.Module, base_dtype: torch.dtype, input: Tensor) -
     weight = padded(cls.weight.detach(), padded_size(features, ROW_MULTIPLE), padded_size(columns))
     scale = row_scales(_scale(cls, SCALE_NAMES), features, weight.device)
     scale = nn.functional.pad(scale, (0, 0, 0, weight.shape[0] - features))
-    rows = _quantised(ready, activation_scale(_scale(cls, INPUT_SCALE_NAMES), weight.device))
+    rows = _quantized(ready, activation_scale(_scale(cls, INPUT_SCALE_NAMES), weight.device))
     bias = _bias(cls, base_dtype)
     return rows_product(rows, weight, scale, None if bias is None else bias.detach(), features)
 
 
-def _quantised(x: Tensor, static: Tensor | None) -> Fp8Rows:
+def _quantized(x: Tensor, static: Tensor | None) -> Fp8Rows:
     """x in FP8 with the scale that was measured before; 1 says that none was, which the device finds out itself."""
-    rows = quantise(x)
+    rows = quantize(x)
     if static is None:
         return rows
-    given = quantise(x, static)
+    given = quantize(x, static)
     values = torch.where(static == 1, rows.values.view(torch.uint8), given.values.view(torch.uint8))
     return rows._replace(values=values.view(rows.values.dtype), scale=torch.where(static == 1, rows.scale, given.scale))
 
@@ -101,7 +101,7 @@ def convert_fp8_linear(
 
     The layers stay the same objects, and give results in base_dtype; so do layers that were converted before, with the
     scales that they have. params_to_keep: parts of names of layers that are left alone, as are layers with another
-    weight and those that the model loader quantised (choose a "_fast" option there); those with a forward of their own
+    weight and those that the model loader quantized (choose a "_fast" option there); those with a forward of their own
     are too, with a warning.
     scale_weight_keys: "<layer>.weight_scale" or "<layer>.scale_weight", and "<layer>.input_scale" or
     "<layer>.scale_input" -> scales of the file; without them the layer's attributes of these names.
@@ -116,7 +116,7 @@ def convert_fp8_linear(
         if isinstance(layer, ConvertedLinear):
             _rebase(layer, base_dtype)
             continue
-        if isinstance(layer, QuantisedLinear) or layer.weight.dtype not in FP8_DTYPES.values():
+        if isinstance(layer, QuantizedLinear) or layer.weight.dtype not in FP8_DTYPES.values():
             continue
         if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
             log.warning("'%s' has an FP8 weight but a forward of its own: it is left as it is.", name)
@@ -174,7 +174,7 @@ def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: 
     """Turn the layer into one that multiplies in FP8, padded and aligned once; hooks and what hangs on it stay."""
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach().to(base)
-    quantised = ConvertedLinear(weight, scale, bias, static)
+    quantized = ConvertedLinear(weight, scale, bias, static)
     # Attributes and buffers would hide the parameters of these names, and the other names would be stored twice.
     for name in (*SCALE_NAMES, *INPUT_SCALE_NAMES):
         for place in (vars(layer), layer._buffers, layer._parameters):
@@ -182,8 +182,8 @@ def _adopt(layer: nn.Linear, scale: Tensor | None, static: Tensor | None, base: 
     layer.__class__ = ConvertedLinear
     layer.base_dtype = base
     layer.out_features, layer.in_features = weight.shape
-    layer._parameters |= quantised._parameters
-    layer.scale_input = quantised.scale_input
+    layer._parameters |= quantized._parameters
+    layer.scale_input = quantized.scale_input
 
 
 def _rebase(layer: ConvertedLinear, base: torch.dtype) -> None:

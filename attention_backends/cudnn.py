@@ -41,7 +41,7 @@ LEAST_CAPABILITY = (9, 0)
 LEAST_TRITON = (3, 4)
 # Older ones give wrong results for token counts that are no multiple of 128 (pytorch/pytorch issue 169849).
 LEAST_CUDNN = 91501
-# Probabilities before they are normalised are at most 1; a power of two below 448 leaves their digits alone.
+# Probabilities before they are normalized are at most 1; a power of two below 448 leaves their digits alone.
 PROBABILITY_SCALE = 256.0
 GRAPHS = 64
 PROBE_TOKENS = 256
@@ -56,14 +56,14 @@ class CudnnFp8(FusedAttention):
     name: str = "cudnn_fp8"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """q, k, v [B, L, H, D], normalised and placed, -> [B, L, H, D] in v's dtype. Raises ValueError for a mask."""
+        """q, k, v [B, L, H, D], normalized and placed, -> [B, L, H, D] in v's dtype. Raises ValueError for a mask."""
         if mask is not None:
             raise ValueError("attention_mode 'cudnn_fp8' takes no mask; choose sdpa where one is needed.")
         shift = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1)
         return expand_fp8(*_attention(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor) -> Tensor:
-        """The same from projections q, k [B, L, C], which are normalised, placed and quantised in one pass.
+        """The same from projections q, k [B, L, C], which are normalized, placed and quantized in one pass.
 
         v [B, L, H, D]; norm_q, norm_k: RMS norms over C with `weight` and `eps`; rope [L or (B, L), D/2, 2].
         """

@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--tokens 32760 48384] [--only NAME ...] [--out FILE]
 
 40 heads of 128, bf16, random normal q, k, v. TFLOP/s count 4 * L^2 * 128 * 40 operations, also for sparse options,
-whose figure is "dense-equivalent". Times are medians of whole calls, taken in turns, with quantisation and copies.
+whose figure is "dense-equivalent". Times are medians of whole calls, taken in turns, with quantization and copies.
 A backend that takes raw projections is also timed as "NAME (fused)", less the time of norm and rope alone.
 
 Errors are relative to float32 attention of the same inputs, over a sample of queries, for two kinds of input: normal,

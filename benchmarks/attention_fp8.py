@@ -46,7 +46,7 @@ def times(tokens: int) -> dict[str, float]:
     """Times of the parts and of the whole."""
     q, k, v, norm, rope = inputs(tokens)
     backend, sdpa = (resolve(name, SPEC) for name in ("cudnn_fp8", "sdpa"))
-    quantised = ops.norm_rope_fp8(q, norm.weight, rope, None, norm.eps, HEADS)
+    quantized = ops.norm_rope_fp8(q, norm.weight, rope, None, norm.eps, HEADS)
     values = ops.tensor_fp8(v)
     placed = apply_rope(norm(q).unflatten(-1, (HEADS, SIZE)), rope)
     mean = ops.norm_rope_mean(k, norm.weight, rope, norm.eps, HEADS)
@@ -61,7 +61,7 @@ def times(tokens: int) -> dict[str, float]:
         for t in (q, k):
             ops.norm_rope(t, norm.weight, rope, norm.eps, HEADS)
 
-    def norm_rope_quantise() -> None:
+    def norm_rope_quantize() -> None:
         ops.norm_rope_fp8(q, norm.weight, rope, None, norm.eps, HEADS)
         ops.norm_rope_fp8(k, norm.weight, rope, mean, norm.eps, HEADS)
 
@@ -70,19 +70,19 @@ def times(tokens: int) -> dict[str, float]:
     short = milliseconds(
         {
             "mean of keys": lambda: ops.norm_rope_mean(k, norm.weight, rope, norm.eps, HEADS),
-            "norm, rope, quantise q and k": norm_rope_quantise,
+            "norm, rope, quantize q and k": norm_rope_quantize,
             "norm, rope of q and k in bf16": norm_rope,
             "the same in PyTorch": lambda: both(q, k),
             "the same in PyTorch, compiled": lambda: compiled(q, k),
-            "quantise v": lambda: ops.tensor_fp8(v),
+            "quantize v": lambda: ops.tensor_fp8(v),
             "expand o": lambda: ops.expand_fp8(values[0], values[1], DTYPE),
             "copy of as many bytes": lambda: copy.copy_(copied),
         }
     )
     return short | milliseconds(
         {
-            "norm, rope, quantise behind attention": norm_rope_quantise,
-            "kernel": lambda: attention_cudnn._attention(quantised, quantised, values),
+            "norm, rope, quantize behind attention": norm_rope_quantize,
+            "kernel": lambda: attention_cudnn._attention(quantized, quantized, values),
             "cudnn_fp8, fused": lambda: backend.fused(q, k, v, norm, norm, rope),
             "cudnn_fp8, fused, rows": lambda: backend.fused_rows(q, k, v, norm, norm, rope),
             "cudnn_fp8, from placed q and k": lambda: backend(placed, placed, v),
@@ -95,7 +95,7 @@ def rates(tokens: int, found: dict[str, float]) -> dict[str, float]:
     """What is compared: ratios to the time of the bytes, and TFLOP/s."""
     operations = 4 * tokens**2 * CHANNELS
     floor = found["copy of as many bytes"]
-    prepare = sum(found[name] for name in ("mean of keys", "norm, rope, quantise q and k", "quantise v", "expand o"))
+    prepare = sum(found[name] for name in ("mean of keys", "norm, rope, quantize q and k", "quantize v", "expand o"))
     added = max(prepare - found["norm, rope of q and k in bf16"], 0)
 
     def tera(milliseconds: float) -> float:
@@ -103,9 +103,9 @@ def rates(tokens: int, found: dict[str, float]) -> dict[str, float]:
 
     return {
         "floor_ms": floor,
-        "over_floor": found["norm, rope, quantise q and k"] / floor,
-        "over_4.3_TB_per_s": found["norm, rope, quantise q and k"] / (6 * tokens * CHANNELS / 4.3e9),
-        "over_replaced": found["norm, rope, quantise q and k"] / found["norm, rope of q and k in bf16"],
+        "over_floor": found["norm, rope, quantize q and k"] / floor,
+        "over_4.3_TB_per_s": found["norm, rope, quantize q and k"] / (6 * tokens * CHANNELS / 4.3e9),
+        "over_replaced": found["norm, rope, quantize q and k"] / found["norm, rope of q and k in bf16"],
         "copy_TB_per_s": 6 * tokens * CHANNELS / floor * 1e-9,
         "added_ms": added,
         "cudnn_fp8_TFLOPs": tera(found["kernel"] + added),

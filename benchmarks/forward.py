@@ -39,8 +39,8 @@ def in_fp8(model: WanModel) -> None:
     for name, layer in list(model.named_modules()):
         if type(layer) is torch.nn.Linear and name.startswith("blocks.") and not keeps_precision(name):
             parent, _, leaf = name.rpartition(".")
-            quantised = Fp8MatmulLinear.quantise(layer.weight.detach(), layer.bias.detach(), torch.float8_e4m3fn)
-            setattr(model.get_submodule(parent), leaf, quantised)
+            quantized = Fp8MatmulLinear.quantize(layer.weight.detach(), layer.bias.detach(), torch.float8_e4m3fn)
+            setattr(model.get_submodule(parent), leaf, quantized)
 
 
 def ours(layers: int, latents: torch.Tensor, text: torch.Tensor, options: argparse.Namespace) -> Callable[[], object]:

@@ -79,8 +79,8 @@ def normed(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
     x = torch.randn(1, tokens, CHANNELS, device=DEVICE, dtype=DTYPE)
     gain, shift = torch.rand(1, 1, CHANNELS, device=DEVICE) + 0.5, torch.randn(1, 1, CHANNELS, device=DEVICE)
     return (
-        lambda: fp8_rows.norm_quantise(x, gain, shift, EPS)[:2],
-        lambda: fp8_rows.norm_quantise_eager(x, gain, shift, EPS),
+        lambda: fp8_rows.norm_quantize(x, gain, shift, EPS)[:2],
+        lambda: fp8_rows.norm_quantize_eager(x, gain, shift, EPS),
     )
 
 
@@ -93,9 +93,9 @@ KERNELS = {
         placed,
         6 * CHANNELS,
     ),
-    "quantise": Kernel(*QUANTISE, rows(CHANNELS, fp8_rows.quantise, fp8_rows.quantise_eager), 3 * CHANNELS),
-    "gelu_quantise": Kernel(*QUANTISE, rows(HIDDEN, fp8_rows.gelu_quantise, fp8_rows.gelu_quantise_eager), 3 * HIDDEN),
-    "norm_quantise": Kernel(
+    "quantize": Kernel(*QUANTISE, rows(CHANNELS, fp8_rows.quantize, fp8_rows.quantize_eager), 3 * CHANNELS),
+    "gelu_quantize": Kernel(*QUANTISE, rows(HIDDEN, fp8_rows.gelu_quantize, fp8_rows.gelu_quantize_eager), 3 * HIDDEN),
+    "norm_quantize": Kernel(
         "fp8_rows_triton",
         ("NORM_WARP_COLUMNS", "NORM_MOST_PIECES", "SHARED_ROWS"),
         ((256, 5, 8), (256, 5, 16), (256, 5, 32), (128, 5, 8), (128, 5, 16), (256, 3, 16)),

@@ -1,8 +1,8 @@
-"""Quantised linear layers at the sizes of Wan 14B, 832x480x81, beside the original pack's form in the same run.
+"""Quantized linear layers at the sizes of Wan 14B, 832x480x81, beside the original pack's form in the same run.
 
     python benchmarks/linear.py [--tokens 32760]
 
-Every time is the median of a whole layer in milliseconds: quantise, product, bias. "original" clamps the activation in
+Every time is the median of a whole layer in milliseconds: quantize, product, bias. "original" clamps the activation in
 place, casts it with a scale of 1 and multiplies with a scale a tensor, as the original pack does. Prints one JSON line,
 with ratios original / ours (above 1 is faster) and the host's share of the layout contract.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from timing import milliseconds
 from torch import Tensor
-from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
+from wanvideo_wrapper.kernels.fp8_rows import gelu_quantize, norm_quantize, quantize
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
 from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Fp8Linear, Nvfp4Linear
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
@@ -46,9 +46,9 @@ def linear_times(tokens: int, features: int, columns: int) -> dict[str, float]:
     x = torch.randn(1, tokens, columns, device=DEVICE, dtype=DTYPE)
     weight, bias = torch.randn(features, columns, device=DEVICE) * 0.02, torch.randn(features, device=DEVICE).to(DTYPE)
     plain = weight.to(DTYPE)
-    fast, small = Fp8MatmulLinear.quantise(weight, bias, E4M3), Nvfp4Fp8Linear.quantise(weight, bias)
-    expanded, small_expanded = Fp8Linear.quantise(weight, bias, E4M3), Nvfp4Linear.quantise(weight, bias)
-    rows, copy = quantise(x), x.clone()
+    fast, small = Fp8MatmulLinear.quantize(weight, bias, E4M3), Nvfp4Fp8Linear.quantize(weight, bias)
+    expanded, small_expanded = Fp8Linear.quantize(weight, bias, E4M3), Nvfp4Linear.quantize(weight, bias)
+    rows, copy = quantize(x), x.clone()
     return milliseconds(
         {
             "bf16": lambda: F.linear(x, plain, bias),
@@ -73,11 +73,11 @@ def fused_times(tokens: int) -> dict[str, float]:
 
     return milliseconds(
         {
-            "quantise": lambda: quantise(x),
+            "quantize": lambda: quantize(x),
             "norm, modulate": modulated,
-            "norm, modulate, quantise": lambda: norm_quantise(x, gain, shift, 1e-6),
+            "norm, modulate, quantize": lambda: norm_quantize(x, gain, shift, 1e-6),
             "gelu": lambda: F.gelu(hidden, approximate="tanh"),
-            "gelu, quantise": lambda: gelu_quantise(hidden),
+            "gelu, quantize": lambda: gelu_quantize(hidden),
         }
     )
 

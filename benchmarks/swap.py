@@ -55,9 +55,9 @@ def quantize(block: nn.Module, storage: str) -> None:
             continue
         weight, bias = layer.weight.detach(), layer.bias.detach()
         if storage == "fp8":
-            made = Fp8MatmulLinear.quantise(weight, bias, torch.float8_e4m3fn)
+            made = Fp8MatmulLinear.quantize(weight, bias, torch.float8_e4m3fn)
         else:
-            made = Nvfp4Linear.quantise(weight, bias)
+            made = Nvfp4Linear.quantize(weight, bias)
         parent, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(parent), leaf, made)
 

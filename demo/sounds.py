@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..multitalk.audio import SAMPLE_RATE, normalise_loudness
+from ..multitalk.audio import SAMPLE_RATE, normalize_loudness
 
 Sound = NDArray[np.floating]
 
@@ -52,7 +52,7 @@ def envelope(sound: Sound, frames: int) -> NDArray[np.float64]:
 
     The sound is brought to -23 LUFS first, as the audio node does. Frame i stands for the time i / 25 s.
     """
-    level = normalise_loudness(np.asarray(sound, dtype=np.float64))
+    level = normalize_loudness(np.asarray(sound, dtype=np.float64))
     half = WINDOW_FRAMES * FRAME // 2
     weights = np.hanning(2 * half + 1)
     power = np.convolve(np.pad(level**2, half), weights / weights.sum(), mode="valid")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..wanvideo.config import WanConfig
-from ..wanvideo.modules.layers import WanLayerNorm, normalise
+from ..wanvideo.modules.layers import WanLayerNorm, normalize
 from ..wanvideo.modules.model import WanT2VCrossAttention
 
 
@@ -69,4 +69,4 @@ class AudioCrossAttentionWrapper(nn.Module):
     def forward(self, x: Tensor, audio: Tensor) -> Tensor:
         """x [B, F * S, C], audio [B, F, T, A] -> [B, F * S, C]."""
         attention = self.audio_cross_attn
-        return attention.within_frames(normalise(self.norm1_audio, x, attention.readers()), audio)
+        return attention.within_frames(normalize(self.norm1_audio, x, attention.readers()), audio)

@@ -1,4 +1,4 @@
-"""Activations in FP8 with one scale a row: quantising alone, behind a GELU, and behind a LayerNorm with modulation.
+"""Activations in FP8 with one scale a row: quantizing alone, behind a GELU, and behind a LayerNorm with modulation.
 
 Scales map each row's largest value to E4M3's largest (448), in float32; the rest of a row keeps its relative precision
 whatever other rows hold. Each operator is the eager PyTorch beside it on the CPU and one Triton kernel on a GPU.
@@ -23,7 +23,7 @@ COLUMN_MULTIPLE = 32
 
 
 class Fp8Rows(NamedTuple):
-    """A quantised activation that several linear layers can read.
+    """A quantized activation that several linear layers can read.
 
     values [..., P] E4M3, zero behind the first `features`; scale [..., 1] float32, which multiplies them; dtype: that
     of the activation it stands for, and of the layers' results.
@@ -44,28 +44,28 @@ def padded_size(size: int, multiple: int = COLUMN_MULTIPLE) -> int:
     return -(-size // multiple) * multiple
 
 
-def quantise(x: Tensor, static_scale: Tensor | None = None) -> Fp8Rows:
+def quantize(x: Tensor, static_scale: Tensor | None = None) -> Fp8Rows:
     """x [..., C] in FP8; with `static_scale`, 0-d, that one for all rows, and larger values saturate."""
     if x.shape[-1] == 0:
         # There is nothing to measure, and no kernel for it.
         return Fp8Rows(x.to(ROWS_DTYPE), x.new_ones((*x.shape[:-1], 1), dtype=torch.float32), 0, x.dtype)
-    values, scale = _quantise_op(x, static_scale)
+    values, scale = _quantize_op(x, static_scale)
     return Fp8Rows(values, scale, x.shape[-1], x.dtype)
 
 
-def gelu_quantise(x: Tensor) -> Fp8Rows:
+def gelu_quantize(x: Tensor) -> Fp8Rows:
     """GELU (tanh form) of x [..., C] in FP8, without rounding in between."""
     values, scale = _gelu_op(x)
     return Fp8Rows(values, scale, x.shape[-1], x.dtype)
 
 
-def norm_quantise(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Fp8Rows:
+def norm_quantize(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Fp8Rows:
     """LayerNorm(x) * gain + shift in FP8. x [B, L, C]; gain, shift float32, [C] or [B, 1 or L, C]."""
     values, scale = _norm_op(x, gain, shift, eps)
     return Fp8Rows(values, scale, x.shape[-1], x.dtype)
 
 
-def quantise_eager(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_eager(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Values [..., P] and scales [..., 1] of x [..., C]: what the kernel must equal."""
     wide = x.float()
     if static_scale is None:
@@ -77,50 +77,50 @@ def quantise_eager(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tenso
     return F.pad(values, (0, padded_size(x.shape[-1]) - x.shape[-1])).to(ROWS_DTYPE), scale
 
 
-def gelu_quantise_eager(x: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_quantize_eager(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same of GELU(x)."""
-    return quantise_eager(F.gelu(x.float(), approximate="tanh"))
+    return quantize_eager(F.gelu(x.float(), approximate="tanh"))
 
 
-def norm_quantise_eager(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm_quantize_eager(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The same of LayerNorm(x) * gain + shift."""
-    return quantise_eager(torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), gain))
+    return quantize_eager(torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), gain))
 
 
-@torch.library.custom_op(op_name("fp8_quantise"), mutates_args=())
-def _quantise_op(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(op_name("fp8_quantize"), mutates_args=())
+def _quantize_op(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if not x.is_cuda:
-        return quantise_eager(x, static_scale)
+        return quantize_eager(x, static_scale)
     rows, static_scale = _rows(x), None if static_scale is None else kernel_ready(static_scale)
-    check_entry("fp8_quantise", x=rows, static_scale=static_scale)
+    check_entry("fp8_quantize", x=rows, static_scale=static_scale)
     values, scale = _empty_rows(x)
-    triton_kernels("fp8_rows_triton").quantise(rows, static_scale, values, scale, gelu=False)
+    triton_kernels("fp8_rows_triton").quantize(rows, static_scale, values, scale, gelu=False)
     return values, scale
 
 
-@torch.library.custom_op(op_name("fp8_gelu_quantise"), mutates_args=())
+@torch.library.custom_op(op_name("fp8_gelu_quantize"), mutates_args=())
 def _gelu_op(x: Tensor) -> tuple[Tensor, Tensor]:
     if not x.is_cuda:
-        return gelu_quantise_eager(x)
+        return gelu_quantize_eager(x)
     rows = _rows(x)
-    check_entry("fp8_gelu_quantise", x=rows)
+    check_entry("fp8_gelu_quantize", x=rows)
     values, scale = _empty_rows(x)
-    triton_kernels("fp8_rows_triton").quantise(rows, None, values, scale, gelu=True)
+    triton_kernels("fp8_rows_triton").quantize(rows, None, values, scale, gelu=True)
     return values, scale
 
 
-@torch.library.custom_op(op_name("fp8_norm_quantise"), mutates_args=())
+@torch.library.custom_op(op_name("fp8_norm_quantize"), mutates_args=())
 def _norm_op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not x.is_cuda:
-        return norm_quantise_eager(x, gain, shift, eps)
+        return norm_quantize_eager(x, gain, shift, eps)
     x, gain, shift = kernel_ready(x), kernel_ready(gain), kernel_ready(shift)
-    check_entry("fp8_norm_quantise", x=x, gain=gain, shift=shift)
+    check_entry("fp8_norm_quantize", x=x, gain=gain, shift=shift)
     values, scale = _empty_rows(x)
-    triton_kernels("fp8_rows_triton").norm_quantise(x, gain, shift, values, scale, eps=eps)
+    triton_kernels("fp8_rows_triton").norm_quantize(x, gain, shift, values, scale, eps=eps)
     return values, scale
 
 
-@_quantise_op.register_fake
+@_quantize_op.register_fake
 def _(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return _empty_rows(x)
 

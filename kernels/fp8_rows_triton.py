@@ -80,7 +80,7 @@ def _store_row(y, values, scales, row, columns_out, STATIC: tl.constexpr, static
 
 
 @triton.jit
-def _quantise(x, static, values, scales, pitch, columns, columns_out, GELU: tl.constexpr, STATIC: tl.constexpr,
+def _quantize(x, static, values, scales, pitch, columns, columns_out, GELU: tl.constexpr, STATIC: tl.constexpr,
               PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     pieces = _load_row(x + row * pitch, True, columns, PIECE, PIECES, FULL)
@@ -150,20 +150,20 @@ def _options(columns: int, columns_out: int, warp_columns: int, most_pieces: int
     }  # fmt: skip
 
 
-def quantise(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tensor, *, gelu: bool) -> None:
+def quantize(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tensor, *, gelu: bool) -> None:
     """x [M, C], last dimension dense, -> values [..., P] and scale [..., 1], both contiguous."""
     if x.shape[0] == 0:
         return
     options = _options(x.shape[1], values.shape[-1], WARP_COLUMNS, MOST_PIECES)
     static = scale if static_scale is None else static_scale
     with torch.cuda.device_of(x):
-        _quantise[(x.shape[0],)](
+        _quantize[(x.shape[0],)](
             x, static, values, scale, x.stride(0), x.shape[1], values.shape[-1],
             GELU=gelu, STATIC=static_scale is not None, **options,
         )  # fmt: skip
 
 
-def norm_quantise(x: Tensor, gain: Tensor, shift: Tensor, values: Tensor, scale: Tensor, *, eps: float) -> None:
+def norm_quantize(x: Tensor, gain: Tensor, shift: Tensor, values: Tensor, scale: Tensor, *, eps: float) -> None:
     """x [B, L, C]; gain and shift float32, [C] or [B, 1 or L, C], last dimension dense."""
     _launch_norm(x, gain, shift, values, scale, eps)
 

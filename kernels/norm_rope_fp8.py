@@ -84,12 +84,12 @@ def norm_rope_fp8_eager(
     """Values E4M3 [B, L, H, D] and the scale [1] that multiplies them; shift [B, C] is subtracted after the rotation
     by position. What the kernel must equal."""
     y = norm_rope_eager(x, weight, rope, eps, heads)
-    return _quantised(y, shift, weight.float().abs().amax().reshape(1) * math.sqrt(x.shape[-1]))
+    return _quantized(y, shift, weight.float().abs().amax().reshape(1) * math.sqrt(x.shape[-1]))
 
 
 def rotate_fp8_eager(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same of heads x [B, L, H, D] that are normalised and placed already: the bound is that of x itself."""
-    return _quantised(x.float(), shift, _largest(x) * math.sqrt(x.shape[-1]))
+    """The same of heads x [B, L, H, D] that are normalized and placed already: the bound is that of x itself."""
+    return _quantized(x.float(), shift, _largest(x) * math.sqrt(x.shape[-1]))
 
 
 def tensor_fp8_eager(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def tensor_fp8_eager(x: Tensor) -> tuple[Tensor, Tensor]:
     return _fp8(x.float() / scale), scale
 
 
-def _quantised(y: Tensor, shift: Tensor | None, bound: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(y: Tensor, shift: Tensor | None, bound: Tensor) -> tuple[Tensor, Tensor]:
     longer = y.shape[-1] ** 0.5
     scale = power_of_two(bound * longer * (1 if shift is None else 2))
     shift = None if shift is None else shift.view(y.shape[0], 1, *y.shape[2:]) / scale

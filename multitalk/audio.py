@@ -34,7 +34,7 @@ SLACK = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class AudioOptions:
-    """How sound is prepared: normalised to -23 LUFS, with a noise floor at -45 dB, low-passed at 3 kHz."""
+    """How sound is prepared: normalized to -23 LUFS, with a noise floor at -45 dB, low-passed at 3 kHz."""
 
     normalize_loudness: bool = True
     add_noise_floor: bool = False
@@ -120,7 +120,7 @@ def prepare_sound(audio: dict[str, object], seconds: float, options: AudioOption
     # Rounded up: with one sample less, the last frame of the time asked for would be lost.
     sound = sound[: math.ceil(seconds * SAMPLE_RATE - SLACK)]
     if options.normalize_loudness:
-        sound = normalise_loudness(sound)
+        sound = normalize_loudness(sound)
     if options.add_noise_floor:
         sound = sound + np.random.default_rng(0).standard_normal(len(sound)) * 10 ** (NOISE_FLOOR_DB / 20)
     if options.smooth_transients:
@@ -133,7 +133,7 @@ def frame_count(samples: int, fps: float) -> int:
     return int(samples * fps / SAMPLE_RATE + SLACK)
 
 
-def normalise_loudness(sound: NDArray[np.float64]) -> NDArray[np.float64]:
+def normalize_loudness(sound: NDArray[np.float64]) -> NDArray[np.float64]:
     """At -23 LUFS (ITU-R BS.1770). Silence, and sound shorter than a measuring block, stay as they are."""
     if len(sound) < LOUDNESS_BLOCK * SAMPLE_RATE:
         return sound

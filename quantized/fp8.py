@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import op_name
-from ..kernels.fp8_rows import Fp8Rows, padded_size, quantise
+from ..kernels.fp8_rows import Fp8Rows, padded_size, quantize
 from ..tensor_layout import check_entry, kernel_ready
-from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, moved, padded
+from .linear import ROW_MULTIPLE, QuantizedLinear, activation_scale, check_columns, frozen, moved, padded
 
 FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 TINY = 1e-12
 LEAST_CAPABILITY = (8, 9)
 
 
-def quantise_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight [N, K] -> FP8 [N, K] and float32 scales [N, 1] that map each row's largest value to the format's."""
     wide = weight.float()
     scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / torch.finfo(dtype).max
@@ -41,12 +41,12 @@ def row_scales(scale: Tensor | None, rows: int, device: torch.device) -> Tensor:
     if scale.numel() not in (1, rows):
         raise ValueError(
             f"A weight scale of shape {tuple(scale.shape)} fits no weight of {rows} rows: it must have one value, or "
-            "one a row; use another quantised file of the model."
+            "one a row; use another quantized file of the model."
         )
     return moved(scale, device).reshape(-1, 1).expand(rows, 1)
 
 
-class Fp8Linear(QuantisedLinear):
+class Fp8Linear(QuantizedLinear):
     """FP8 weight [P, Q], scales [P, 1], bias [N]; the product is one of the activation's type."""
 
     label = "FP8 weights, expanded for the product"
@@ -56,9 +56,9 @@ class Fp8Linear(QuantisedLinear):
         self._store(weight, row_scales(scale, weight.shape[0], weight.device))
 
     @classmethod
-    def quantise(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Self:
+    def quantize(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Self:
         """From a weight in any precision."""
-        return cls(*quantise_rows(weight, dtype), bias)
+        return cls(*quantize_rows(weight, dtype), bias)
 
     def _store(self, weight: Tensor, scale: Tensor) -> None:
         rows = padded_size(weight.shape[0], ROW_MULTIPLE)
@@ -71,7 +71,7 @@ class Fp8Linear(QuantisedLinear):
 
     def add(self, difference: Tensor) -> None:
         """The scales become new ones."""
-        self._store(*quantise_rows(self.expanded(torch.float32) + difference, self.weight.dtype))
+        self._store(*quantize_rows(self.expanded(torch.float32) + difference, self.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
@@ -102,7 +102,7 @@ class Fp8MatmulLinear(Fp8Linear):
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
         check_columns(x, self.in_features)
-        rows = quantise(x, self.scale_input) if isinstance(x, Tensor) else x
+        rows = quantize(x, self.scale_input) if isinstance(x, Tensor) else x
         return rows_product(rows, self.weight, self.scale_weight, self.bias, self.out_features)
 
 
@@ -126,7 +126,7 @@ def runs_fp8(device: torch.device, dtype: torch.dtype = torch.float8_e4m3fn) -> 
         return f"{name} has compute capability {capability[0]}.{capability[1]}, and they need 8.9 (RTX 40, L4, Hopper)"
     try:
         ones = torch.ones(16, 32, device=device)
-        Fp8MatmulLinear.quantise(ones, None, dtype)(ones)
+        Fp8MatmulLinear.quantize(ones, None, dtype)(ones)
         torch.cuda.synchronize(device)
     # Whatever stops a first small product (Triton missing or without a compiler, a torch that lacks it) is the reason.
     except Exception as error:

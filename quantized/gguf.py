@@ -13,7 +13,7 @@ from ..kernels import op_name
 from ..tensor_layout import kernel_ready
 from .gguf_blocks import PLAIN
 from .gguf_grids import GRIDS
-from .linear import QuantisedLinear, check_columns, frozen, product
+from .linear import QuantizedLinear, check_columns, frozen, product
 
 TYPES = PLAIN | GRIDS
 # Values that are expanded at a time: what float32 and codes need in between stays a few hundred megabytes.
@@ -39,7 +39,7 @@ def dequantize(rows: Tensor, form: str, dtype: torch.dtype) -> Tensor:
     return out.view(rows.shape[0], rows.shape[1] // size * values)
 
 
-class GgufLinear(QuantisedLinear):
+class GgufLinear(QuantizedLinear):
     """GGUF weight, bias [N]; the product is one of the activation's type. form: the type's name, e.g. "Q4_K"."""
 
     label = "GGUF weights, expanded for the product"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels import op_name
 from .fp8 import row_scales
-from .linear import QuantisedLinear, check_columns, frozen, product
+from .linear import QuantizedLinear, check_columns, frozen, product
 
 LARGEST = 127
 TINY = 1e-30
@@ -51,7 +51,7 @@ def int8_values(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype) ->
     return rotated(codes.float() * scale, group).to(dtype) if group else codes.to(dtype).mul_(scale)
 
 
-class Int8Linear(QuantisedLinear):
+class Int8Linear(QuantizedLinear):
     """INT8 weight [N, K], scales [N, 1], bias [N]; the product is one of the activation's type. group: of `rotated`."""
 
     label = "INT8 weights, expanded for the product"

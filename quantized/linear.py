@@ -1,4 +1,4 @@
-"""What all quantised linear layers have in common.
+"""What all quantized linear layers have in common.
 
 N output features, K input features. Their forward takes [..., K] and returns [..., N] in the input's dtype; the input
 is never changed, and nothing waits for the device. Weights, scales and biases are parameters, so that they travel with
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.fp8_rows import Fp8Rows, quantise
+from ..kernels.fp8_rows import Fp8Rows, quantize
 from ..tensor_layout import check_entry, kernel_ready
 
 ROW_MULTIPLE = 16
@@ -24,7 +24,7 @@ GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
 INPUT_SCALE_NAMES = ("input_scale", "scale_input")
 
 
-class QuantisedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear layer with a weight in few bits. takes_rows: whether it reads activations that are FP8 already.
 
     label: what it stores and how it multiplies, for messages.
@@ -86,7 +86,7 @@ def product(kernel: str, x: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor
 
 def weight_shape(layer: nn.Module) -> torch.Size:
     """Shape of the layer's weight as the model has it, whatever its storage."""
-    if isinstance(layer, QuantisedLinear):
+    if isinstance(layer, QuantizedLinear):
         return torch.Size((layer.out_features, layer.in_features))
     return layer.weight.shape
 
@@ -97,8 +97,8 @@ def all_take_rows(layers: Sequence[nn.Module]) -> bool:
 
 
 def shared_input(x: Tensor | Fp8Rows, *layers: nn.Module) -> Tensor | Fp8Rows:
-    """x as all these layers read it: quantised once where all of them take FP8 rows."""
-    return quantise(x) if isinstance(x, Tensor) and all_take_rows(layers) else x
+    """x as all these layers read it: quantized once where all of them take FP8 rows."""
+    return quantize(x) if isinstance(x, Tensor) and all_take_rows(layers) else x
 
 
 def padded(t: Tensor, rows: int, columns: int) -> Tensor:

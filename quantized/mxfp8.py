@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import op_name
 from ..tensor_layout import kernel_ready
-from .linear import QuantisedLinear, check_columns, frozen, product
+from .linear import QuantizedLinear, check_columns, frozen, product
 
 BLOCK = 32
 
@@ -30,7 +30,7 @@ def mxfp8_values(codes: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tens
     return wide.flatten(-2).to(dtype)
 
 
-class Mxfp8Linear(QuantisedLinear):
+class Mxfp8Linear(QuantizedLinear):
     """MXFP8 weight, bias [N]; the product is one of the activation's type. shape: (N, K)."""
 
     label = "MXFP8 weights, expanded for the product"

@@ -18,11 +18,11 @@ from comfy_kitchen.registry import registry
 from torch import Tensor
 
 from ..kernels import op_name
-from ..kernels.fp8_rows import LARGEST, Fp8Rows, padded_size, quantise
+from ..kernels.fp8_rows import LARGEST, Fp8Rows, padded_size, quantize
 from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, LARGEST_CODE, codes_to_values, expand, unswizzled
 from ..tensor_layout import check_entry, kernel_ready
 from .fp8 import rows_product
-from .linear import ROW_MULTIPLE, QuantisedLinear, activation_scale, check_columns, frozen, padded
+from .linear import ROW_MULTIPLE, QuantizedLinear, activation_scale, check_columns, frozen, padded
 
 TINY = 1e-30
 SMALLEST_SCALE = 2**-9
@@ -39,7 +39,7 @@ class Nvfp4(NamedTuple):
     scale: Tensor
 
 
-def quantise_nvfp4(t: Tensor, scale: Tensor | None = None) -> Nvfp4:
+def quantize_nvfp4(t: Tensor, scale: Tensor | None = None) -> Nvfp4:
     """A matrix [N, K] of any precision in NVFP4; without `scale` one that fits its largest value, measured here."""
     if scale is None:
         scale = largest_scale(t)
@@ -60,7 +60,7 @@ def values_of(q: Nvfp4) -> Tensor:
     return (codes.unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)).flatten(-2)
 
 
-class Nvfp4Linear(QuantisedLinear):
+class Nvfp4Linear(QuantizedLinear):
     """NVFP4 weight, bias [N]; the product is one of the activation's type (W4A16)."""
 
     label = "NVFP4 weights, expanded for the product"
@@ -70,10 +70,10 @@ class Nvfp4Linear(QuantisedLinear):
         self._store(weight)
 
     @classmethod
-    def quantise(cls, weight: Tensor, bias: Tensor | None) -> Self:
+    def quantize(cls, weight: Tensor, bias: Tensor | None) -> Self:
         """From a weight [N, K] in any precision. Plain PyTorch in float32: machines differ at ties at most."""
         with registry.use_backend("eager"):
-            return cls(quantise_nvfp4(weight.float()), tuple(weight.shape), bias)
+            return cls(quantize_nvfp4(weight.float()), tuple(weight.shape), bias)
 
     def _store(self, q: Nvfp4) -> None:
         columns = padded_size(q.codes.shape[1] * CODES_PER_BYTE) // CODES_PER_BYTE
@@ -93,7 +93,7 @@ class Nvfp4Linear(QuantisedLinear):
     def add(self, difference: Tensor) -> None:
         """All scales become new ones."""
         with registry.use_backend("eager"):
-            self._store(quantise_nvfp4(self.expanded(torch.float32) + difference))
+            self._store(quantize_nvfp4(self.expanded(torch.float32) + difference))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
@@ -119,7 +119,7 @@ class Nvfp4Fp8Linear(Nvfp4Linear):
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
         check_columns(x, self.in_features)
-        rows = quantise(x) if isinstance(x, Tensor) else x
+        rows = quantize(x) if isinstance(x, Tensor) else x
         weight = expand(self.weight, self.weight_scale, self.factor)
         return rows_product(rows, weight, self.row_scale, self.bias, self.out_features)
 
@@ -181,7 +181,7 @@ def _product(
     if rows.is_cuda and rows.dtype not in KERNEL_DTYPES:
         rows = rows.bfloat16()
     check_entry("quantize_nvfp4", strided=False, x=rows, input_scale=input_scale)
-    product = _multiply(quantise_nvfp4(rows, input_scale), weight, bias)
+    product = _multiply(quantize_nvfp4(rows, input_scale), weight, bias)
     return product[: rows.shape[0], :out_features].to(x.dtype).contiguous().view(shape)
 
 

@@ -13,7 +13,7 @@ def e4m3(x):
 def cudnn_fp8_reference(q, k, v, scale_q, scale_k, scale_v):
     """q, k, v [B, L, H, D] E4M3 with scales [1] that multiply them -> [B, Lq, H, D] E4M3 with v's scale.
 
-    Scores are descaled in float32; probabilities before normalisation are rounded, their sum is not; the result is
+    Scores are descaled in float32; probabilities before normalization are rounded, their sum is not; the result is
     rounded last.
     """
     q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))

@@ -88,7 +88,7 @@ def relative(got, want):
 
 
 def sqnr(got, want):
-    """Signal to quantisation noise in dB."""
+    """Signal to quantization noise in dB."""
     return -20 * math.log10(relative(got, want))
 
 

@@ -13,8 +13,8 @@ from transformers import WhisperConfig, WhisperModel
 from wanvideo_wrapper.demo import INPUT, tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.humo.extension import HuMo
-from wanvideo_wrapper.quantized.fp8 import quantise_rows
-from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4
+from wanvideo_wrapper.quantized.fp8 import quantize_rows
+from wanvideo_wrapper.quantized.nvfp4 import quantize_nvfp4
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = Path(os.environ.get("WANVIDEO_GRAPHS", ROOT.parent / "shared" / "workflows"))
@@ -107,7 +107,7 @@ def save_gguf(model, path, *, form="Q8_0"):
     writer.close()
 
 
-def quantisable(name, value):
+def quantizable(name, value):
     """Whether files hold this weight in few bits."""
     return name.startswith("blocks.") and value.dim() == 2 and name.endswith(".weight") and not keeps_precision(name)
 
@@ -117,10 +117,10 @@ def save_nvfp4(model, path, *, header=False, mark=None, input_scale=None):
     tensors, layers = {}, {}
     for name, value in model.tensors.items():
         layer = name.removesuffix(".weight")
-        if not quantisable(name, value):
+        if not quantizable(name, value):
             tensors[name] = value.bfloat16()
             continue
-        q = quantise_nvfp4(value)
+        q = quantize_nvfp4(value)
         tensors |= {name: q.codes, f"{layer}.weight_scale": q.block_scale, f"{layer}.weight_scale_2": q.scale}
         if input_scale is not None:
             tensors[f"{layer}.input_scale"] = torch.tensor(input_scale)
@@ -138,7 +138,7 @@ def save_comfy_fp8(model, path, *, input_scale, mark=None, dtype=torch.float8_e4
     tensors = {}
     for name, value in model.tensors.items():
         layer = name.removesuffix(".weight")
-        if not quantisable(name, value):
+        if not quantizable(name, value):
             tensors[name] = value.bfloat16()
             continue
         scale = value.abs().max() / torch.finfo(dtype).max
@@ -155,7 +155,7 @@ def save_fp8(model, path, *, scaled):
     for name, value in model.tensors.items():
         layer = name.removesuffix(".weight")
         if name.startswith("blocks.") and value.dim() == 2 and not keeps_precision(layer):
-            largest = quantise_rows(value, torch.float8_e4m3fn)[1].max() if scaled else torch.ones(())
+            largest = quantize_rows(value, torch.float8_e4m3fn)[1].max() if scaled else torch.ones(())
             tensors[name] = (value / largest).to(torch.float8_e4m3fn)
             if scaled:
                 tensors[f"{layer}.scale_weight"] = largest.reshape(1)

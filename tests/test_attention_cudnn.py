@@ -112,23 +112,23 @@ def test_fused_equals_its_steps(modelled):
     assert torch.equal(rows.to(torch.float32), got.flatten(2))
 
 
-def block_of(quantised):
+def block_of(quantized):
     config = WanConfig(dim=256, ffn_dim=256, num_heads=2, num_layers=1, in_dim=16, text_dim=32, text_len=8)
     block = WanAttentionBlock(config, sdpa())
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.08)
-    if quantised:
+    if quantized:
         for name in "qkvo":
             layer = getattr(block.self_attn, name)
-            fast = Fp8MatmulLinear.quantise(layer.weight.detach(), layer.bias.detach(), torch.float8_e4m3fn)
+            fast = Fp8MatmulLinear.quantize(layer.weight.detach(), layer.bias.detach(), torch.float8_e4m3fn)
             setattr(block.self_attn, name, fast)
     return block.requires_grad_(False)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_block_runs_it_fused(quantised, modelled, monkeypatch):
-    block, called = block_of(quantised), []
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_block_runs_it_fused(quantized, modelled, monkeypatch):
+    block, called = block_of(quantized), []
     for name in ("fused", "fused_rows"):
         inner = getattr(CudnnFp8, name)
         monkeypatch.setattr(CudnnFp8, name, lambda *a, inner=inner, name=name: (called.append(name), inner(*a))[1])
@@ -139,7 +139,7 @@ def test_a_block_runs_it_fused(quantised, modelled, monkeypatch):
     want = block(x, inputs)
     block.self_attn.attention = CudnnFp8()
     got = block(x, inputs)
-    assert called == ["fused_rows" if quantised else "fused"]
+    assert called == ["fused_rows" if quantized else "fused"]
     assert 0 < relative(got - x, want - x) < 0.06
 
 

@@ -107,7 +107,7 @@ def test_checking_names_kernel_module_and_argument(checking):
 
 
 def test_checking_catches_a_kernel_that_skips_the_rule(checking, monkeypatch):
-    model = nn.ModuleDict({"q": Fp8MatmulLinear.quantise(torch.randn(16, 32), None, torch.float8_e4m3fn)})
+    model = nn.ModuleDict({"q": Fp8MatmulLinear.quantize(torch.randn(16, 32), None, torch.float8_e4m3fn)})
     tensor_layout.watch(model)
     weight = model["q"].weight
     weight.data = torch.empty(weight.numel() + 1, dtype=weight.dtype)[1:].view(weight.shape).copy_(weight.data)

@@ -52,9 +52,9 @@ class Checkpoint:
         return {name: entry.weight.format for name, entry in self._entries.items()}
 
     @property
-    def quantised(self) -> tuple[str, ...]:
+    def quantized(self) -> tuple[str, ...]:
         """Names of the tensors that are stored in fewer bits than bfloat16."""
-        return tuple(name for name, entry in self._entries.items() if entry.weight.quantised)
+        return tuple(name for name, entry in self._entries.items() if entry.weight.quantized)
 
     @property
     def asking_full_precision(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor `name` on the CPU, in aligned storage of its own, quantised forms expanded to float32."""
+        """The tensor `name` on the CPU, in aligned storage of its own, quantized forms expanded to float32."""
         entry = self._entries[name]
         return read_weight(entry.file, entry.weight)
 

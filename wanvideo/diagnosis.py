@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.fp8_rows import Fp8Rows
-from ..quantized.linear import QuantisedLinear
+from ..quantized.linear import QuantizedLinear
 from .modules.model import WanModel, WanSelfAttention
 from .tokens import BlockInputs
 
@@ -118,7 +118,7 @@ def _after(name: str) -> Callable[..., None]:
             return
         if not all(_finite(parameter) for parameter in module.parameters()):
             raise _FoundError(f"the weights of layer {name} are not finite")
-        label = f" ({module.label})" if isinstance(module, QuantisedLinear) else ""
+        label = f" ({module.label})" if isinstance(module, QuantizedLinear) else ""
         raise _FoundError(f"it came from layer {name}{label}, whose input was finite")
 
     return hook

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
-from ..quantized.linear import QuantisedLinear
+from ..quantized.linear import QuantizedLinear
 from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
 from .checkpoint import Checkpoint
 from .gguf_file import BLOCKS
@@ -78,7 +78,7 @@ class Plan:
 
     def layer(
         self, checkpoint: Checkpoint, name: str, plain: nn.Linear, merged: MergedLoras, *, in_block: bool
-    ) -> QuantisedLinear | None:
+    ) -> QuantizedLinear | None:
         """What replaces the layer `plain` of this name, with the checkpoint's weights; None where it stays plain.
 
         merged: the LoRAs that are part of its weight. in_block: it lies in a block and may be quantized.
@@ -111,7 +111,7 @@ class Plan:
 
     def _nvfp4_layer(
         self, checkpoint: Checkpoint, weight: str, plain: nn.Linear, bias: torch.Tensor | None, fast: bool
-    ) -> QuantisedLinear:
+    ) -> QuantizedLinear:
         found = checkpoint.stored(weight)
         kept, shape = Nvfp4(found.values, found.scale, found.global_scale), (plain.out_features, plain.in_features)
         if not fast:
@@ -120,21 +120,21 @@ class Plan:
             return Nvfp4MatmulLinear(kept, shape, bias, found.input_scale)
         return Nvfp4Fp8Linear(kept, shape, bias)
 
-    def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None, fast: bool) -> QuantisedLinear:
+    def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None, fast: bool) -> QuantizedLinear:
         weight, home = weight.to(self.device), weight.device
         if self.convert != NVFP4:
             kind = Fp8MatmulLinear if fast else Fp8Linear
-            return kind.quantise(weight, bias, FP8_DTYPES[self.convert]).to(home)
+            return kind.quantize(weight, bias, FP8_DTYPES[self.convert]).to(home)
         kind = Nvfp4Linear
         if fast:
             kind = Nvfp4MatmulLinear if runs_fp4(self.device) else Nvfp4Fp8Linear
-        return kind.quantise(weight, bias).to(home)
+        return kind.quantize(weight, bias).to(home)
 
 
 def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: torch.dtype) -> Plan:
     """The plan that the option `name` gives for the main file on this device; module files follow it.
 
-    Quantised weights of a module file stay as they are, whatever the main file holds.
+    Quantized weights of a module file stay as they are, whatever the main file holds.
     Raises ValueError, with what to choose instead, where the option cannot run or does not suit the file.
     """
     option = QUANTIZATIONS.get(name)
@@ -144,7 +144,7 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
         return Plan(convert=None, fast=False, device=device, base=base)
     file = checkpoint.path.name
     if checkpoint.path.suffix.lower() == GGUF_SUFFIX:
-        raise ValueError(f"{file} is a GGUF file, whose own quantisation is used: choose quantization 'disabled'.")
+        raise ValueError(f"{file} is a GGUF file, whose own quantization is used: choose quantization 'disabled'.")
     forms = {form for key, form in checkpoint.formats.items() if key.startswith("blocks.")}
     held = {STORED_AS[form.split()[0]] for form in forms if form.split()[0] in STORED_AS}
     if NVFP4 in held and option.storage != NVFP4:
@@ -175,7 +175,7 @@ def _say(name: str, option: Option, held: set[str], scaled: bool, file: str) -> 
     if option.storage == NVFP4:
         if NVFP4 not in held:
             worse = " from FP8, which loses a little more than from bf16" if held else ""
-            log.info("%s holds no NVFP4: its weights are quantised now%s.", file, worse)
+            log.info("%s holds no NVFP4: its weights are quantized now%s.", file, worse)
         return
     if scaled and not option.scaled:
         log.info("%s has scales, so quantization '%s' works as its scaled form.", file, name)
@@ -202,7 +202,7 @@ def say_what_is_overruled(name: str, checkpoint: Checkpoint) -> None:
 
 
 def describe(model: nn.Module) -> None:
-    """Log how many linear layers are quantised, and how."""
-    counts = Counter(layer.label for layer in model.modules() if isinstance(layer, QuantisedLinear))
+    """Log how many linear layers are quantized, and how."""
+    counts = Counter(layer.label for layer in model.modules() if isinstance(layer, QuantizedLinear))
     for label, count in counts.items():
         log.info("%d linear layers: %s.", count, label)

@@ -61,7 +61,7 @@ class Weight:
     writer: str = COMFY
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the values are fewer bits than bfloat16."""
         return self.format.split()[0] in (*FP8_FORMATS, "INT8", "NVFP4", "MXFP8", BLOCKS)
 
@@ -185,7 +185,7 @@ def _nvfp4(file: TensorFile, plain: Weight, layer: str, *, marked: bool) -> Weig
 
 def _unmarked(file: TensorFile, plain: Weight) -> ValueError:
     return ValueError(
-        f"{file.path.name}: '{plain.name}' is quantised in a way this version cannot read ({plain.format}, without a "
+        f"{file.path.name}: '{plain.name}' is quantized in a way this version cannot read ({plain.format}, without a "
         "comfy_quant mark or scales); use a bf16, fp16, FP8 or GGUF file of the model."
     )
 
@@ -194,7 +194,7 @@ def _incomplete(file: TensorFile, plain: Weight, form: str) -> ValueError:
     fault = "lacks its scales" if plain.format in ("U8", "F8_E4M3") else f"is stored as {plain.format}"
     return ValueError(
         f"{file.path.name}: layer '{plain.name.removesuffix('.weight')}' is marked as {form} but {fault}; download it "
-        "again, or use another quantised file of the model."
+        "again, or use another quantized file of the model."
     )
 
 
@@ -204,7 +204,7 @@ def _check_scale(file: TensorFile, scale: str, name: str) -> None:
     if [size for size in shape if size != 1] not in ([], list(rows)):
         raise ValueError(
             f"{file.path.name}: the scale of '{name}' has the shape {shape}, but only one value per tensor or per "
-            "output row can be read; use another quantised file of the model."
+            "output row can be read; use another quantized file of the model."
         )
 
 
@@ -251,7 +251,7 @@ def _marks(file: TensorFile) -> dict[str, Mark]:
     unread = sorted({mark.format for mark in marks.values()} - set(MARKED_FORMATS))
     if unread:
         raise ValueError(
-            f"{file.path.name} is quantised as {', '.join(UNREAD_FORMATS.get(form, form) for form in unread)}, which "
+            f"{file.path.name} is quantized as {', '.join(UNREAD_FORMATS.get(form, form) for form in unread)}, which "
             f"this version cannot read; use a file in {', '.join(MARKED_FORMATS)}, GGUF or bf16."
         )
     return marks
@@ -260,7 +260,7 @@ def _marks(file: TensorFile) -> dict[str, Mark]:
 def _mark_text(file: TensorFile, name: str) -> bytes:
     stored = file.tensors[name]
     if stored.format != "U8" or math.prod(stored.shape) > LARGEST_MARK:
-        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is no text"))
+        raise unreadable(file.path, "quantized", ValueError(f"'{name}' is no text"))
     return bytes(file.read(name).flatten().tolist())
 
 
@@ -268,9 +268,9 @@ def _json(text: str | bytes, name: str, file: TensorFile) -> dict[str, object]:
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is no JSON: {error}")) from error
+        raise unreadable(file.path, "quantized", ValueError(f"'{name}' is no JSON: {error}")) from error
     if not isinstance(entry, dict) or not isinstance(entry.get("layers", {}), dict):
-        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is no JSON object of layers"))
+        raise unreadable(file.path, "quantized", ValueError(f"'{name}' is no JSON object of layers"))
     return entry
 
 
@@ -278,10 +278,10 @@ def _mark(entry: object, name: str, file: TensorFile) -> Mark:
     if isinstance(entry, str):
         entry = {"format": entry}
     if not isinstance(entry, dict) or not str(entry.get("format")).isprintable():
-        raise unreadable(file.path, "quantised", ValueError(f"'{name}' is neither a format nor a JSON object"))
+        raise unreadable(file.path, "quantized", ValueError(f"'{name}' is neither a format nor a JSON object"))
     inner = entry.get("params")
     settings = (inner if isinstance(inner, dict) else {}) | entry
     group = settings.get("convrot_groupsize", ROTATION_GROUP) if settings.get("convrot") else 0
     if type(group) is not int or group < 0:
-        raise unreadable(file.path, "quantised", ValueError(f"'{name}' has no whole number as convrot_groupsize"))
+        raise unreadable(file.path, "quantized", ValueError(f"'{name}' has no whole number as convrot_groupsize"))
     return Mark(str(entry.get("format", "")), bool(entry.get("full_precision_matrix_mult", False)), group)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..quantized.gguf import GgufLinear, dequantize
-from ..quantized.linear import QuantisedLinear
+from ..quantized.linear import QuantizedLinear
 from .gguf_file import BLOCKS
 from .stored_formats import LIGHTX2V, MODELOPT, Weight
 from .tensor_file import TensorFile
@@ -96,7 +96,7 @@ def _as_comfy(
     return codes, scale, overall, activations
 
 
-def expanding_layer(stored: Stored, form: str, shape: tuple[int, int], bias: Tensor | None) -> QuantisedLinear | None:
+def expanding_layer(stored: Stored, form: str, shape: tuple[int, int], bias: Tensor | None) -> QuantizedLinear | None:
     """The layer of a storage that has only one kind of product; None for FP8, NVFP4 and plain values.
 
     form: see `Weight.format`; shape: (N, K) of the model's layer.

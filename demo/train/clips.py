@@ -30,7 +30,7 @@ LAYOUTS = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
-    """N clips of one kind. latents, cond [N, 16, F, 16, 16] normalised, bfloat16; looks: CLIP features of the picture.
+    """N clips of one kind. latents, cond [N, 16, F, 16, 16] normalized, bfloat16; looks: CLIP features of the picture.
 
     rows [N, P, frames, 5]: rows of the speech bank; voiced [N, P]: others hear and say nothing. weight [N, 16, 16].
     prompt [N]: number of the text. given: latent frames that are known. places [P, 2]: of two people, else None.

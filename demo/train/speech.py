@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...multitalk.audio import SAMPLE_RATE, Wav2Vec, normalise_loudness
+from ...multitalk.audio import SAMPLE_RATE, Wav2Vec, normalize_loudness
 from ..sounds import FRAME, Sound, envelope, opening, read_sound
 
 TAKE_SECONDS = (5.0, 14.0)
@@ -48,13 +48,13 @@ def _take(recordings: Sequence[NDArray[np.float32]], rng: np.random.Generator) -
         return Take(np.zeros(length), np.zeros(length // FRAME))
     noise = _noise(length, rng)
     if kind < SILENT_SHARE + NOISE_SHARE:
-        return Take(normalise_loudness(noise), np.zeros(length // FRAME))
+        return Take(normalize_loudness(noise), np.zeros(length // FRAME))
     source = recordings[rng.integers(len(recordings))]
     start = rng.integers(max(len(source) - length, 1))
     spoken = np.zeros(length)
     lead = int(rng.uniform(0, LEAD_SECONDS) * SAMPLE_RATE)
     part = source[start : start + length - lead]
-    spoken[lead : lead + len(part)] = normalise_loudness(part.astype(np.float64))
+    spoken[lead : lead + len(part)] = normalize_loudness(part.astype(np.float64))
     if rng.random() < CUT_SHARE:
         # A long pause: the rest is silence.
         spoken[int(length * rng.uniform(0.3, 0.8)) :] = 0
@@ -62,7 +62,7 @@ def _take(recordings: Sequence[NDArray[np.float32]], rng: np.random.Generator) -
     if rng.random() < DULL_SHARE:
         spoken = _dull(spoken, rng)
     heard = spoken + noise * 10 ** (rng.uniform(*NOISE_DB) / 20) * (rng.random() < 0.6)
-    return Take(normalise_loudness(heard), mouth)
+    return Take(normalize_loudness(heard), mouth)
 
 
 def _noise(length: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -154,12 +154,12 @@ def train(
         return gradients(int(torch.multinomial(shares, 1)))
 
     trained = Trainer(model, path, seconds=seconds, rate=RATE).run(step)
-    normalise(trained, Pictures(takes, device, seed=1))
+    normalize(trained, Pictures(takes, device, seed=1))
     return trained
 
 
 @torch.no_grad()
-def normalise(vae: nn.Module, pictures: Pictures) -> None:
+def normalize(vae: nn.Module, pictures: Pictures) -> None:
     """Scale the latents to the published VAE's mean and deviation; the 1x1 convolutions next to them take it up."""
     batches = [WholeClip(vae).encode(pictures.draw(STATISTICS_CLIPS, STATISTICS_FRAMES, 1)[0]) for _ in range(4)]
     latents = torch.cat(batches)[:, :Z_DIM].movedim(1, 0).flatten(1).double()

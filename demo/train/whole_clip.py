@@ -44,7 +44,7 @@ class WholeClip:
     compiled: bool = False
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video [B, 3, 4n+1, H, W] in -1..1 -> posterior moments [B, 2 z, n + 1, H / 8, W / 8], not normalised."""
+        """Video [B, 3, 4n+1, H, W] in -1..1 -> posterior moments [B, 2 z, n + 1, H / 8, W / 8], not normalized."""
         encoder = self.vae.encoder
         x = encoder.conv_in(video)
         for layer in encoder.down_blocks:
@@ -53,7 +53,7 @@ class WholeClip:
         return self.vae.quant_conv(encoder.conv_out(x))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, z, n + 1, h, w], not normalised -> video [B, 3, 4n+1, 8 h, 8 w]."""
+        """Latents [B, z, n + 1, h, w], not normalized -> video [B, 3, 4n+1, 8 h, 8 w]."""
         decoder = self.vae.decoder
         x = self._middle(decoder.mid_block, decoder.conv_in(self.vae.post_quant_conv(latents)))
         for block in decoder.up_blocks:

@@ -14,7 +14,7 @@ from wanvideo_wrapper.demo.train import trainer as trainer_module
 from wanvideo_wrapper.demo.train.gradients import Gradients, backward
 from wanvideo_wrapper.demo.train.stages import new_transformer
 from wanvideo_wrapper.demo.train.trainer import Trainer
-from wanvideo_wrapper.demo.train.vae import PAIR_SHARE, Pictures, loss, normalise
+from wanvideo_wrapper.demo.train.vae import PAIR_SHARE, Pictures, loss, normalize
 from wanvideo_wrapper.demo.train.whole_clip import WholeClip, fused_normed, normed
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import MEAN_21, STD_21, build_vae, load_vae
@@ -56,11 +56,11 @@ def test_the_compiled_norm_equals_the_plain_one():
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_normalising_the_latents_changes_no_reconstruction(vae):
+def test_normalizing_the_latents_changes_no_reconstruction(vae):
     pictures = Pictures([Take()], torch.device("cpu"))
     whole, clip = WholeClip(vae), pictures.draw(1, 5, 1)[0]
     before = whole.decode(whole.encode(clip)[:, : whole_clip.Z_DIM])
-    normalise(vae, pictures)
+    normalize(vae, pictures)
     moments = whole.encode(torch.cat([pictures.draw(4, 33, 1)[0] for _ in range(2)]))[:, : whole_clip.Z_DIM]
     after = whole.decode(whole.encode(clip)[:, : whole_clip.Z_DIM])
     assert (after - before).norm() < 1e-3 * before.norm()

@@ -7,7 +7,7 @@ import torch
 from layouts import relative
 from wanvideo_wrapper import kernels
 from wanvideo_wrapper.kernels import fp8_rows, nvfp4
-from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4
+from wanvideo_wrapper.quantized.nvfp4 import quantize_nvfp4
 
 ON_GPU = [pytest.mark.cuda, pytest.mark.sm89]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -35,7 +35,7 @@ def activation(shape, dtype):
 @pytest.mark.parametrize("columns", [1, 40, 64, 333])
 def test_eager_keeps_each_rows_range(columns, dtype):
     x = torch.randn(7, columns).to(dtype) * torch.logspace(-4, 3, 7)[:, None].to(dtype)
-    values, scale = fp8_rows.quantise_eager(x)
+    values, scale = fp8_rows.quantize_eager(x)
     wide = values.double() * scale.double()
     assert values.shape[-1] % 32 == 0 and not values[:, columns:].double().any()
     assert ((wide[:, :columns] - x.double()).abs() <= x.double().abs() / 16 + scale * 2**-10).all()
@@ -45,14 +45,14 @@ def test_eager_keeps_each_rows_range(columns, dtype):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.cuda
 @pytest.mark.sm89
-def test_quantise(size, dtype):
+def test_quantize(size, dtype):
     x = activation(size, dtype)
-    same_rows(fp8_rows.quantise(x)[:2], fp8_rows.quantise_eager(x))
+    same_rows(fp8_rows.quantize(x)[:2], fp8_rows.quantize_eager(x))
     scale = torch.tensor(0.03, device="cuda")
-    same_rows(fp8_rows.quantise(x, scale)[:2], fp8_rows.quantise_eager(x, scale))
+    same_rows(fp8_rows.quantize(x, scale)[:2], fp8_rows.quantize_eager(x, scale))
     # The scale of a row should not be that of a large negative number, where PyTorch's GELU is rounding alone.
     x[..., 0] = x[..., 0].abs() + 1
-    same_rows(fp8_rows.gelu_quantise(x)[:2], fp8_rows.gelu_quantise_eager(x))
+    same_rows(fp8_rows.gelu_quantize(x)[:2], fp8_rows.gelu_quantize_eager(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,8 +63,8 @@ def test_norm(columns, dtype):
     x = activation((2, 5, columns), dtype)
     for shape in ((columns,), (2, 1, columns), (1, 1, columns), (2, 5, columns)):
         gain, shift = torch.rand(shape, device="cuda") + 0.5, torch.randn(shape, device="cuda")
-        got = fp8_rows.norm_quantise(x, gain, shift, 1e-6)
-        same_rows(got[:2], fp8_rows.norm_quantise_eager(x, gain, shift, 1e-6))
+        got = fp8_rows.norm_quantize(x, gain, shift, 1e-6)
+        same_rows(got[:2], fp8_rows.norm_quantize_eager(x, gain, shift, 1e-6))
         wide = torch.nn.functional.layer_norm(x.double(), (columns,), eps=1e-6) * gain.double() + shift.double()
         assert relative(got.to(torch.float32), wide) < 0.04
 
@@ -75,7 +75,7 @@ def test_zero_and_bad_rows(device, static):
     x = torch.randn(4, 5120, device=device, dtype=torch.bfloat16)
     x[1] = 0
     x[2, 7] = float("nan")
-    rows = fp8_rows.quantise(x, None if static is None else torch.tensor(static, device=device))
+    rows = fp8_rows.quantize(x, None if static is None else torch.tensor(static, device=device))
     assert not rows.values[1].float().any() and rows.scale.isfinite()[[0, 1, 3]].all()
     assert rows.to(torch.float32)[2, 7].isnan() and rows.to(torch.float32)[[0, 1, 3]].isfinite().all()
 
@@ -86,8 +86,8 @@ def test_more_than_two_to_the_31_values():
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
     x = torch.randn(5, 5120, device="cuda", dtype=torch.bfloat16)
-    rows = fp8_rows.quantise(x.repeat(2**31 // 5120 // 5 + 7, 1))
-    want = fp8_rows.quantise(x)
+    rows = fp8_rows.quantize(x.repeat(2**31 // 5120 // 5 + 7, 1))
+    want = fp8_rows.quantize(x)
     assert torch.equal(rows.values[-5:].float(), want.values.float()) and torch.equal(rows.scale[-5:], want.scale)
 
 
@@ -96,7 +96,7 @@ def test_more_than_two_to_the_31_values():
 @pytest.mark.parametrize(("rows", "columns"), list(itertools.product((16, 144, 5120), (32, 2080, 5120))))
 def test_expand(rows, columns):
     weight = torch.randn(rows, columns)
-    q = quantise_nvfp4(weight)
+    q = quantize_nvfp4(weight)
     factor = torch.exp2(torch.randint(-9, -2, (rows, 1)).float())
     want = nvfp4.expand_eager(q.codes, q.block_scale, factor)
     got = nvfp4.expand(q.codes.cuda(), q.block_scale.cuda(), factor.cuda()).cpu()
@@ -105,7 +105,7 @@ def test_expand(rows, columns):
 
 
 def test_expand_is_exact_where_fp8_can_be():
-    q = quantise_nvfp4(torch.randn(16, 32))
+    q = quantize_nvfp4(torch.randn(16, 32))
     ones = torch.full_like(q.block_scale.float(), 2.0).to(q.block_scale.dtype)
     got = nvfp4.expand_eager(q.codes, ones, torch.ones(16, 1)).float()
     assert torch.equal(got, nvfp4.codes_to_values(q.codes) * 2)
@@ -117,15 +117,15 @@ def test_missing_triton_is_said(monkeypatch):
         kernels.triton_kernels("fp8_rows_triton")
 
 
-@pytest.mark.parametrize("op", ["fp8_quantise", "fp8_gelu_quantise", "fp8_norm_quantise", "nvfp4_to_fp8"])
+@pytest.mark.parametrize("op", ["fp8_quantize", "fp8_gelu_quantize", "fp8_norm_quantize", "nvfp4_to_fp8"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_operators_are_well_formed(op, device):
     x = torch.randn(2, 3, 40, device=device)
-    q = quantise_nvfp4(torch.randn(32, 64))
+    q = quantize_nvfp4(torch.randn(32, 64))
     arguments = {
-        "fp8_quantise": (x, None),
-        "fp8_gelu_quantise": (x,),
-        "fp8_norm_quantise": (x, torch.rand(40, device=device), torch.rand(2, 1, 40, device=device), 1e-6),
+        "fp8_quantize": (x, None),
+        "fp8_gelu_quantize": (x,),
+        "fp8_norm_quantize": (x, torch.rand(40, device=device), torch.rand(2, 1, 40, device=device), 1e-6),
         "nvfp4_to_fp8": (q.codes.to(device), q.block_scale.to(device), torch.ones(32, 1, device=device)),
     }[op]
     operator = getattr(getattr(torch.ops, kernels.NAMESPACE), op).default

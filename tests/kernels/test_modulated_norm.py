@@ -7,7 +7,7 @@ import pytest
 import torch
 from layouts import relative
 from wanvideo_wrapper import kernels
-from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise_eager, norm_quantise, norm_quantise_eager, quantise_eager
+from wanvideo_wrapper.kernels.fp8_rows import gelu_quantize_eager, norm_quantize, norm_quantize_eager, quantize_eager
 from wanvideo_wrapper.kernels.modulated_norm import norm_modulate, norm_modulate_eager
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
@@ -34,7 +34,7 @@ def test_many_tokens_share_a_modulation(tokens):
     gain, shift = torch.rand(2, 1, 256, device="cuda") + 0.5, torch.randn(2, 1, 256, device="cuda")
     want = torch.nn.functional.layer_norm(x.double(), (256,), eps=1e-6) * gain.double() + shift.double()
     assert relative(norm_modulate(x, gain, shift, 1e-6), want) < 3e-3
-    assert relative(norm_quantise(x, gain, shift, 1e-6).to(torch.float32), want) < 0.04
+    assert relative(norm_quantize(x, gain, shift, 1e-6).to(torch.float32), want) < 0.04
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -69,9 +69,9 @@ def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
         out = torch.full((batch, tokens, columns), float("nan"), dtype=dtype)
         kernel.norm_modulate(x, gain, shift, out, eps=1e-6)
         assert relative(out, norm_modulate_eager(x, gain, shift, 1e-6)) < TOLERANCES[dtype]
-        want, want_scale = norm_quantise_eager(x, gain, shift, 1e-6)
+        want, want_scale = norm_quantize_eager(x, gain, shift, 1e-6)
         values, scale = torch.empty_like(want), torch.full_like(want_scale, float("nan"))
-        kernel.norm_quantise(x, gain, shift, values, scale, eps=1e-6)
+        kernel.norm_quantize(x, gain, shift, values, scale, eps=1e-6)
         assert torch.allclose(scale, want_scale, rtol=1e-5, atol=0)
         assert relative(values.float() * scale, want.float() * want_scale) < 3e-3
 
@@ -79,13 +79,13 @@ def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
 @interpreted.needed
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("columns", [1, 33, 96])
-def test_quantise_interpreted(columns, gelu, monkeypatch):
+def test_quantize_interpreted(columns, gelu, monkeypatch):
     interpreted.exact(monkeypatch)
     x = (torch.randn(5, columns) * 3).bfloat16()
-    values, scale = (gelu_quantise_eager if gelu else quantise_eager)(x)
+    values, scale = (gelu_quantize_eager if gelu else quantize_eager)(x)
     got = torch.full(values.shape, float("nan")).to(values.dtype)
     got_scale = torch.full_like(scale, float("nan"))
-    kernels.triton_kernels("fp8_rows_triton").quantise(x, None, got, got_scale, gelu=gelu)
+    kernels.triton_kernels("fp8_rows_triton").quantize(x, None, got, got_scale, gelu=gelu)
     assert torch.allclose(got_scale, scale, rtol=1e-5, atol=1e-9) and not got[:, columns:].float().any()
     assert relative(got.float() * got_scale, values.float() * scale) < 3e-3
 
@@ -112,14 +112,14 @@ def test_triton_runs_on_a_gpu():
 
 
 @interpreted.needed
-def test_quantise_with_a_scale_of_the_file_interpreted(monkeypatch):
+def test_quantize_with_a_scale_of_the_file_interpreted(monkeypatch):
     interpreted.exact(monkeypatch)
     x = torch.randn(4, 33)
     x[0, 3], x[1, 5], x[2, 7] = float("nan"), float("inf"), -1e6
-    values, scale = quantise_eager(x, torch.tensor(0.02))
+    values, scale = quantize_eager(x, torch.tensor(0.02))
     got = torch.zeros_like(values)
     got_scale = torch.full_like(scale, float("nan"))
-    kernels.triton_kernels("fp8_rows_triton").quantise(x, torch.tensor(0.02), got, got_scale, gelu=False)
+    kernels.triton_kernels("fp8_rows_triton").quantize(x, torch.tensor(0.02), got, got_scale, gelu=False)
     assert torch.equal(got_scale, scale) and got.float()[0].isnan().nonzero().tolist() == [[3]]
     assert torch.equal(got.float().nan_to_num(), values.float().nan_to_num())
 

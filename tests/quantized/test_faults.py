@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 import comfy_kitchen
 from wanvideo_wrapper.attention import sdpa
-from wanvideo_wrapper.kernels.fp8_rows import quantise
+from wanvideo_wrapper.kernels.fp8_rows import quantize
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear, _multiply
-from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4
+from wanvideo_wrapper.quantized.nvfp4 import quantize_nvfp4
 
 def shifted(t, offset=1):
     storage = torch.empty(t.numel() + offset, dtype=t.dtype, device="cuda")
@@ -50,11 +50,11 @@ CALLS = {
     ),
     "quantize_per_tensor_fp8": (
         "comfy_kitchen.quantize_per_tensor_fp8(x, scale)",
-        "quantise(x)",
+        "quantize(x)",
     ),
     "quantize_nvfp4": (
         "comfy_kitchen.quantize_nvfp4(x, scale)",
-        "quantise_nvfp4(x, scale)",
+        "quantize_nvfp4(x, scale)",
     ),
     "_scaled_mm, activation": ("product(a=shifted(a))", "_multiply(shifted(a), ones, b, ones, None)"),
     "_scaled_mm, weight": ("product(b=shifted(b))", "_multiply(a, ones, shifted(b), ones, None)"),
@@ -64,7 +64,7 @@ CALLS = {
     ),
     "_scaled_mm, columns": (
         "product(a=a[:, :24].contiguous(), b=b[:, :24].contiguous())",
-        "Fp8MatmulLinear.quantise(torch.randn(40, 24, device='cuda'), None, e4m3)(x[:, :24])",
+        "Fp8MatmulLinear.quantize(torch.randn(40, 24, device='cuda'), None, e4m3)(x[:, :24])",
     ),
 }
 

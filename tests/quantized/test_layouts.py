@@ -1,4 +1,4 @@
-"""Every quantised entry point takes every layout: the result is that of plain memory, and the input is unchanged.
+"""Every quantized entry point takes every layout: the result is that of plain memory, and the input is unchanged.
 
 WAN_LAYOUT_EXAMPLES sets how many layouts are generated for each entry point. Plain values alone would not show that an
 argument was left as it was, for the CPU reads any memory: the layout check asserts it at every kernel entry.
@@ -15,15 +15,15 @@ from safetensors import safe_open
 from torch import nn
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.fp8_optimization import convert_fp8_linear, fp8_linear_forward
-from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
+from wanvideo_wrapper.kernels.fp8_rows import gelu_quantize, norm_quantize, quantize
 from wanvideo_wrapper.kernels.nvfp4 import expand
-from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantize_rows
 from wanvideo_wrapper.quantized.nvfp4 import (
     Nvfp4,
     Nvfp4Fp8Linear,
     Nvfp4Linear,
     Nvfp4MatmulLinear,
-    quantise_nvfp4,
+    quantize_nvfp4,
 )
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
 
@@ -62,7 +62,7 @@ def weights(dtype, size=SIZE):
 def stored(size):
     """The weight in E4M3, in E5M2, each with its scales, and in NVFP4."""
     weight, _ = weights(torch.float32, size)
-    return *quantise_rows(weight, E4M3), *quantise_rows(weight, E5M2), quantise_nvfp4(weight)
+    return *quantize_rows(weight, E4M3), *quantize_rows(weight, E5M2), quantize_nvfp4(weight)
 
 
 def entry_points(device, dtype, lay, shape=SIZE):
@@ -74,8 +74,8 @@ def entry_points(device, dtype, lay, shape=SIZE):
     gain, shift = (lay(torch.rand(1, 1, shape[1], device=device)) for _ in range(2))
     factor = lay(torch.ones(q.codes.shape[0], 1, device=device))
 
-    def rows(quantiser):
-        return lambda x: quantiser(x).to(torch.float32)
+    def rows(quantizer):
+        return lambda x: quantizer(x).to(torch.float32)
 
     def three(x):
         return x.reshape(1, -1, shape[1]) if x.dim() != 3 else x
@@ -92,9 +92,9 @@ def entry_points(device, dtype, lay, shape=SIZE):
         "nvfp4 fast, scale from the file": lambda: Nvfp4MatmulLinear(q, shape, bias, measured),
         "fp8_linear_forward": lambda: functools.partial(fp8_linear_forward, plain(device, e4, s4, bias), dtype),
         "convert_fp8_linear": lambda: converted(plain(device, e4, s4, bias)),
-        "quantise": lambda: rows(quantise),
-        "gelu": lambda: rows(gelu_quantise),
-        "norm": lambda: rows(lambda x: norm_quantise(three(x), gain, shift, 1e-6)),
+        "quantize": lambda: rows(quantize),
+        "gelu": lambda: rows(gelu_quantize),
+        "norm": lambda: rows(lambda x: norm_quantize(three(x), gain, shift, 1e-6)),
         "expand": lambda: lambda _: expand(q.codes, q.block_scale, factor).float(),
     }
 
@@ -159,7 +159,7 @@ def test_any_rows(entry, device):
     @SETTINGS
     @given(layouts(), layouts(), st.sampled_from(LEADS), st.sampled_from(DTYPES))
     def check(for_values, for_scale, lead, dtype):
-        rows = quantise(for_values.build((*lead, COLUMNS), dtype, device))
+        rows = quantize(for_values.build((*lead, COLUMNS), dtype, device))
         rows = rows._replace(values=for_values.place(rows.values), scale=for_scale.place(rows.scale))
         before = bits(rows.values), bits(rows.scale)
         got, want = layer(rows), layer(rows._replace(values=fresh(rows.values), scale=fresh(rows.scale)))
@@ -206,7 +206,7 @@ def test_parameters_moved_to_odd_addresses(entry, device):
 @pytest.mark.parametrize("odd", [1, 3, 77, 129])
 def test_mapped_files_with_odd_tensors(odd, tmp_path):
     weight, bias = weights(torch.float32)
-    (e4, s4), q = quantise_rows(weight, E4M3), quantise_nvfp4(weight)
+    (e4, s4), q = quantize_rows(weight, E4M3), quantize_nvfp4(weight)
     tensors = {"e4": e4, "s4": s4, "bias": bias, "codes": q.codes, "blocks": q.block_scale, "scale": q.scale.reshape(1)}
     save_in_order(tmp_path / "m.safetensors", {"a": torch.ones(odd, dtype=torch.uint8), **tensors})
     with safe_open(tmp_path / "m.safetensors", "pt") as file:

@@ -1,4 +1,4 @@
-"""Every quantised linear layer computes its formula, for all shapes and dtypes, and changes nothing it is given."""
+"""Every quantized linear layer computes its formula, for all shapes and dtypes, and changes nothing it is given."""
 
 import re
 
@@ -9,16 +9,16 @@ from layouts import bits, relative
 from torch import nn
 from wanvideo_wrapper import kernels
 from wanvideo_wrapper.fp8_optimization import KEEP, convert_fp8_linear, fp8_linear_forward, keeps_precision
-from wanvideo_wrapper.kernels.fp8_rows import gelu_quantise, norm_quantise, quantise
+from wanvideo_wrapper.kernels.fp8_rows import gelu_quantize, norm_quantize, quantize
 from wanvideo_wrapper.quantized import fp8
-from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantise_rows, runs_fp8
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantize_rows, runs_fp8
 from wanvideo_wrapper.quantized.linear import shared_input
 from wanvideo_wrapper.quantized.nvfp4 import (
     Nvfp4,
     Nvfp4Fp8Linear,
     Nvfp4Linear,
     Nvfp4MatmulLinear,
-    quantise_nvfp4,
+    quantize_nvfp4,
     runs_fp4,
     values_of,
 )
@@ -26,13 +26,13 @@ from wanvideo_wrapper.quantized.nvfp4 import (
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Kind -> layer of weight and bias, and how far its result may be from float64's with the weight it stores.
 KINDS = {
-    "e4m3": (lambda w, b: Fp8Linear.quantise(w, b, E4M3), 5e-3),
-    "e5m2": (lambda w, b: Fp8Linear.quantise(w, b, E5M2), 5e-3),
-    "e4m3 fast": (lambda w, b: Fp8MatmulLinear.quantise(w, b, E4M3), 0.06),
-    "e5m2 fast": (lambda w, b: Fp8MatmulLinear.quantise(w, b, E5M2), 0.06),
-    "nvfp4": (Nvfp4Linear.quantise, 1e-2),
-    "nvfp4 by fp8": (Nvfp4Fp8Linear.quantise, 0.07),
-    "nvfp4 fast": (Nvfp4MatmulLinear.quantise, 0.2),
+    "e4m3": (lambda w, b: Fp8Linear.quantize(w, b, E4M3), 5e-3),
+    "e5m2": (lambda w, b: Fp8Linear.quantize(w, b, E5M2), 5e-3),
+    "e4m3 fast": (lambda w, b: Fp8MatmulLinear.quantize(w, b, E4M3), 0.06),
+    "e5m2 fast": (lambda w, b: Fp8MatmulLinear.quantize(w, b, E5M2), 0.06),
+    "nvfp4": (Nvfp4Linear.quantize, 1e-2),
+    "nvfp4 by fp8": (Nvfp4Fp8Linear.quantize, 0.07),
+    "nvfp4 fast": (Nvfp4MatmulLinear.quantize, 0.2),
 }
 SIZES = [(48, 64), (50, 70), (33, 47), (5, 3), (160, 2080)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,14 +70,14 @@ def test_an_input_of_another_width_is_refused(kind, columns):
         layer(torch.randn(2, columns))
     if layer.takes_rows:
         with pytest.raises(ValueError, match="reads 50 channels"):
-            layer(quantise(torch.randn(2, columns)))
+            layer(quantize(torch.randn(2, columns)))
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(50)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])])
 def test_e5m2_where_no_product_scales_its_rows(device, bias, monkeypatch):
     weight = torch.randn(50, 70) * torch.logspace(-3, 3, 50)[:, None]
-    layer = Fp8MatmulLinear.quantise(weight, bias, E5M2).to(device)
+    layer = Fp8MatmulLinear.quantize(weight, bias, E5M2).to(device)
     x = (torch.randn(9, 70) * torch.logspace(-3, 3, 9)[:, None]).to(device, torch.bfloat16)
     want = layer(x)
     monkeypatch.setattr(fp8, "_scales_rows", lambda weight: False)
@@ -100,7 +100,7 @@ def test_fake_operators_are_like_the_real_ones(op, lead):
     bias = torch.randn(33)
     fp8_layer, fp4_layer = (KINDS[kind][0](torch.randn(33, 50), bias) for kind in ("e4m3 fast", "nvfp4 fast"))
     x = torch.randn(*lead, 50).bfloat16()
-    rows, stored = quantise(x), (fp8_layer.weight, fp8_layer.scale_weight, bias, 33)
+    rows, stored = quantize(x), (fp8_layer.weight, fp8_layer.scale_weight, bias, 33)
     arguments = {
         "fp8_weight_only": (x, *stored),
         "fp8_product": (rows.values, rows.scale, *stored, x.dtype),
@@ -142,18 +142,18 @@ def test_a_merged_difference(kind):
 def test_rows_are_shared_where_all_read_them():
     x = torch.randn(2, 5, 64)
     weight = torch.randn(32, 64)
-    fast = [Fp8MatmulLinear.quantise(weight, None, E4M3), Nvfp4Fp8Linear.quantise(weight, None)]
+    fast = [Fp8MatmulLinear.quantize(weight, None, E4M3), Nvfp4Fp8Linear.quantize(weight, None)]
     rows = shared_input(x, *fast)
     assert all(torch.equal(layer(rows), layer(x)) for layer in fast)
     assert rows.to(torch.float32).shape == x.shape and relative(rows.to(torch.float32), x) < 0.04
-    measured = Fp8MatmulLinear(*quantise_rows(torch.randn(32, 64), E4M3), None, torch.tensor(0.02))
-    for other in (nn.Linear(64, 32), measured, Fp8Linear.quantise(torch.randn(32, 64), None, E4M3)):
+    measured = Fp8MatmulLinear(*quantize_rows(torch.randn(32, 64), E4M3), None, torch.tensor(0.02))
+    for other in (nn.Linear(64, 32), measured, Fp8Linear.quantize(torch.randn(32, 64), None, E4M3)):
         assert shared_input(x, *fast, other) is x
 
 
 def test_a_scale_from_the_file_saturates():
     weight, scale = torch.randn(32, 64), torch.tensor(0.01)
-    layer = Fp8MatmulLinear(*quantise_rows(weight, E4M3), None, scale)
+    layer = Fp8MatmulLinear(*quantize_rows(weight, E4M3), None, scale)
     x = torch.randn(9, 64)
     x[0, 0], x[1, 1] = 100.0, -100.0
     want = x.clamp(-4.48, 4.48).double() @ layer.expanded(torch.float64).t()
@@ -163,7 +163,7 @@ def test_a_scale_from_the_file_saturates():
 def test_rows_keep_their_own_precision():
     # One row a million times larger than another: a scale for the tensor would lose the small one.
     x = torch.stack((torch.randn(64), torch.randn(64) * 1e6))
-    layer = Fp8MatmulLinear.quantise(torch.randn(32, 64), None, E4M3)
+    layer = Fp8MatmulLinear.quantize(torch.randn(32, 64), None, E4M3)
     want = x.double() @ layer.expanded(torch.float64).t()
     assert all(relative(got, row) < 0.06 for got, row in zip(layer(x), want, strict=True))
 
@@ -172,17 +172,17 @@ def test_rows_keep_their_own_precision():
 def test_bad_values_show(bad):
     x = torch.randn(4, 64)
     x[2, 7] = bad
-    layer = Fp8MatmulLinear.quantise(torch.randn(32, 64), None, E4M3)
+    layer = Fp8MatmulLinear.quantize(torch.randn(32, 64), None, E4M3)
     got = layer(x)
     assert got[2].isnan().any() and got[[0, 1, 3]].isfinite().all()
 
 
 def test_fused_forms_equal_their_steps():
     x, gain, shift = torch.randn(2, 5, 64), torch.rand(2, 1, 64) + 0.5, torch.randn(2, 1, 64)
-    plain = quantise(torch.nn.functional.gelu(x, approximate="tanh"))
-    assert relative(gelu_quantise(x).to(torch.float32), plain.to(torch.float32)) < 1e-3
+    plain = quantize(torch.nn.functional.gelu(x, approximate="tanh"))
+    assert relative(gelu_quantize(x).to(torch.float32), plain.to(torch.float32)) < 1e-3
     normed = torch.nn.functional.layer_norm(x.double(), (64,), eps=1e-6) * gain.double() + shift.double()
-    assert relative(norm_quantise(x, gain, shift, 1e-6).to(torch.float32), normed) < 0.04
+    assert relative(norm_quantize(x, gain, shift, 1e-6).to(torch.float32), normed) < 0.04
 
 
 def plain_layer(features=24, columns=40, bias=True):
@@ -252,7 +252,7 @@ def test_nvfp4_bytes_are_comfy_kitchens():
     from comfy_kitchen import dequantize_nvfp4
 
     weight = torch.randn(144, 96)
-    q = quantise_nvfp4(weight)
+    q = quantize_nvfp4(weight)
     want = dequantize_nvfp4(q.codes, q.scale, q.block_scale, output_type=torch.float32)
     assert relative(values_of(q), want) < 1e-6
     assert q.block_scale.shape == (256, 8) and q.codes.shape == (144, 48)
@@ -262,20 +262,20 @@ def test_nvfp4_bytes_are_comfy_kitchens():
 @pytest.mark.parametrize("std", [1e-5, 1e-4, 2e-2])
 def test_nvfp4_of_small_weights_in_float16(std, device):
     # The scale of the first is below float16's least number, that of the others among its subnormal ones.
-    layer = Nvfp4Linear.quantise(torch.randn(50, 70) * std, None).to(device)
+    layer = Nvfp4Linear.quantize(torch.randn(50, 70) * std, None).to(device)
     x = torch.randn(9, 70, device=device).half()
     assert relative(layer(x), x.double() @ layer.expanded(torch.float64).t()) < 5e-3
 
 
-def test_nvfp4_weights_are_not_rounded_before_they_are_quantised(monkeypatch):
+def test_nvfp4_weights_are_not_rounded_before_they_are_quantized(monkeypatch):
     asked, quantize = [], comfy_kitchen.quantize_nvfp4
     monkeypatch.setattr(
         comfy_kitchen, "quantize_nvfp4", lambda t, *a, **k: asked.append(t.dtype) or quantize(t, *a, **k)
     )
     weight = torch.randn(32, 64)
-    want = Nvfp4Linear.quantise(weight, None)
+    want = Nvfp4Linear.quantize(weight, None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    layer = Nvfp4Linear.quantise(weight, None)
+    layer = Nvfp4Linear.quantize(weight, None)
     assert torch.equal(layer.weight, want.weight) and torch.equal(bits(layer.weight_scale), bits(want.weight_scale))
     layer.add(torch.randn(32, 64))
     assert asked == [torch.float32] * 3
@@ -284,13 +284,13 @@ def test_nvfp4_weights_are_not_rounded_before_they_are_quantised(monkeypatch):
 @pytest.mark.cuda
 def test_nvfp4_weights_of_a_gpu_are_those_of_the_cpu():
     weight = torch.randn(512, 512)
-    ours, theirs = Nvfp4Linear.quantise(weight, None), Nvfp4Linear.quantise(weight.cuda(), None).cpu()
+    ours, theirs = Nvfp4Linear.quantize(weight, None), Nvfp4Linear.quantize(weight.cuda(), None).cpu()
     assert torch.allclose(ours.weight_scale_2, theirs.weight_scale_2, rtol=2**-22, atol=0)
     assert (ours.weight != theirs.weight).float().mean() < 1e-4
 
 
 def test_nvfp4_fills_up_odd_columns_of_files():
-    q = quantise_nvfp4(torch.randn(32, 64))
+    q = quantize_nvfp4(torch.randn(32, 64))
     narrow = Nvfp4(q.codes[:, :24].contiguous(), q.block_scale, q.scale)
     layer = Nvfp4MatmulLinear(narrow, (32, 48), None)
     assert layer.weight.shape == (32, 32)

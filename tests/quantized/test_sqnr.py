@@ -1,4 +1,4 @@
-"""Signal to quantisation noise of the sizes of the 14B model, against float64, on activations with outlier channels."""
+"""Signal to quantization noise of the sizes of the 14B model, against float64, on activations with outlier channels."""
 
 import functools
 
@@ -13,20 +13,20 @@ TOKENS, OUTLIERS, OUTLIER_SCALE = 32, 20, 20
 SIZES = [(5120, 5120), (13824, 5120), (5120, 13824)]
 # Kind -> layer of a weight, and the least SQNR in dB.
 FLOORS = {
-    "e4m3": (lambda w: Fp8Linear.quantise(w, None, E4M3), 31.0),
-    "e4m3 fast": (lambda w: Fp8MatmulLinear.quantise(w, None, E4M3), 28.0),
-    "e5m2": (lambda w: Fp8Linear.quantise(w, None, E5M2), 25.0),
-    "e5m2 fast": (lambda w: Fp8MatmulLinear.quantise(w, None, E5M2), 24.0),
-    "nvfp4": (lambda w: Nvfp4Linear.quantise(w, None), 20.0),
-    "nvfp4 from fp8": (lambda w: Nvfp4Linear.quantise(from_fp8(w), None), 19.7),
-    "nvfp4 by fp8": (lambda w: Nvfp4Fp8Linear.quantise(w, None), 19.3),
-    "nvfp4 fast": (lambda w: Nvfp4MatmulLinear.quantise(w, None), 17.0),
+    "e4m3": (lambda w: Fp8Linear.quantize(w, None, E4M3), 31.0),
+    "e4m3 fast": (lambda w: Fp8MatmulLinear.quantize(w, None, E4M3), 28.0),
+    "e5m2": (lambda w: Fp8Linear.quantize(w, None, E5M2), 25.0),
+    "e5m2 fast": (lambda w: Fp8MatmulLinear.quantize(w, None, E5M2), 24.0),
+    "nvfp4": (lambda w: Nvfp4Linear.quantize(w, None), 20.0),
+    "nvfp4 from fp8": (lambda w: Nvfp4Linear.quantize(from_fp8(w), None), 19.7),
+    "nvfp4 by fp8": (lambda w: Nvfp4Fp8Linear.quantize(w, None), 19.3),
+    "nvfp4 fast": (lambda w: Nvfp4MatmulLinear.quantize(w, None), 17.0),
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])]
 
 
 def from_fp8(weight):
-    return Fp8Linear.quantise(weight, None, E4M3).expanded(torch.float32)
+    return Fp8Linear.quantize(weight, None, E4M3).expanded(torch.float32)
 
 
 @functools.lru_cache(maxsize=1)
@@ -64,9 +64,9 @@ def test_floor(size, kind, device):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_better_than_unit_scales(size):
     weight, x, want = problem(*size)
-    ours = sqnr(Fp8MatmulLinear.quantise(weight, None, E4M3)(x), want)
+    ours = sqnr(Fp8MatmulLinear.quantize(weight, None, E4M3)(x), want)
     # Activations of other layers are smaller or larger; a scale of 1 suits only one magnitude.
-    small = sqnr(Fp8MatmulLinear.quantise(weight, None, E4M3)(x / 256), want / 256)
+    small = sqnr(Fp8MatmulLinear.quantize(weight, None, E4M3)(x / 256), want / 256)
     plain, scaled = (sqnr(got, want) for got in unit_scales(weight, x))
     plain_small, scaled_small = (sqnr(got, want / 256) for got in unit_scales(weight, x / 256))
     assert ours > max(plain, scaled) and small > max(plain_small, scaled_small) + 6

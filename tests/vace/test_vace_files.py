@@ -4,7 +4,7 @@ import pytest
 import torch
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.quantized.linear import QuantisedLinear
+from wanvideo_wrapper.quantized.linear import QuantizedLinear
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.vace.extension import Vace, VaceContext, VaceExtension
 from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
@@ -96,7 +96,7 @@ def test_quantized(folder, quantization, error):
     model = load(folder, "merged", quantization=quantization)
     block = model.transformer.vace_blocks[0]
     for layer in (block.before_proj, block.after_proj, block.self_attn.q, block.cross_attn.k, block.ffn[2]):
-        assert isinstance(layer, QuantisedLinear)
+        assert isinstance(layer, QuantizedLinear)
     assert model.transformer.vace_patch_embedding.weight.dtype == torch.float32
     assert 0 < relative(run(model), run(load(folder, "merged"))) < error
 

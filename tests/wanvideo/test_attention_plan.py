@@ -10,7 +10,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper import attention
 from wanvideo_wrapper.attention import ATTENTION_MODES, AttentionSpec, reason, sdpa
 from wanvideo_wrapper.attention_backends.radial import RadialAttention
-from wanvideo_wrapper.kernels.fp8_rows import quantise
+from wanvideo_wrapper.kernels.fp8_rows import quantize
 from wanvideo_wrapper.kernels.rope import apply_rope
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule, plan_for
@@ -194,7 +194,7 @@ class Raw(attention.FusedAttention):
         return sdpa()(q, k, v)
 
     def fused_rows(self, *arguments):
-        self.rows = quantise(self.fused(*arguments).flatten(2))
+        self.rows = quantize(self.fused(*arguments).flatten(2))
         return self.rows
 
 
@@ -245,7 +245,7 @@ def test_rows_go_straight_into_an_fp8_output_projection(fast):
     config = WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=6)
     attention, raw = WanModel(config).blocks[0].self_attn, Raw()
     if fast:
-        attention.o = Fp8MatmulLinear.quantise(attention.o.weight, attention.o.bias, torch.float8_e4m3fn)
+        attention.o = Fp8MatmulLinear.quantize(attention.o.weight, attention.o.bias, torch.float8_e4m3fn)
     x, rope = torch.randn(1, 8, 64), rope_table(GRID, 32, device=torch.device("cpu"))
     inputs = BlockInputs(None, None, rope, None, GRID, raw)
     got, _ = attention(x, inputs, (), None)

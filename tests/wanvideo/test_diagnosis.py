@@ -7,7 +7,7 @@ import talking
 import torch
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.kernels.fp8_rows import quantise
+from wanvideo_wrapper.kernels.fp8_rows import quantize
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo import denoise
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule
@@ -39,7 +39,7 @@ class OverflowingRows(Overflowing):
     """The same as FP8 rows, which an output projection in FP8 reads as they are."""
 
     def fused_rows(self, q, k, v, norm_q, norm_k, rope):
-        return quantise(self(v, v, v).flatten(2))
+        return quantize(self(v, v, v).flatten(2))
 
     def fused(self, *arguments):
         return self.fused_rows(*arguments).to(torch.float32)
@@ -88,7 +88,7 @@ def test_attention_is_named(asked, value, context):
 @torch.no_grad()
 def test_attention_that_gives_fp8_rows_is_named(asked):
     layer = asked.model.transformer.blocks[1].self_attn
-    layer.o = Fp8MatmulLinear.quantise(layer.o.weight, layer.o.bias, torch.float8_e4m3fn)
+    layer.o = Fp8MatmulLinear.quantize(layer.o.weight, layer.o.bias, torch.float8_e4m3fn)
     rule = Rule(plan=AttentionPlan(main=OverflowingRows(float("nan"))), blocks=frozenset({1}))
     assert "self-attention 'overflowing' in block 1, whose inputs were finite" in message(planned(asked, rule))
 

@@ -261,7 +261,7 @@ def test_fp8_storage_of_the_text_encoder(host, wan_names, tmp_path):
         rounded = (
             name.startswith("blocks.") and value.dim() == 2 and not name.endswith(("embedding.weight", "fc2.weight"))
         )
-        kept = Fp8Linear.quantise(value, None, torch.float8_e4m3fn).expanded(torch.float32) if rounded else value
+        kept = Fp8Linear.quantize(value, None, torch.float8_e4m3fn).expanded(torch.float32) if rounded else value
         expected[name] = kept
     prompt = "a woman is singing a song"
     want = umt5_float64(expected, encoder._tokenizer.encode(prompt), 2, 4)

@@ -8,7 +8,7 @@ import torch
 from comfy_kitchen import from_blocked, swap_nibbles
 from layouts import relative
 from safetensors.torch import load_file, save_file
-from saved_models import quantisable, save_nvfp4
+from saved_models import quantizable, save_nvfp4
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.int8 import Int8Linear
@@ -86,7 +86,7 @@ def save(model, path, make):
     tensors, exact = {}, {}
     for name, value in model.tensors.items():
         tensors[name] = exact[name] = value.float()
-        if quantisable(name, value):
+        if quantizable(name, value):
             layer, beside = make(value.float())
             tensors |= {name: layer.weight.detach()}
             tensors |= {f"{name.removesuffix('.weight')}.{leaf}": t.detach() for leaf, t in beside.items()}
@@ -108,7 +108,7 @@ def test_marked_layers_keep_their_bytes(t2v, kind, tmp_path):
     assert f"{name} (" in str(describe(tmp_path / "m.safetensors", SYSTEMS))
     # Read without a layer, as other models do.
     checkpoint, plain = (open_checkpoint(tmp_path / f"{file}.safetensors") for file in ("m", "exact"))
-    for key in checkpoint.quantised:
+    for key in checkpoint.quantized:
         assert relative(checkpoint.tensor(key), plain.tensor(key)) < 1e-6
     assert set(checkpoint.shapes) == set(plain.shapes)
 
@@ -184,7 +184,7 @@ E4M3 = torch.float8_e4m3fn
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        (ONE, r"quantised in a way .*U8, without"),
+        (ONE, r"quantized in a way .*U8, without"),
         (ONE | {"layer.comfy_quant": mark(format="convrot_w4a4")}, r"INT4 \(ConvRot W4A4\), which this version"),
         (ONE | {"layer.comfy_quant": mark(format="asym_w4a8_int8")}, "W4A8, which this version cannot read"),
         (ONE | {"layer.comfy_quant": mark(format="awq_w4a16")}, "AWQ W4A16, which"),

@@ -11,7 +11,7 @@ from saved_models import save_gguf
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.gguf import GgufLinear
-from wanvideo_wrapper.quantized.linear import QuantisedLinear
+from wanvideo_wrapper.quantized.linear import QuantizedLinear
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
@@ -108,8 +108,8 @@ def test_main_and_module_of_different_formats(main, tmp_path):
     options = replace(FP32, modules=(ModuleFile(tmp_path / f"module.{other}"),))
     loaded = load_wan_model(tmp_path / f"main.{main}", options, HOST, SYSTEMS)
     block = loaded.transformer.blocks[0]
-    assert isinstance(block.self_attn.q, QuantisedLinear) == (main == "gguf")
-    assert isinstance(block.audio_cross_attn.proj, QuantisedLinear) == (main != "gguf")
+    assert isinstance(block.self_attn.q, QuantizedLinear) == (main == "gguf")
+    assert isinstance(block.audio_cross_attn.proj, QuantizedLinear) == (main != "gguf")
 
 
 def test_inspect_names_the_types(t2v, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from saved_models import save_fp8
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantise_rows
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantize_rows
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
@@ -107,7 +107,7 @@ def test_fp8_made_at_load_has_a_scale_a_row(t2v, tmp_path):
     t2v.save(tmp_path / "model.safetensors", torch.float32)
     model = load_wan_model(tmp_path / "model.safetensors", replace(FP32, quantization="fp8_e4m3fn"), HOST, SYSTEMS)
     layer = model.transformer.blocks[1].ffn[0]
-    weight, scale = quantise_rows(t2v.tensors["blocks.1.ffn.0.weight"], torch.float8_e4m3fn)
+    weight, scale = quantize_rows(t2v.tensors["blocks.1.ffn.0.weight"], torch.float8_e4m3fn)
     assert torch.equal(layer.weight.float(), weight.float()) and torch.equal(layer.scale_weight, scale)
     assert 0 < relative(run(model), reference(t2v.tensors)) < 0.05
 

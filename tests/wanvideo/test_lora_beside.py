@@ -9,7 +9,7 @@ import pytest
 import torch
 from lora_files import KINDS, randn, save, spelled
 from torch import nn
-from wanvideo_wrapper.kernels.fp8_rows import quantise
+from wanvideo_wrapper.kernels.fp8_rows import quantize
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
 from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear
 from wanvideo_wrapper.wanvideo.lora import LoraFile, beside
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 STORAGES = {
     "float32": (torch.float32, lambda w, b: plain(w, b, torch.float32), 1e-5),
     "bfloat16": (torch.bfloat16, lambda w, b: plain(w, b, torch.bfloat16), 1e-2),
-    "FP8": (torch.bfloat16, lambda w, b: Fp8Linear.quantise(w, b, torch.float8_e4m3fn), 1e-2),
-    "FP8 in float32": (torch.float32, lambda w, b: Fp8Linear.quantise(w, b, torch.float8_e5m2), 1e-5),
-    "FP8 products": (torch.bfloat16, lambda w, b: Fp8MatmulLinear.quantise(w, b, torch.float8_e4m3fn), 1e-2),
+    "FP8": (torch.bfloat16, lambda w, b: Fp8Linear.quantize(w, b, torch.float8_e4m3fn), 1e-2),
+    "FP8 in float32": (torch.float32, lambda w, b: Fp8Linear.quantize(w, b, torch.float8_e5m2), 1e-5),
+    "FP8 products": (torch.bfloat16, lambda w, b: Fp8MatmulLinear.quantize(w, b, torch.float8_e4m3fn), 1e-2),
     "FP8 products, scale of the file": (torch.bfloat16, lambda w, b: static(w, b), 1e-2),
-    "NVFP4": (torch.bfloat16, Nvfp4Linear.quantise, 1e-2),
-    "NVFP4 in FP8 products": (torch.bfloat16, Nvfp4Fp8Linear.quantise, 1e-2),
-    "NVFP4 products": (torch.bfloat16, Nvfp4MatmulLinear.quantise, 1e-2),
+    "NVFP4": (torch.bfloat16, Nvfp4Linear.quantize, 1e-2),
+    "NVFP4 in FP8 products": (torch.bfloat16, Nvfp4Fp8Linear.quantize, 1e-2),
+    "NVFP4 products": (torch.bfloat16, Nvfp4MatmulLinear.quantize, 1e-2),
 }
 
 
@@ -44,9 +44,9 @@ def plain(weight, bias, dtype):
 
 
 def static(weight, bias):
-    from wanvideo_wrapper.quantized.fp8 import quantise_rows
+    from wanvideo_wrapper.quantized.fp8 import quantize_rows
 
-    return Fp8MatmulLinear(*quantise_rows(weight, torch.float8_e4m3fn), bias, torch.tensor(0.01))
+    return Fp8MatmulLinear(*quantize_rows(weight, torch.float8_e4m3fn), bias, torch.tensor(0.01))
 
 
 class Block(nn.Module):
@@ -106,7 +106,7 @@ def test_every_kind_on_every_storage(kind, storage, device, tmp_path):
     model = Model(storage, count=1).to(device)
     layer, x = model.blocks[0].q, torch.randn(2, 5, K).to(device, dtype)
     base = layer(x)
-    read = quantise(x).to(torch.float64) if getattr(layer, "takes_rows", False) else x.double()
+    read = quantize(x).to(torch.float64) if getattr(layer, "takes_rows", False) else x.double()
     for rank in (4, 8, 32, 128):
         parts, delta = KINDS[kind](values(layer).cpu(), rank)
         file = file_of(tmp_path / f"{rank}.safetensors", spelled("kijai", "blocks.0.q", parts), strength=0.7)
@@ -124,7 +124,7 @@ def test_every_kind_on_every_storage(kind, storage, device, tmp_path):
 def test_rows_that_are_quantized_already(storage, device, tmp_path):
     model = Model(storage, count=1).to(device)
     layer, x = model.blocks[0].q, torch.randn(2, 5, K).to(device, torch.bfloat16)
-    rows = quantise(x)
+    rows = quantize(x)
     base = layer(rows)
     parts, delta = lora_files.pair_alpha(values(layer).cpu(), 32)
     file = file_of(tmp_path / "l.safetensors", spelled("kijai", "blocks.0.q", parts), strength=20.0)

@@ -69,7 +69,7 @@ def test_weights_are_rounded_once(checkpoint, option, kind, tmp_path):
     else:
         kinds = {"fp8_e4m3fn": (Fp8Linear, (torch.float8_e4m3fn,)), "fp4_experimental": (Nvfp4Linear, ())}
         cls, arguments = kinds[option]
-        exact = cls.quantise(want, None, *arguments).expanded(torch.float32)
+        exact = cls.quantize(want, None, *arguments).expanded(torch.float32)
         assert ((layer.expanded(torch.float32) - exact).norm() / exact.norm()).item() < 2e-3
     stored = load_file(checkpoint.path)
     for name, change in ((f"{Q}.bias", bias), (f"{NORM}.weight", norm), (f"{NORM}.bias", bias)):

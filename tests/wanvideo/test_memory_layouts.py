@@ -155,7 +155,7 @@ def test_swapped_blocks_are_aligned(offset):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A model file for each way to read weights: as they are, or as the file quantised them."""
+    """A model file for each way to read weights: as they are, or as the file quantized them."""
     folder, model = tmp_path_factory.mktemp("stored"), tiny.transformer(in_dim=16)
     model.save(folder / "plain.safetensors", torch.float32)
     save_comfy_fp8(model, folder / "fp8.safetensors", input_scale=0.02)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantise_rows
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantize_rows
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import own_model
 from wanvideo_wrapper.wanvideo.extension import Extension
@@ -69,7 +69,7 @@ def test_layers_with_a_plan_are_quantized(path):
     plan = Plan(convert="fp8_e4m3fn", fast=False, device=CPU, base=torch.float32)
     checkpoint, model = load(path, lambda name: plan if name == "toy.inner" else None)
     assert isinstance(model.module.toy.inner, Fp8Linear) and type(model.module.toy.outer) is nn.Linear
-    values, scale = quantise_rows(checkpoint.tensor("toy.inner.weight"), torch.float8_e4m3fn)
+    values, scale = quantize_rows(checkpoint.tensor("toy.inner.weight"), torch.float8_e4m3fn)
     torch.testing.assert_close(model.module.toy.inner.expanded(torch.float32), values.float() * scale)
 
 

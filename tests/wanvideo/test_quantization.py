@@ -9,19 +9,19 @@ import torch
 from layouts import relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from saved_models import quantisable, save_comfy_fp8, save_fp8, save_gguf, save_nvfp4
+from saved_models import quantizable, save_comfy_fp8, save_fp8, save_gguf, save_nvfp4
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk.extension import AudioWindow
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
-from wanvideo_wrapper.quantized.linear import QuantisedLinear
+from wanvideo_wrapper.quantized.linear import QuantizedLinear
 from wanvideo_wrapper.quantized.nvfp4 import (
     Nvfp4Fp8Linear,
     Nvfp4Linear,
     Nvfp4MatmulLinear,
-    quantise_nvfp4,
+    quantize_nvfp4,
     runs_fp4,
     values_of,
 )
@@ -94,7 +94,7 @@ def test_from_bf16(plain, option, device):
     model = load_wan_model(path, replace(FP32, quantization=option), StandaloneHost(device=device), SYSTEMS)
     assert kinds(model) == {kind}
     kept = [m for n, m in model.transformer.named_modules() if keeps_precision(n) or not n.startswith("blocks.")]
-    assert not any(isinstance(module, QuantisedLinear) for module in kept)
+    assert not any(isinstance(module, QuantizedLinear) for module in kept)
     assert relative(run(model, device), want) < tolerance
 
 
@@ -183,7 +183,7 @@ def test_nvfp4_file(t2v, option, header, tmp_path):
     assert kinds(model) == {Nvfp4Fp8Linear if option.endswith("fast") else Nvfp4Linear}
     layer, stored = model.transformer.blocks[0].self_attn.o, load_file(path)
     assert torch.equal(layer.weight, stored["blocks.0.self_attn.o.weight"])
-    tensors = {n: values_of(quantise_nvfp4(v)) if quantisable(n, v) else v for n, v in t2v.tensors.items()}
+    tensors = {n: values_of(quantize_nvfp4(v)) if quantizable(n, v) else v for n, v in t2v.tensors.items()}
     replace(t2v, tensors=tensors).save(tmp_path / "expanded.safetensors", torch.float32)
     want = run(load_wan_model(tmp_path / "expanded.safetensors", FP32, HOST, SYSTEMS))
     assert relative(run(model), want) < (0.06 if option.endswith("fast") else 0.02)
@@ -330,7 +330,7 @@ def test_merged_loras_are_rounded_once(t2v, option, scaled, tmp_path):
     exact = plain.weight if scaled is None else plain.expanded(torch.float32)
     change = read_lora(files[0], base).changes["blocks.1.self_attn.q"][0].delta(exact.shape)
     arguments = () if option.startswith("fp4") else (layer.weight.dtype,)
-    want = type(layer).quantise(exact + 2 * change, None, *arguments)
+    want = type(layer).quantize(exact + 2 * change, None, *arguments)
     assert change.norm() > 0 and relative(layer.expanded(torch.float64), want.expanded(torch.float64)) < 2e-3
 
 

@@ -1,4 +1,4 @@
-"""What files may say of their quantised weights: shapes of scales, marks, padding; what cannot be read is named."""
+"""What files may say of their quantized weights: shapes of scales, marks, padding; what cannot be read is named."""
 
 import json
 import logging
@@ -8,11 +8,11 @@ import pytest
 import torch
 from layouts import relative
 from safetensors.torch import load_file, save_file
-from saved_models import quantisable, save_fp8, save_nvfp4
+from saved_models import quantizable, save_fp8, save_nvfp4
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
-from wanvideo_wrapper.quantized.nvfp4 import quantise_nvfp4, values_of
+from wanvideo_wrapper.quantized.nvfp4 import quantize_nvfp4, values_of
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.assign import assign
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
@@ -135,7 +135,7 @@ def test_nvfp4_that_was_filled_up_to_whole_blocks(t2v, width, option, tolerance,
     save_nvfp4(model, tmp_path / "filled.safetensors")
     assert load_file(tmp_path / "filled.safetensors")["blocks.0.ffn.2.weight"].shape == (128, 224 / 2)
     exact = {
-        k: values_of(quantise_nvfp4(v))[: v.shape[0], : v.shape[1]] if quantisable(k, v) else v.bfloat16().float()
+        k: values_of(quantize_nvfp4(v))[: v.shape[0], : v.shape[1]] if quantizable(k, v) else v.bfloat16().float()
         for k, v in model.tensors.items()
     }
     replace(model, tensors=exact).save(tmp_path / "exact.safetensors", torch.float32)
@@ -148,7 +148,7 @@ def test_nvfp4_that_was_filled_up_to_whole_blocks(t2v, width, option, tolerance,
 
 
 def save_one_nvfp4(weight, path):
-    q, mark = quantise_nvfp4(weight), torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    q, mark = quantize_nvfp4(weight), torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     scales = {"layer.weight_scale": q.block_scale, "layer.weight_scale_2": q.scale, "layer.comfy_quant": mark}
     save_file({"layer.weight": q.codes, **scales}, path)
     return values_of(q)

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.fp8_rows import ROWS_DTYPE, Fp8Rows, padded_size, quantise
-from ...quantized.fp8 import quantise_rows, rows_product
-from ...quantized.linear import QuantisedLinear, frozen, padded, weight_shape
+from ...kernels.fp8_rows import ROWS_DTYPE, Fp8Rows, padded_size, quantize
+from ...quantized.fp8 import quantize_rows, rows_product
+from ...quantized.linear import QuantizedLinear, frozen, padded, weight_shape
 from .file import LoraFile
 from .kinds import Change, Pair
 from .reading import read_lora
@@ -173,7 +173,7 @@ class _Slots:
 
     def _attach_layer(self, layer: nn.Module, changes: Sequence[tuple[int, Change]]) -> None:
         shape = weight_shape(layer)
-        dtype = self._dtype if isinstance(layer, QuantisedLinear) else layer.weight.dtype
+        dtype = self._dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
         pairs: list[tuple[int, Pair]] = []
         gains, dense, biases = [], [], []
         for index, change in changes:
@@ -230,13 +230,13 @@ class _Slots:
 
 def _values(layer: nn.Module) -> Tensor:
     """The weight of a layer in any storage, float32 in its shape."""
-    return layer.expanded(torch.float32) if isinstance(layer, QuantisedLinear) else layer.weight.float()
+    return layer.expanded(torch.float32) if isinstance(layer, QuantizedLinear) else layer.weight.float()
 
 
 def _in_two(t: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """A matrix as the sum of two in FP8: values, and scales of their rows."""
     for _ in range(2):
-        values, scale = quantise_rows(t, ROWS_DTYPE)
+        values, scale = quantize_rows(t, ROWS_DTYPE)
         yield values, scale
         t = t - values.float() * scale
 
@@ -259,7 +259,7 @@ def _with_slots(kind: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, x: Tensor | Fp8Rows) -> Tensor:
         if isinstance(x, Tensor) and getattr(self, "takes_rows", False):
-            x = quantise(x)
+            x = quantize(x)
         return _added(self, x, kind.forward(self, x))
 
     return type(f"{kind.__name__}WithLora", (kind,), {"forward": forward})

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...quantized.linear import QuantisedLinear
+from ...quantized.linear import QuantizedLinear
 from ..assign import read
 from ..checkpoint import Checkpoint
 from .file import LoraFile
@@ -47,7 +47,7 @@ class MergedLoras:
         layers = dict(model.named_modules())
         for name, changes in self._changes.items():
             parameter = f"{name}.weight" if name in layers else name
-            if not isinstance(layers.get(name), QuantisedLinear):
+            if not isinstance(layers.get(name), QuantizedLinear):
                 self._add(model, parameter, self._total(name, parameter))
             biases = [strength * change.bias for strength, change in changes if change.bias is not None]
             self._add(model, f"{name}.bias", sum(biases) if biases else None)

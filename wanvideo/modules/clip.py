@@ -65,7 +65,7 @@ class ClipVision:
 
 
 def preprocess(images: Tensor, size: int, *, crop: bool) -> Tensor:
-    """Images [N, H, W, C] in 0..1 -> normalised pixels [N, 3, size, size], bicubic, rounded to 8 bits."""
+    """Images [N, H, W, C] in 0..1 -> normalized pixels [N, 3, size, size], bicubic, rounded to 8 bits."""
     pixels = images[..., :3].float().movedim(-1, 1)
     height, width = pixels.shape[2:]
     target = (size, size)

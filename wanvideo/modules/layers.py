@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.fp8_rows import Fp8Rows, gelu_quantise, norm_quantise
+from ...kernels.fp8_rows import Fp8Rows, gelu_quantize, norm_quantize
 from ...kernels.modulated_norm import norm_modulate
 from ...kernels.norm_rope_fp8 import norm_rope
 from ...kernels.rope import apply_rope
@@ -69,16 +69,16 @@ def modulate(
     Rounded once: to FP8 rows where all `readers`, the linear layers that take it, read them; else to x's dtype.
     """
     if readers and all_take_rows(readers):
-        return norm_quantise(x, 1 + scale, shift, norm.eps)
+        return norm_quantize(x, 1 + scale, shift, norm.eps)
     if _runs_fused(x):
         return norm_modulate(x, 1 + scale, shift, norm.eps)
     return torch.addcmul(shift, norm.widened(x), 1 + scale).to(x.dtype)
 
 
-def normalise(norm: WanLayerNorm, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor | Fp8Rows:
+def normalize(norm: WanLayerNorm, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor | Fp8Rows:
     """norm(x) for a norm with weights, rounded as in `modulate`."""
     if readers and all_take_rows(readers):
-        return norm_quantise(x, norm.weight.float(), norm.bias.float(), norm.eps)
+        return norm_quantize(x, norm.weight.float(), norm.bias.float(), norm.eps)
     if _runs_fused(x):
         return norm_modulate(x, norm.weight.float(), norm.bias.float(), norm.eps)
     return norm(x)
@@ -98,7 +98,7 @@ class FeedForward(nn.Sequential):
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """[..., C] -> [..., C]."""
         hidden = self[0](x)
-        return self[2](gelu_quantise(hidden) if all_take_rows((self[2],)) else self[1](hidden))
+        return self[2](gelu_quantize(hidden) if all_take_rows((self[2],)) else self[1](hidden))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from .layers import (
     WanRMSNorm,
     gated_residual,
     modulate,
-    normalise,
+    normalize,
     per_token,
     placed_heads,
     sinusoidal_embedding,
@@ -69,7 +69,7 @@ class WanSelfAttention(nn.Module):
         return self.o(out if isinstance(out, Fp8Rows) else out.flatten(2).contiguous())
 
     def readers(self) -> tuple[nn.Module, ...]:
-        """The linear layers that read the normalised video tokens."""
+        """The linear layers that read the normalized video tokens."""
         return self.q, self.k, self.v
 
     def forward(
@@ -160,7 +160,7 @@ class WanAttentionBlock(nn.Module):
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
         x = gated_residual(x, y, gate)
 
-        y, hooks = self.cross_attn(normalise(self.norm3, x, self.cross_attn.readers()), inputs, hooks, self)
+        y, hooks = self.cross_attn(normalize(self.norm3, x, self.cross_attn.readers()), inputs, hooks, self)
         x, _ = run_hooks("after_cross_attn", self, x + y, hooks)
 
         y = self.ffn(modulate(self.norm2, x, ffn_shift, ffn_scale, (self.ffn[0],)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...quantized.fp8 import Fp8Linear
 from ...quantized.gguf import GgufEmbedding
-from ...quantized.linear import QuantisedLinear
+from ...quantized.linear import QuantizedLinear
 from ...quiet_imports import kernels_hidden
 from ..assign import check, fill, layer_count, read
 from ..checkpoint import Checkpoint, open_checkpoint
@@ -178,7 +178,7 @@ def _compress(
         model.shared = model.encoder.embed_tokens = GgufEmbedding(checkpoint.stored(key).values, form, dtype)
 
 
-def _compressed(layer: nn.Linear, checkpoint: Checkpoint, key: str, fp8: bool) -> QuantisedLinear | None:
+def _compressed(layer: nn.Linear, checkpoint: Checkpoint, key: str, fp8: bool) -> QuantizedLinear | None:
     """fp8: whether to store other weights in it. transformers casts activations to the dtype of a `wo` layer's weight,
     so that those stay as they are."""
     form = checkpoint.formats[key]
@@ -189,7 +189,7 @@ def _compressed(layer: nn.Linear, checkpoint: Checkpoint, key: str, fp8: bool) -
     if form.startswith("F8_E4M3"):
         found = checkpoint.stored(key)
         return Fp8Linear(found.values, found.scale, None)
-    return Fp8Linear.quantise(read(checkpoint, key, layer.weight.shape), None, torch.float8_e4m3fn)
+    return Fp8Linear.quantize(read(checkpoint, key, layer.weight.shape), None, torch.float8_e4m3fn)
 
 
 class _Names(Mapping[str, str]):

@@ -1,6 +1,6 @@
 """The Wan 2.1 and 2.2 video autoencoders: diffusers' AutoencoderKLWan behind the published key names.
 
-Video is [3, F, H, W] in -1..1 with F = 4n+1; latents are [z, n+1, h, w], normalised per channel. Both directions run
+Video is [3, F, H, W] in -1..1 with F = 4n+1; latents are [z, n+1, h, w], normalized per channel. Both directions run
 chunk by chunk with the model's causal cache, so device memory does not grow with the length.
 Source: Wan-Video/Wan2.1, Wan-Video/Wan2.2 (architecture, latent statistics), huggingface/diffusers (modules).
 """
@@ -106,7 +106,7 @@ class WanVAE:
         return self.layout.spatial_factor
 
     def encode(self, video: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Tensor:
-        """Video [3, F, H, W] in -1..1 -> normalised latents [z, (F - 1) / 4 + 1, h, w], float32 on the CPU.
+        """Video [3, F, H, W] in -1..1 -> normalized latents [z, (F - 1) / 4 + 1, h, w], float32 on the CPU.
 
         The mean of the posterior, as the models were trained on. quiet: no progress bar. Raises ValueError if F is not
         4n+1 or a side does not divide by the spatial factor.
@@ -132,7 +132,7 @@ class WanVAE:
         return torch.cat((self.encode(video[:, :-1], tile=tile), self.encode(video[:, -1:], tile=tile)), dim=1)
 
     def decode(self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Tensor:
-        """Normalised latents [z, F, h, w] -> video [3, 4 (F - 1) + 1, H, W] in about -1..1, float32 on the CPU.
+        """Normalized latents [z, F, h, w] -> video [3, 4 (F - 1) + 1, H, W] in about -1..1, float32 on the CPU.
 
         quiet: no progress bar. Raises ValueError if the latents are not this VAE's.
         """
