@@ -172,7 +172,8 @@ def test_blocks_of_other_systems_run_the_hooks_of_weightless_ones(weightless):
         def self_attn_output(self, block, y, cond):
             return y * cond.value, cond
 
-    Halves.weightless = weightless
+    if weightless:
+        Halves.weightless = True
 
     @dataclass(frozen=True)
     class Acts(Payload):
