@@ -121,10 +121,8 @@ def _cast(kind: str, value: object) -> object:
     if isinstance(value, list | dict):
         raise TypeError
     if kind == "BOOLEAN" and isinstance(value, str):
-        # bool("false") is True.
-        if value.lower() not in BOOLEANS:
-            raise ValueError
-        return BOOLEANS[value.lower()]
+        # bool("false") is True. Other text, left there by shifted widgets of older graphs, counts as in ComfyUI.
+        return BOOLEANS.get(value.lower(), bool(value))
     return CASTS[kind](value)
 
 
@@ -144,6 +142,8 @@ def from_text(entry: Input, text: str, where: str) -> object:
     """A value typed by the user as its input's type. Raises ValueError if it does not fit or the input needs a link."""
     if not isinstance(entry.kind, list) and entry.kind not in CASTS:
         raise ValueError(f"{where}: '{entry.name}' takes a link ({entry.kind}), not a value.")
+    if entry.kind == "BOOLEAN" and text.lower() not in BOOLEANS:
+        raise ValueError(f"{where}: '{entry.name}' must be true or false, not {_shown(text)}.")
     return checked(entry, text, where)
 
 

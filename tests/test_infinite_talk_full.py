@@ -14,6 +14,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.multitalk.loop import talk_kind
 from wanvideo_wrapper.wanvideo.request import TextEmbeds
 
 CHECKPOINT = "eedy_Wan2_IceCannon2.1_InfiniteTalk.safetensors"
@@ -49,7 +50,7 @@ def talk(quantization, attention, size):
     """Frames [81, size, size, 3] in 0..1, the sampler's output, and the speech nodes' frame count."""
     precision = "fp32" if get_host().device().type == "cpu" else "bf16"
     (model,) = N["WanVideoModelLoader"]().loadmodel(CHECKPOINT, precision, quantization, "offload_device", attention)
-    assert model.talk_kind == "infinitetalk"
+    assert talk_kind(model) == "infinitetalk"
     (vae,) = N["WanVideoVAELoader"]().loadmodel("vae.safetensors", precision)
     (wav2vec,) = N["Wav2VecModelLoader"]().loadmodel("w.safetensors", "fp32", "main_device")
     rng = np.random.default_rng(7)
