@@ -218,7 +218,9 @@ def test_text_nodes_and_the_disk_cache(host, monkeypatch):
     (direct,) = N["WanVideoTextEncode"]().process("a person | a song", "bad", t5)
     assert all(torch.equal(a, b) for a, b in zip(direct.positive, both.positive, strict=True))
     (single,) = N["WanVideoTextEncodeSingle"]().process("a person", t5, use_disk_cache=True)
-    assert torch.equal(single.positive[0], both.positive[0]) and single.negative == ()
+    # Alone or among other prompts: the same up to the order of sums, which depends on the threads.
+    torch.testing.assert_close(single.positive[0], both.positive[0])
+    assert single.negative == ()
     (direct_encoder,) = N["LoadWanVideoT5TextEncoder"]().loadmodel("t5.safetensors", "fp32")
     calls = []
     monkeypatch.setattr(t5, "encode", lambda prompts, **o: calls.append(prompts))
