@@ -1,6 +1,6 @@
 """The loop over a schedule: noise to latents, with hooks around each step and a guard against NaN.
 
-The plain sampler (`sampling.py`) and the long talking video (`../multitalk/window.py`) run it. Latents are [C, F, H, W]
+The plain sampler (`sampling.py`) and loops of windows run it. Latents are [C, F, H, W]
 float32.
 """
 

@@ -51,7 +51,7 @@ class ModuleFile:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What the loader node asks for. modules: files whose weights belong to the model (MultiTalk, InfiniteTalk)."""
+    """What the loader node asks for. modules: files whose weights belong to the model."""
 
     base_dtype: torch.dtype
     quantization: str = "disabled"
