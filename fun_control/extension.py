@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.conditioning import Payload, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import ModelInputs, Tokens, video_tokens
@@ -35,13 +35,17 @@ class ControlSignal(Payload):
     end: float = 1.0
     needs: ClassVar[str] = (
         "This model has no channels for a control video: load a Fun Control model (its patch_embedding.weight reads 48 "
-        "or 52 channels; 148 for the 5B)."
+        "or 52 channels; 148 for the 5B), or connect a control LoRA to WanVideoModelLoader."
     )
     fills_channels: ClassVar[bool] = True
 
     def window(self, window: Window) -> Self:
         """The frames of the window."""
         return self if self.video is None else replace(self, video=part_of(window, self.video, "control video"))
+
+    def fills(self, step: Step) -> bool:
+        """In the part of the steps in which the video controls."""
+        return self.video is not None and step.within(self.start, self.end)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Latents stay in float32 until the model's convolutions read them."""
@@ -109,7 +113,7 @@ class FunControl(Extension):
         """
         channels = model.config.out_dim
         control = latents.new_zeros(1, channels, *latents.shape[2:])
-        if payload.video is not None and inputs.step.within(payload.start, payload.end):
+        if payload.fills(inputs.step):
             if payload.video.shape[1:] != control.shape[1:]:
                 raise ValueError(
                     f"The control video has latents {tuple(payload.video.shape[1:])} but the video has "

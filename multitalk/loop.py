@@ -108,7 +108,7 @@ def _make(windows: list[Window], request: SampleRequest, host: Host, footage: Fo
         maker.take_over(handover)
     steps = len(request.schedule)
     with host.progress(len(windows) * steps, "Sampling") as progress:
-        watcher = LoopWatcher(host, progress, request.model.set_step, done=done * steps, windows=windows, steps=steps)
+        watcher = LoopWatcher(host, progress, request.set_step, done=done * steps, windows=windows, steps=steps)
         for window in windows[done:]:
             watcher.start(window)
             with _broken_off(window, windows, footage, host):

@@ -31,9 +31,9 @@ class Runs:
     def __exit__(self, *_):
         set_host(self.before)
 
-    def sample(self, *, prompts=1, frames=9, **options):
+    def sample(self, *, prompts=1, frames=9, image_embeds=None, **options):
         """Latents [16, F, 4, 4] of the prompts 1 to `prompts` against the negative prompt 0."""
-        (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, frames)
+        embeds = image_embeds or N["WanVideoEmptyEmbeds"]().process(32, 32, frames)[0]
         texts = tuple(map(prompt, range(1, prompts + 1)))
         text = TextEmbeds(positive=texts, negative=(prompt(0),), payloads=segments(texts))
         settings = dict(steps=STEPS, cfg=3.0, shift=5.0, seed=1, force_offload=True, scheduler="euler")

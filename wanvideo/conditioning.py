@@ -106,6 +106,10 @@ class Payload:
         """The passes of this step under the text scale `scale`; None leaves them to others."""
         return None
 
+    def fills(self, step: Step) -> bool:
+        """Whether its condition channels hold anything in this step: control LoRAs, which read them, wait for it."""
+        return True
+
     def active(self) -> AbstractContextManager[object]:
         """Entered for as long as the model is on the device: holds modules of the payload's own there."""
         return _nothing_to_hold()

@@ -27,7 +27,7 @@ from .compilation import CompileArgs, compiled
 from .conditioning import Payload
 from .config import WanConfig
 from .families import TRANSFORMER, Kind
-from .lora import LoraFile, MergedLoras, beside
+from .lora import LoraFile, MergedLoras, beside, widening
 from .modules.model import WanModel
 from .quantization import Plan, describe, plan_of, say_what_is_overruled
 from .systems import Systems
@@ -102,10 +102,13 @@ class WanVideoModel:
         sizes = zip(latent_size, self.config.patch_size, strict=True)
         self.attention.try_out(self.attention_spec, math.prod(size // patch for size, patch in sizes), batch)
 
-    def set_step(self, index: int) -> None:
-        """Strengths of per-step LoRAs for the step that comes, counted from 0 in the run."""
+    def set_step(self, index: int, *, filled: bool = True) -> None:
+        """Strengths of LoRAs beside the weights for the step that comes, counted from 0 in the run.
+
+        filled: whether its payloads fill the channels that control LoRAs read.
+        """
         for listener in self._listeners:
-            listener.set_step(index)
+            listener.set_step(index, filled=filled)
 
     @contextmanager
     def active(self) -> Iterator[WanModel]:
@@ -153,9 +156,13 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
         device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
     )
     attention = plan_for(options.attention_mode, spec)
+    loras, channels = widening.marked(options.loras, config)
     with torch.device("meta"):
-        model = WanModel(config, systems.detect(checkpoint.shapes))
-    report = _fill(model, checkpoint, plan, [file for file in options.loras if file.merge])
+        model = WanModel(config, systems.detect(_shapes(checkpoint, channels)))
+    report = _fill(model, checkpoint, plan, [file for file in loras if file.merge])
+    if channels > config.in_dim:
+        widening.widen(model.patch_embedding, channels)
+        model.config = replace(config, in_dim=channels)
     watch(model)
     placement = Placement(model, host.offload_device())
     placement.swap = options.block_swap
@@ -171,7 +178,7 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
         report=report,
         attention=attention,
         attention_spec=spec,
-        loras=tuple(file for file in options.loras if not file.merge),
+        loras=tuple(file for file in loras if not file.merge),
         block_swap=options.block_swap,
     )
 
@@ -225,6 +232,12 @@ def with_aliases(checkpoint: Checkpoint, systems: Systems) -> Checkpoint:
     return checkpoint.renamed(rename)
 
 
+def _shapes(checkpoint: Checkpoint, channels: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors, the patch embedding's as it is once it reads so many channels."""
+    dim, _, *patch = checkpoint.shapes["patch_embedding.weight"]
+    return {**checkpoint.shapes, "patch_embedding.weight": (dim, channels, *patch)}
+
+
 def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[LoraFile]) -> LoadReport:
     names = {name: name for name, _ in model.named_parameters()}
     report = check(model, checkpoint, names, what=TRANSFORMER)
@@ -268,4 +281,5 @@ def with_loras(model: WanVideoModel, files: Sequence[LoraFile]) -> WanVideoModel
             f"The LoRA {merged.path.name} has merge_loras on, which only works in WanVideoModelLoader: turn it off, or "
             "connect the LoRA to the loader."
         )
+    widening.refuse_wide(files, model.config)
     return replace(model, loras=tuple(files))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from .conditioning import Payload
+from .conditioning import Payload, Step
 from .guidance import Guidance, per_step
 from .loading import WanVideoModel
 from .modifier import Modifier
@@ -107,6 +107,11 @@ class SampleRequest:
         text = () if self.text is None else self.text.payloads
         payloads = (*self.image.payloads, *text, *self.payloads, *self.model.payloads)
         return tuple(payload.fitted(self.model.config) for payload in payloads)
+
+    def set_step(self, index: int) -> None:
+        """Tell the model's LoRAs which step of this run comes."""
+        step = Step(index=self.schedule.first_index + index, total=self.schedule.total, in_run=index)
+        self.model.set_step(index, filled=all(payload.fills(step) for payload in self.all_payloads))
 
     @property
     def guidance(self) -> Guidance:

@@ -108,7 +108,7 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
                 hooks=start.hooks,
                 modifiers=request.modifiers,
                 clean_frames=start.clean_frames,
-                watcher=RunWatcher(host, progress, request.model.set_step),
+                watcher=RunWatcher(host, progress, request.set_step),
             )
     finally:
         if request.force_offload:
@@ -122,7 +122,8 @@ def _check_channels(request: SampleRequest) -> None:
     if expected and not any(payload.encoded or payload.fills_channels for payload in request.all_payloads):
         raise ValueError(
             f"This model reads {expected} channels of encoded images besides the noise, but none are connected: use "
-            "WanVideoImageToVideoEncode, or load a text-to-video model."
+            "WanVideoImageToVideoEncode (for a control model or LoRA, WanVideoControlEmbeds), or load a text-to-video "
+            "model."
         )
 
 
@@ -230,9 +231,7 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
             log.info("The video is not longer than context_frames, so context_options have no effect.")
         whole = whole_window(frames, *references)
         parts = tuple(part for p in conditions.payloads if (part := p.window(whole)) is not None)
-        return make_denoiser(
-            request, transformer, host=host, conditions=replace(conditions, payloads=parts)
-        )
+        return make_denoiser(request, transformer, host=host, conditions=replace(conditions, payloads=parts))
     return WindowedDenoiser(
         conditions,
         options=context,

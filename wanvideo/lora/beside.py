@@ -61,9 +61,9 @@ class Beside:
             self._scales[entries] = self._values(entries).to(self._device)
         return self._scales[entries]
 
-    def set_step(self, step: int) -> None:
-        """Strengths of this step, counted from 0."""
-        wanted = tuple(file.at(step) for file in self._files)
+    def set_step(self, step: int, *, filled: bool = True) -> None:
+        """Strengths of this step, counted from 0. filled: whether what control LoRAs read holds anything in it."""
+        wanted = tuple(file.at(step) if filled or not file.widens else 0.0 for file in self._files)
         if wanted == self._now:
             return
         self._now = wanted

@@ -15,7 +15,8 @@ class LoraFile:
     None for all; layers outside blocks always are. skip_layers: parts of names of layers that are not. merge: into the
     weights at load, else beside them. claimed: shell patterns of the layers that another system takes from the file
     (`reading.open_lora` gives it the tensors), such as "patch_embedding" or, for Stand-In's pairs, "*_loras"; they are
-    neither used here nor left out.
+    neither used here nor left out. widens: it works only in steps whose payloads fill the channels that it adds
+    (widening.py).
     """
 
     path: Path
@@ -24,6 +25,7 @@ class LoraFile:
     skip_layers: tuple[str, ...] = ()
     merge: bool = True
     claimed: tuple[str, ...] = ()
+    widens: bool = False
 
     def at(self, step: int) -> float:
         """Strength at a step; a list that is too short goes on with its last value."""
