@@ -10,6 +10,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from wanvideo_wrapper.host import CancelledError, StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import MEAN_FIELD, STD_FIELD, Tile, load_vae
+from wanvideo_wrapper.wanvideo.modules.vae_stream import VaeStream
 
 KEYS = Path(__file__).resolve().parents[1] / "data" / "checkpoints"
 # Widths from the first number on are divided by the second: base width 8, everything else as published.
@@ -252,32 +253,37 @@ def test_half_precision(vae, path, dtype):
     assert_close(half.encode(video), vae.encode(video), tolerance=0.1)
 
 
-def test_frames_are_handed_over_as_they_are_made(vae):
-    latents = latents_of(vae, 4)
-    events = []
-    hook = vae.model.decoder.register_forward_hook(lambda *call: events.append("made"))
-    try:
-        for frames in vae.decode_chunks(latents):
-            events.append(frames)
-    finally:
-        hook.remove()
-    assert events[::2] == ["made"] * 4
-    assert [frames.shape[1] for frames in events[1::2]] == [1, 4, 4, 4]
-    assert torch.equal(torch.cat(events[1::2], dim=1), vae.decode(latents))
-
-
-def test_no_call_sees_more_than_a_chunk(vae):
+@pytest.fixture
+def chunks(monkeypatch):
+    """Frames of every chunk that goes through an encoder or a decoder."""
     seen = []
-    hooks = [
-        side.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[2]))
-        for side in (vae.model.encoder, vae.model.decoder)
-    ]
-    try:
-        vae.decode(vae.encode(video_of(vae, 13)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert seen == [1, 4, 4, 4, 1, 1, 1, 1]
+
+    def noting(name):
+        forward = getattr(VaeStream, name)
+
+        def call(self, module, chunk):
+            seen.append(chunk.shape[2])
+            return forward(self, module, chunk)
+
+        monkeypatch.setattr(VaeStream, name, call)
+
+    noting("encode")
+    noting("decode")
+    return seen
+
+
+def test_frames_are_handed_over_as_they_are_made(vae, chunks):
+    latents, made, frames = latents_of(vae, 4), [], []
+    for chunk in vae.decode_chunks(latents):
+        frames.append(chunk)
+        made.append(len(chunks))
+    assert made == [1, 2, 3, 4] and [chunk.shape[1] for chunk in frames] == [1, 4, 4, 4]
+    assert torch.equal(torch.cat(frames, dim=1), vae.decode(latents))
+
+
+def test_no_call_sees_more_than_a_chunk(vae, chunks):
+    vae.decode(vae.encode(video_of(vae, 13)))
+    assert chunks == [1, 4, 4, 4, 1, 1, 1, 1]
 
 
 class CancellingHost(StandaloneHost):

@@ -23,7 +23,9 @@ from ...quiet_imports import kernels_hidden
 from ..assign import assign
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..frames import VAE_TIME_STRIDE, latent_frames, round_frames
+from .hand_over import to_device, to_host
 from .vae_keys import VaeLayout, file_names, read_layout
+from .vae_stream import VaeStream
 
 if TYPE_CHECKING:
     from ...host import Host
@@ -83,17 +85,12 @@ class WanVAE:
     def __init__(
         self, model: nn.Module, layout: VaeLayout, statistics: tuple[Tensor, Tensor], *, dtype: torch.dtype, host: Host
     ) -> None:
-        causal_conv = _diffusers_wan().WanCausalConv3d
         self.model = model
         self.layout = layout
         self.dtype = dtype
         self.managed = host.manage(model)
         self._host = host
         self._mean, self._std = (s.float().view(-1, 1, 1, 1) for s in statistics)
-        self._convs = {
-            side: sum(isinstance(m, causal_conv) for m in getattr(model, side).modules())
-            for side in ("encoder", "decoder")
-        }
 
     @property
     def latent_channels(self) -> int:
@@ -202,7 +199,7 @@ class WanVAE:
         bar = self._host.progress(len(regions) * count, label) if label else nullcontext()
         with bar as progress:
             for number, (region, source) in enumerate(zip(regions, sources, strict=True)):
-                for index, chunk in enumerate(chunks_of(source, device)):
+                for index, chunk in enumerate(to_host(chunks_of(source, device))):
                     if progress is not None:
                         progress.update(number * count + index + 1)
                     if len(regions) == 1:
@@ -217,23 +214,19 @@ class WanVAE:
 
     def _encode_chunks(self, video: Tensor, device: torch.device) -> Iterator[Tensor]:
         """Posterior means [z, 1, h, w]: of the first frame, then of four frames at a time."""
-        patchify = _diffusers_wan().patchify
-        cache: list[Tensor | str | None] = [None] * self._convs["encoder"]
+        patchify, stream = _diffusers_wan().patchify, VaeStream()
         for chunk in video.split([1] + [VAE_TIME_STRIDE] * (latent_frames(video.shape[1]) - 1), dim=1):
             self._host.check_cancelled()
-            pixels = patchify(chunk[None].to(device, self.dtype).contiguous(), self.layout.patch)
-            moments = self.model.quant_conv(self.model.encoder(pixels, feat_cache=cache, feat_idx=[0]))
-            yield moments[0, : self.latent_channels].float().cpu().contiguous()
+            pixels = patchify(to_device(chunk[None], device).to(self.dtype), self.layout.patch)
+            yield self.model.quant_conv(stream.encode(self.model.encoder, pixels))[0, : self.latent_channels]
 
     def _decode_chunks(self, raw: Tensor, device: torch.device) -> Iterator[Tensor]:
         """Frames [3, f, H, W] of each latent frame: one of the first, four of the others."""
-        unpatchify = _diffusers_wan().unpatchify
-        cache: list[Tensor | str | None] = [None] * self._convs["decoder"]
-        for index, frame in enumerate(raw.split(1, dim=1)):
+        unpatchify, stream = _diffusers_wan().unpatchify, VaeStream()
+        for frame in raw.split(1, dim=1):
             self._host.check_cancelled()
-            latent = self.model.post_quant_conv(frame[None].to(device, self.dtype).contiguous())
-            pixels = self.model.decoder(latent, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
-            yield unpatchify(pixels.contiguous(), self.layout.patch)[0].float().cpu()
+            latent = self.model.post_quant_conv(to_device(frame[None], device).to(self.dtype))
+            yield unpatchify(stream.decode(self.model.decoder, latent).contiguous(), self.layout.patch)[0]
 
 
 class _Span(NamedTuple):
