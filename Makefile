@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Processes that share the tests out; each takes up to 2 GB.
+TEST_JOBS ?= 2
+
 COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 # An interpreter with what ComfyUI needs and this pack; comfy-cli makes it beside ComfyUI or inside.
 COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(COMFYUI_PATH)/../venv/bin/python) $(BIN)/python)
@@ -14,7 +17,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/wanvideo demo
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 fuzz: $(VENV)/.installed
 	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz

@@ -1,10 +1,19 @@
 """Markers: a test that needs hardware is skipped, with the reason, where the machine lacks it."""
 
+import os
+
 import pytest
 import torch
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 NEEDS = {"cuda": (0, 0), "sm89": (8, 9), "sm100": (10, 0)}
+
+
+def pytest_configure(config):
+    """Processes of pytest-xdist share the cores: more threads than cores would make each of them slower."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
 
 
 def pytest_collection_modifyitems(items):
