@@ -8,7 +8,7 @@ from layouts import relative
 from wanvideo_wrapper import kernels
 from wanvideo_wrapper.kernels.channel_rows import add_biased, norm_silu
 
-TOLERANCES = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
+TOLERANCES = {torch.bfloat16: 5e-3, torch.float16: 5e-4, torch.float32: 1e-6}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 LAYOUT = torch.channels_last_3d
 

@@ -100,7 +100,7 @@ class FakeModel:
     def try_attention(self, latent_size, batch):
         self.tried = tuple(latent_size)
 
-    def set_step(self, index):
+    def set_step(self, index, *, filled=True):
         self.events.append(index)
 
     def release(self):

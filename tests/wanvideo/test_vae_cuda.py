@@ -47,7 +47,8 @@ def test_memory_does_not_grow_with_the_length(path):
     vae = load_vae(path, dtype=torch.bfloat16, host=StandaloneHost(device="cuda"))
     short, long = latents_of(4, 32, 32), latents_of(24, 32, 32)
     vae.decode(short)
-    assert peak_of(lambda: vae.decode(long)) < peak_of(lambda: vae.decode(short)) + MIB
+    # A chunk of four frames in float32 is 3 MiB; one more of them may be on its way to the host.
+    assert peak_of(lambda: vae.decode(long)) < peak_of(lambda: vae.decode(short)) + 4 * MIB
     short, long = (torch.zeros(3, frames, 256, 256) for frames in (13, 93))
     assert peak_of(lambda: vae.encode(long)) < peak_of(lambda: vae.encode(short)) + MIB
 
