@@ -17,6 +17,8 @@ from ..kernels.fp8_rows import Fp8Rows
 from . import packages
 
 Capability = tuple[int, int]
+# Makes queries, keys or values when it is called.
+Projection = Callable[[], Tensor]
 Span = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -49,11 +51,14 @@ class AttentionCall(NamedTuple):
 class FusedAttention(ABC):
     """A backend that also takes queries and keys as the linear layers give them, to norm and turn them itself.
 
-    Its forms are called where no extension reads or replaces q, k and v.
+    Its forms are called where no extension reads or replaces q, k and v. They ask for each projection when they need
+    it, so that one is freed before the next is made.
     """
 
     @abstractmethod
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor) -> Tensor:
+    def fused(
+        self, q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+    ) -> Tensor:
         """Projections q, k [B, L, C], v [B, L, H, D] -> [B, L, H, D].
 
         norm_q, norm_k: WanRMSNorm (`weight` [C], `eps`), over all heads at once; rope [L or (B, L), D/2, 2] cosine and
@@ -62,7 +67,7 @@ class FusedAttention(ABC):
 
     @abstractmethod
     def fused_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+        self, q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
     ) -> Fp8Rows:
         """The same as FP8 rows [B, L, C], where the output projection multiplies in FP8 and nothing else reads them."""
 

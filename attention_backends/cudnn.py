@@ -32,7 +32,7 @@ from ..kernels.norm_rope_fp8 import (
 )
 from ..tensor_layout import check_entry, kernel_ready
 from . import packages
-from .contract import FusedAttention, capability, dotted
+from .contract import FusedAttention, Projection, capability, dotted
 
 log = logging.getLogger("wanvideo")
 
@@ -62,19 +62,22 @@ class CudnnFp8(FusedAttention):
         shift = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1)
         return expand_fp8(*_attention(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor) -> Tensor:
+    def fused(
+        self, q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+    ) -> Tensor:
         """The same from projections q, k [B, L, C], which are normalized, placed and quantized in one pass.
 
         v [B, L, H, D]; norm_q, norm_k: RMS norms over C with `weight` and `eps`; rope [L or (B, L), D/2, 2].
         """
-        return expand_fp8(*_fused(q, k, v, norm_q, norm_k, rope), v.dtype)
+        return expand_fp8(*_fused(q, k, v, norm_q, norm_k, rope))
 
     def fused_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+        self, q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
     ) -> Fp8Rows:
         """The same as FP8 rows [B, L, C], which an output projection in FP8 reads without another rounding."""
-        values, scale = _fused(q, k, v, norm_q, norm_k, rope)
-        return Fp8Rows(values.flatten(2), scale.expand(*values.shape[:2], 1).contiguous(), q.shape[-1], v.dtype)
+        values, scale, dtype = _fused(q, k, v, norm_q, norm_k, rope)
+        rows = values.flatten(2)
+        return Fp8Rows(rows, scale.expand(*rows.shape[:2], 1).contiguous(), rows.shape[-1], dtype)
 
 
 def why_not(device: torch.device, head_dim: int) -> str | None:
@@ -154,13 +157,19 @@ def _cudnn() -> ModuleType:
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
-) -> tuple[Tensor, Tensor]:
-    heads = v.shape[2]
-    shift = norm_rope_mean(k, norm_k.weight, rope, norm_k.eps, heads)
-    placed_q = norm_rope_fp8(q, norm_q.weight, rope, None, norm_q.eps, heads)
-    placed_k = norm_rope_fp8(k, norm_k.weight, rope, shift, norm_k.eps, heads)
-    return _attention(placed_q, placed_k, tensor_fp8(v))
+    q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Values and their scale as in `_attention`, and the dtype of v. One projection is there in 16 bits at a time."""
+    wide = v()
+    heads, dtype, values = wide.shape[2], wide.dtype, tensor_fp8(wide)
+    # Rebinding alone would free it only once the next one is made.
+    del wide
+    wide = k()
+    shift = norm_rope_mean(wide, norm_k.weight, rope, norm_k.eps, heads)
+    keys = norm_rope_fp8(wide, norm_k.weight, rope, shift, norm_k.eps, heads)
+    del wide
+    queries = norm_rope_fp8(q(), norm_q.weight, rope, None, norm_q.eps, heads)
+    return *_attention(queries, keys, values), dtype
 
 
 def _attention(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

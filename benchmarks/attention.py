@@ -126,8 +126,9 @@ def fused_times(calls: dict[str, Call], tokens: int, grid: tuple[int, int, int])
         for norm, raw in zip(norms, (raw_q, raw_k), strict=True):
             norm_rope(raw, norm.weight, rope, norm.eps, HEADS)
 
+    asked = (lambda: raw_q), (lambda: raw_k), (lambda: v)
     timed: dict[str, Callable[[], object]] = {
-        f"{name} (fused)": lambda call=call: call.fused(raw_q, raw_k, v, *norms, rope) for name, call in fused.items()
+        f"{name} (fused)": lambda call=call: call.fused(*asked, *norms, rope) for name, call in fused.items()
     }
     found = milliseconds({**timed, "norm and rope": placed})
     alone = found.pop("norm and rope")

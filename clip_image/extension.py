@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..attention import sdpa
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
-from ..wanvideo.modules.model import WanAttentionBlock, WanI2VCrossAttention, WanModel
+from ..wanvideo.modules.attention import WanI2VCrossAttention
+from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.tokens import Heads, ModelInputs, Tokens
 
 PROJECTION = "img_emb.proj.1.weight"
@@ -80,6 +81,7 @@ class ClipImageExtension(Extension):
     clip_dim: int
     positions: int = 0
     payload: ClassVar[type] = ClipImage
+    tokenwise: ClassVar[bool] = True
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:

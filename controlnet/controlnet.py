@@ -19,6 +19,7 @@ from ..wanvideo.assign import head_count, layer_count
 from ..wanvideo.checkpoint import Checkpoint
 from ..wanvideo.config import WanConfig
 from ..wanvideo.families import Kind
+from ..wanvideo.modules.attention import WanSelfAttention, WanT2VCrossAttention
 from ..wanvideo.modules.layers import (
     FeedForward,
     WanLayerNorm,
@@ -27,7 +28,6 @@ from ..wanvideo.modules.layers import (
     per_token,
     sinusoidal_embedding,
 )
-from ..wanvideo.modules.model import WanSelfAttention, WanT2VCrossAttention
 from ..wanvideo.own_model import OwnModel, load_own
 from ..wanvideo.quantization import Plan, plan_of
 from ..wanvideo.rope import rope_table

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..wanvideo.config import WanConfig
+from ..wanvideo.modules.attention import WanT2VCrossAttention
 from ..wanvideo.modules.layers import WanLayerNorm, normalize
-from ..wanvideo.modules.model import WanT2VCrossAttention
 
 
 class AudioProjModel(nn.Module):

@@ -15,6 +15,7 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.layers import WanLayerNorm
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.stretches import stretches
 from ..wanvideo.tokens import Grid, Heads, ModelInputs, Tokens, video_tokens
 from .multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention, latent_windows
 from .speakers import speaker_map, token_masks
@@ -62,7 +63,8 @@ class AudioWindow(Payload):
 class Speech(NamedTuple):
     """Audio tokens [B, F, P * T, C], strength, token grid; masks [P + 1, S] for several speakers, and how many.
 
-    scores [B, S, P + 1]: how much each video token attends to each speaker, once self-attention measured it.
+    scores [B, S, P + 1]: how much each video token attends to each speaker, once self-attention measured it. parts: in
+    how many pieces the frames are heard.
     """
 
     tokens: Tensor
@@ -71,6 +73,7 @@ class Speech(NamedTuple):
     masks: Tensor | None
     speakers: int
     scores: Tensor | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,12 @@ class MultiTalk(Extension):
                 f"The speech covers {projected.shape[1]} latent frames but the video has {tokens.grid[0]}."
             )
         batch = tokens.x.shape[0]
-        masks = None
+        masks, parts = None, model.parts(tokens.x.shape)
         if speakers > 1:
-            masks = token_masks(payload.masks, speakers, tokens.grid, tokens.x.device)
-        return tokens, Speech(projected.expand(batch, -1, -1, -1), payload.scale, tokens.grid, masks, speakers)
+            # Who speaks where is measured over all tokens.
+            masks, parts = token_masks(payload.masks, speakers, tokens.grid, tokens.x.device), 1
+        audio = projected.expand(batch, -1, -1, -1)
+        return tokens, Speech(audio, payload.scale, tokens.grid, masks, speakers, parts=parts)
 
     def block_cond(self, state: Speech, index: int) -> Speech | None:
         """The same in every block that has audio layers."""
@@ -163,10 +168,23 @@ class MultiTalk(Extension):
 
     def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Speech) -> tuple[Tensor, Speech]:
         """Adds audio attention to the residual stream."""
-        spoken = block.audio_cross_attn(
-            block.norm_x(x).contiguous(), cond.tokens.flatten(0, 1), cond.grid, cond.scores, cond.speakers
-        )
-        return x + spoken * cond.scale.to(x.dtype), cond
+        if cond.parts == 1:
+            return self._heard(block, x, cond), cond
+        # Frames do not hear each other's sound, so that some of them at a time give the same.
+        frames, places = cond.tokens.shape[1], cond.grid[1] * cond.grid[2]
+        out = torch.empty_like(x)
+        out[:, frames * places :] = x[:, frames * places :]
+        for part in stretches(frames, min(cond.parts, frames)):
+            tokens = slice(part.start * places, part.stop * places)
+            out[:, tokens] = self._heard(block, x[:, tokens], cond._replace(tokens=cond.tokens[:, part]))
+        return out, cond
+
+    @staticmethod
+    def _heard(block: WanAttentionBlock, x: Tensor, cond: Speech) -> Tensor:
+        """x [B, L, C] with audio attention to the sound of its frames."""
+        audio = cond.tokens.flatten(0, 1)
+        spoken = block.audio_cross_attn(block.norm_x(x).contiguous(), audio, cond.grid, cond.scores, cond.speakers)
+        return x + spoken * cond.scale.to(x.dtype)
 
 
 EXTENSION = MultiTalk

@@ -78,6 +78,11 @@ class GuidedText(NamedTuple):
     strength: Strength
     inplace: bool
 
+    @property
+    def tokenwise(self) -> bool:
+        """As the positive one."""
+        return self.positive.tokenwise
+
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """Both attentions, and their combination over all heads together."""
         k, v = (t.expand(q.shape[0], -1, -1, -1) for t in cross.keys_values(self.negative))

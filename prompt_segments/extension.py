@@ -49,6 +49,7 @@ class SegmentedText(NamedTuple):
     first: TextSource
     others: tuple[Tensor, ...]
     ranges: tuple[tuple[int, int], ...]
+    tokenwise = False
 
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """Each segment of the queries q [B, L, H, D] to its own prompt."""

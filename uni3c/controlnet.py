@@ -21,8 +21,8 @@ from ..wanvideo.checkpoint import Checkpoint
 from ..wanvideo.compilation import CompileArgs
 from ..wanvideo.config import PATCH_SIZE, WanConfig
 from ..wanvideo.families import Kind
+from ..wanvideo.modules.attention import WanSelfAttention
 from ..wanvideo.modules.layers import FeedForward, WanLayerNorm, gated_residual, per_token
-from ..wanvideo.modules.model import WanSelfAttention
 from ..wanvideo.own_model import OwnModel, load_own
 from ..wanvideo.quantization import plan_of
 from ..wanvideo.tokens import BlockInputs

@@ -107,6 +107,11 @@ class Placement:
         for module in self._embeddings():
             stack.enter_context(_visited_in_forward(module, swapper))
 
+    @property
+    def waits(self) -> bool:
+        """Whether parts wait in main memory, as of the last time that the model was placed."""
+        return bool(self._units)
+
     def waiting_blocks(self) -> list[nn.Module]:
         """Of every list as many as the settings say, in the order of their lists."""
         if self.swap is None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..kernels.fp8_rows import Fp8Rows
 from ..quantized.linear import QuantizedLinear
-from .modules.model import WanModel, WanSelfAttention
+from .modules.attention import WanSelfAttention
+from .modules.model import WanModel
 from .tokens import BlockInputs
 
 # Layers whose input is what an attention kernel gave.

@@ -30,6 +30,9 @@ class Transformer(Protocol):
     blocks: nn.ModuleList
     patch_embedding: nn.Module
 
+    def parts(self, shape: Sequence[int]) -> int:
+        """In how many pieces the layers that compute every token alone run for tokens of this shape [B, L, ...]."""
+
     def embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Prompts [tokens, text_dim] each -> [B, T, C]."""
 
@@ -66,10 +69,12 @@ class Extension:
     a block flows through cond. What a subclass does not override costs nothing.
 
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
+    tokenwise: its `cross_attn` gives every token the same wherever it lies, so that it may see some of them at a time.
     """
 
     payload: ClassVar[type[Payload]]
     weightless: ClassVar[bool] = False
+    tokenwise: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, str]] = {}
     file: ClassVar[Kind | None] = None
     high_precision: ClassVar[tuple[str, ...]] = ()

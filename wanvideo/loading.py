@@ -28,6 +28,7 @@ from .conditioning import Payload
 from .config import WanConfig
 from .families import TRANSFORMER, Kind
 from .lora import LoraFile, MergedLoras, beside, widening
+from .memory import AT_ONCE
 from .modules.model import WanModel
 from .quantization import Plan, describe, plan_of, say_what_is_overruled
 from .systems import Systems
@@ -123,6 +124,7 @@ class WanVideoModel:
                 stack.callback(self._listeners.remove, listener)
             stack.enter_context(self.transformer.attending(self.attention))
             stack.enter_context(self.placement.swapping(device))
+            stack.enter_context(self.transformer.sparing(AT_ONCE if self.placement.waits else 0))
             stack.enter_context(compiled(self.transformer.stacks().values(), self.options.compile))
             yield self.transformer
 

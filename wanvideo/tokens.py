@@ -64,7 +64,12 @@ class CrossAttention(Protocol):
 
 
 class TextSource(Protocol):
-    """What the cross-attention of every block reads. A NamedTuple of tensors, because it enters compiled graphs."""
+    """What the cross-attention of every block reads. A NamedTuple of tensors, because it enters compiled graphs.
+
+    tokenwise: what a query gets does not depend on its place, so that some of them may be asked for alone.
+    """
+
+    tokenwise: bool
 
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """Heads [B, L, H, D] of the queries q [B, L, H, D], before the output projection."""
@@ -74,6 +79,7 @@ class Text(NamedTuple):
     """Embedded prompts [B, T, C]: the plain text source."""
 
     tokens: Tensor
+    tokenwise = True
 
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """All queries to all tokens."""
@@ -87,7 +93,7 @@ class BlockInputs(NamedTuple):
     mod [B, R, 6, C] float32; rows [L] token -> row of mod, None where R is 1; rope [L, D/2, 2] cosine, sine;
     grid (frames, height, width) of the video tokens; attention: the backend of self-attention in this step and block,
     None for the module's own. conds: in `after_block`, what weightless extensions give to blocks of other systems: one
-    entry for each of the model's extensions.
+    entry for each of the model's extensions. parts: in how many pieces layers that compute every token alone run.
     """
 
     mod: Tensor
@@ -97,6 +103,7 @@ class BlockInputs(NamedTuple):
     grid: Grid
     attention: Attention | None = None
     conds: tuple[NamedTuple | None, ...] = ()
+    parts: int = 1
 
 
 class Tokens(NamedTuple):

@@ -189,6 +189,7 @@ class Raw(attention.FusedAttention):
 
     def fused(self, q_raw, k_raw, v, norm_q, norm_k, rope):
         self.fused_calls += 1
+        q_raw, k_raw, v = q_raw(), k_raw(), v()
         assert isinstance(norm_q, WanRMSNorm) and q_raw.shape == (*v.shape[:2], v.shape[2] * v.shape[3])
         q, k = (apply_rope(n(x).unflatten(-1, v.shape[2:]), rope) for n, x in ((norm_q, q_raw), (norm_k, k_raw)))
         return sdpa()(q, k, v)

@@ -39,7 +39,7 @@ class OverflowingRows(Overflowing):
     """The same as FP8 rows, which an output projection in FP8 reads as they are."""
 
     def fused_rows(self, q, k, v, norm_q, norm_k, rope):
-        return quantize(self(v, v, v).flatten(2))
+        return quantize(self(v(), v(), v()).flatten(2))
 
     def fused(self, *arguments):
         return self.fused_rows(*arguments).to(torch.float32)

@@ -1,7 +1,7 @@
 """What every extension owes the transformer. A new system joins with tests/<folder>/cases.py (see contract.py)."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import pytest
@@ -115,6 +115,19 @@ def test_a_batch_equals_its_rows(case):
     rows = {"latents": torch.cat((one.latents, two.latents)), "text": one.text + two.text}
     both = type(both)(**{**both.__dict__, **rows})
     torch.testing.assert_close(model(both), torch.cat((model(one), model(two))), rtol=1e-4, atol=1e-5)
+
+
+@every_case
+def test_pieces_of_the_tokens_equal_all_at_once(case):
+    """In float64, where what is left is not the order of sums but a mistake."""
+    model = built(case)[1].double()
+    given = inputs(case.payload.to(torch.device("cpu"), torch.float64), batch=2)
+    given = replace(given, latents=given.latents.double(), text=tuple(t.double() for t in given.text))
+    want = model(given)
+    for at_once in (5, 8):
+        with model.sparing(at_once):
+            torch.testing.assert_close(model(given), want, rtol=1e-6, atol=1e-6)
+    assert model.tokens_at_once == 0
 
 
 @every_case

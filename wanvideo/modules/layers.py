@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,11 @@ from ...kernels.norm_rope_fp8 import norm_rope
 from ...kernels.rope import apply_rope
 from ...quantized.linear import all_take_rows
 from ...tensor_layout import dense
+from .stretches import parts_of, stretched
 
 MAX_PERIOD = 10000.0
+# Eager norms hold this many tokens in float32 at once, and not a second and third copy of all of them.
+WIDE_TOKENS = 2048
 
 
 class WanRMSNorm(nn.Module):
@@ -28,6 +31,9 @@ class WanRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] in x's dtype."""
+        return _in_stretches(self._normalized, x)
+
+    def _normalized(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
@@ -47,7 +53,7 @@ class WanLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] in x's dtype."""
-        return self.widened(x).to(x.dtype)
+        return _in_stretches(lambda part: self.widened(part).to(part.dtype), x)
 
     def widened(self, x: Tensor) -> Tensor:
         """The same in float32, for a modulation that follows."""
@@ -89,6 +95,13 @@ def _runs_fused(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
+def _in_stretches(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """norm(x) for x [B, L, C] of any length, where no compiler sees to it that nothing wide is stored."""
+    if x.dim() != 3 or not _runs_fused(x):
+        return norm(x)
+    return stretched(lambda tokens: norm(x[:, tokens]), x.shape[1], parts_of(x.shape[1], WIDE_TOKENS) or 1)
+
+
 class FeedForward(nn.Sequential):
     """Linear, GELU, linear; the GELU gives FP8 rows where the second layer reads them."""
 
@@ -125,7 +138,15 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, patch_channels)
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
-    def forward(self, x: Tensor, embedding: Tensor, rows: Tensor | None) -> Tensor:
-        """x [B, L, C], time embedding [B, R, C] float32, rows [L] or None -> [B, L, patch channels]."""
+    def forward(self, x: Tensor, embedding: Tensor, rows: Tensor | None, parts: int = 1) -> Tensor:
+        """x [B, L, C], time embedding [B, R, C] float32, rows [L] or None -> [B, L, patch channels].
+
+        parts: how many pieces the tokens are computed in.
+        """
         shift, scale = (self.modulation.float().unsqueeze(1) + embedding.unsqueeze(2)).unbind(2)
-        return self.head(modulate(self.norm, x, per_token(shift, rows), per_token(scale, rows)))
+
+        def projected(tokens: slice) -> Tensor:
+            places = None if rows is None else rows[tokens]
+            return self.head(modulate(self.norm, x[:, tokens], per_token(shift, places), per_token(scale, places)))
+
+        return stretched(projected, x.shape[1], parts)

@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, C channels, H heads, D head size, T text tokens, R ro
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,121 +19,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention import Attention, AttentionCall, FusedAttention, attend, sdpa
+from ...attention import Attention, sdpa
 from ...kernels.fp8_rows import Fp8Rows
-from ...quantized.linear import all_take_rows, shared_input
-from ...tensor_layout import dense
 from ..attention_plan import AttentionPlan
 from ..conditioning import Payload, Step
 from ..config import WanConfig
-from ..extension import TRACED, Extension, Hooks, hooked, overrides, run_hooks
+from ..extension import TRACED, Extension, Hooks, acts, overrides, run_hooks
 from ..rope import rope_table
 from ..step_cache import Moment, StepMemory
-from ..tokens import BlockInputs, Grid, Heads, KeysValues, ModelInputs, Text, Tokens, video_tokens
+from ..tokens import BlockInputs, Grid, ModelInputs, Text, Tokens, video_tokens
+from .attention import WanSelfAttention, WanT2VCrossAttention
 from .layers import (
     FeedForward,
     Head,
     WanLayerNorm,
-    WanRMSNorm,
     gated_residual,
     modulate,
     normalize,
     per_token,
-    placed_heads,
     sinusoidal_embedding,
 )
+from .stretches import parts_of, stretched, stretches
 
 Visit = Callable[[nn.Module], AbstractContextManager[None]]
-
-
-class WanSelfAttention(nn.Module):
-    """Attention of all video tokens to each other."""
-
-    def __init__(self, config: WanConfig, attention: Attention) -> None:
-        super().__init__()
-        dim = config.dim
-        self.heads = (config.num_heads, config.head_dim)
-        self.attention = attention
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = WanRMSNorm(dim, config.eps)
-        self.norm_k = WanRMSNorm(dim, config.eps)
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, L, C] -> [B, L, H, D]."""
-        return dense(x).unflatten(-1, self.heads)
-
-    def project(self, out: Tensor | Fp8Rows) -> Tensor:
-        """Heads [B, L, H, D], or rows [B, L, C], through the output projection: [B, L, C]."""
-        return self.o(out if isinstance(out, Fp8Rows) else out.flatten(2).contiguous())
-
-    def readers(self) -> tuple[nn.Module, ...]:
-        """The linear layers that read the normalized video tokens."""
-        return self.q, self.k, self.v
-
-    def forward(
-        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
-    ) -> tuple[Tensor, Hooks]:
-        """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
-        attention = inputs.attention or self.attention
-        x = shared_input(x, *self.readers())
-        q, k, v = self.q(x), self.k(x), self.split(self.v(x))
-        read = hooked("self_attn", hooks)
-        fused = None if read or hooked("attend", hooks) else self._fused(attention)
-        if fused is not None:
-            heads = Heads(None, None, fused(q, k, v, self.norm_q, self.norm_k, inputs.rope))
-        else:
-            q = placed_heads(self.norm_q, q, inputs.rope, self.heads)
-            k = placed_heads(self.norm_k, k, inputs.rope, self.heads)
-            call, hooks = run_hooks("attend", block, AttentionCall(q, k, v), hooks)
-            out = attend(attention, call)
-            heads = Heads(call.q if read else None, call.k if read else None, out)
-        heads, hooks = run_hooks("self_attn", block, heads, hooks)
-        return self.project(heads.out), hooks
-
-    def _fused(self, attention: Attention) -> Callable[..., Tensor | Fp8Rows] | None:
-        """The backend's form that takes projections as they are, if it has one: in rows where `o` reads rows."""
-        if not isinstance(attention, FusedAttention):
-            return None
-        return attention.fused_rows if all_take_rows((self.o,)) else attention.fused
-
-
-class WanT2VCrossAttention(WanSelfAttention):
-    """Attention of video tokens to the text."""
-
-    def readers(self) -> tuple[nn.Module, ...]:
-        """Only the queries are of the video tokens."""
-        return (self.q,)
-
-    def keys_values(self, text: Tensor) -> KeysValues:
-        """Embedded text [B, T, C] -> k, v [B, T, H, D]."""
-        shared = shared_input(text, self.k, self.v)
-        return KeysValues(self.split(self.norm_k(self.k(shared))), self.split(self.v(shared)))
-
-    def forward(
-        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: WanAttentionBlock
-    ) -> tuple[Tensor, Hooks]:
-        """x [B, L, C] -> [B, L, C], before the residual."""
-        q = self.split(self.norm_q(self.q(x)))
-        heads, hooks = run_hooks("cross_attn", block, Heads(q, None, inputs.text.attend(self, q)), hooks)
-        return self.project(heads.out), hooks
-
-
-class WanI2VCrossAttention(WanT2VCrossAttention):
-    """Text cross-attention whose module also holds the keys and values of CLIP image tokens."""
-
-    def __init__(self, config: WanConfig, attention: Attention) -> None:
-        super().__init__(config, attention)
-        self.k_img = nn.Linear(config.dim, config.dim)
-        self.v_img = nn.Linear(config.dim, config.dim)
-        self.norm_k_img = WanRMSNorm(config.dim, config.eps)
-
-    def image_keys_values(self, tokens: Tensor) -> KeysValues:
-        """Image tokens [B, N, C] -> k, v [B, N, H, D]."""
-        shared = shared_input(tokens, self.k_img, self.v_img)
-        return KeysValues(self.split(self.norm_k_img(self.k_img(shared))), self.split(self.v_img(shared)))
 
 
 class WanAttentionBlock(nn.Module):
@@ -153,18 +62,51 @@ class WanAttentionBlock(nn.Module):
         """x [B, L, C] -> [B, L, C]; conds: one entry per extension of the model, None where it is idle."""
         hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None)
         rows = (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (per_token(row, inputs.rows) for row in rows)
+        x, hooks = self._attend(x, inputs, hooks, rows[:3])
+        x, hooks = self._read_text(x, inputs, hooks)
+        x, _ = run_hooks("after_cross_attn", self, x, hooks)
+        return self._feed_forward(x, inputs, rows[3:])
 
-        y = modulate(self.norm1, x, shift, scale, self.self_attn.readers())
-        y, hooks = self.self_attn(y, inputs, hooks, self)
+    def _attend(
+        self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]
+    ) -> tuple[Tensor, Hooks]:
+        """x and self-attention. Modulation of each token, float32, is as large as two activations: in pieces, too."""
+        count, parts = x.shape[1], 1 if inputs.rows is None else inputs.parts
+
+        def modulated(tokens: slice) -> Tensor | Fp8Rows:
+            shift, scale, _ = _at(rows, inputs.rows, tokens)
+            return modulate(self.norm1, x[:, tokens], shift, scale, self.self_attn.readers())
+
+        y, hooks = self.self_attn(stretched(modulated, count, parts), inputs, hooks, self)
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
-        x = gated_residual(x, y, gate)
+        return stretched(lambda t: gated_residual(x[:, t], y[:, t], _at(rows, inputs.rows, t)[2]), count, parts), hooks
 
-        y, hooks = self.cross_attn(normalize(self.norm3, x, self.cross_attn.readers()), inputs, hooks, self)
-        x, _ = run_hooks("after_cross_attn", self, x + y, hooks)
+    def _read_text(self, x: Tensor, inputs: BlockInputs, hooks: Hooks) -> tuple[Tensor, Hooks]:
+        """x and cross-attention: in pieces, unless what is read depends on the place of a token."""
+        after = hooks
 
-        y = self.ffn(modulate(self.norm2, x, ffn_shift, ffn_scale, (self.ffn[0],)))
-        return gated_residual(x, y, ffn_gate)
+        def read(tokens: slice) -> Tensor:
+            nonlocal after
+            piece = x[:, tokens]
+            y, after = self.cross_attn(normalize(self.norm3, piece, self.cross_attn.readers()), inputs, hooks, self)
+            return piece + y
+
+        alone = inputs.text.tokenwise and all(e.tokenwise for e, c in hooks if acts("cross_attn", e, c))
+        return stretched(read, x.shape[1], inputs.parts if alone else 1), after
+
+    def _feed_forward(self, x: Tensor, inputs: BlockInputs, rows: Sequence[Tensor]) -> Tensor:
+        """x and the feed-forward, whose hidden layer is the largest activation of all."""
+
+        def fed(tokens: slice) -> Tensor:
+            piece, (shift, scale, gate) = x[:, tokens], _at(rows, inputs.rows, tokens)
+            return gated_residual(piece, self.ffn(modulate(self.norm2, piece, shift, scale, (self.ffn[0],))), gate)
+
+        return stretched(fed, x.shape[1], inputs.parts)
+
+
+def _at(rows: Sequence[Tensor], places: Tensor | None, tokens: slice) -> list[Tensor]:
+    """Rows of modulation [B, R, C] as they apply to these tokens."""
+    return [per_token(row, None if places is None else places[tokens]) for row in rows]
 
 
 class Active(NamedTuple):
@@ -187,6 +129,7 @@ class WanModel(nn.Module):
         self.extensions = tuple(extensions)
         self.visit: Visit = contextlib.nullcontext
         self.attention_plan: AttentionPlan | None = None
+        self.tokens_at_once = 0
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -238,20 +181,26 @@ class WanModel(nn.Module):
             if state is not None:
                 active.append(Active(place, extension, state))
 
-        run = partial(self._run_blocks, tokens, active, inputs.step)
-        moment = Moment(tokens.embedding, tokens.mod, tokens.x)
-        x = run() if memory is None else memory.blocks(moment, inputs.step, run)
+        # Nobody else holds the sequence while the blocks run, so that each block's result takes its place.
+        sequence, tokens = [tokens.x], tokens._replace(x=tokens.x[:0].clone())
+        if memory is None:
+            x = self._run_blocks(sequence.pop(), tokens, active, inputs.step)
+        else:
+            moment = Moment(tokens.embedding, tokens.mod, sequence.pop())
+            run = partial(self._run_blocks, moment.tokens, tokens, active, inputs.step)
+            x = memory.blocks(moment, inputs.step, run)
         count = video_tokens(tokens.grid)
         rows = None if tokens.rows is None else tokens.rows[:count]
-        return self._unpatchify(self.head(x[:, :count], tokens.embedding, rows), tokens.grid)
+        patches = self.head(x[:, :count], tokens.embedding, rows, self.parts(x.shape))
+        return self._unpatchify(patches, tokens.grid)
 
-    def _run_blocks(self, tokens: Tokens, active: Sequence[Active], step: Step) -> Tensor:
-        """The tokens [B, L, C] behind the last block."""
-        x = tokens.x
+    def _run_blocks(self, x: Tensor, tokens: Tokens, active: Sequence[Active], step: Step) -> Tensor:
+        """The tokens x [B, L, C] behind the last block; `tokens` has all else."""
+        parts = self.parts(x.shape)
         for index, backend in enumerate(self._attention(step, tokens.grid)):
             if any(entry.extension.skips(entry.state, index) for entry in active):
                 continue
-            inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid, backend)
+            inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid, backend, parts=parts)
             conds = self._conds(index, active)
             with self.visit(self.blocks[index]):
                 x = self.blocks[index](x, inputs, conds)
@@ -272,10 +221,7 @@ class WanModel(nn.Module):
         sizes = latents.shape[2:]
         if any(size % patch for size, patch in zip(sizes, config.patch_size, strict=True)):
             raise ValueError(f"Latent sizes {tuple(sizes)} are not multiples of the patch {config.patch_size}.")
-        patches = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
-        grid = (int(patches.shape[2]), int(patches.shape[3]), int(patches.shape[4]))
-        x = patches.flatten(2).transpose(1, 2).contiguous().to(self.compute_dtype)
-
+        x, grid = self._patches(latents)
         weight = self.time_embedding[0].weight
         timestep = inputs.timestep if inputs.timestep.dim() == 2 else inputs.timestep[:, None]
         embedding = self.time_embedding(sinusoidal_embedding(timestep, config.freq_dim).to(weight.dtype))
@@ -292,6 +238,24 @@ class WanModel(nn.Module):
             embedding=embedding.float(),
             latents=latents,
         )
+
+    def _patches(self, latents: Tensor) -> tuple[Tensor, Grid]:
+        """Tokens [B, L, C] of latents, and their grid. The convolution is in float32, in pieces of some frames."""
+        frames, height, width = grid = tuple(
+            int(size) // patch for size, patch in zip(latents.shape[2:], self.config.patch_size, strict=True)
+        )
+        x = torch.empty(
+            latents.shape[0], math.prod(grid), self.config.dim, dtype=self.compute_dtype, device=latents.device
+        )
+        places, time = height * width, self.config.patch_size[0]
+        for part in stretches(frames, min(self.parts(x.shape), frames)):
+            piece = latents[:, :, part.start * time : part.stop * time].to(self.patch_embedding.weight.dtype)
+            x[:, part.start * places : part.stop * places] = self.patch_embedding(piece).flatten(2).transpose(1, 2)
+        return x, grid
+
+    def parts(self, shape: Sequence[int]) -> int:
+        """In how many pieces the layers that compute every token alone run for tokens of this shape [B, L, ...]."""
+        return parts_of(shape[0] * shape[1], self.tokens_at_once)
 
     def modulation(self, embedding: Tensor) -> Tensor:
         """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C] float32."""
@@ -336,6 +300,18 @@ class WanModel(nn.Module):
             yield
         finally:
             self.attention_plan = before
+
+    @contextlib.contextmanager
+    def sparing(self, tokens_at_once: int) -> Iterator[None]:
+        """Inside, layers that compute every token alone take so many tokens at once; 0 stands for all.
+
+        Equal to the bit where a product's kernel does not depend on how many rows it has, which cuBLAS never promised.
+        """
+        before, self.tokens_at_once = self.tokens_at_once, tokens_at_once
+        try:
+            yield
+        finally:
+            self.tokens_at_once = before
 
     def _readers(self, payloads: Sequence[Payload]) -> list[tuple[int, Extension, Payload]]:
         """(place, extension, payload) of every extension that has a payload, in registry order."""

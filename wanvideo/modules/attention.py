@@ -1,0 +1,112 @@
+"""The attentions of a Wan block: video tokens to each other, to the text, and to the tokens of a picture.
+
+Source: Wan-Video/Wan2.1. Shapes: B batch, L tokens, C channels, H heads, D head size, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ...attention import Attention, AttentionCall, FusedAttention, attend
+from ...kernels.fp8_rows import Fp8Rows
+from ...quantized.linear import all_take_rows, shared_input
+from ...tensor_layout import dense
+from ..config import WanConfig
+from ..extension import Hooks, hooked, run_hooks
+from ..tokens import BlockInputs, Heads, KeysValues
+from .layers import WanRMSNorm, placed_heads
+
+
+class WanSelfAttention(nn.Module):
+    """Attention of all video tokens to each other."""
+
+    def __init__(self, config: WanConfig, attention: Attention) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = (config.num_heads, config.head_dim)
+        self.attention = attention
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = WanRMSNorm(dim, config.eps)
+        self.norm_k = WanRMSNorm(dim, config.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, H, D]."""
+        return dense(x).unflatten(-1, self.heads)
+
+    def project(self, out: Tensor | Fp8Rows) -> Tensor:
+        """Heads [B, L, H, D], or rows [B, L, C], through the output projection: [B, L, C]."""
+        return self.o(out if isinstance(out, Fp8Rows) else out.flatten(2).contiguous())
+
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The linear layers that read the normalized video tokens."""
+        return self.q, self.k, self.v
+
+    def forward(
+        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module
+    ) -> tuple[Tensor, Hooks]:
+        """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
+        heads, hooks = self._attended(shared_input(x, *self.readers()), inputs, hooks, block)
+        heads, hooks = run_hooks("self_attn", block, heads, hooks)
+        return self.project(heads.out), hooks
+
+    def _attended(
+        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module
+    ) -> tuple[Heads, Hooks]:
+        """The heads behind the kernel. q, k and v end here: the output projection has their memory."""
+        attention = inputs.attention or self.attention
+        read = hooked("self_attn", hooks)
+        fused = None if read or hooked("attend", hooks) else self._fused(attention)
+        if fused is not None:
+            projections = (lambda: self.q(x)), (lambda: self.k(x)), (lambda: self.split(self.v(x)))
+            return Heads(None, None, fused(*projections, self.norm_q, self.norm_k, inputs.rope)), hooks
+        q = placed_heads(self.norm_q, self.q(x), inputs.rope, self.heads)
+        k = placed_heads(self.norm_k, self.k(x), inputs.rope, self.heads)
+        call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
+        return Heads(call.q if read else None, call.k if read else None, attend(attention, call)), hooks
+
+    def _fused(self, attention: Attention) -> Callable[..., Tensor | Fp8Rows] | None:
+        """The backend's form that takes projections as they are, if it has one: in rows where `o` reads rows."""
+        if not isinstance(attention, FusedAttention):
+            return None
+        return attention.fused_rows if all_take_rows((self.o,)) else attention.fused
+
+
+class WanT2VCrossAttention(WanSelfAttention):
+    """Attention of video tokens to the text."""
+
+    def readers(self) -> tuple[nn.Module, ...]:
+        """Only the queries are of the video tokens."""
+        return (self.q,)
+
+    def keys_values(self, text: Tensor) -> KeysValues:
+        """Embedded text [B, T, C] -> k, v [B, T, H, D]."""
+        shared = shared_input(text, self.k, self.v)
+        return KeysValues(self.split(self.norm_k(self.k(shared))), self.split(self.v(shared)))
+
+    def forward(
+        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module
+    ) -> tuple[Tensor, Hooks]:
+        """x [B, L, C] -> [B, L, C], before the residual."""
+        q = self.split(self.norm_q(self.q(x)))
+        heads, hooks = run_hooks("cross_attn", block, Heads(q, None, inputs.text.attend(self, q)), hooks)
+        return self.project(heads.out), hooks
+
+
+class WanI2VCrossAttention(WanT2VCrossAttention):
+    """Text cross-attention whose module also holds the keys and values of CLIP image tokens."""
+
+    def __init__(self, config: WanConfig, attention: Attention) -> None:
+        super().__init__(config, attention)
+        self.k_img = nn.Linear(config.dim, config.dim)
+        self.v_img = nn.Linear(config.dim, config.dim)
+        self.norm_k_img = WanRMSNorm(config.dim, config.eps)
+
+    def image_keys_values(self, tokens: Tensor) -> KeysValues:
+        """Image tokens [B, N, C] -> k, v [B, N, H, D]."""
+        shared = shared_input(tokens, self.k_img, self.v_img)
+        return KeysValues(self.split(self.norm_k_img(self.k_img(shared))), self.split(self.v_img(shared)))
