@@ -20,7 +20,7 @@ from ..attention import AttentionCall
 from .conditioning import Payload
 from .config import WanConfig
 from .families import Kind
-from .tokens import BlockInputs, CrossAttention, Grid, Heads, ModelInputs, Tokens
+from .tokens import BlockInputs, CrossAttention, Grid, Heads, ModelInputs, Projections, Tokens
 
 
 class Transformer(Protocol):
@@ -64,7 +64,7 @@ class Block(Protocol):
 class Extension:
     """Base of all conditioning systems: subclasses are frozen dataclasses and override what they need.
 
-    The hooks from `attend` on are traced into the block and must be pure: (block, value, cond) -> (value, cond);
+    The hooks from `projected` on are traced into the block and must be pure: (block, value, cond) -> (value, cond);
     strength is data (a 0-d tensor in cond), activity is structure (None where idle), and scratch between two hooks of
     a block flows through cond. What a subclass does not override costs nothing.
 
@@ -117,6 +117,10 @@ class Extension:
         """Eager: the tokens [B, L, C] behind block `index`, changed or not. Not called for a skipped block."""
         return x
 
+    def projected(self, block: Block, value: Projections, cond: NamedTuple) -> tuple[Projections, NamedTuple]:
+        """What self-attention projects, before norms and positions. It costs the FP8 input that q, k and v share."""
+        return value, cond
+
     def attend(self, block: Block, call: AttentionCall, cond: NamedTuple) -> tuple[AttentionCall, NamedTuple]:
         """q, k, v of self-attention, before the kernel."""
         return call, cond
@@ -133,6 +137,10 @@ class Extension:
         """Projected output of self-attention, before gate and residual, [B, L, C]."""
         return y, cond
 
+    def before_cross_attn(self, block: Block, x: Tensor, cond: NamedTuple) -> tuple[Tensor, NamedTuple]:
+        """Residual stream behind self-attention, [B, L, C]."""
+        return x, cond
+
     def cross_attn(self, block: Block, heads: Heads, cond: NamedTuple) -> tuple[Heads, NamedTuple]:
         """Output heads of text cross-attention, before the output projection."""
         return heads, cond
@@ -142,7 +150,9 @@ class Extension:
         return x, cond
 
 
-TRACED = ("attend", "self_attn", "self_attn_output", "cross_attn", "after_cross_attn")
+TRACED = (
+    "projected", "attend", "self_attn", "self_attn_output", "before_cross_attn", "cross_attn", "after_cross_attn",
+)  # fmt: skip
 Hooks = tuple[tuple[Extension, NamedTuple], ...]
 
 

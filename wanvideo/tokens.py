@@ -35,6 +35,15 @@ class ModelInputs:
     riflex_index: int = 0
 
 
+class Projections(NamedTuple):
+    """Self-attention before norms and positions: its input x, and what the linear layers make of it; all [B, L, C]."""
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class Heads(NamedTuple):
     """Attention after the kernel and before the output projection: q, k, out [B, L, H, D].
 

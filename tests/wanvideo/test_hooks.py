@@ -8,6 +8,7 @@ import pytest
 import torch
 from contract import build, inputs
 from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.modules.model import WanAttentionBlock
@@ -278,6 +279,61 @@ def test_self_attn_output_changes_the_projection():
             return y * cond.value, cond
 
     run(Output(), 0.5, scaled("self_attn.o"))
+
+
+def test_projected_changes_queries_keys_and_values_and_has_their_input():
+    @dataclass(frozen=True)
+    class Projected(ToyExtension):
+        def projected(self, block, value, cond):
+            x, q, k, v = value
+            torch.testing.assert_close(q, block.self_attn.q(x))
+            return value._replace(q=q + cond.value, k=k - cond.value, v=v * 2), cond
+
+    def change(model):
+        for block in model.blocks:
+            block.self_attn.q.bias.add_(VECTOR)
+            block.self_attn.k.bias.sub_(VECTOR)
+        scaled("self_attn.o")(model)
+        for block in model.blocks:
+            block.self_attn.o.weight.mul_(4)
+            block.self_attn.o.bias.mul_(2)
+
+    run(Projected(), VECTOR, change)
+
+
+def test_before_cross_attn_sees_and_changes_the_residual_stream():
+    @dataclass(frozen=True)
+    class Before(ToyExtension):
+        def before_cross_attn(self, block, x, cond):
+            return x * 3, cond._replace(scratch=x)
+
+        def after_cross_attn(self, block, x, cond):
+            return cond.scratch + cond.value, cond
+
+    def change(model):
+        for block in model.blocks:
+            block.cross_attn.o.weight.zero_()
+            block.cross_attn.o.bias.copy_(VECTOR)
+
+    run(Before(), VECTOR, change)
+
+
+def test_the_input_of_projected_is_not_quantized():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Projected(ToyExtension):
+        def projected(self, block, value, cond):
+            seen.append(value.x)
+            return value, cond
+
+    _, model = build(Projected())
+    for block in model.blocks:
+        for name in ("q", "k", "v"):
+            layer = getattr(block.self_attn, name)
+            setattr(block.self_attn, name, Fp8MatmulLinear.quantize(layer.weight, layer.bias, torch.float8_e4m3fn))
+    model(inputs(Toy(torch.tensor(1.0))))
+    assert len(seen) == 3 and all(isinstance(x, torch.Tensor) for x in seen)
 
 
 def test_cross_attn_changes_the_heads_and_has_the_queries():

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ...attention import Attention, AttentionCall, FusedAttention, attend
+from ...attention_backends.contract import Projection
 from ...kernels.fp8_rows import Fp8Rows
 from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
 from ..extension import Hooks, hooked, run_hooks
-from ..tokens import BlockInputs, Heads, KeysValues
+from ..tokens import BlockInputs, Heads, KeysValues, Projections
 from .layers import WanRMSNorm, placed_heads
 
 
@@ -50,7 +51,7 @@ class WanSelfAttention(nn.Module):
         self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module
     ) -> tuple[Tensor, Hooks]:
         """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
-        heads, hooks = self._attended(shared_input(x, *self.readers()), inputs, hooks, block)
+        heads, hooks = self._attended(x, inputs, hooks, block)
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
         return self.project(heads.out), hooks
 
@@ -59,15 +60,26 @@ class WanSelfAttention(nn.Module):
     ) -> tuple[Heads, Hooks]:
         """The heads behind the kernel. q, k and v end here: the output projection has their memory."""
         attention = inputs.attention or self.attention
+        (q, k, v), hooks = self._projections(x, hooks, block)
         read = hooked("self_attn", hooks)
         fused = None if read or hooked("attend", hooks) else self._fused(attention)
         if fused is not None:
-            projections = (lambda: self.q(x)), (lambda: self.k(x)), (lambda: self.split(self.v(x)))
-            return Heads(None, None, fused(*projections, self.norm_q, self.norm_k, inputs.rope)), hooks
-        q = placed_heads(self.norm_q, self.q(x), inputs.rope, self.heads)
-        k = placed_heads(self.norm_k, self.k(x), inputs.rope, self.heads)
-        call, hooks = run_hooks("attend", block, AttentionCall(q, k, self.split(self.v(x))), hooks)
+            return Heads(None, None, fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)), hooks
+        placed_q = placed_heads(self.norm_q, q(), inputs.rope, self.heads)
+        placed_k = placed_heads(self.norm_k, k(), inputs.rope, self.heads)
+        call, hooks = run_hooks("attend", block, AttentionCall(placed_q, placed_k, self.split(v())), hooks)
         return Heads(call.q if read else None, call.k if read else None, attend(attention, call)), hooks
+
+    def _projections(
+        self, x: Tensor | Fp8Rows, hooks: Hooks, block: nn.Module
+    ) -> tuple[tuple[Projection, Projection, Projection], Hooks]:
+        """q, k, v [B, L, C], each made when it is asked for, unless a hook reads all three."""
+        shared = shared_input(x, *self.readers())
+        if not hooked("projected", hooks):
+            return ((lambda: self.q(shared)), (lambda: self.k(shared)), (lambda: self.v(shared))), hooks
+        made = Projections(x, self.q(shared), self.k(shared), self.v(shared))
+        made, hooks = run_hooks("projected", block, made, hooks)
+        return ((lambda: made.q), (lambda: made.k), (lambda: made.v)), hooks
 
     def _fused(self, attention: Attention) -> Callable[..., Tensor | Fp8Rows] | None:
         """The backend's form that takes projections as they are, if it has one: in rows where `o` reads rows."""

@@ -24,7 +24,7 @@ from ...kernels.fp8_rows import Fp8Rows
 from ..attention_plan import AttentionPlan
 from ..conditioning import Payload, Step
 from ..config import WanConfig
-from ..extension import TRACED, Extension, Hooks, acts, overrides, run_hooks
+from ..extension import TRACED, Extension, Hooks, acts, hooked, overrides, run_hooks
 from ..rope import rope_table
 from ..step_cache import Moment, StepMemory
 from ..tokens import BlockInputs, Grid, ModelInputs, Text, Tokens, video_tokens
@@ -63,6 +63,7 @@ class WanAttentionBlock(nn.Module):
         hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None)
         rows = (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
         x, hooks = self._attend(x, inputs, hooks, rows[:3])
+        x, hooks = run_hooks("before_cross_attn", self, x, hooks)
         x, hooks = self._read_text(x, inputs, hooks)
         x, _ = run_hooks("after_cross_attn", self, x, hooks)
         return self._feed_forward(x, inputs, rows[3:])
@@ -72,10 +73,12 @@ class WanAttentionBlock(nn.Module):
     ) -> tuple[Tensor, Hooks]:
         """x and self-attention. Modulation of each token, float32, is as large as two activations: in pieces, too."""
         count, parts = x.shape[1], 1 if inputs.rows is None else inputs.parts
+        # `projected` reads the input as it is.
+        readers = () if hooked("projected", hooks) else self.self_attn.readers()
 
         def modulated(tokens: slice) -> Tensor | Fp8Rows:
             shift, scale, _ = _at(rows, inputs.rows, tokens)
-            return modulate(self.norm1, x[:, tokens], shift, scale, self.self_attn.readers())
+            return modulate(self.norm1, x[:, tokens], shift, scale, readers)
 
         y, hooks = self.self_attn(stretched(modulated, count, parts), inputs, hooks, self)
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
