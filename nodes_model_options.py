@@ -9,10 +9,12 @@ from typing import ClassVar
 
 from .host import get_host
 from .node_tools import CATEGORY, files, mappings
+from .registry import SYSTEMS
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
 from .wanvideo.loading import WanVideoModel, with_loras
 from .wanvideo.lora import LoraFile
+from .wanvideo.lora_weights import refuse
 
 log = logging.getLogger("wanvideo")
 
@@ -356,7 +358,10 @@ class WanVideoSetLoRAs:
 
     def setlora(self, model: WanVideoModel, lora: Sequence[LoraFile] | None = None) -> tuple[WanVideoModel]:
         """The same model with these LoRAs."""
-        return (model if lora is None else with_loras(model, lora),)
+        if lora is None:
+            return (model,)
+        refuse(lora, SYSTEMS)
+        return (with_loras(model, lora),)
 
 
 class WanVideoSetBlockSwap:

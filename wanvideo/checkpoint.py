@@ -90,6 +90,11 @@ class Checkpoint:
         entries = {rename(name): entry for name, entry in self._entries.items()}
         return type(self)(self.path, entries, metadata=self.metadata, naming=self.naming)
 
+    def chosen(self, wanted: Callable[[str], bool]) -> Self:
+        """Only the tensors whose names are wanted."""
+        entries = {name: entry for name, entry in self._entries.items() if wanted(name)}
+        return type(self)(self.path, entries, metadata=self.metadata, naming=self.naming)
+
     def joined(self, others: Sequence[Checkpoint]) -> Self:
         """This checkpoint and modules that belong to it, as one.
 

@@ -70,6 +70,7 @@ class Extension:
 
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
     tokenwise: its `cross_attn` gives every token the same wherever it lies, so that it may see some of them at a time.
+    lora_layers: shell patterns of the layers in LoRA files that are this system's own weights.
     """
 
     payload: ClassVar[type[Payload]]
@@ -78,6 +79,7 @@ class Extension:
     aliases: ClassVar[Mapping[str, str]] = {}
     file: ClassVar[Kind | None] = None
     high_precision: ClassVar[tuple[str, ...]] = ()
+    lora_layers: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
@@ -87,6 +89,10 @@ class Extension:
     def owns(self, key: str) -> bool:
         """Whether the published key belongs to this system."""
         return False
+
+    def at_strength(self, strength: float) -> Self:
+        """The same with the strength of the LoRA file that its weights are from."""
+        return self
 
     def build(self, model: Transformer) -> None:
         """Add this system's modules to `model` under their published names (called on the meta device)."""

@@ -28,6 +28,7 @@ from .conditioning import Payload
 from .config import WanConfig
 from .families import TRANSFORMER, Kind
 from .lora import LoraFile, MergedLoras, beside, widening
+from .lora_weights import take
 from .memory import AT_ONCE
 from .modules.model import WanModel
 from .quantization import Plan, describe, plan_of, say_what_is_overruled
@@ -151,16 +152,19 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
     opened = open_checkpoint(path)
     config = config_of(opened, systems)
     main = with_aliases(opened, systems)
-    checkpoint = main.joined([_module(file, config, systems) for file in options.modules])
+    weights = take(options.loras, systems)
+    for brought in weights.checkpoints:
+        _check_layers(brought, config)
+    checkpoint = main.joined([*(_module(file, config, systems) for file in options.modules), *weights.checkpoints])
     plan = plan_of(options.quantization, main, device=host.device(), base=options.base_dtype)
     say_what_is_overruled(options.quantization, checkpoint)
     spec = AttentionSpec(
         device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
     )
     attention = plan_for(options.attention_mode, spec)
-    loras, channels = widening.marked(options.loras, config)
+    loras, channels = widening.marked(weights.loras, config)
     with torch.device("meta"):
-        model = WanModel(config, systems.detect(_shapes(checkpoint, channels)))
+        model = WanModel(config, weights.strengthened(systems.detect(_shapes(checkpoint, channels))))
     report = _fill(model, checkpoint, plan, [file for file in loras if file.merge])
     if channels > config.in_dim:
         widening.widen(model.patch_embedding, channels)
@@ -212,13 +216,17 @@ def _module(file: ModuleFile, config: WanConfig, systems: Systems) -> Checkpoint
         wanted = "a module of a Wan transformer" if file.kind is None else f"a {file.kind.name}"
         loader = f"; load it with '{kind.loader}'" if kind is not None and kind.loader else ""
         raise ValueError(f"{name} is {held}, not {wanted}{loader or '; choose another file'}.")
+    _check_layers(checkpoint, config)
+    return checkpoint
+
+
+def _check_layers(checkpoint: Checkpoint, config: WanConfig) -> None:
     layers = layer_count(checkpoint.shapes, "blocks.")
     if layers > config.num_layers:
         raise ValueError(
-            f"{name} belongs to a transformer of at least {layers} blocks, but the chosen one has {config.num_layers}: "
-            "choose the module of the same size (14B or 1.3B) as the model."
+            f"{checkpoint.path.name} belongs to a transformer of at least {layers} blocks, but the chosen one has "
+            f"{config.num_layers}: choose the module of the same size (14B or 1.3B) as the model."
         )
-    return checkpoint
 
 
 def with_aliases(checkpoint: Checkpoint, systems: Systems) -> Checkpoint:
