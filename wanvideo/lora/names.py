@@ -31,15 +31,15 @@ _PAIR_SPELLINGS = (
     (".lora_down", ".lora_up"),
 )
 # Stand-In's pairs (WeChatCV/Stand-In), a group beside other pairs of the same layer.
-STAND_IN_MARK = "_loras"
-STAND_IN = (f"{STAND_IN_MARK}.down.weight", f"{STAND_IN_MARK}.up.weight")
+OWN_PAIR_MARK = "_loras"
+OWN_PAIR = (f"{OWN_PAIR_MARK}.down.weight", f"{OWN_PAIR_MARK}.up.weight")
 _OWN_NAMES = (
     "alpha", "dora_scale", "diff", "diff_b", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
     "lokr_t2", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
 )  # fmt: skip
 _SUFFIXES = {
-    **{down: "down" for down, _ in (*_PAIR_SPELLINGS, STAND_IN)},
-    **{up: "up" for _, up in (*_PAIR_SPELLINGS, STAND_IN)},
+    **{down: "down" for down, _ in (*_PAIR_SPELLINGS, OWN_PAIR)},
+    **{up: "up" for _, up in (*_PAIR_SPELLINGS, OWN_PAIR)},
     **{f".{name}": name for name in _OWN_NAMES},
     ".lora_B.bias": "up_bias",
     ".lora_up.bias": "up_bias",
@@ -72,8 +72,8 @@ def split_key(key: str) -> Key | None:
     if suffix is None or key == suffix:
         return None
     group = layer = key.removesuffix(suffix)
-    if suffix in STAND_IN:
-        group += STAND_IN_MARK
+    if suffix in OWN_PAIR:
+        group += OWN_PAIR_MARK
     elif suffix == ".diff_m":
         group = layer = f"{layer}.modulation"
     return Key(group, layer, _SUFFIXES[suffix])

@@ -23,7 +23,7 @@ from ..model_file import open_files
 from ..tensor_file import Parts, TensorFile
 from .file import LoraFile
 from .kinds import OTHER_SIZE, Change, read_change
-from .names import STAND_IN, STAND_IN_MARK, TEXT_ENCODER, LayerNames, bare, split_key
+from .names import OWN_PAIR, OWN_PAIR_MARK, TEXT_ENCODER, LayerNames, bare, split_key
 from .scaling import Scaling, scaling_of
 
 log = logging.getLogger("wanvideo")
@@ -181,7 +181,7 @@ def _read_group(
 ) -> None:  # fmt: skip
     group, (layer, targets) = source.groups[name], place
     keys = tuple(group.keys.values())
-    if file.claims(bare(name), *([] if layer is None or name.endswith(STAND_IN_MARK) else [layer])):
+    if file.claims(bare(name), *([] if layer is None or name.endswith(OWN_PAIR_MARK) else [layer])):
         lora.fates |= dict.fromkeys(keys, Fate(CLAIMED))
         return
     if layer is None:
@@ -279,7 +279,7 @@ def _report(source: LoraTensors, lora: Lora, scaling: Scaling) -> None:
         if first is not None:
             because = f": {first[1].reason}" if first[1].reason else ""
             notes.append(f"left out {_count(lora, kind)} keys {kind} (first '{first[0]}'{because})")
-    if any(lora.fates[key].kind == USED and key.endswith(STAND_IN) for key in lora.fates):
+    if any(lora.fates[key].kind == USED and key.endswith(OWN_PAIR) for key in lora.fates):
         notes.append("Stand-In's pairs, trained for its reference picture alone, change all tokens")
     log.info("LoRA %s: %s.", lora.name, "; ".join(notes))
 
