@@ -10,6 +10,7 @@ from .wanvideo.systems import Systems
 
 # Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or both.
 FOLDERS = (
+    "diffusion_forcing",
     "prompt_segments",
     "nag",
     "fun_control",

@@ -34,8 +34,12 @@ BASE = {
     "skyreels_v3_talking_avatar_14B": (5120, 40, 40, 36, ("ClipImageExtension", "MultiTalk")),
     "vace_1_3B": (1536, 30, 12, 16, ("VaceExtension",)),
     "vace_14B": (5120, 40, 40, 16, ("VaceExtension",)),
+    "skyreels_v2_df_1_3B": (1536, 30, 12, 16, ("FrameRateEmbedding",)),
+    "skyreels_v2_df_14B": (5120, 40, 40, 16, ("FrameRateEmbedding",)),
 }
-WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "VaceExtension")
+WITH_WEIGHTS = (
+    "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "VaceExtension", "FrameRateEmbedding"
+)  # fmt: skip
 REFUSED = {
     "s2v_14B": "S2V",
     "wananimate_14B": "WanAnimate",
