@@ -15,13 +15,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Kind(NamedTuple):
     """A kind of file: name, the node that loads it ("" for none of this pack), patterns that must all be present.
 
-    whole: a model of its own, although some of its tensors may be named like a Wan transformer's.
+    whole: a model of its own, although some of its tensors may be named like a Wan transformer's. own: beginnings of
+    keys, in a module of a transformer, of a model of the system's own that the transformer does not read.
     """
 
     name: str
     loader: str
     patterns: tuple[str, ...]
     whole: bool = False
+    own: tuple[str, ...] = ()
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether a file with these tensors is of this kind."""

@@ -208,7 +208,10 @@ def module_files(sockets: Iterable[tuple[str, object]]) -> tuple[ModuleFile, ...
 
 
 def _module(file: ModuleFile, config: WanConfig, systems: Systems) -> Checkpoint:
-    """A module file under published names. Raises ValueError for another kind of file, or a module of another model."""
+    """What a transformer reads of a module file, under published names.
+
+    Raises ValueError for another kind of file, or a module of another model.
+    """
     checkpoint = with_aliases(open_checkpoint(file.path), systems)
     name, kind = file.path.name, systems.kind_of(checkpoint.shapes)
     if kind is None or (file.kind is not None and kind.name != file.kind.name):
@@ -217,7 +220,7 @@ def _module(file: ModuleFile, config: WanConfig, systems: Systems) -> Checkpoint
         loader = f"; load it with '{kind.loader}'" if kind is not None and kind.loader else ""
         raise ValueError(f"{name} is {held}, not {wanted}{loader or '; choose another file'}.")
     _check_layers(checkpoint, config)
-    return checkpoint
+    return checkpoint.chosen(lambda key: not key.startswith(kind.own))
 
 
 def _check_layers(checkpoint: Checkpoint, config: WanConfig) -> None:
