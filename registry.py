@@ -19,6 +19,7 @@ FOLDERS = (
     "clip_image",
     "multitalk",
     "humo",
+    "fantasytalking",
     "enhance_a_video",
     "uni3c",
     "controlnet",

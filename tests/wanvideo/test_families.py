@@ -108,12 +108,15 @@ def test_base_families(name, prefix, tmp_path):
         ("multitalk_module", "wan21_i2v_14B"),
         ("vace_module_only_1_3B", "wan21_t2v_1_3B"),
         ("vace_module_only_14B", "wan21_t2v_14B"),
+        ("fantasytalking", "wan21_i2v_14B"),
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
     base = open_checkpoint(sparse_file(tmp_path / "base.safetensors", keys_of(base)))
-    speech = open_checkpoint(sparse_file(tmp_path / "speech.safetensors", keys_of(module)))
-    whole = with_aliases(base, SYSTEMS).joined([with_aliases(speech, SYSTEMS)])
+    part = with_aliases(open_checkpoint(sparse_file(tmp_path / "part.safetensors", keys_of(module))), SYSTEMS)
+    kind = SYSTEMS.kind_of(part.shapes)
+    assert len(part.without(kind.own).shapes) > 40
+    whole = with_aliases(base, SYSTEMS).joined([part.without(kind.own)])
     with torch.device("meta"):
         model = WanModel(config_of(base, SYSTEMS), SYSTEMS.detect(whole.shapes))
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == dict(whole.shapes)
@@ -138,6 +141,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("whisper_large_v3_encoder", "Whisper speech encoder"),
         ("infinitetalk_module", "MultiTalk or InfiniteTalk module"),
         ("vace_module_only_14B", "VACE module"),
+        ("fantasytalking", "FantasyTalking module"),
         ("uni3c_controlnet", "Uni3C controlnet"),
         ("wan_controlnet_1_3B", "Wan ControlNet"),
         ("wan_controlnet_5B", "Wan ControlNet"),

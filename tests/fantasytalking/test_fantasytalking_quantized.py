@@ -1,0 +1,52 @@
+"""Two blocks with quantized speech layers, the layout check on: for a GPU, and a memory checker."""
+
+import pytest
+import torch
+from fantasy_models import CONTEXT, talking_module
+from published import relative
+from wanvideo_wrapper import tensor_layout
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.fantasytalking.extension import FantasyTalking, FantasyTalkingEmbeds
+from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.quantized.linear import QuantizedLinear
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])]
+
+
+def rand(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def velocity(files, option, base, device):
+    main, module = files
+    options = LoadOptions(base_dtype=base, quantization=option, modules=(ModuleFile(module, FantasyTalking.file),))
+    model = load_wan_model(main, options, StandaloneHost(device=device), SYSTEMS)
+    layer = model.transformer.blocks[1].cross_attn.k_proj
+    assert isinstance(layer, QuantizedLinear) == (option != "disabled")
+    # Batches, references in front and odd counts of tokens give every view that a kernel can meet.
+    speech = FantasyTalkingEmbeds(
+        context=rand(1, 3, 17, CONTEXT, seed=3), lengths=torch.tensor([[13, 17, 15]]), scale=0.8, leading=1
+    )
+    inputs = ModelInputs(
+        latents=rand(2, 16, 4, 6, 10, seed=5).to(device), timestep=torch.tensor([600.0, 600.0], device=device),
+        text=tuple(rand(5, tiny.TEXT_DIM, seed=6 + i).to(device, base) for i in range(2)),
+        payloads=(speech.to(torch.device(device), base),),
+    )  # fmt: skip
+    with model.active() as transformer:
+        return transformer(inputs).cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("option", ["disabled", "fp8_e4m3fn_fast", "fp4_scaled"])
+def test_two_blocks(option, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
+    files = tmp_path / "t2v.safetensors", tmp_path / "talk.safetensors"
+    tiny.transformer(in_dim=16, layers=2).save(files[0], torch.bfloat16)
+    talking_module(layers=2).save(files[1], torch.bfloat16)
+    got = velocity(files, option, torch.bfloat16, device)
+    assert got.isfinite().all()
+    assert relative(got, velocity(files, "disabled", torch.float32, "cpu")) < 0.25
