@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .node_checks import Types, verdict
 from .node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, TILE_TIP, Inputs, Latent, mappings, round_size, whole_frames
 from .wanvideo.frames import latent_frames
 from .wanvideo.images import resize_images, to_images, to_video
@@ -88,6 +89,20 @@ class WanVideoEncode:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        enable_vae_tiling: bool = False,
+        tile_x: int = 272,
+        tile_y: int = 272,
+        tile_stride_x: int = 144,
+        tile_stride_y: int = 128,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """Tiles must overlap."""
+        tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
+        return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)
+
     def encode(
         self,
         vae: WanVAE,
@@ -111,6 +126,13 @@ class WanVideoEncode:
         latents = vae.encode(video, tile=tile) * latent_strength
         vae.managed.release()
         return ({"samples": latents[None], "noise_mask": mask},)
+
+
+def _check_tiles(
+    enable_vae_tiling: bool, tile_x: int, tile_y: int, tile_stride_x: int, tile_stride_y: int
+) -> None:
+    if enable_vae_tiling and (tile_x <= tile_stride_x or tile_y <= tile_stride_y):
+        raise ValueError("tile_x and tile_y must be larger than their strides, so that tiles overlap.")
 
 
 class WanVideoDecode:
@@ -145,11 +167,18 @@ class WanVideoDecode:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, tile_x: int, tile_y: int, tile_stride_x: int, tile_stride_y: int) -> bool | str:
+    def VALIDATE_INPUTS(
+        cls,
+        enable_vae_tiling: bool = False,
+        tile_x: int = 272,
+        tile_y: int = 272,
+        tile_stride_x: int = 144,
+        tile_stride_y: int = 128,
+        input_types: Types | None = None,
+    ) -> bool | str:
         """Tiles must overlap."""
-        if tile_x <= tile_stride_x or tile_y <= tile_stride_y:
-            return "tile_x and tile_y must be larger than their strides, so that tiles overlap."
-        return True
+        tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
+        return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)
 
     def decode(
         self,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from .attention import ATTENTION_MODES
+from .node_checks import Types, verdict
 from .node_tools import CATEGORY, mappings
 from .wanvideo.attention_plan import RadialSettings, Rule, plan_for, with_radial, with_ultravico
 from .wanvideo.loading import WanVideoModel
@@ -41,6 +42,13 @@ class WanVideoSetAttentionModeOverride:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, start_step: int = 0, end_step: int = 10000, input_types: Types | None = None
+    ) -> bool | str:
+        """Steps that it applies to."""
+        return verdict(cls, _check_steps, input_types, start_step=start_step, end_step=end_step)
+
     def getmodelpath(
         self,
         model: WanVideoModel,
@@ -53,11 +61,9 @@ class WanVideoSetAttentionModeOverride:
         """The same model with this override; a later one counts before an earlier one."""
         if isinstance(blocks, int):
             blocks = (blocks,)
-        if start_step >= end_step or blocks == []:
-            raise ValueError(
-                f"This override of the attention applies nowhere (steps {start_step} to {end_step}, blocks "
-                f"{'all' if blocks is None else list(blocks)}): let start_step be below end_step, and name a block."
-            )
+        _check_steps(start_step, end_step)
+        if blocks == []:
+            raise ValueError("This override of the attention applies nowhere: its list of blocks is empty.")
         rule = Rule(
             plan=plan_for(attention_mode, model.attention_spec),
             steps=(start_step, end_step),
@@ -66,6 +72,14 @@ class WanVideoSetAttentionModeOverride:
         )
         _check_blocks(rule.blocks, model)
         return (replace(model, attention=model.attention.before(rule)),)
+
+
+def _check_steps(start_step: int, end_step: int) -> None:
+    if start_step >= end_step:
+        raise ValueError(
+            f"This override of the attention applies nowhere (steps {start_step} to {end_step}): let start_step be "
+            "below end_step."
+        )
 
 
 def _check_blocks(blocks: frozenset[int] | None, model: WanVideoModel) -> None:
@@ -172,6 +186,11 @@ class WanVideoBlockList:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"blocks": ("STRING", {"default": "1", "multiline": True, "tooltip": "Such as 0,2,3-5"})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, blocks: str = "", input_types: Types | None = None) -> bool | str:
+        """Numbers and ranges."""
+        return verdict(cls, cls().create_list, input_types, blocks=blocks)
 
     def create_list(self, blocks: str) -> tuple[list[int]]:
         """The numbers, in the order given. Raises ValueError for anything else."""

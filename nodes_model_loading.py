@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from .attention import ATTENTION_MODES
 from .host import get_host
-from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, Inputs, files, find_model, find_text_encoder, mappings, reject
+from .node_checks import Types, check_loadable, verdict
+from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, Inputs, files, find_model, find_text_encoder, mappings
 from .registry import SYSTEMS
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
-from .wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model, module_files
+from .wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model, module_files, planned
 from .wanvideo.lora import LoraFile
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
 from .wanvideo.modules.vae import WanVAE, load_vae
 from .wanvideo.quantization import QUANTIZATIONS
+
+log = logging.getLogger("wanvideo")
 
 LOAD_DEVICES = ["main_device", "offload_device"]
 
@@ -61,6 +66,25 @@ class WanVideoModelLoader:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        model: str = "",
+        base_precision: str = "bf16",
+        quantization: str = "disabled",
+        attention_mode: str = "sdpa",
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """A transformer, by its header, that these options can run on this machine."""
+        options = {"base_precision": base_precision, "quantization": quantization, "attention_mode": attention_mode}
+
+        def check(**values: object) -> None:
+            dtype = DTYPES[base_precision]
+            chosen = LoadOptions(base_dtype=dtype, quantization=quantization, attention_mode=attention_mode)
+            planned(find_model(model), chosen, get_host(), SYSTEMS)
+
+        return verdict(cls, check, input_types, model=model, **options)
+
     def loadmodel(
         self,
         model: str,
@@ -104,7 +128,7 @@ class WanVideoVAELoader:
             "required": {"model_name": (files("vae"), {"tooltip": "A Wan 2.1 or 2.2 VAE in models/vae"})},
             "optional": {
                 "precision": (["fp16", "fp32", "bf16"], {"default": "bf16"}),
-                "compile_args": ("WANCOMPILEARGS",),
+                "compile_args": ("WANCOMPILEARGS", {"tooltip": "Taken from older graphs; the VAE is not compiled"}),
                 "use_cpu_cache": (
                     "BOOLEAN",
                     {"default": False, "tooltip": "Not needed: frames always stream, and the cache does not grow"},
@@ -112,6 +136,15 @@ class WanVideoVAELoader:
                 "verbose": ("BOOLEAN", {"default": False, "tooltip": "The log always says what was loaded"}),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+        """A VAE, by its header."""
+
+        def check(model_name: str) -> None:
+            check_loadable(get_host().find_file("vae", model_name), cls.DISPLAY_NAME)
+
+        return verdict(cls, check, input_types, model_name=model_name)
 
     def loadmodel(
         self,
@@ -121,11 +154,9 @@ class WanVideoVAELoader:
         use_cpu_cache: bool = False,
         verbose: bool = False,
     ) -> tuple[WanVAE]:
-        """Load it."""
-        reject(
-            "WanVideo VAE Loader",
-            {"compile_args": compile_args, "use_cpu_cache": use_cpu_cache or None},
-        )
+        """Load it. Options that the VAE here has no need of are taken, and change nothing."""
+        if compile_args is not None:
+            log.warning("compile_args change nothing for the VAE: it is not compiled here.")
         host = get_host()
         return (load_vae(host.find_file("vae", model_name), dtype=DTYPES[precision], host=host),)
 
@@ -151,6 +182,15 @@ class LoadWanVideoT5TextEncoder:
                 "quantization": (["disabled", "fp8_e4m3fn"], {"default": "disabled"}),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+        """A text encoder, by its header."""
+
+        def check(model_name: str) -> None:
+            check_loadable(find_text_encoder(model_name), cls.DISPLAY_NAME)
+
+        return verdict(cls, check, input_types, model_name=model_name)
 
     def loadmodel(
         self, model_name: str, precision: str, load_device: str = "offload_device", quantization: str = "disabled"
@@ -183,14 +223,26 @@ class LoadWanVideoClipTextEncoder:
             "optional": {"load_device": (LOAD_DEVICES, {"default": "offload_device"})},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+        """A vision encoder, by its header."""
+
+        def check(model_name: str) -> None:
+            check_loadable(_find_clip(model_name), cls.DISPLAY_NAME, "Load CLIP Vision")
+
+        return verdict(cls, check, input_types, model_name=model_name)
+
     def loadmodel(self, model_name: str, precision: str, load_device: str = "offload_device") -> tuple[ClipVision]:
         """Load it from either folder."""
-        host = get_host()
-        kind = "clip_vision" if model_name in host.list_files("clip_vision") else "text_encoders"
-        encoder = load_clip_vision(host.find_file(kind, model_name), dtype=DTYPES[precision], host=host)
+        encoder = load_clip_vision(_find_clip(model_name), dtype=DTYPES[precision], host=get_host())
         if load_device == "main_device":
             encoder.managed.acquire()
         return (encoder,)
+
+
+def _find_clip(name: str) -> Path:
+    host = get_host()
+    return host.find_file("clip_vision" if name in host.list_files("clip_vision") else "text_encoders", name)
 
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from .host import get_host
+from .node_checks import Types, verdict
 from .node_tools import CATEGORY, files, mappings
 from .registry import SYSTEMS
 from .wanvideo.block_swap import BlockSwapArgs
@@ -234,6 +235,18 @@ class WanVideoLoraSelectByName(WanVideoLoraSelect):
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, lora_name: str = "", strength: float = 1.0, input_types: Types | None = None
+    ) -> bool | str:
+        """A name that a file has, unless the strength is 0."""
+
+        def check(lora_name: str, strength: float) -> None:
+            if strength != 0:
+                _matching_loras(lora_name)
+
+        return verdict(cls, check, input_types, lora_name=lora_name, strength=strength)
+
     def getlorapath(
         self,
         lora_name: str,
@@ -250,16 +263,21 @@ class WanVideoLoraSelectByName(WanVideoLoraSelect):
         """
         if strength == 0:
             return (tuple(prev_lora or ()),)
-        names = files("loras")
-        matching = [name for name in names if lora_name.strip() and lora_name.strip() in name]
-        if not matching:
-            raise ValueError(
-                f"No LoRA in models/loras has '{lora_name}' in its name ({len(names)} files are there): write the file "
-                "name or a part of it, or set the strength to 0."
-            )
+        matching = _matching_loras(lora_name)
         name = lora_name.strip() if lora_name.strip() in matching else matching[-1]
         log.info("LoRA '%s' is %s%s.", lora_name, name, "" if len(matching) == 1 else f", one of {len(matching)}")
         return super().getlorapath(name, strength, prev_lora, blocks, low_mem_load, merge_loras)
+
+
+def _matching_loras(text: str) -> list[str]:
+    names = files("loras")
+    matching = [name for name in names if text.strip() and text.strip() in name]
+    if not matching:
+        raise ValueError(
+            f"No LoRA in models/loras has '{text}' in its name ({len(names)} files are there): write the file "
+            "name or a part of it, or set the strength to 0."
+        )
+    return matching
 
 
 class WanVideoLoraBlockEdit:

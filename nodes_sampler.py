@@ -9,10 +9,11 @@ from dataclasses import fields, replace
 from torch import Tensor
 
 from .host import get_host
+from .node_checks import Types, need_link, verdict
 from .node_tools import CATEGORY, Inputs, Latent, mappings
 from .nodes_schedule import SCHEDULER, SHIFT
 from .wanvideo.loading import WanVideoModel
-from .wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds, contributions
+from .wanvideo.request import NO_PROMPT, ImageEmbeds, SampleRequest, TextEmbeds, contributions
 from .wanvideo.sampling import sample
 from .wanvideo.schedulers import Schedule, ScheduleSpec, make_schedule
 from .wanvideo.step_cache import StepCache
@@ -83,6 +84,27 @@ class WanVideoSampler:
                 "add_noise_to_samples": ADD_NOISE,
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        steps: int = 30,
+        shift: float = 5.0,
+        scheduler: str = "unipc",
+        denoise_strength: float = 1.0,
+        start_step: int = 0,
+        end_step: int = -1,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """A prompt, and a schedule that can be made."""
+        part = {"denoise_strength": denoise_strength, "start_step": start_step, "end_step": end_step}
+
+        def check(**values: object) -> None:
+            need_link(input_types, "text_embeds", NO_PROMPT)
+            if "sigmas" not in (input_types or {}):
+                make_schedule(ScheduleSpec(name=scheduler, steps=steps, shift=shift, **part))
+
+        return verdict(cls, check, input_types, steps=steps, shift=shift, scheduler=scheduler, **part)
 
     def process(
         self,
@@ -251,6 +273,11 @@ class WanVideoSamplerv2:
                 "extra_args": ("WANVIDSAMPLEREXTRAARGS",),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+        """A prompt."""
+        return verdict(cls, lambda: need_link(input_types, "text_embeds", NO_PROMPT), input_types)
 
     def process(
         self,

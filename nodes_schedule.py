@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .node_checks import Types, verdict
 from .node_tools import CATEGORY, mappings
 from .wanvideo.schedulers import SCHEDULERS, Schedule, ScheduleSpec, make_schedule
 from .wanvideo.windows import FUSE_METHODS, SCHEDULES, ContextOptions
@@ -44,6 +45,25 @@ class WanVideoScheduler:
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        scheduler: str = "unipc",
+        steps: int = 30,
+        shift: float = 5.0,
+        start_step: int = 0,
+        end_step: int = -1,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """A schedule that can be made, as far as its widgets tell."""
+        part = {"steps": steps, "shift": shift, "start_step": start_step, "end_step": end_step}
+
+        def check(**values: object) -> None:
+            if "sigmas" not in (input_types or {}):
+                make_schedule(ScheduleSpec(name=scheduler, **part))
+
+        return verdict(cls, check, input_types, scheduler=scheduler, **part)
 
     def process(
         self,
@@ -111,6 +131,17 @@ class WanVideoContextOptions:
                 "reference_latent": ("LATENT", {"tooltip": "Start picture of the windows after the first"}),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, context_frames: int = 81, context_overlap: int = 16, input_types: Types | None = None
+    ) -> bool | str:
+        """Windows that move on."""
+
+        def check(context_frames: int, context_overlap: int) -> None:
+            ContextOptions(size=context_frames, overlap=context_overlap).check()
+
+        return verdict(cls, check, input_types, context_frames=context_frames, context_overlap=context_overlap)
 
     def process(
         self,

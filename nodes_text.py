@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .host import get_host
+from .node_checks import Types, check_loadable, verdict
 from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, files, find_text_encoder, mappings, reject
 from .prompt_segments.extension import segments
 from .wanvideo.loading import WanVideoModel
@@ -21,6 +22,9 @@ NEGATIVE = ("STRING", {"default": "", "multiline": True, "tooltip": "What to avo
 ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu", "tooltip": "The cpu is slower and leaves the GPU alone"})
 
 
+NOT_CACHED = "The prompt is not in the cache on disk: connect a text encoder to 't5'."
+
+
 def _encode_prompts(
     prompts: Sequence[str],
     name: str | None,
@@ -31,7 +35,7 @@ def _encode_prompts(
     found = [None if cache is None else cache.load(prompt, name) for prompt in prompts]
     absent = [prompt for prompt, tensor in zip(prompts, found, strict=True) if tensor is None]
     if absent and encode is None:
-        raise ValueError("The prompt is not in the cache on disk: connect a text encoder to 't5'.")
+        raise ValueError(NOT_CACHED)
     fresh = iter(encode(absent) if absent else [])
     result = []
     for prompt, tensor in zip(prompts, found, strict=True):
@@ -40,6 +44,25 @@ def _encode_prompts(
             cache.save(prompt, name, value)
         result.append(value)
     return tuple(result)
+
+
+def _encoded(
+    prompts: Sequence[str],
+    t5: TextEncoder | None,
+    force_offload: bool,
+    model_to_offload: WanVideoModel | None,
+    use_disk_cache: bool,
+    device: str,
+) -> tuple[Tensor, ...]:
+    """Embeddings of the prompts, as the nodes' widgets say."""
+    if model_to_offload is not None:
+        model_to_offload.managed.release()
+    name = None if t5 is None else t5.name
+    encode = None if t5 is None else lambda texts: t5.encode(texts, device=_compute_device(device))
+    embeddings = _encode_prompts(prompts, name, encode, _cache(use_disk_cache))
+    if t5 is not None and force_offload:
+        t5.managed.release()
+    return embeddings
 
 
 def _split(prompt: str) -> list[str]:
@@ -52,6 +75,17 @@ def _cache(wanted: bool) -> TextCache | None:
 
 def _compute_device(device: str) -> torch.device | None:
     return torch.device("cpu") if device == "cpu" else None
+
+
+def _check_encoder(prompts: Sequence[str], use_disk_cache: bool, types: Types | None) -> None:
+    """Raises ValueError where no encoder is linked and the cache does not have all prompts."""
+    if "t5" in (types or {}):
+        return
+    if not use_disk_cache:
+        raise ValueError("Prompts are encoded by a text encoder: connect LoadWanVideoT5TextEncoder to 't5'.")
+    cache = _cache(True)
+    if any(cache.load(prompt, None) is None for prompt in prompts):
+        raise ValueError(NOT_CACHED)
 
 
 class WanVideoTextEncode:
@@ -76,6 +110,23 @@ class WanVideoTextEncode:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        positive_prompt: str = "",
+        negative_prompt: str = "",
+        use_disk_cache: bool = False,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """An encoder, or prompts that the cache on disk has."""
+        prompts = [*_split(positive_prompt), negative_prompt]
+
+        def check(**values: object) -> None:
+            _check_encoder(prompts, use_disk_cache, input_types)
+
+        texts = {"positive_prompt": positive_prompt, "negative_prompt": negative_prompt}
+        return verdict(cls, check, input_types, use_disk_cache=use_disk_cache, **texts)
+
     def process(
         self,
         positive_prompt: str,
@@ -87,14 +138,8 @@ class WanVideoTextEncode:
         device: str = "gpu",
     ) -> tuple[TextEmbeds]:
         """Embeds of both prompts."""
-        if model_to_offload is not None:
-            model_to_offload.managed.release()
-        name = None if t5 is None else t5.name
-        encode = None if t5 is None else lambda prompts: t5.encode(prompts, device=_compute_device(device))
-        parts = _split(positive_prompt)
-        both = _encode_prompts([*parts, negative_prompt], name, encode, _cache(use_disk_cache))
-        if t5 is not None and force_offload:
-            t5.managed.release()
+        prompts = [*_split(positive_prompt), negative_prompt]
+        both = _encoded(prompts, t5, force_offload, model_to_offload, use_disk_cache, device)
         return (TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=segments(both[:-1])),)
 
 
@@ -111,6 +156,17 @@ class WanVideoTextEncodeSingle:
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"prompt": PROMPT}, "optional": WanVideoTextEncode.INPUT_TYPES()["optional"]}
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, prompt: str = "", use_disk_cache: bool = False, input_types: Types | None = None
+    ) -> bool | str:
+        """An encoder, or a prompt that the cache on disk has."""
+
+        def check(**values: object) -> None:
+            _check_encoder(_split(prompt), use_disk_cache, input_types)
+
+        return verdict(cls, check, input_types, prompt=prompt, use_disk_cache=use_disk_cache)
+
     def process(
         self,
         prompt: str,
@@ -121,8 +177,8 @@ class WanVideoTextEncodeSingle:
         device: str = "gpu",
     ) -> tuple[TextEmbeds]:
         """Embeds without a negative prompt."""
-        both = WanVideoTextEncode().process(prompt, "", t5, force_offload, model_to_offload, use_disk_cache, device)[0]
-        return (TextEmbeds(positive=both.positive, payloads=both.payloads),)
+        positive = _encoded(_split(prompt), t5, force_offload, model_to_offload, use_disk_cache, device)
+        return (TextEmbeds(positive=positive, payloads=segments(positive)),)
 
 
 class WanVideoTextEncodeCached:
@@ -151,6 +207,15 @@ class WanVideoTextEncodeCached:
             },
             "optional": {"extender_args": ("WANVIDEOPROMPTEXTENDER_ARGS", {"tooltip": "Not available"})},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+        """A text encoder, by its header."""
+
+        def check(model_name: str) -> None:
+            check_loadable(find_text_encoder(model_name), "WanVideo T5 Text Encoder Loader")
+
+        return verdict(cls, check, input_types, model_name=model_name)
 
     def process(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from ..node_checks import Types, verdict
 from ..node_tools import CATEGORY, Inputs, mappings, whole_numbers
 from ..wanvideo.modifier import Modifier
 from .extension import SplitByPrompts
@@ -55,6 +56,18 @@ class WanVideoExperimentalArgs:
             }
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        video_attention_split_steps: str = "",
+        temporal_score_rescaling: bool = False,
+        tsr_k: float = 0.95,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """A list of whole numbers, and a factor."""
+        values = {"video_attention_split_steps": video_attention_split_steps, "tsr_k": tsr_k}
+        return verdict(cls, _split_steps, input_types, temporal_score_rescaling=temporal_score_rescaling, **values)
+
     def process(
         self,
         video_attention_split_steps: str,
@@ -73,9 +86,7 @@ class WanVideoExperimentalArgs:
         tsr_sigma: float,
     ) -> tuple[tuple[Modifier, ...]]:
         """The options that are on, the outermost first. Raises ValueError for a list that is not of whole numbers."""
-        steps = whole_numbers("video_attention_split_steps", video_attention_split_steps)
-        if temporal_score_rescaling and tsr_k <= 0:
-            raise ValueError("tsr_k must be more than 0: 1 changes nothing, a little less gives calmer videos.")
+        steps = _split_steps(video_attention_split_steps, temporal_score_rescaling, tsr_k)
         if bidirectional_sampling:
             # With latents, conditions and positions reversed alike, attention answers the same, reversed: the mean of
             # both passes is the first one, at half its cost.
@@ -97,6 +108,13 @@ class WanVideoExperimentalArgs:
         if steps:
             modifiers.append(SplitByPrompts(steps))
         return (tuple(modifiers),)
+
+
+def _split_steps(video_attention_split_steps: str, temporal_score_rescaling: bool, tsr_k: float) -> tuple[int, ...]:
+    """The steps of the list. Raises ValueError for another list, or a factor that cannot rescale."""
+    if temporal_score_rescaling and tsr_k <= 0:
+        raise ValueError("tsr_k must be more than 0: 1 changes nothing, a little less gives calmer videos.")
+    return whole_numbers("video_attention_split_steps", video_attention_split_steps)
 
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoExperimentalArgs)

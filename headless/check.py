@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..wanvideo.schedulers import SCHEDULERS, available
 from .graph import Link, Node, Prompt
 from .packs import is_of_this_pack, pack_of
 from .ui_graph import WRAPPED
@@ -138,7 +137,6 @@ def _problems_of(node: Node, prompt: Prompt, classes: Mapping[str, type]) -> Ite
             yield str(error)
     if spec is not None and sound:
         yield from _verdict(node, validate, spec, received)
-    yield from _not_built(node, cls)
 
 
 def _unwrapped(value: object) -> object:
@@ -223,16 +221,6 @@ def _verdict(
         verdict = str(error)
     if verdict is not True:
         yield f"{node.label}: {verdict if isinstance(verdict, str) else 'its inputs do not fit together.'}"
-
-
-def _not_built(node: Node, cls: type) -> Iterator[str]:
-    """Choices that saved graphs may hold and that no code stands behind."""
-    for entry in inputs_of(cls):
-        value = node.inputs.get(entry.name)
-        if entry.kind == list(SCHEDULERS) and isinstance(value, str) and value not in available():
-            yield (
-                f"{node.label}: the {entry.name} '{value}' is not available; choose one of: {', '.join(available())}."
-            )
 
 
 def _folder_problems(nodes: list[Node], classes: Mapping[str, type], host: Host) -> Iterator[str]:

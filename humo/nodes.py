@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..host import get_host
+from ..node_checks import Types, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings, round_size, whole_frames
 from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.images import to_video
@@ -100,6 +101,12 @@ class HuMoEmbeds:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, num_frames: int = 81, input_types: Types | None = None) -> bool | str:
+        """What the pictures, the sound and the length need."""
+        links = input_types or {}
+        return verdict(cls, lambda num_frames: _check(num_frames, links), links, num_frames=num_frames)
+
     def process(
         self,
         num_frames: int,
@@ -116,7 +123,8 @@ class HuMoEmbeds:
         tiled_vae: bool = False,
     ) -> tuple[ImageEmbeds]:
         """Features of the sound, encoded pictures, and the passes of guidance."""
-        _check(num_frames, whisper_model, vae, audio)
+        linked = {"whisper_model": whisper_model, "vae": vae, "audio": audio}
+        _check(num_frames, {name for name, value in linked.items() if value is not None})
         width, height = round_size(width, height)
         sound = None if audio is None else _mono(audio)
         if num_frames == LENGTH_OF_THE_SOUND:
@@ -149,14 +157,14 @@ class HuMoEmbeds:
         )
 
 
-def _check(num_frames: int, whisper: Whisper | None, vae: WanVAE | None, audio: Audio | None) -> None:
-    if vae is None:
+def _check(num_frames: int, linked: Collection[str]) -> None:
+    if "vae" not in linked:
         raise ValueError(
             "HuMoEmbeds encodes pictures, and grey where there are none: connect WanVideoVAELoader to 'vae'."
         )
-    if audio is not None and whisper is None:
+    if "audio" in linked and "whisper_model" not in linked:
         raise ValueError("The sound is heard by Whisper: connect WhisperModelLoader to 'whisper_model' of HuMoEmbeds.")
-    if num_frames == LENGTH_OF_THE_SOUND and audio is None:
+    if num_frames == LENGTH_OF_THE_SOUND and "audio" not in linked:
         raise ValueError("num_frames -1 takes the length of the sound, but none is connected: give a number of frames.")
     if num_frames < 1 and num_frames != LENGTH_OF_THE_SOUND:
         raise ValueError(f"num_frames is {num_frames}: give at least 1, or -1 for the length of the sound.")

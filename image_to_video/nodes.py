@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..node_checks import Types, need_link, verdict
 from ..node_tools import (
     CATEGORY,
     FRAMES_TIP,
@@ -22,6 +23,8 @@ from ..wanvideo.modules.vae import Tile, WanVAE
 from ..wanvideo.request import ImageEmbeds, payloads_of
 from .extension import ImageCondition
 from .pictures import GivenFrames, encode_given
+
+NO_VAE = "Pictures are encoded by the VAE: connect WanVideoVAELoader to 'vae'."
 
 
 class WanVideoImageToVideoEncode:
@@ -69,6 +72,11 @@ class WanVideoImageToVideoEncode:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+        """A VAE."""
+        return verdict(cls, lambda: need_link(input_types, "vae", NO_VAE), input_types)
+
     def process(
         self,
         width: int,
@@ -93,7 +101,7 @@ class WanVideoImageToVideoEncode:
     ) -> tuple[ImageEmbeds]:
         """Condition latents, mask and CLIP features."""
         if vae is None:
-            raise ValueError("Pictures are encoded by the VAE: connect WanVideoVAELoader to 'vae'.")
+            raise ValueError(NO_VAE)
         width, height = round_size(width, height)
         given = GivenFrames(
             width=width,

@@ -22,7 +22,7 @@ from ..wanvideo.denoise import NotFiniteError
 from ..wanvideo.fingerprint import digest
 from ..wanvideo.frames import latent_frames
 from ..wanvideo.loading import WanVideoModel
-from ..wanvideo.request import Latent, SampleRequest
+from ..wanvideo.request import NO_PROMPT, Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher
 from .audio import MultiTalkEmbeds
 from .footage import FolderFootage, Footage, MemoryFootage
@@ -85,7 +85,7 @@ def _check_inputs(request: SampleRequest) -> None:
     if request.find(MultiTalkEmbeds) is None:
         raise ValueError("A long talking video needs speech: connect multitalk_embeds to the sampler.")
     if request.text is None or not request.text.positive:
-        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
+        raise ValueError(NO_PROMPT)
     if request.context is not None:
         raise ValueError(
             "context_options and WanVideoImageToVideoMultiTalk are two ways to make a long video: disconnect one."

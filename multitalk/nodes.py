@@ -7,6 +7,7 @@ import datetime
 from torch import Tensor
 
 from ..host import get_host
+from ..node_checks import Types, verdict
 from ..node_tools import CATEGORY, Inputs, files, find_model, mappings, round_size
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.frames import latent_frames
@@ -18,6 +19,7 @@ from . import nodes_audio
 from .colormatch import match_colors
 from .extension import MultiTalk
 from .loop import TalkingLoop
+from .plan import check_lengths
 
 COLOR_METHODS = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
 
@@ -82,6 +84,14 @@ class WanVideoImageToVideoMultiTalk:
                 "output_path": ("STRING", {"default": "", "tooltip": "A folder for the frames, instead of memory"}),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, frame_window_size: int = 81, motion_frame: int = 25, input_types: Types | None = None
+    ) -> bool | str:
+        """Windows that bring something new."""
+        lengths = {"frame_window_size": frame_window_size, "motion_frame": motion_frame}
+        return verdict(cls, check_lengths, input_types, **lengths)
 
     def process(
         self,
@@ -149,6 +159,18 @@ class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved gr
                 "output_path": optional["output_path"],
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        frame_window_size: int = 81,
+        motion_frame: int = 5,
+        drop_frames: int = 12,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """Windows that bring something new."""
+        lengths = {"frame_window_size": frame_window_size, "motion_frame": motion_frame, "drop_frames": drop_frames}
+        return verdict(cls, check_lengths, input_types, **lengths)
 
     def process(
         self,

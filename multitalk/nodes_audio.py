@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..host import get_host
+from ..node_checks import Types, check_loadable, need_link, verdict
 from ..node_tools import CATEGORY, DTYPES, files, mappings
 from .audio import (
     AudioOptions,
@@ -31,6 +32,10 @@ Inputs = dict[str, dict[str, tuple[object, ...]]]
 # Repository -> the revision that holds the weights as safetensors.
 SPEECH_MODELS = {"TencentGameMate/chinese-wav2vec2-base": "refs/pr/1", "facebook/wav2vec2-base-960h": "main"}
 TRAINED_FPS = 25.0
+NO_ENCODER = (
+    "Silence is encoded by the speech encoder: connect Wav2VecModelLoader to 'wav2vec_model' of "
+    "'MultiTalk Silent Embeds'."
+)
 SPEECH_WIDGETS = {
     "base_precision": (["fp32", "bf16", "fp16"], {"default": "fp16", "tooltip": "Of the encoder's weights"}),
     "load_device": (
@@ -57,6 +62,15 @@ class Wav2VecModelLoader:
                 **SPEECH_WIDGETS,
             }
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model: str = "", input_types: Types | None = None) -> bool | str:
+        """A speech encoder, by its header."""
+
+        def check(model: str) -> None:
+            check_loadable(get_host().find_file("wav2vec2", model), cls.DISPLAY_NAME)
+
+        return verdict(cls, check, input_types, model=model)
 
     def loadmodel(self, model: str, base_precision: str, load_device: str) -> tuple[Wav2Vec]:
         """Load it; it is on the compute device only while it encodes."""
@@ -204,13 +218,15 @@ class MultiTalkSilentEmbeds:
             "optional": {"wav2vec_model": ("WAV2VECMODEL", {"tooltip": "Encodes the silence"})},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+        """An encoder."""
+        return verdict(cls, lambda: need_link(input_types, "wav2vec_model", NO_ENCODER), input_types)
+
     def process(self, num_frames: int, wav2vec_model: Wav2Vec | None = None) -> tuple[MultiTalkEmbeds]:
         """Encoded silence of that length."""
         if wav2vec_model is None:
-            raise ValueError(
-                "Silence is encoded by the speech encoder: connect Wav2VecModelLoader to 'wav2vec_model' of "
-                "'MultiTalk Silent Embeds'."
-            )
+            raise ValueError(NO_ENCODER)
         try:
             silence = encode_silence(wav2vec_model, fps=TRAINED_FPS)
         finally:

@@ -44,6 +44,14 @@ def plan_windows(total: int, size: int, motion: int, drop: int = 0) -> list[Wind
         start += size - drop - motion
 
 
+def check_lengths(frame_window_size: int, motion_frame: int, drop_frames: int = 0) -> None:
+    """Raises ValueError if windows of these counts, once they fit the VAE, bring nothing new."""
+    window, motion, drop = round_frames(frame_window_size), round_frames(motion_frame), drop_frames // 4 * 4
+    if motion + drop >= window:
+        dropped = f" plus drop_frames ({drop})" if drop else ""
+        raise ValueError(f"motion_frame ({motion}){dropped} must be less than frame_window_size ({window}).")
+
+
 def loop_settings(settings: LoopSettings, kind: str) -> LoopSettings:
     """Settings with counts that fit the VAE and a definite mode. kind: the model's, "infinitetalk" or "multitalk".
 
@@ -56,9 +64,7 @@ def loop_settings(settings: LoopSettings, kind: str) -> LoopSettings:
         log.info(
             "The VAE works in 4n+1 frames: windows of %d frames, %d of them shared, %d dropped.", window, motion, drop
         )
-    if motion + drop >= window:
-        dropped = f" plus drop_frames ({drop})" if drop else ""
-        raise ValueError(f"motion_frame ({motion}){dropped} must be less than frame_window_size ({window}).")
+    check_lengths(window, motion, drop)
     if settings.reference_video is not None and motion + KEYFRAME_REPEATS > window:
         raise ValueError(
             f"frame_window_size ({window}) holds motion_frame ({motion}) and the {KEYFRAME_REPEATS} frames of the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..node_checks import Types, verdict
 from ..node_tools import CATEGORY, Inputs, mappings, whole_numbers
 from .extension import SkippedBlocks
 
@@ -33,6 +34,11 @@ class WanVideoSLG:
                 ),
             }
         }  # fmt: skip
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, blocks: str = "", input_types: Types | None = None) -> bool | str:
+        """A list of whole numbers."""
+        return verdict(cls, lambda blocks: whole_numbers("blocks", blocks), input_types, blocks=blocks)
 
     def process(self, blocks: str, start_percent: float, end_percent: float) -> tuple[SkippedBlocks]:
         """The settings. Raises ValueError for a list that is not of whole numbers."""

@@ -140,7 +140,7 @@ def test_text_to_video_and_what_decoding_gives(vae):
     assert without.shape[0] == 5
     video = torch.rand(3, 8, 8, 3) * 2 - 1
     torch.testing.assert_close(decode(vae, {"video": video}, False, 272, 272, 144, 128)[0], (video + 1) / 2)
-    assert "overlap" in N["WanVideoDecode"].VALIDATE_INPUTS(128, 272, 128, 128)
+    assert "overlap" in N["WanVideoDecode"].VALIDATE_INPUTS(True, 128, 272, 128, 128)
 
 
 @pytest.mark.parametrize("shade", [-1.0, 0.25])

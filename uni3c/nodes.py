@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..host import get_host
+from ..node_checks import Types, need_link, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, Latent, files, mappings
 from ..registry import SYSTEMS
 from ..wanvideo.compilation import CompileArgs
 from ..wanvideo.own_model import open_own
 from .controlnet import KIND, Uni3CModel, Uni3COptions, load_uni3c
 from .extension import Uni3CArgs
+
+NO_RENDER = "Uni3C has nothing to follow: encode a rendered video and connect it to render_latent."
 
 
 class WanVideoUni3C_ControlnetLoader:  # noqa: N801 - the name in saved graphs
@@ -103,6 +106,11 @@ class WanVideoUni3C_embeds:  # noqa: N801 - the name in saved graphs
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+        """Something to follow."""
+        return verdict(cls, lambda: need_link(input_types, "render_latent", NO_RENDER), input_types)
+
     def process(
         self,
         controlnet: Uni3CModel,
@@ -117,7 +125,7 @@ class WanVideoUni3C_embeds:  # noqa: N801 - the name in saved graphs
         if not isinstance(controlnet, Uni3CModel):
             raise ValueError("The controlnet is not Uni3C's: connect 'WanVideo Uni3C Controlnet Loader'.")
         if render_latent is None:
-            raise ValueError("Uni3C has nothing to follow: encode a rendered video and connect it to render_latent.")
+            raise ValueError(NO_RENDER)
         render = render_latent["samples"]
         if render.dim() != 5:
             raise ValueError(

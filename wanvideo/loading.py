@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .compilation import CompileArgs, compiled
 from .conditioning import Payload
 from .config import WanConfig
+from .extension import Extension
 from .families import TRANSFORMER, Kind
 from .lora import LoraFile, MergedLoras, beside, widening
 from .lora_weights import take
@@ -149,26 +150,14 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
 
     Raises ValueError, in one sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
-    opened = open_checkpoint(path)
-    config = config_of(opened, systems)
-    main = with_aliases(opened, systems)
-    weights = take(options.loras, systems)
-    for brought in weights.checkpoints:
-        _check_layers(brought, config)
-    checkpoint = main.joined([*(_module(file, config, systems) for file in options.modules), *weights.checkpoints])
-    plan = plan_of(options.quantization, main, device=host.device(), base=options.base_dtype)
-    say_what_is_overruled(options.quantization, checkpoint)
-    spec = AttentionSpec(
-        device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
-    )
-    attention = plan_for(options.attention_mode, spec)
-    loras, channels = widening.marked(weights.loras, config)
+    plan = planned(path, options, host, systems)
+    say_what_is_overruled(options.quantization, plan.checkpoint)
     with torch.device("meta"):
-        model = WanModel(config, weights.strengthened(systems.detect(_shapes(checkpoint, channels))))
-    report = _fill(model, checkpoint, plan, [file for file in loras if file.merge])
-    if channels > config.in_dim:
-        widening.widen(model.patch_embedding, channels)
-        model.config = replace(config, in_dim=channels)
+        model = WanModel(plan.config, plan.extensions)
+    report = _fill(model, plan.checkpoint, plan.quantization, [file for file in plan.loras if file.merge])
+    if plan.channels > plan.config.in_dim:
+        widening.widen(model.patch_embedding, plan.channels)
+        model.config = replace(plan.config, in_dim=plan.channels)
     watch(model)
     placement = Placement(model, host.offload_device())
     placement.swap = options.block_swap
@@ -182,10 +171,51 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
         path=path,
         options=options,
         report=report,
-        attention=attention,
-        attention_spec=spec,
-        loras=tuple(file for file in loras if not file.merge),
+        attention=plan.attention,
+        attention_spec=plan.attention_spec,
+        loras=tuple(file for file in plan.loras if not file.merge),
         block_swap=options.block_swap,
+    )
+
+
+class _Planned(NamedTuple):
+    """What a load will be, from headers and options alone.
+
+    config: of the file; channels: that the model reads in the end, more where a control LoRA widens it.
+    """
+
+    config: WanConfig
+    channels: int
+    extensions: tuple[Extension, ...]
+    checkpoint: Checkpoint
+    loras: tuple[LoraFile, ...]
+    quantization: Plan
+    attention_spec: AttentionSpec
+    attention: AttentionPlan
+
+
+def planned(path: Path, options: LoadOptions, host: Host, systems: Systems) -> _Planned:
+    """What `load_wan_model` will do; no weights are read. Raises ValueError as it does."""
+    opened = open_checkpoint(path)
+    config = config_of(opened, systems)
+    main = with_aliases(opened, systems)
+    weights = take(options.loras, systems)
+    for brought in weights.checkpoints:
+        _check_layers(brought, config)
+    checkpoint = main.joined([*(_module(file, config, systems) for file in options.modules), *weights.checkpoints])
+    loras, channels = widening.marked(weights.loras, config)
+    spec = AttentionSpec(
+        device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
+    )
+    return _Planned(
+        config=config,
+        channels=channels,
+        extensions=weights.strengthened(systems.detect(_shapes(checkpoint, channels))),
+        checkpoint=checkpoint,
+        loras=loras,
+        quantization=plan_of(options.quantization, main, device=host.device(), base=options.base_dtype),
+        attention_spec=spec,
+        attention=plan_for(options.attention_mode, spec),
     )
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Latent = dict[str, object]
 
+NO_PROMPT = "There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler."
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextEmbeds:

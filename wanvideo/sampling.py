@@ -26,7 +26,7 @@ from .latents import (
     start_noise,
 )
 from .modules.model import WanModel
-from .request import Latent, SampleRequest
+from .request import NO_PROMPT, Latent, SampleRequest
 from .schedulers import Schedule
 from .step_cache import StepMemories, memories
 from .windows import WindowedDenoiser, free_noise
@@ -219,7 +219,7 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
     """Of the whole video, or of context windows where it is longer than one."""
     text = request.text
     if text is None or not text.positive:
-        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
+        raise ValueError(NO_PROMPT)
     conditions = Conditions(
         positive=text.positive[0],
         negative=text.negative[0] if text.negative else None,

@@ -63,13 +63,17 @@ class ContextOptions:
         return self.schedule == "uniform_looped"
 
     def apply_to(self, frames: int) -> bool:
-        """Whether a video of so many latent frames is cut into windows. Raises ValueError if windows cannot move on."""
+        """Whether a video of so many latent frames is cut into windows. Raises ValueError as `check`."""
+        self.check()
+        return frames > self.latent_size
+
+    def check(self) -> None:
+        """Raises ValueError if windows cannot move on."""
         if self.latent_overlap >= self.latent_size:
             raise ValueError(
                 f"context_overlap ({self.overlap}) must be less than context_frames ({self.size}), both counted in "
                 "fours."
             )
-        return frames > self.latent_size
 
     def seen(self, frames: int) -> int:
         """Latent frames that one forward sees of a video of so many."""

@@ -105,7 +105,7 @@ def test_all_problems_come_at_once(tmp_path, host):
         "'Missing2' (#n)", "'Missing3' (#o)",
         "VHS_VideoCombine (#v): 'crf' must be between 0 and 51, not 90",
         "VHS_VideoCombine (#w): The format 'video/nvenc_h264-mp4' is written by ComfyUI only",
-        "LoadAudio (#a): There is no file 'gone.wav'", "the scheduler 'flowmatch_pusa' is not available",
+        "LoadAudio (#a): There is no file 'gone.wav'", "The scheduler 'flowmatch_pusa' is not available",
         "LoadImage (#e): '../../etc/passwd' lies outside",
     ):  # fmt: skip
         assert sum(part in problem for problem in found) == 1, (part, found)

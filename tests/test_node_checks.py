@@ -1,0 +1,144 @@
+"""VALIDATE_INPUTS: what cannot run is refused when the graph is queued, in the words of the node that would meet it."""
+
+import inspect
+
+import pytest
+import torch
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.nodes_unbuilt import UnbuiltNode
+from wanvideo_wrapper.wanvideo.text_cache import TextCache
+
+SAMPLER = {"model": "WANVIDEOMODEL", "image_embeds": "WANVIDIMAGE_EMBEDS", "text_embeds": "WANVIDEOTEXTEMBEDS"}
+TILES = {"tile_x": 128, "tile_y": 272, "tile_stride_x": 128, "tile_stride_y": 128}
+REFUSALS = [
+    ("WanVideoSampler", {"model": "WANVIDEOMODEL"}, {}, "no prompt"),
+    ("WanVideoSamplerv2", {"model": "WANVIDEOMODEL"}, {}, "no prompt"),
+    ("WanVideoSampler", SAMPLER, {"scheduler": "flowmatch_pusa"}, "not available; choose one of: unipc"),
+    ("WanVideoSampler", SAMPLER, {"scheduler": "nonsense"}, "'scheduler' has no choice 'nonsense'"),
+    ("WanVideoSampler", SAMPLER, {"start_step": 5, "end_step": 5}, "No steps are left"),
+    ("WanVideoSampler", SAMPLER, {"shift": 0.0}, "shift must be above 0"),
+    ("WanVideoSampler", SAMPLER, {"steps": 0}, "'steps' must be between 1 and inf, not 0"),
+    ("WanVideoSampler", SAMPLER, {"denoise_strength": float("nan")}, "'denoise_strength' must be between"),
+    ("WanVideoSampler", {**SAMPLER, "model": "WANVAE"}, {}, "'model' takes WANVIDEOMODEL, but WANVAE"),
+    ("WanVideoScheduler", {}, {"scheduler": "longcat_distill_euler"}, "not available"),
+    ("WanVideoSchedulerv2", {}, {"start_step": 30}, "No steps are left"),
+    ("WanVideoContextOptions", {}, {"context_frames": 16, "context_overlap": 16}, "must be less than context_frames"),
+    ("WanVideoImageToVideoMultiTalk", {}, {"frame_window_size": 25, "motion_frame": 25}, "must be less than frame_w"),
+    ("WanVideoImageToVideoSkyreelsv3_audio", {}, {"frame_window_size": 17, "drop_frames": 12}, "plus drop_frames"),
+    ("MultiTalkSilentEmbeds", {}, {}, "connect Wav2VecModelLoader"),
+    ("HuMoEmbeds", {}, {}, "connect WanVideoVAELoader"),
+    ("HuMoEmbeds", {"vae": "WANVAE", "audio": "AUDIO"}, {}, "connect WhisperModelLoader"),
+    ("HuMoEmbeds", {"vae": "WANVAE"}, {"num_frames": -1}, "none is connected"),
+    ("WanVideoImageToVideoEncode", {"start_image": "IMAGE"}, {}, "connect WanVideoVAELoader"),
+    ("WanVideoUni3C_embeds", {}, {}, "nothing to follow"),
+    ("WanVideoSLG", {}, {"blocks": "9 10"}, "separated by commas"),
+    ("WanVideoExperimentalArgs", {}, {"video_attention_split_steps": "x"}, "whole numbers"),
+    ("WanVideoExperimentalArgs", {}, {"temporal_score_rescaling": True, "tsr_k": 0.0}, "tsr_k"),
+    ("WanVideoSetAttentionModeOverride", {}, {"start_step": 4, "end_step": 4}, "applies nowhere"),
+    ("WanVideoBlockList", {}, {"blocks": "5-2"}, "is empty"),
+    ("WanVideoEncode", {}, {"enable_vae_tiling": True, **TILES}, "larger than their strides"),
+    ("WanVideoDecode", {}, {"enable_vae_tiling": True, **TILES}, "larger than their strides"),
+    ("WanVideoTextEncode", {}, {"positive_prompt": "a"}, "connect LoadWanVideoT5TextEncoder"),
+    ("WanVideoTextEncode", {}, {"positive_prompt": "a", "use_disk_cache": True}, "not in the cache"),
+    ("WanVideoTextEncodeSingle", {}, {"prompt": "a"}, "connect LoadWanVideoT5TextEncoder"),
+    ("WanVideoLoraSelectByName", {}, {"lora_name": "absent"}, "No LoRA"),
+    ("WanVideoModelLoader", {}, {"model": "vae.safetensors"}, "is a Wan VAE"),
+    ("WanVideoModelLoader", {}, {"model": "cut.safetensors"}, "is truncated"),
+    ("WanVideoModelLoader", {}, {"model": "gone.safetensors"}, "'model' has no choice 'gone.safetensors'"),
+    ("WanVideoModelLoader", {}, {"model": "t2v.safetensors", "attention_mode": "cudnn_fp8"}, "cannot run because"),
+    ("WanVideoVAELoader", {}, {"model_name": "t5.safetensors"}, "load it with 'WanVideo T5 Text Encoder Loader'"),
+    ("LoadWanVideoT5TextEncoder", {}, {"model_name": "vae.safetensors"}, "load it with 'WanVideo VAE Loader'"),
+    ("WanVideoTextEncodeCached", {}, {"model_name": "vae.safetensors"}, "load it with 'WanVideo VAE Loader'"),
+    ("LoadWanVideoClipTextEncoder", {}, {"model_name": "t5.safetensors"}, "T5 Text Encoder Loader"),
+    ("Wav2VecModelLoader", {}, {"model": "vae.safetensors"}, "is a Wan VAE"),
+]  # fmt: skip
+LINKED = {
+    "WanVideoSampler": SAMPLER,
+    "WanVideoSamplerSettings": SAMPLER,
+    "WanVideoSamplerv2": SAMPLER,
+    "MultiTalkSilentEmbeds": {"wav2vec_model": "WAV2VECMODEL"},
+    "HuMoEmbeds": {"vae": "WANVAE"},
+    "WanVideoImageToVideoEncode": {"vae": "WANVAE"},
+    "WanVideoUni3C_embeds": {"render_latent": "LATENT"},
+    "WanVideoTextEncode": {"t5": "WANTEXTENCODER"},
+    "WanVideoTextEncodeSingle": {"t5": "WANTEXTENCODER"},
+}
+FILES = {
+    "WanVideoModelLoader": {"model": "t2v.safetensors"},
+    "WanVideoVAELoader": {"model_name": "vae.safetensors"},
+    "LoadWanVideoT5TextEncoder": {"model_name": "t5.safetensors"},
+    "WanVideoTextEncodeCached": {"model_name": "t5.safetensors"},
+    "LoadWanVideoClipTextEncoder": {"model_name": "clip.safetensors"},
+    "Wav2VecModelLoader": {"model": "w.safetensors"},
+    "WanVideoLoraSelectByName": {"lora_name": "distill"},
+}
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    before = get_host()
+    models = tmp_path_factory.mktemp("models")
+    tiny.transformer(in_dim=16).save(models / "diffusion_models/t2v.safetensors")
+    tiny.vae(base_dim=4).save(models / "vae/vae.safetensors")
+    tiny.text_encoder().save(models / "text_encoders/t5.safetensors")
+    tiny.clip_vision().save(models / "clip_vision/clip.safetensors")
+    tiny.wav2vec().save(models / "wav2vec2/w.safetensors")
+    vae = (models / "vae/vae.safetensors").read_bytes()
+    for folder in ("diffusion_models", "text_encoders", "wav2vec2"):
+        (models / folder / "vae.safetensors").write_bytes(vae)
+    (models / "vae/t5.safetensors").write_bytes((models / "text_encoders/t5.safetensors").read_bytes())
+    (models / "diffusion_models/cut.safetensors").write_bytes(vae[:-1])
+    (models / "loras").mkdir()
+    (models / "loras/distill_rank64.safetensors").write_bytes(vae)
+    host = StandaloneHost(models=models, device="cpu")
+    set_host(host)
+    yield host
+    set_host(before)
+
+
+@pytest.mark.parametrize(("name", "links", "values", "fragment"), REFUSALS, ids=lambda value: str(value)[:24])
+def test_what_cannot_run_is_refused_before_anything_runs(host, name, links, values, fragment):
+    assert fragment in str(N[name].VALIDATE_INPUTS(**values, input_types=links))
+
+
+def judging():
+    return {
+        name: node for name, node in N.items() if hasattr(node, "VALIDATE_INPUTS") and not issubclass(node, UnbuiltNode)
+    }
+
+
+def test_defaults_are_welcome_and_every_parameter_is_an_input_with_a_default(host):
+    assert len(judging()) >= 25
+    for name, node in judging().items():
+        declared = node.INPUT_TYPES()
+        inputs = {**declared["required"], **declared.get("optional", {})}
+        for parameter in list(inspect.signature(node.VALIDATE_INPUTS).parameters.values()):
+            # ComfyUI leaves out what other nodes make, and knows no values but those of inputs.
+            assert parameter.default is not parameter.empty, (name, parameter)
+            assert parameter.name in (*inputs, "input_types"), (name, parameter)
+            if parameter.name == "input_types" or isinstance(inputs[parameter.name][0], list):
+                continue
+            widget = inputs[parameter.name][1].get("default")
+            assert parameter.default == widget or isinstance(widget, str), (name, parameter)
+        assert node.VALIDATE_INPUTS(**FILES.get(name, {}), input_types=LINKED.get(name, {})) is True, name
+
+
+def test_values_that_other_nodes_make_are_not_judged(host):
+    links = {**SAMPLER, "steps": "INT"}
+    assert N["WanVideoSampler"].VALIDATE_INPUTS(scheduler="unipc", start_step=30, input_types=links) is True
+    custom = {**SAMPLER, "sigmas": "SIGMAS"}
+    assert N["WanVideoSampler"].VALIDATE_INPUTS(start_step=30, input_types=custom) is True
+    assert N["WanVideoDecode"].VALIDATE_INPUTS(**TILES) is True
+
+
+def test_prompts_on_disk_need_no_encoder(host, monkeypatch, tmp_path):
+    monkeypatch.setattr(type(host), "cache_dir", lambda self: tmp_path)
+    cache = TextCache(tmp_path / "text_embeds")
+    for prompt in ("a", "b", ""):
+        cache.save(prompt, "t5", torch.rand(3, 8))
+    node, single = N["WanVideoTextEncode"], N["WanVideoTextEncodeSingle"]
+    assert node.VALIDATE_INPUTS(positive_prompt="a | b", use_disk_cache=True) is True
+    assert "not in the cache" in node.VALIDATE_INPUTS(positive_prompt="a | c", use_disk_cache=True)
+    assert single.VALIDATE_INPUTS(prompt="b", use_disk_cache=True) is True
