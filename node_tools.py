@@ -11,6 +11,8 @@ import torch
 
 from .host import get_host
 from .wanvideo.frames import round_frames
+from .wanvideo.latents import LATENTS_A_TOKEN
+from .wanvideo.modules.vae import WanVAE
 
 log = logging.getLogger("wanvideo")
 
@@ -21,7 +23,7 @@ CATEGORY = "WanVideoWrapper"
 # Tooltips that several nodes share.
 TILE_TIP = "Less memory; seams fade where tiles overlap"
 OFFLOAD_TIP = "Free the GPU afterwards"
-SIDE_TIP = "In pixels; rounded down to a multiple of 16"
+SIDE_TIP = "In pixels; rounded down to a multiple of 16, or of 32 for the 5B model"
 FRAMES_TIP = "4n+1 frames; 81 are what most models were trained on"
 SIZE_STEP = 16
 # Kinds of the widget of a text encoder.
@@ -70,11 +72,16 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def round_size(width: int, height: int) -> tuple[int, int]:
-    """Sides rounded down to multiples of 16, which every Wan model can run; says so where that changes them."""
-    rounded = (max(width // SIZE_STEP, 1) * SIZE_STEP, max(height // SIZE_STEP, 1) * SIZE_STEP)
+def round_size(width: int, height: int, vae: WanVAE | None = None) -> tuple[int, int]:
+    """Sides rounded down to what models with this VAE can run, and says so where that changes them.
+
+    Multiples of 16, or of 32 with the 2.2 VAE of the 5B model: a token is two latents wide. Without a VAE 16: which
+    model samples is not known, and the sampler rounds once more for the 5B.
+    """
+    step = SIZE_STEP if vae is None else LATENTS_A_TOKEN * vae.spatial_factor
+    rounded = (max(width // step, 1) * step, max(height // step, 1) * step)
     if rounded != (width, height):
-        log.info("%dx%d is rounded to %dx%d: sides must divide by %d.", width, height, *rounded, SIZE_STEP)
+        log.info("%dx%d is rounded to %dx%d: sides must divide by %d.", width, height, *rounded, step)
     return rounded
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .node_checks import Types, verdict
 from .node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, TILE_TIP, Inputs, Latent, mappings, round_size, whole_frames
 from .wanvideo.frames import latent_frames
-from .wanvideo.images import resize_images, to_images, to_video
+from .wanvideo.images import to_images, to_video
 from .wanvideo.modules.vae import Tile, WanVAE
 from .wanvideo.request import ImageEmbeds, payloads_of
 
@@ -117,8 +117,8 @@ class WanVideoEncode:
         mask: Tensor | None = None,
     ) -> tuple[Latent]:
         """Latents of the first 4n+1 frames."""
-        width, height = round_size(image.shape[2], image.shape[1])
-        video = to_video(resize_images(image, width, height))[:, : whole_frames(image.shape[0])]
+        width, height = round_size(image.shape[2], image.shape[1], vae)
+        video = to_video(image[: whole_frames(image.shape[0])], width, height)
         if noise_aug_strength > 0:
             noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
             video = video + noise * noise_aug_strength

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..host import get_host
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
 from ..registry import SYSTEMS
+from ..wanvideo.finite import check_finite
 from ..wanvideo.loading import WanVideoModel
 from ..wanvideo.own_model import open_own
 from .controlnet import KIND, QUANTIZATIONS, ControlnetModel, load_controlnet
@@ -121,6 +122,7 @@ class WanVideoControlnet:
             raise ValueError("The controlnet is not one of Wan's: connect 'WanVideo Controlnet Loader'.")
         if any(isinstance(payload, ControlArgs) for payload in model.payloads):
             raise ValueError("The model has a controlnet already, and only one can steer it: leave one of the two out.")
+        check_finite("The control_images hold", control_images, unit="frame")
         control = control_images[..., :3].permute(3, 0, 1, 2)[None] * 2 - 1
         args = ControlArgs(
             controlnet, control.contiguous(), strength, control_stride, control_start_percent, control_end_percent

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..host import get_host
 from ..node_checks import Types, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings, round_size, whole_frames
+from ..wanvideo.finite import check_finite
 from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.images import to_video
 from ..wanvideo.modules.vae import Tile, WanVAE
@@ -125,7 +126,7 @@ class HuMoEmbeds:
         """Features of the sound, encoded pictures, and the passes of guidance."""
         linked = {"whisper_model": whisper_model, "vae": vae, "audio": audio}
         _check(num_frames, {name for name, value in linked.items() if value is not None})
-        width, height = round_size(width, height)
+        width, height = round_size(width, height, vae)
         sound = None if audio is None else _mono(audio)
         if num_frames == LENGTH_OF_THE_SOUND:
             num_frames = len(sound) // SAMPLES_A_FRAME
@@ -181,7 +182,8 @@ def _heard(whisper: Whisper | None, sound: NDArray[np.float32] | None, frames: i
 
 
 def _mono(audio: Audio) -> NDArray[np.float32]:
-    """AUDIO -> its channels' mean at 16 kHz."""
+    """AUDIO -> its channels' mean at 16 kHz. Raises ValueError for NaN or infinity."""
+    check_finite("The sound holds", audio["waveform"])
     sound = audio["waveform"][0].float().mean(dim=0).cpu().numpy()
     rate = int(audio["sample_rate"])
     if rate == SAMPLE_RATE:

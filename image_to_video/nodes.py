@@ -102,7 +102,7 @@ class WanVideoImageToVideoEncode:
         """Condition latents, mask and CLIP features."""
         if vae is None:
             raise ValueError(NO_VAE)
-        width, height = round_size(width, height)
+        width, height = round_size(width, height, vae)
         given = GivenFrames(
             width=width,
             height=height,

@@ -22,8 +22,8 @@ from ..wanvideo.denoise import NotFiniteError
 from ..wanvideo.fingerprint import digest
 from ..wanvideo.frames import latent_frames
 from ..wanvideo.loading import WanVideoModel
-from ..wanvideo.request import NO_PROMPT, Latent, SampleRequest
-from ..wanvideo.sampling import RunWatcher
+from ..wanvideo.request import Latent, SampleRequest
+from ..wanvideo.sampling import RunWatcher, check_conditions
 from .audio import MultiTalkEmbeds
 from .footage import FolderFootage, Footage, MemoryFootage
 from .plan import Window, loop_settings, plan_windows
@@ -84,8 +84,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
 def _check_inputs(request: SampleRequest) -> None:
     if request.find(MultiTalkEmbeds) is None:
         raise ValueError("A long talking video needs speech: connect multitalk_embeds to the sampler.")
-    if request.text is None or not request.text.positive:
-        raise ValueError(NO_PROMPT)
+    check_conditions(request)
     if request.context is not None:
         raise ValueError(
             "context_options and WanVideoImageToVideoMultiTalk are two ways to make a long video: disconnect one."

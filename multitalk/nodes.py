@@ -109,7 +109,7 @@ class WanVideoImageToVideoMultiTalk:
         output_path: str = "",
     ) -> tuple[ImageEmbeds, str]:
         """Picture and settings for the sampler."""
-        width, height = round_size(width, height)
+        width, height = round_size(width, height, vae)
         loop = TalkingLoop(
             vae=vae,
             width=width,
@@ -189,7 +189,7 @@ class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved gr
         output_path: str = "",
     ) -> tuple[ImageEmbeds, str]:
         """Picture, reference and settings for the sampler."""
-        width, height = round_size(width, height)
+        width, height = round_size(width, height, vae)
         reference = None
         if reference_video is not None:
             images = reference_video[..., :3].float()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..host import get_host
 from ..node_checks import Types, check_loadable, need_link, verdict
 from ..node_tools import CATEGORY, DTYPES, files, mappings
+from ..wanvideo.finite import check_finite
 from .audio import (
     AudioOptions,
     MultiTalkEmbeds,
@@ -32,6 +33,9 @@ Inputs = dict[str, dict[str, tuple[object, ...]]]
 # Repository -> the revision that holds the weights as safetensors.
 SPEECH_MODELS = {"TencentGameMate/chinese-wav2vec2-base": "refs/pr/1", "facebook/wav2vec2-base-960h": "main"}
 TRAINED_FPS = 25.0
+# Eleven hours at 25 frames a second; the loop of windows itself knows no end.
+LONGEST = 1_000_000
+LONGEST_TIP = "Longest video; where speakers talk in turn, longest speech of each"
 NO_ENCODER = (
     "Silence is encoded by the speech encoder: connect Wav2VecModelLoader to 'wav2vec_model' of "
     "'MultiTalk Silent Embeds'."
@@ -137,7 +141,7 @@ class MultiTalkWav2VecEmbeds:
                 "wav2vec_model": ("WAV2VECMODEL", {"tooltip": "Turns the sound into features; the Chinese base model"}),
                 "audio_1": ("AUDIO", {"tooltip": "Speech of the first speaker"}),
                 "normalize_loudness": ("BOOLEAN", {"default": True, "tooltip": "To -23 LUFS"}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 1, "tooltip": "Longest video"}),
+                "num_frames": ("INT", {"default": 81, "min": 1, "max": LONGEST, "step": 1, "tooltip": LONGEST_TIP}),
                 "fps": (
                     "FLOAT",
                     {"default": 25.0, "min": 1.0, "max": 60.0, "step": 0.1, "tooltip": "Models were trained at 25"},
@@ -173,7 +177,11 @@ class MultiTalkWav2VecEmbeds:
         add_noise_floor: bool = False,
         smooth_transients: bool = False,
     ) -> tuple[MultiTalkEmbeds, dict[str, object], int]:
-        """Speech features, the mixed sound, and the frames that the sound lasts (at most num_frames)."""
+        """Speech features, the mixed sound, and the frames that the sound lasts.
+
+        At most num_frames, or for each speaker where they talk in turn. Raises ValueError where sounds and masks do not
+        fit, or a sound holds NaN.
+        """
         if fps != TRAINED_FPS:
             log.warning("The audio layers were trained at 25 fps; at %s the lips may drift.", fps)
         if audio_1 is None:
@@ -187,17 +195,32 @@ class MultiTalkWav2VecEmbeds:
         audios = {name: audio for name, audio in given.items() if audio is not None}
         check_masks(ref_target_masks, list(audios))
         check_painted(ref_target_masks, list(audios))
+        for name, audio in audios.items():
+            check_finite(f"The sound of {name} holds", audio["waveform"])
+            _say_what_is_cut(name, audio, num_frames / fps)
         sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios.values()]
         sequential = multi_audio_type == "add"
+        # In turn, each speaker has so many frames, as in the original: a common limit would leave the later ones mute.
+        longest = num_frames * len(sounds) if sequential else num_frames
         if sequential:
             sounds = [whole_frames(sound, fps) for sound in sounds]
         try:
-            embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential, longest=num_frames)
+            embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential, longest=longest)
         finally:
             wav2vec_model.managed.release()
         embeds = replace(embeds, scale=audio_scale, cfg_scale=audio_cfg_scale, masks=ref_target_masks)
-        sound = mix(sounds, sequential=sequential, seconds=num_frames / fps)
+        sound = mix(sounds, sequential=sequential, seconds=longest / fps)
         return embeds, sound, embeds.num_frames
+
+
+def _say_what_is_cut(name: str, audio: dict[str, object], seconds: float) -> None:
+    lasts = audio["waveform"].shape[-1] / int(audio["sample_rate"])
+    # Less than a frame of 60 a second is rounding.
+    if lasts - seconds > 1 / 60:
+        log.warning(
+            "%s lasts %.2f s, of which num_frames leaves the first %.2f s: raise num_frames to hear all of it.",
+            name, lasts, seconds,
+        )  # fmt: skip
 
 
 class MultiTalkSilentEmbeds:
@@ -213,7 +236,10 @@ class MultiTalkSilentEmbeds:
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 1, "tooltip": "Length at 25 fps"})
+                "num_frames": (
+                    "INT",
+                    {"default": 81, "min": 1, "max": LONGEST, "step": 1, "tooltip": "Length at 25 fps"},
+                )
             },
             "optional": {"wav2vec_model": ("WAV2VECMODEL", {"tooltip": "Encodes the silence"})},
         }

@@ -24,7 +24,11 @@ APPENDED_OPTIONS = {
     ("WanVideoSetAttentionModeOverride", "attention_mode"): ATTENTION,
 }
 # Wider than the original's, so that saved graphs stay valid.
-WIDER = {("WanVideoBlockSwap", "blocks_to_swap"): {"min": -1}}
+WIDER = {
+    ("WanVideoBlockSwap", "blocks_to_swap"): {"min": -1},
+    ("MultiTalkWav2VecEmbeds", "num_frames"): {"max": 1_000_000},
+    ("MultiTalkSilentEmbeds", "num_frames"): {"max": 1_000_000},
+}
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ class WanVideoVACEEncode:
         """Embeds with this context and those before it."""
         if vae.latent_channels != LATENT_CHANNELS:
             raise ValueError("VACE models were trained with the Wan 2.1 VAE: load that one in WanVideoVAELoader.")
-        width, height = round_size(width, height)
+        width, height = round_size(width, height, vae)
         size = (LATENT_CHANNELS, latent_frames(num_frames), height // vae.spatial_factor, width // vae.spatial_factor)
         earlier = () if prev_vace_embeds is None else _contexts(prev_vace_embeds, size)
         video, mask = _video_and_mask(input_frames, input_masks, (num_frames, height, width))

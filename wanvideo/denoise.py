@@ -73,13 +73,12 @@ def denoise(
     velocity_of: Velocity = denoiser
     for modifier in reversed(modifiers):
         velocity_of = modifier.around_velocity(velocity_of)
-    for index, timestep in enumerate(schedule.timesteps):
+    for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.places(), strict=True)):
         if watcher is not None:
             watcher.begin(index)
         for hook in hooks:
             latents = hook.before(latents, index)
         given, timesteps = latents, _frame_timesteps(timestep, latents, clean_frames)
-        step = Step(index=schedule.first_index + index, total=schedule.total, in_run=index)
         velocity = velocity_of(given, timesteps, step)
         clean = latents - schedule.sigmas[index] * velocity
         clean[:, list(clean_frames)] = latents[:, list(clean_frames)]

@@ -22,6 +22,7 @@ from .step_cache import StepMemories
 from .tokens import ModelInputs
 
 NO_TEXT = frozenset({"text"})
+NO_NEGATIVE = "cfg is not 1 but there is no negative prompt: connect text embeds that have one, or set cfg to 1."
 
 
 def text_rows(scale: float) -> tuple[Row, ...]:
@@ -87,6 +88,11 @@ class Guidance:
         for modifier in reversed(self.modifiers):
             combine = modifier.around_guidance(combine)
         return combine(rows, predictions, step)
+
+    def check_prompts(self, steps: Sequence[Step], *, negative: bool) -> None:
+        """Raises ValueError if one of the steps needs a negative prompt and there is none, or as `rows`."""
+        if any("text" in row.without for step in steps for row in self.rows(step)) and not negative:
+            raise ValueError(NO_NEGATIVE)
 
     def most_passes(self, steps: int) -> int:
         """The most passes that share a forward in a run of so many steps."""
@@ -196,9 +202,7 @@ class Denoiser:
         if "text" not in row.without:
             return self._conditions.positive
         if self._conditions.negative is None:
-            raise ValueError(
-                "cfg is not 1 but there is no negative prompt: connect text embeds that have one, or set cfg to 1."
-            )
+            raise ValueError(NO_NEGATIVE)
         return self._conditions.negative
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .finite import check_finite
+
 METHODS = ("lanczos", "bicubic", "bilinear", "nearest-exact", "area")
 
 
@@ -34,8 +36,12 @@ def _lanczos(images: Tensor, width: int, height: int) -> Tensor:
 
 
 def to_video(images: Tensor, width: int | None = None, height: int | None = None) -> Tensor:
-    """IMAGE -> video [3, F, H, W] in -1..1, alpha dropped, resized where a size is given."""
+    """IMAGE -> video [3, F, H, W] in -1..1, alpha dropped, resized where a size is given.
+
+    Raises ValueError for pictures with NaN or infinity.
+    """
     images = images[..., :3].float()
+    check_finite("The pictures hold", images, unit="frame")
     if width is not None and height is not None:
         images = resize_images(images, width, height)
     return (images.movedim(-1, 0) * 2 - 1).contiguous()

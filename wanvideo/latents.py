@@ -5,6 +5,7 @@ Latents are [C, F, H, W] float32; a LATENT is ComfyUI's dict with `samples` [1, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,11 @@ from .config import WanConfig
 from .request import ImageEmbeds
 from .schedulers import Schedule
 
+log = logging.getLogger("wanvideo")
+
 CHANNELS_2_2 = 48
+# Side of a token of any Wan model.
+LATENTS_A_TOKEN = 2
 
 
 def noise_shape(image: ImageEmbeds, config: WanConfig) -> tuple[int, int, int, int]:
@@ -28,11 +33,24 @@ def noise_shape(image: ImageEmbeds, config: WanConfig) -> tuple[int, int, int, i
     if channels == config.out_dim:
         return image.latent_shape
     if config.out_dim == CHANNELS_2_2 and not any(payload.encoded for payload in image.payloads):
-        return CHANNELS_2_2, frames, height // 2, width // 2
+        return CHANNELS_2_2, frames, *_sides_2_2(height, width)
     raise ValueError(
         f"The image embeds have {channels} latent channels but the model predicts {config.out_dim}: encode the images "
         "with the VAE of this model (Wan 2.2 VAE for the 5B model, Wan 2.1 VAE for the others)."
     )
+
+
+def _sides_2_2(height: int, width: int) -> tuple[int, int]:
+    """Sides in latents of the 2.2 VAE, in whole tokens, of sides in latents of the 2.1 VAE; says so where less is left.
+
+    Nodes without a model round to what the other models can run, which may be half a token more.
+    """
+    sides = height // (2 * LATENTS_A_TOKEN) * LATENTS_A_TOKEN, width // (2 * LATENTS_A_TOKEN) * LATENTS_A_TOKEN
+    sides = max(sides[0], LATENTS_A_TOKEN), max(sides[1], LATENTS_A_TOKEN)
+    if sides != (height // 2, width // 2):
+        asked, made = (f"{w}x{h}" for w, h in ((width * 8, height * 8), (sides[1] * 16, sides[0] * 16)))
+        log.info("%s is rounded to %s: sides must divide by 32 for the 5B model.", asked, made)
+    return sides
 
 
 def start_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:

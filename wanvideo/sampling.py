@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .conditioning import Payload, Window
 from .denoise import LatentHook, denoise
+from .finite import check_finite
 from .frames import VAE_TIME_STRIDE
 from .guidance import Conditions, Denoiser
 from .latents import (
@@ -91,6 +92,7 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
             "(WanVideoImageToVideoMultiTalk): choose another."
         )
     _check_channels(request)
+    check_conditions(request)
     schedule = request.schedule.fresh()
     generator = torch.Generator().manual_seed(request.seed)
     start = prepare_start(request, schedule, generator)
@@ -125,6 +127,27 @@ def _check_channels(request: SampleRequest) -> None:
             "WanVideoImageToVideoEncode (for a control model or LoRA, WanVideoControlEmbeds), or load a text-to-video "
             "model."
         )
+
+
+def check_conditions(request: SampleRequest) -> None:
+    """Raises ValueError for a prompt that is missing, and for NaN or infinity in what is connected."""
+    text, samples = request.text, request.samples or {}
+    if text is None or not text.positive:
+        raise ValueError(NO_PROMPT)
+    request.guidance.check_prompts(request.schedule.places(), negative=bool(text.negative))
+    for prompt in (*text.positive, *text.negative):
+        check_finite("The text embeds hold", prompt)
+    for name in ("samples", "noise_mask", "original_image"):
+        if isinstance(samples.get(name), Tensor):
+            check_finite(f"The samples of the sampler ({name}) hold", samples[name])
+    for _, latents in request.image.given_latents:
+        check_finite("The extra latents hold", latents)
+    for payload in request.all_payloads:
+        for part in fields(payload) if is_dataclass(payload) else ():
+            value = getattr(payload, part.name)
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, Tensor):
+                    check_finite(f"What is connected as {type(payload).__name__} ({part.name}) holds", tensor)
 
 
 @contextmanager
@@ -218,8 +241,6 @@ def readable_payloads(request: SampleRequest, transformer: WanModel) -> tuple[Pa
 def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames: int) -> Denoiser | WindowedDenoiser:
     """Of the whole video, or of context windows where it is longer than one."""
     text = request.text
-    if text is None or not text.positive:
-        raise ValueError(NO_PROMPT)
     conditions = Conditions(
         positive=text.positive[0],
         negative=text.negative[0] if text.negative else None,

@@ -145,3 +145,25 @@ def test_settings_of_the_loop(host):
 def test_colour_methods_on_the_widget_are_those_that_exist():
     options = [set(N[name].INPUT_TYPES()["required"]["colormatch"][0]) for name in LOOP_NODES]
     assert options[0] | {"reinhard_torch"} == options[1] == set(METHODS) | {"disabled"}
+
+
+def test_in_turn_every_speaker_is_heard_and_a_cut_is_named(wav2vec, caplog):
+    embeds, heard, count = encode(wav2vec, sound(4.5), 81, how="add", audio_2=sound(2.0, seed=1))
+    assert count == embeds.num_frames == 81 + 50
+    assert embeds.features[0][:81].any() and not embeds.features[0][81:].any()
+    assert embeds.features[1][81:].any() and not embeds.features[1][:81].any()
+    assert heard["waveform"].shape[-1] == (81 + 50) * 640
+    assert "audio_1 lasts 4.50 s, of which num_frames leaves the first 3.24 s" in caplog.text
+    assert "audio_2 lasts" not in caplog.text
+
+
+def test_nan_in_a_sound_is_named(wav2vec):
+    spoiled = sound(0.5, seed=1)
+    spoiled["waveform"][0, 0, 4000] = float("nan")
+    with pytest.raises(ValueError, match="sound of audio_2 holds NaN"):
+        encode(wav2vec, sound(0.5), 10, audio_2=spoiled)
+
+
+def test_speech_of_hours_has_no_limit_of_ten_thousand_frames(host):
+    for node in ("MultiTalkWav2VecEmbeds", "MultiTalkSilentEmbeds"):
+        assert N[node].INPUT_TYPES()["required"]["num_frames"][1]["max"] >= 10 * 3600 * 25

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...quiet_imports import kernels_hidden
 from ..assign import assign, head_count, layer_count
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..finite import check_finite
 
 if TYPE_CHECKING:
     from ...host import Host
@@ -66,6 +67,7 @@ class ClipVision:
 
 def preprocess(images: Tensor, size: int, *, crop: bool) -> Tensor:
     """Images [N, H, W, C] in 0..1 -> normalized pixels [N, 3, size, size], bicubic, rounded to 8 bits."""
+    check_finite("The pictures hold", images, unit="frame")
     pixels = images[..., :3].float().movedim(-1, 1)
     height, width = pixels.shape[2:]
     target = (size, size)

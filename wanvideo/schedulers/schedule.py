@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..conditioning import Step
 from .grids import TRAIN_STEPS, Grid, finer_tail
 from .methods import Method, Solver, method_of
 
@@ -66,6 +67,11 @@ class Schedule:
     def all_sigmas(self) -> Tensor:
         """Sigmas of the whole schedule [total + 1]."""
         return self._all_sigmas
+
+    def places(self) -> tuple[Step, ...]:
+        """Where each step of the run is."""
+        steps = range(len(self))
+        return tuple(Step(index=self.first_index + i, total=self.total, in_run=i) for i in steps)
 
     def fresh(self) -> Schedule:
         """The same schedule with no solver history."""
