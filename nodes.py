@@ -8,7 +8,7 @@ from torch import Tensor
 from .node_checks import Types, verdict
 from .node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, TILE_TIP, Inputs, Latent, mappings, round_size, whole_frames
 from .wanvideo.frames import latent_frames
-from .wanvideo.images import to_images, to_video
+from .wanvideo.images import to_images, to_unit, to_video
 from .wanvideo.modules.vae import Tile, WanVAE
 from .wanvideo.request import ImageEmbeds, payloads_of
 
@@ -193,7 +193,7 @@ class WanVideoDecode:
     ) -> tuple[Tensor]:
         """IMAGE of all frames; a video that the talking loop decoded already passes through."""
         if samples.get("video") is not None:
-            return (samples["video"].float().clamp(-1, 1).add(1).div(2),)
+            return (to_unit(samples["video"]),)
         latents = samples["samples"][0].float()
         last = latents.shape[1] - int(samples.get("trailing_latents") or 0)
         latents = latents[:, int(samples.get("has_ref") or 0) : last]

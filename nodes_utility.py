@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .node_tools import CATEGORY, mappings
+from .wanvideo.images import to_unit
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 
@@ -90,7 +91,7 @@ class WanVideoPassImagesFromSamples:
                 "These samples hold no frames: connect a sampler whose image_embeds come from 'WanVideo Long I2V "
                 "Multi/InfiniteTalk', or use WanVideoDecode."
             )
-        return video.float().clamp(-1, 1).add(1).div(2), str(samples.get("output_path", ""))
+        return to_unit(video), str(samples.get("output_path", ""))
 
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(

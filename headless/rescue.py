@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..multitalk.footage import write_frame
+from ..wanvideo.safetensors_file import write_tensors
 from .frame_folder import FrameFolder, folder_of
 from .video_file import Video, to_pixels
 
@@ -99,10 +100,8 @@ def _is_sound(value: object) -> bool:
 
 
 def _save_latent(path: Path, samples: Tensor) -> None:
-    from safetensors.torch import save_file
-
     # The second, empty tensor tells ComfyUI's LoadLatent that no factor is to be taken out.
-    save_file({"latent_tensor": samples.contiguous().cpu(), "latent_format_version_0": torch.empty(0)}, path)
+    write_tensors(path, {"latent_tensor": samples, "latent_format_version_0": torch.empty(0)})
 
 
 def _save_sound(path: Path, audio: Mapping[str, object]) -> None:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..wanvideo.safetensors_file import write_tensors
+
 log = logging.getLogger("wanvideo")
 
 UNFINISHED, RECORD, LOCK = ".unfinished", "run.json", "lock"
@@ -33,6 +35,29 @@ class Reached(NamedTuple):
 
     windows: int = 0
     handover: Mapping[str, Tensor] | None = None
+
+
+# Bytes a value of a frame takes at the end: 8 bits, and the 32 that other nodes read.
+BYTES_A_VALUE = 1 + 4
+
+
+def check_room(total: int, height: int, width: int) -> None:
+    """Raises ValueError if so many frames cannot be held by this machine's main memory."""
+    needed, there = total * height * width * 3 * BYTES_A_VALUE, _main_memory()
+    if there is not None and needed > there:
+        raise ValueError(
+            f"{total} frames of {width}x{height} take {needed / 2**30:.0f} GB of main memory and this machine has "
+            f"{there / 2**30:.0f}: set output_path in WanVideoImageToVideoMultiTalk, and frames go to disk as they are "
+            "made."
+        )
+
+
+def _main_memory() -> int | None:
+    """Bytes of main memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 class MemoryFootage:
@@ -207,16 +232,20 @@ class FolderFootage:
             self.frames += 1
 
     def finish_window(self, windows: int, handover: Mapping[str, Tensor]) -> None:
-        """Record that so many windows are finished; a later run goes on from here."""
-        from safetensors.torch import save_file
+        """Record that so many windows are finished; a later run goes on from here.
 
+        Raises OSError where that cannot be written; the run can then go on from the window before.
+        """
         inner = self.folder / UNFINISHED
         state = inner / f"window_{windows:05d}.safetensors"
-        partial = state.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in handover.items()}, partial)
-        _flush(partial)
-        partial.replace(state)
-        self._save_record(windows, state.name)
+        try:
+            write_tensors(state, handover)
+            self._save_record(windows, state.name)
+        except OSError as error:
+            raise OSError(
+                f"Window {windows} could not be recorded in {inner} ({error.strerror or error}); the frames are there: "
+                "make room, and run again to go on."
+            ) from error
         for old in inner.glob("window_*"):
             if old != state:
                 old.unlink()

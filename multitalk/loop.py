@@ -25,7 +25,7 @@ from ..wanvideo.loading import WanVideoModel
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, check_conditions
 from .audio import MultiTalkEmbeds
-from .footage import FolderFootage, Footage, MemoryFootage
+from .footage import FolderFootage, Footage, MemoryFootage, check_room
 from .plan import Window, loop_settings, plan_windows
 from .settings import LoopSettings
 from .window import WindowMaker
@@ -67,7 +67,9 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     passes = request.guidance.most_passes(len(request.schedule))
     request.model.try_attention((latent_frames(loop.window_frames), *sides), passes)
     footage: Footage = MemoryFootage(total)
-    if loop.output_path:
+    if not loop.output_path:
+        check_room(total, loop.height, loop.width)
+    else:
         parts = fingerprint_parts(request)
         footage = FolderFootage(Path(loop.output_path), total, {name: digest(part) for name, part in parts.items()})
     try:
@@ -130,8 +132,12 @@ def _broken_off(window: Window, windows: list[Window], footage: Footage, host: H
         kept = "there are no frames before it"
         if footage.frames:
             stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
-            folder = footage.rescue(host.output_dir() / f"{stamp}_unfinished_talk")
-            kept = f"the {footage.frames} frames before are in {folder}"
+            try:
+                folder = footage.rescue(host.output_dir() / f"{stamp}_unfinished_talk")
+                kept = f"the {footage.frames} frames before are in {folder}"
+            except OSError as lost:
+                # What went wrong first must not be hidden by what went wrong in saving.
+                kept = f"the {footage.frames} frames before could not be saved: {lost}"
         if isinstance(error, NotFiniteError):
             raise NotFiniteError(f"{place}: {error} ({kept[0].upper()}{kept[1:]}.)") from error
         log.exception("%s ran out of memory; %s.", place, kept)

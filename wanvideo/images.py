@@ -47,6 +47,11 @@ def to_video(images: Tensor, width: int | None = None, height: int | None = None
     return (images.movedim(-1, 0) * 2 - 1).contiguous()
 
 
+def to_unit(video: Tensor) -> Tensor:
+    """Frames in about -1..1 as IMAGE values in 0..1, through one copy: a long video is the largest thing in memory."""
+    return torch.add(video, 1, out=torch.empty_like(video, dtype=torch.float32)).div_(2).clamp_(0, 1)
+
+
 def to_images(video: Tensor) -> Tensor:
     """Video [3, F, H, W] in about -1..1 -> IMAGE in 0..1."""
     return video.float().clamp(-1, 1).add(1).div(2).movedim(0, -1).contiguous()

@@ -9,8 +9,10 @@ aligns, and a file larger than main memory can still be inspected.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -148,3 +150,23 @@ def _check_filled(places: Sequence[tuple[int, int]], size: int) -> None:
         raise ValueError(f"{last - size} bytes are missing at its end")
     if last < size:
         raise ValueError(f"{size - last} bytes at its end belong to no tensor")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that appears whole, safe from a power cut, or not at all.
+
+    Raises OSError where it cannot be written: safetensors' own writer has an error of its own for that.
+    """
+    from safetensors.torch import save
+
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import SafetensorsFile, write_tensors
 
 log = logging.getLogger("wanvideo")
 
@@ -47,14 +46,13 @@ class TextCache:
         return None
 
     def save(self, prompt: str, encoder: str, embedding: Tensor) -> None:
-        """Write an embedding; the file appears complete or not at all."""
-        from safetensors.torch import save_file
-
+        """Write an embedding; the file appears complete or not at all, with a warning if there is no room for it."""
         path = self._path(prompt, encoder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        save_file({EMBEDDING: embedding.contiguous()}, partial)
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, {EMBEDDING: embedding})
+        except OSError as error:
+            log.warning("An encoded prompt is not kept in %s: %s.", path.parent, error.strerror or error)
 
 
 def content_digest(paths: Sequence[Path]) -> str:
