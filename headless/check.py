@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from .graph import Link, Node, Prompt
 from .packs import is_of_this_pack, pack_of
 from .ui_graph import WRAPPED
+from .video_file import FORMATS, too_small
 from .widgets import CASTS, Input, checked, inputs_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]
     for node in known:
         problems += _problems_of(node, prompt, classes)
     problems += _folder_problems(known, classes, host)
+    problems += [text for node in known if (text := _too_small(node, prompt))]
     if problems:
         raise GraphError(problems)
     return needed
@@ -221,6 +223,32 @@ def _verdict(
         verdict = str(error)
     if verdict is not True:
         yield f"{node.label}: {verdict if isinstance(verdict, str) else 'its inputs do not fit together.'}"
+
+
+# From what is written to what chose its size: the input that leads on, by node.
+_SIZE_COMES_FROM = {
+    "VHS_VideoCombine": "images",
+    "WanVideoDecode": "samples",
+    "WanVideoPassImagesFromSamples": "samples",
+    "WanVideoSampler": "image_embeds",
+    "WanVideoSamplerv2": "image_embeds",
+}
+
+
+def _too_small(node: Node, prompt: Prompt) -> str:
+    """Why the encoder of this node's format cannot write frames of the size asked for, "" if it can."""
+    name = node.inputs.get("format")
+    form = FORMATS.get(name) if node.type == "VHS_VideoCombine" and isinstance(name, str) else None
+    if form is None:
+        return ""
+    source: Node | None = node
+    while source is not None and source.type in _SIZE_COMES_FROM:
+        link = source.inputs.get(_SIZE_COMES_FROM[source.type])
+        source = prompt.nodes.get(link.node) if isinstance(link, Link) else None
+    sides = [] if source is None else [source.inputs.get(side) for side in ("width", "height")]
+    if any(isinstance(side, int) and side < form.least_side for side in sides):
+        return f"{node.label}: {too_small(form, *sides)}"
+    return ""
 
 
 def _folder_problems(nodes: list[Node], classes: Mapping[str, type], host: Host) -> Iterator[str]:

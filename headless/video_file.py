@@ -154,10 +154,7 @@ def _encode(path: Path, images: _Checked, encoding: Encoding, audio: Audio | Non
     form = encoding.format
     height, width = images.first.shape[0] // 2 * 2, images.first.shape[1] // 2 * 2
     if min(height, width) < form.least_side:
-        raise ValueError(
-            f"{form.codec} writes frames of {form.least_side}x{form.least_side} or more, these are {width}x{height}: "
-            "choose video/h264-mp4."
-        )
+        raise ValueError(too_small(form, width, height))
     options = {"movflags": "use_metadata_tags"} if form.container in ("mp4", "mov") else {}
     with av.open(str(path), "w", format=form.container, options=options) as container:
         container.metadata.update(encoding.metadata or {})
@@ -176,6 +173,14 @@ def _encode(path: Path, images: _Checked, encoding: Encoding, audio: Audio | Non
         while waiting is not None:
             container.mux(waiting)
             waiting = next(packets, None)
+
+
+def too_small(form: Format, width: object, height: object) -> str:
+    """The sentence for frames that the format's encoder cannot hold."""
+    return (
+        f"{form.codec} writes frames of {form.least_side}x{form.least_side} or more, these are {width}x{height}: "
+        "choose video/h264-mp4."
+    )
 
 
 def _add_picture(container: av.container.OutputContainer, size: tuple[int, int], encoding: Encoding) -> av.VideoStream:

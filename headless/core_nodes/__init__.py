@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import batches, calculation, loaders, masks, media_nodes, pictures, values, videos
+from . import batches, calculation, labels, loaders, masks, media_nodes, pictures, values, videos
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     **values.NODE_CLASS_MAPPINGS,
@@ -13,4 +13,5 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     **videos.NODE_CLASS_MAPPINGS,
     **calculation.NODE_CLASS_MAPPINGS,
     **loaders.NODE_CLASS_MAPPINGS,
+    **labels.NODE_CLASS_MAPPINGS,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -194,8 +196,8 @@ class ImagePadKJ:
     @classmethod
     def VALIDATE_INPUTS(cls, pad_mode: str, color: str) -> bool | str:
         """Modes that are built, and a color."""
-        if pad_mode not in ("color", "edge_pixel"):
-            return f"pad_mode '{pad_mode}' runs in ComfyUI only: choose color or edge_pixel."
+        if pad_mode == "pillarbox_blur":
+            return f"pad_mode '{pad_mode}' runs in ComfyUI only: choose color, edge or edge_pixel."
         if len(to_color(color)) not in (1, 3, 4):
             return f"'{color}' is no color; write three numbers from 0 to 255, such as '0, 0, 0'."
         return True
@@ -231,7 +233,19 @@ class ImagePadKJ:
         if pad_mode == "color":
             outside = functional.pad(torch.zeros(height, width, dtype=torch.bool), borders, value=True)
             planes[:, outside] = to_color(color)[: image.shape[-1]].to(image)
+        elif pad_mode == "edge":
+            _fill_with_means(planes, image, borders)
         return planes, masks
+
+
+def _fill_with_means(planes: Tensor, image: Tensor, borders: Sequence[int]) -> None:
+    """Each border of [n, H, W, C] in the mean color of the picture's line beside it; the corners are the sides'."""
+    left, right, top, bottom = borders
+    height, width = image.shape[1:3]
+    planes[:, :top] = image[:, :1].mean(dim=2, keepdim=True)
+    planes[:, top + height :] = image[:, -1:].mean(dim=2, keepdim=True)
+    planes[:, :, :left] = image[:, :, :1].mean(dim=1, keepdim=True)
+    planes[:, :, left + width :] = image[:, :, -1:].mean(dim=1, keepdim=True)
 
 
 NODE_CLASS_MAPPINGS = {

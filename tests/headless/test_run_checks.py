@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from wanvideo_wrapper.headless import check as checking
 from wanvideo_wrapper.headless import cli
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt, load
 from wanvideo_wrapper.headless.runner import Runner
@@ -148,3 +149,16 @@ def test_wrong_options_are_named(workflow, tmp_path, capsys):
     for extra, says in (["--set", "9.x=1"], "no node '9'"), (["--bypass", "1"], "API form"):
         assert cli.main([*arguments, *extra]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("form", "width", "refused"), [("h265", 48, True), ("h265", 64, False), ("h264", 48, False)])
+def test_frames_too_small_for_the_encoder_are_refused_before_they_are_made(form, width, refused):
+    written = {"images": Link("d", 0), "format": f"video/{form}-mp4"}
+    combine = Node(id="v", type="VHS_VideoCombine", title="", inputs=written)
+    decode = Node(id="d", type="WanVideoDecode", title="", inputs={"samples": Link("s", 0)})
+    sampler = Node(id="s", type="WanVideoSampler", title="", inputs={"image_embeds": Link("e", 0)})
+    embeds = Node(id="e", type="WanVideoEmptyEmbeds", title="", inputs={"width": width, "height": 640})
+    prompt = Prompt({node.id: node for node in (combine, decode, sampler, embeds)}, {})
+    says = "libx265 writes frames of 64x64 or more, these are 48x640"
+    assert (says in checking._too_small(combine, prompt)) == refused
+    assert checking._too_small(decode, prompt) == ""
