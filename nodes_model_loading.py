@@ -17,6 +17,7 @@ from .wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model, module
 from .wanvideo.lora import LoraFile
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
+from .wanvideo.modules.tiny_vae import TinyVAE, load_tiny_vae
 from .wanvideo.modules.vae import WanVAE, load_vae
 from .wanvideo.quantization import QUANTIZATIONS
 
@@ -161,6 +162,40 @@ class WanVideoVAELoader:
         return (load_vae(host.find_file("vae", model_name), dtype=DTYPES[precision], host=host),)
 
 
+class WanVideoTinyVAELoader:
+    """Loads a tiny VAE (TAEW2.1, TAEW2.2, LightTAE) from models/vae_approx: fast, small and a little blurred."""
+
+    DISPLAY_NAME = "WanVideo Tiny VAE Loader"
+    CATEGORY = CATEGORY
+    FUNCTION = "loadmodel"
+    RETURN_TYPES = ("WANVAE",)
+    RETURN_NAMES = ("vae",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {"model_name": (files("vae_approx"), {"tooltip": "taew2_1, taew2_2 or a lighttae file"})},
+            "optional": {
+                "precision": (["fp16", "fp32", "bf16"], {"default": "fp16"}),
+                "parallel": ("BOOLEAN", {"default": False, "tooltip": "Not needed: frames always stream"}),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+        """A tiny VAE, by its header."""
+
+        def check(model_name: str) -> None:
+            check_loadable(get_host().find_file("vae_approx", model_name), cls.DISPLAY_NAME)
+
+        return verdict(cls, check, input_types, model_name=model_name)
+
+    def loadmodel(self, model_name: str, precision: str = "fp16", parallel: bool = False) -> tuple[TinyVAE]:
+        """Load it."""
+        host = get_host()
+        return (load_tiny_vae(host.find_file("vae_approx", model_name), dtype=DTYPES[precision], host=host),)
+
+
 class LoadWanVideoT5TextEncoder:
     """Loads a UMT5 text encoder from models/text_encoders."""
 
@@ -248,6 +283,7 @@ def _find_clip(name: str) -> Path:
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     WanVideoModelLoader,
     WanVideoVAELoader,
+    WanVideoTinyVAELoader,
     LoadWanVideoT5TextEncoder,
     LoadWanVideoClipTextEncoder,
 )

@@ -4,10 +4,12 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.nodes_unbuilt import UnbuiltNode
+from wanvideo_wrapper.wanvideo.modules.tiny_vae import TinyAutoencoder, TinyLayout
 from wanvideo_wrapper.wanvideo.text_cache import TextCache
 
 SAMPLER = {"model": "WANVIDEOMODEL", "image_embeds": "WANVIDIMAGE_EMBEDS", "text_embeds": "WANVIDEOTEXTEMBEDS"}
@@ -68,6 +70,7 @@ LINKED = {
 FILES = {
     "WanVideoModelLoader": {"model": "t2v.safetensors"},
     "WanVideoVAELoader": {"model_name": "vae.safetensors"},
+    "WanVideoTinyVAELoader": {"model_name": "tae.safetensors"},
     "LoadWanVideoT5TextEncoder": {"model_name": "t5.safetensors"},
     "WanVideoTextEncodeCached": {"model_name": "t5.safetensors"},
     "LoadWanVideoClipTextEncoder": {"model_name": "clip.safetensors"},
@@ -82,6 +85,9 @@ def host(tmp_path_factory):
     models = tmp_path_factory.mktemp("models")
     tiny.transformer(in_dim=16).save(models / "diffusion_models/t2v.safetensors")
     tiny.vae(base_dim=4).save(models / "vae/vae.safetensors")
+    layout = TinyLayout(16, 1, 4, (8, 4, 4, 4), (2, 2, 1), (1, 2, 2))
+    (models / "vae_approx").mkdir()
+    save_file(TinyAutoencoder(layout).state_dict(), models / "vae_approx/tae.safetensors")
     tiny.text_encoder().save(models / "text_encoders/t5.safetensors")
     tiny.clip_vision().save(models / "clip_vision/clip.safetensors")
     tiny.wav2vec().save(models / "wav2vec2/w.safetensors")

@@ -69,7 +69,7 @@ OTHER_KINDS = (
     Kind("Stable Diffusion checkpoint", "", (r"(^|\.)input_blocks\.0\.0\.weight$",)),
     Kind("Flux or Hunyuan transformer", "", (r"(^|\.)double_blocks\.0\.",)),
     Kind("MMDiT transformer (SD3 or the like)", "", (r"(^|\.)joint_blocks\.0\.",)),
-    Kind("tiny VAE (TAEHV)", "", (r"^encoder\.0\.weight$", r"^decoder\.1\.weight$")),
+    Kind("tiny VAE (TAEHV)", "WanVideo Tiny VAE Loader", (r"^encoder\.0\.weight$", r"^decoder\.1\.weight$")),
 )
 
 
