@@ -69,7 +69,7 @@ def load_fantasytalking(path: Path, *, dtype: torch.dtype, host: Host, systems: 
         module = nn.ModuleDict({"proj_model": AudioProjModel(features, context_dim)})
     managed = load_own(
         module,
-        checkpoint.without(("blocks.",)),
+        checkpoint.chosen(lambda key: not key.startswith("blocks.")),
         what=FantasyTalking.file.name,
         plan_of=lambda name: None,
         dtype_of=lambda name: dtype,
