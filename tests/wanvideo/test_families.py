@@ -2,10 +2,10 @@
 
 import json
 import struct
-from pathlib import Path
 
 import pytest
 import torch
+from published_keys import keys_of
 from wanvideo_wrapper import NODE_DISPLAY_NAME_MAPPINGS
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.architecture import config_of
@@ -15,7 +15,6 @@ from wanvideo_wrapper.wanvideo.inspect import describe
 from wanvideo_wrapper.wanvideo.loading import with_aliases
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 
-FACTS = Path(__file__).parents[1] / "data" / "checkpoints"
 BASE = {
     "wan21_t2v_1_3B": (1536, 30, 12, 16, ()),
     "wan21_t2v_14B": (5120, 40, 40, 16, ()),
@@ -47,19 +46,6 @@ REFUSED = {
     "mtvcrafter_14B_merged": "MTVCrafter",
     "steadydancer_14B": "SteadyDancer",
 }
-
-
-def keys_of(name):
-    """Every key of a published file with its shape."""
-    found = {}
-    for key, value in json.loads((FACTS / f"{name}.json").read_text()).items():
-        if key == "_meta":
-            continue
-        if isinstance(value, dict):
-            found |= {key.replace("{i}", str(i)): tuple(value["shape"]) for i in range(value["count"])}
-        else:
-            found[key] = tuple(value)
-    return found
 
 
 def sparse_file(path, shapes, metadata=None):
