@@ -25,6 +25,7 @@ FOLDERS = (
     "controlnet",
     "phantom",
     "vace",
+    "stand_in",
     "slg",
     "freeinit",
     "video_loop",

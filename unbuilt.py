@@ -9,7 +9,6 @@ from .wanvideo.families import Kind
 from .wanvideo.systems import Unbuilt
 
 UNBUILT_FILES = (
-    Kind("Stand-In LoRA", "", (r"self_attn\.q_loras\.down\.weight$",), whole=True),
     Kind("Uni3C controlnet", "", (r"^controlnet_patch_embedding\.weight$",), whole=True),
     Kind("Wan ControlNet", "", (r"^control_encoder\.0\.0\.weight$",), whole=True),
     Kind("Ovi audio module", "", (r"^audio_model\.patch_embedding\.0\.weight$",), whole=True),

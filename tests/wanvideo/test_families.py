@@ -128,6 +128,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("infinitetalk_module", "MultiTalk or InfiniteTalk module"),
         ("vace_module_only_14B", "VACE module"),
         ("fantasytalking", "FantasyTalking module"),
+        ("standin_lora", "Stand-In LoRA"),
         ("uni3c_controlnet", "Uni3C controlnet"),
         ("wan_controlnet_1_3B", "Wan ControlNet"),
         ("wan_controlnet_5B", "Wan ControlNet"),
