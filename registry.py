@@ -18,6 +18,7 @@ FOLDERS = (
     "fun_camera",
     "clip_image",
     "multitalk",
+    "mtv_crafter",
     "humo",
     "fantasytalking",
     "enhance_a_video",

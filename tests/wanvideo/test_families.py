@@ -39,11 +39,13 @@ BASE = {
 WITH_WEIGHTS = (
     "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "VaceExtension", "FrameRateEmbedding"
 )  # fmt: skip
+    "mtvcrafter_14B_merged": (5120, 40, 40, 16, ("MtvCrafter",)),
+}
+WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "VaceExtension", "MtvCrafter")
 REFUSED = {
     "s2v_14B": "S2V",
     "wananimate_14B": "WanAnimate",
     "recammaster_1_3B": "ReCamMaster",
-    "mtvcrafter_14B_merged": "MTVCrafter",
     "steadydancer_14B": "SteadyDancer",
 }
 
@@ -95,6 +97,7 @@ def test_base_families(name, prefix, tmp_path):
         ("vace_module_only_1_3B", "wan21_t2v_1_3B"),
         ("vace_module_only_14B", "wan21_t2v_14B"),
         ("fantasytalking", "wan21_i2v_14B"),
+        ("mtvcrafter_module", "wan21_t2v_14B"),
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
@@ -129,6 +132,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("vace_module_only_14B", "VACE module"),
         ("fantasytalking", "FantasyTalking module"),
         ("standin_lora", "Stand-In LoRA"),
+        ("mtvcrafter_module", "MTVCrafter module"),
         ("uni3c_controlnet", "Uni3C controlnet"),
         ("wan_controlnet_1_3B", "Wan ControlNet"),
         ("wan_controlnet_5B", "Wan ControlNet"),
