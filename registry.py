@@ -27,6 +27,7 @@ FOLDERS = (
     "phantom",
     "vace",
     "stand_in",
+    "lynx",
     "slg",
     "freeinit",
     "video_loop",

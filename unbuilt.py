@@ -15,7 +15,6 @@ UNBUILT_FILES = (
     Kind("VACE module", "", (r"^vace_blocks\.0\.after_proj\.weight$",)),
     Kind("FantasyPortrait module", "", (r"^mouth_proj_model\.", r"^emo_proj_model\.")),
     Kind("FantasyTalking module", "", (r"^proj_model\.proj\.weight$",)),
-    Kind("Lynx module", "", (r"cross_attn\.ip_adapter\.to_v_ip\.weight$",)),
     Kind("ReCamMaster module", "", (r"^blocks\.0\.cam_encoder\.weight$",)),
 )
 
@@ -29,7 +28,6 @@ UNBUILT_KEYS = (
     Unbuilt(r"^audio_injector\.|^casual_audio_encoder\.|^cond_encoder\.weight$", "S2V"),
     Unbuilt(r"^pose_patch_embedding\.weight$|^face_adapter\.", "WanAnimate"),
     Unbuilt(r"^audio_proj\.audio_proj_glob_1\.|\.audio_cross_attn_wrapper\.", "HuMo"),
-    Unbuilt(r"\.ref_adapter\.to_k_ref\.weight$|\.ip_adapter\.to_v_ip\.weight$", "Lynx"),
     Unbuilt(r"\.cam_encoder\.weight$", "ReCamMaster"),
     Unbuilt(r"\.cross_attn\.emo_k_proj\.weight$|ip_adapter_single_stream", "FlashPortrait"),
     Unbuilt(r"^mouth_proj_model\.", "FantasyPortrait"),

@@ -98,6 +98,8 @@ def test_base_families(name, prefix, tmp_path):
         ("vace_module_only_14B", "wan21_t2v_14B"),
         ("fantasytalking", "wan21_i2v_14B"),
         ("mtvcrafter_module", "wan21_t2v_14B"),
+        ("lynx_full_module", "wan21_t2v_14B"),
+        ("lynx_lite_module", "wan21_t2v_14B"),
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
@@ -133,6 +135,8 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("fantasytalking", "FantasyTalking module"),
         ("standin_lora", "Stand-In LoRA"),
         ("mtvcrafter_module", "MTVCrafter module"),
+        ("lynx_full_module", "Lynx module"),
+        ("lynx_lite_module", "Lynx module"),
         ("uni3c_controlnet", "Uni3C controlnet"),
         ("wan_controlnet_1_3B", "Wan ControlNet"),
         ("wan_controlnet_5B", "Wan ControlNet"),
