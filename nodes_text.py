@@ -10,7 +10,8 @@ from torch import Tensor
 from .host import get_host
 from .node_checks import Types, check_loadable, verdict
 from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, files, find_text_encoder, mappings, reject
-from .prompt_segments.extension import segments
+from .registry import PROMPT_FORMS
+from .wanvideo.conditioning import Payload
 from .wanvideo.loading import WanVideoModel
 from .wanvideo.modules.t5 import TextEncoder, encoder_name, load_text_encoder
 from .wanvideo.request import TextEmbeds
@@ -66,7 +67,15 @@ def _encoded(
 
 
 def _split(prompt: str) -> list[str]:
-    return [part.strip() for part in prompt.split("|")]
+    """The prompts of one text, by the first way of writing several that it follows."""
+    parts = (form.split(prompt) for form in PROMPT_FORMS)
+    return next((part for part in parts if part is not None), [prompt.strip()])
+
+
+def _payloads(prompt: str, embeddings: tuple[Tensor, ...]) -> tuple[Payload, ...]:
+    """What goes with the embedded prompts of the text."""
+    forms = (form for form in PROMPT_FORMS if form.split(prompt) is not None)
+    return next((form.payloads(embeddings) for form in forms), ())
 
 
 def _cache(wanted: bool) -> TextCache | None:
@@ -140,7 +149,7 @@ class WanVideoTextEncode:
         """Embeds of both prompts."""
         prompts = [*_split(positive_prompt), negative_prompt]
         both = _encoded(prompts, t5, force_offload, model_to_offload, use_disk_cache, device)
-        return (TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=segments(both[:-1])),)
+        return (TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=_payloads(positive_prompt, both[:-1])),)
 
 
 class WanVideoTextEncodeSingle:
@@ -243,7 +252,7 @@ class WanVideoTextEncodeCached:
         name = encoder_name(path, DTYPES[precision], quantization)
         both = _encode_prompts(prompts, name, encode, _cache(use_disk_cache))
         negative = TextEmbeds(positive=both[-1:])
-        whole = TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=segments(both[:-1]))
+        whole = TextEmbeds(positive=both[:-1], negative=both[-1:], payloads=_payloads(positive_prompt, both[:-1]))
         return whole, negative, positive_prompt
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from .unbuilt import UNBUILT_FILES, UNBUILT_KEYS
 from .wanvideo.systems import Systems
 
-# Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or both.
+# Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or `prompts.py` (a way to write several
+# prompts as one: `split`, None where the text is not written that way, and `payloads` of the embedded parts).
 FOLDERS = (
     "diffusion_forcing",
     "prompt_segments",
@@ -42,6 +43,7 @@ def _modules(name: str) -> tuple[str, ...]:
 
 
 NODE_MODULES = _modules("nodes")
+PROMPT_FORMS = tuple(import_module(path) for path in _modules("prompts"))
 SYSTEMS = Systems(
     extensions=tuple(import_module(path).EXTENSION for path in _modules("extension")),
     files=UNBUILT_FILES,
