@@ -12,6 +12,7 @@ from .wanvideo.systems import Systems
 # prompts as one: `split`, None where the text is not written that way, and `payloads` of the embedded parts).
 FOLDERS = (
     "diffusion_forcing",
+    "echoshot",
     "prompt_segments",
     "nag",
     "fun_control",
