@@ -20,6 +20,7 @@ from ..attention import AttentionCall
 from .conditioning import Payload
 from .config import WanConfig
 from .families import Kind
+from .modifier import Modifier
 from .tokens import BlockInputs, CrossAttention, Grid, Heads, ModelInputs, Projections, Tokens
 
 
@@ -97,6 +98,15 @@ class Extension:
     def build(self, model: Transformer) -> None:
         """Add this system's modules to `model` under their published names (called on the meta device)."""
 
+    @classmethod
+    def published(cls, key: str) -> str:
+        """The published name of a tensor that some files name otherwise."""
+        return key
+
+    def modifiers(self) -> tuple[Modifier, ...]:
+        """What changes every run of a model that has this system, within what is connected to the sampler."""
+        return ()
+
     def stacks(self, model: Transformer) -> Mapping[str, nn.ModuleList]:
         """Block lists of its own, by name: swapped, compiled, quantized and filtered like `blocks`."""
         return {}
@@ -119,9 +129,19 @@ class Extension:
         """Eager: whether this forward goes around block `index`."""
         return False
 
+    def companions(self, model: Transformer, index: int) -> tuple[nn.Module, ...]:
+        """Eager: blocks of `stacks` that block `index` of the model runs itself, so that they must be there with it."""
+        return ()
+
     def after_block(self, model: Transformer, index: int, x: Tensor, inputs: BlockInputs, state: object) -> Tensor:
         """Eager: the tokens [B, L, C] behind block `index`, changed or not. Not called for a skipped block."""
         return x
+
+    def after_blocks(self, model: Transformer, x: Tensor, state: object) -> None:
+        """Eager, once a forward: looks at all tokens [B, L, C] behind the last block, appended ones included.
+
+        A step cache may have left the blocks out; x is then what it stands in with.
+        """
 
     def projected(self, block: Block, value: Projections, cond: NamedTuple) -> tuple[Projections, NamedTuple]:
         """What self-attention projects, before norms and positions. It costs the FP8 input that q, k and v share."""

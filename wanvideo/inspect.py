@@ -9,6 +9,7 @@ from pathlib import Path
 from .architecture import config_of
 from .checkpoint import open_checkpoint
 from .families import TRANSFORMER
+from .loading import with_aliases
 from .systems import Systems
 
 
@@ -28,7 +29,7 @@ def describe(path: Path, systems: Systems) -> Description:
 
     Raises ValueError, in one sentence, for a file that cannot be read or whose kind is unknown.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = with_aliases(open_checkpoint(path), systems)
     kind = systems.kind_of(checkpoint.shapes)
     if kind is None:
         raise ValueError(f"{path.name} is no model that this pack knows, with {len(checkpoint.shapes)} tensors.")

@@ -196,9 +196,8 @@ class _Planned(NamedTuple):
 
 def planned(path: Path, options: LoadOptions, host: Host, systems: Systems) -> _Planned:
     """What `load_wan_model` will do; no weights are read. Raises ValueError as it does."""
-    opened = open_checkpoint(path)
-    config = config_of(opened, systems)
-    main = with_aliases(opened, systems)
+    main = with_aliases(open_checkpoint(path), systems)
+    config = config_of(main, systems)
     weights = take(options.loras, systems)
     for brought in weights.checkpoints:
         _check_layers(brought, config)
@@ -263,10 +262,12 @@ def _check_layers(checkpoint: Checkpoint, config: WanConfig) -> None:
 
 
 def with_aliases(checkpoint: Checkpoint, systems: Systems) -> Checkpoint:
-    """The checkpoint with older key prefixes of the extensions replaced by the published ones."""
+    """The checkpoint with other names and older prefixes of the extensions replaced by the published ones."""
     aliases = [pair for kind in systems.extensions for pair in kind.aliases.items()]
 
     def rename(name: str) -> str:
+        for kind in systems.extensions:
+            name = kind.published(name)
         for old, new in aliases:
             if name.startswith(old):
                 return new + name.removeprefix(old)

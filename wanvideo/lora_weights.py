@@ -30,9 +30,7 @@ class LoraWeights(NamedTuple):
 
     def strengthened(self, extensions: Sequence[Extension]) -> tuple[Extension, ...]:
         """The extensions, those with weights from a LoRA file at its strength."""
-        return tuple(
-            e.at_strength(self.strengths[type(e)]) if type(e) in self.strengths else e for e in extensions
-        )
+        return tuple(e.at_strength(self.strengths[type(e)]) if type(e) in self.strengths else e for e in extensions)
 
 
 def take(files: Sequence[LoraFile], systems: Systems) -> LoraWeights:

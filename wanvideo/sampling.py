@@ -78,6 +78,8 @@ def sample(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     """
     if request.cache is not None:
         log.info("Steps may be left out by %s.", request.cache.described(request.model))
+    own = (modifier for extension in request.model.transformer.extensions for modifier in extension.modifiers())
+    request = replace(request, modifiers=(*request.modifiers, *own))
     run = sample_once if request.image.loop is None else request.image.loop.run
     for modifier in reversed(request.modifiers):
         run = modifier.around_run(run)

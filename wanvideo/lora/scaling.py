@@ -34,7 +34,7 @@ class Scaling:
         self._alpha = None if config is None else _number(config.get("lora_alpha", config.get("alpha")))
         self._patterns: dict[str, float] = {}
         patterns = {} if config is None else config.get("alpha_pattern")
-        for pattern, alpha in (patterns.items() if isinstance(patterns, Mapping) else ()):
+        for pattern, alpha in patterns.items() if isinstance(patterns, Mapping) else ():
             if _LITERAL.fullmatch(pattern) is None or _number(alpha) is None:
                 log.warning("%s: the alpha_pattern '%s': %s is no name and number, and is left out.", source, pattern,
                             alpha)  # fmt: skip

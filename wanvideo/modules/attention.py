@@ -47,9 +47,7 @@ class WanSelfAttention(nn.Module):
         """The linear layers that read the normalized video tokens."""
         return self.q, self.k, self.v
 
-    def forward(
-        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module
-    ) -> tuple[Tensor, Hooks]:
+    def forward(self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module) -> tuple[Tensor, Hooks]:
         """x [B, L, C] modulated -> [B, L, C], before gate and residual."""
         heads, hooks = self._attended(x, inputs, hooks, block)
         heads, hooks = run_hooks("self_attn", block, heads, hooks)
@@ -100,9 +98,7 @@ class WanT2VCrossAttention(WanSelfAttention):
         shared = shared_input(text, self.k, self.v)
         return KeysValues(self.split(self.norm_k(self.k(shared))), self.split(self.v(shared)))
 
-    def forward(
-        self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module
-    ) -> tuple[Tensor, Hooks]:
+    def forward(self, x: Tensor | Fp8Rows, inputs: BlockInputs, hooks: Hooks, block: nn.Module) -> tuple[Tensor, Hooks]:
         """x [B, L, C] -> [B, L, C], before the residual."""
         q = self.split(self.norm_q(self.q(x)))
         heads, hooks = run_hooks("cross_attn", block, Heads(q, None, inputs.text.attend(self, q)), hooks)

@@ -61,17 +61,19 @@ class WanAttentionBlock(nn.Module):
     def forward(self, x: Tensor, inputs: BlockInputs, conds: tuple[NamedTuple | None, ...] = ()) -> Tensor:
         """x [B, L, C] -> [B, L, C]; conds: one entry per extension of the model, None where it is idle."""
         hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None)
-        rows = (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
-        x, hooks = self._attend(x, inputs, hooks, rows[:3])
-        x, hooks = run_hooks("before_cross_attn", self, x, hooks)
-        x, hooks = self._read_text(x, inputs, hooks)
-        x, _ = run_hooks("after_cross_attn", self, x, hooks)
-        return self._feed_forward(x, inputs, rows[3:])
+        modulation = self.modulated(inputs)
+        x, hooks = self.attend(x, inputs, hooks, modulation[:3])
+        return self.read(x, inputs, hooks, modulation[3:])
 
-    def _attend(
-        self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]
-    ) -> tuple[Tensor, Hooks]:
-        """x and self-attention. Modulation of each token, float32, is as large as two activations: in pieces, too."""
+    def modulated(self, inputs: BlockInputs) -> tuple[Tensor, ...]:
+        """Rows of shift, scale and gate [B, R, C] of self-attention, then those of the feed-forward."""
+        return (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
+
+    def attend(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> tuple[Tensor, Hooks]:
+        """The first half of a block: x and self-attention.
+
+        Modulation of each token, float32, is as large as two activations: it is made in pieces, too.
+        """
         count, parts = x.shape[1], 1 if inputs.rows is None else inputs.parts
         # `projected` reads the input as it is.
         readers = () if hooked("projected", hooks) else self.self_attn.readers()
@@ -82,7 +84,14 @@ class WanAttentionBlock(nn.Module):
 
         y, hooks = self.self_attn(stretched(modulated, count, parts), inputs, hooks, self)
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
-        return stretched(lambda t: gated_residual(x[:, t], y[:, t], _at(rows, inputs.rows, t)[2]), count, parts), hooks
+        x = stretched(lambda t: gated_residual(x[:, t], y[:, t], _at(rows, inputs.rows, t)[2]), count, parts)
+        return run_hooks("before_cross_attn", self, x, hooks)
+
+    def read(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> Tensor:
+        """The second half: text cross-attention and feed-forward, each added to x."""
+        x, hooks = self._read_text(x, inputs, hooks)
+        x, _ = run_hooks("after_cross_attn", self, x, hooks)
+        return self._feed_forward(x, inputs, rows)
 
     def _read_text(self, x: Tensor, inputs: BlockInputs, hooks: Hooks) -> tuple[Tensor, Hooks]:
         """x and cross-attention: in pieces, unless what is read depends on the place of a token."""
@@ -192,6 +201,8 @@ class WanModel(nn.Module):
             moment = Moment(tokens.embedding, tokens.mod, sequence.pop())
             run = partial(self._run_blocks, moment.tokens, tokens, active, inputs.step)
             x = memory.blocks(moment, inputs.step, run)
+        for entry in active:
+            entry.extension.after_blocks(self, x, entry.state)
         count = video_tokens(tokens.grid)
         rows = None if tokens.rows is None else tokens.rows[:count]
         patches = self.head(x[:, :count], tokens.embedding, rows, self.parts(x.shape))
@@ -205,13 +216,19 @@ class WanModel(nn.Module):
                 continue
             inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid, backend, parts=parts)
             conds = self._conds(index, active)
-            with self.visit(self.blocks[index]):
+            with contextlib.ExitStack() as stack:
+                for module in (self.blocks[index], *self._companions(index, active)):
+                    stack.enter_context(self.visit(module))
                 x = self.blocks[index](x, inputs, conds)
             shared = (c if e.weightless else None for e, c in zip(self.extensions, conds, strict=True))
             inputs = inputs._replace(conds=tuple(shared))
             for entry in active:
                 x = entry.extension.after_block(self, index, x, inputs, entry.state)
         return x
+
+    def _companions(self, index: int, active: Sequence[Active]) -> list[nn.Module]:
+        """What must be on the device while block `index` runs, besides it."""
+        return [module for entry in active for module in entry.extension.companions(self, index)]
 
     def _embed(self, latents: Tensor, inputs: ModelInputs) -> Tokens:
         config = self.config
@@ -334,7 +351,7 @@ class WanModel(nn.Module):
     def _conds(self, index: int, active: Sequence[Active]) -> tuple[NamedTuple | None, ...]:
         conds: list[NamedTuple | None] = [None] * len(self.extensions)
         for entry in active:
-            if any(overrides(entry.extension, name) for name in TRACED):
+            if any(overrides(entry.extension, name) for name in (*TRACED, "block_cond")):
                 conds[entry.place] = entry.extension.block_cond(entry.state, index)
         return tuple(conds)
 
