@@ -31,19 +31,18 @@ BASE = {
     "humo_17B": (5120, 40, 40, 36, ("HuMo",)),
     "humo_1_7B": (1536, 30, 12, 36, ("HuMo",)),
     "skyreels_v3_talking_avatar_14B": (5120, 40, 40, 36, ("ClipImageExtension", "MultiTalk")),
+    "s2v_14B": (5120, 40, 40, 16, ("SpeechInjection",)),
     "vace_1_3B": (1536, 30, 12, 16, ("VaceExtension",)),
     "vace_14B": (5120, 40, 40, 16, ("VaceExtension",)),
     "skyreels_v2_df_1_3B": (1536, 30, 12, 16, ("FrameRateEmbedding",)),
     "skyreels_v2_df_14B": (5120, 40, 40, 16, ("FrameRateEmbedding",)),
-}
-WITH_WEIGHTS = (
-    "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "VaceExtension", "FrameRateEmbedding"
-)  # fmt: skip
     "mtvcrafter_14B_merged": (5120, 40, 40, 16, ("MtvCrafter",)),
 }
-WITH_WEIGHTS = ("FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "VaceExtension", "MtvCrafter")
+WITH_WEIGHTS = (
+    "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "VaceExtension", "MtvCrafter",
+    "FrameRateEmbedding",
+)  # fmt: skip
 REFUSED = {
-    "s2v_14B": "S2V",
     "wananimate_14B": "WanAnimate",
     "recammaster_1_3B": "ReCamMaster",
     "steadydancer_14B": "SteadyDancer",

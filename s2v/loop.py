@@ -1,0 +1,190 @@
+"""Speech to video of any length, in windows: each has the last frames of those before it as packed tokens.
+
+Source: Wan-Video/Wan2.2 (wan/speech2video). The first window has nothing before it and is decoded behind the reference.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..wanvideo import conditioning
+from ..wanvideo.denoise import denoise
+from ..wanvideo.frames import VAE_TIME_STRIDE
+from ..wanvideo.guidance import Conditions
+from ..wanvideo.latents import start_noise
+from ..wanvideo.modules.vae import WanVAE
+from ..wanvideo.request import Latent, SampleRequest
+from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
+from .extension import SpeechToVideo
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+log = logging.getLogger("wanvideo")
+
+# A window of 80 frames follows on 73, the number that the model was trained with.
+FEWER_BEFORE = 7
+# Frames that the first latent frame behind a reference does not have.
+LOST_FIRST = VAE_TIME_STRIDE - 1
+LEAST_WINDOW = 2 * VAE_TIME_STRIDE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechLoop:
+    """What the sampler runs (`Loop`). window_frames: a multiple of 4. vae: encodes what windows follow on."""
+
+    vae: WanVAE
+    window_frames: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a size that is not whole latent frames."""
+        if self.window_frames % VAE_TIME_STRIDE or self.window_frames < LEAST_WINDOW:
+            raise ValueError(
+                f"frame_window_size must be a multiple of {VAE_TIME_STRIDE}, and {LEAST_WINDOW} or more, with "
+                f"enable_framepack, not {self.window_frames}: 80 is what the model was trained on."
+            )
+
+    @property
+    def past_frames(self) -> int:
+        """Frames that a window follows on."""
+        return self.window_frames - FEWER_BEFORE
+
+    @property
+    def latents(self) -> int:
+        """Latent frames of a window."""
+        return self.window_frames // VAE_TIME_STRIDE
+
+    def run(self, request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
+        """As `run_loop`."""
+        return run_loop(request, host)
+
+
+def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
+    """Sample all windows: two LATENT dicts with `video` [frames, H, W, 3] in -1..1, and the last window's latents.
+
+    Raises ValueError where inputs are missing or do not fit.
+    """
+    _check(request)
+    loop: SpeechLoop = request.image.loop
+    count = request.find(SpeechToVideo).audio.shape[-1] // loop.window_frames
+    frames, steps = count * loop.window_frames - LOST_FIRST, len(request.schedule)
+    _, _, *sides = request.image.latent_shape
+    log.info("Sampling %d frames in %d windows of %dx%d latents.", frames, count, *reversed(sides))
+    request.model.try_attention((loop.latents, *sides), request.guidance.most_passes(steps))
+    maker = WindowMaker(request, host)
+    try:
+        with host.progress(count * steps, "Sampling") as progress:
+            watcher = RunWatcher(host, progress, request.model.set_step)
+            video = torch.cat([maker.frames(index, watcher) for index in range(count)], dim=1)
+    finally:
+        loop.vae.managed.release()
+        if request.force_offload:
+            request.model.managed.release()
+    result: Latent = {"samples": maker.latents[None], "video": video.movedim(0, -1)}
+    return result, dict(result)
+
+
+def _check(request: SampleRequest) -> None:
+    speech = request.find(SpeechToVideo)
+    if speech is None or speech.audio is None:
+        raise ValueError("The loop of S2V needs speech: connect audio_encoder_output to WanVideoAddS2VEmbeds.")
+    if request.text is None or not request.text.positive:
+        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
+    if request.context is not None:
+        raise ValueError(
+            "context_options and enable_framepack are two ways to make a long video: disconnect the options, or turn "
+            "enable_framepack off in WanVideoAddS2VEmbeds."
+        )
+    if (request.samples or {}).get("samples") is not None or request.image.given_latents:
+        raise ValueError("With enable_framepack the sampler takes no samples and no extra latents: disconnect them.")
+    if request.schedule.for_loops:
+        raise ValueError(f"The scheduler '{request.schedule.spec.name}' is not for S2V: choose another.")
+
+
+class WindowMaker:
+    """Makes the windows of one run in turn; holds the frames that the next one follows on."""
+
+    def __init__(self, request: SampleRequest, host: Host) -> None:
+        self.request, self.host = request, host
+        self.loop: SpeechLoop = request.image.loop
+        self.speech: SpeechToVideo = request.find(SpeechToVideo)
+        self.latents = torch.empty(0)
+        self._past: Tensor | None = None
+        factor, (_, _, *sides) = self.loop.vae.spatial_factor, request.image.latent_shape
+        self._recent = torch.zeros(3, self.loop.past_frames, *(factor * side for side in sides))
+
+    def frames(self, index: int, watcher: RunWatcher) -> Tensor:
+        """The frames [3, n, H, W] in about -1..1 of window `index`."""
+        loop = self.loop
+        if index:
+            self._past = loop.vae.encode(self._recent, quiet=True)[None]
+        self.latents = self._sample(index, watcher)
+        before = self._past if index else self.speech.reference
+        parts = (self.latents,) if before is None else (before[0].float().cpu(), self.latents)
+        count = loop.window_frames if index else loop.window_frames - LOST_FIRST
+        frames = loop.vae.decode(torch.cat(parts, dim=1), quiet=True)[:, -count:].clamp(-1, 1)
+        self._recent = torch.cat((self._recent, frames), dim=1)[:, -loop.past_frames :]
+        return frames
+
+    def _sample(self, index: int, watcher: RunWatcher) -> Tensor:
+        """The window's latents [z, F, h, w]."""
+        request = self.request
+        channels, _, *sides = request.image.latent_shape
+        generator = torch.Generator().manual_seed(request.seed + index)
+        with active_model(request) as transformer:
+            payloads = tuple(self._parts(index, readable_payloads(request, transformer)))
+            text = request.text
+            conditions = Conditions(
+                positive=text.positive[min(index, len(text.positive) - 1)],
+                negative=text.negative[0] if text.negative else None,
+                payloads=payloads,
+            )
+            result = denoise(
+                make_denoiser(request, transformer, host=self.host, conditions=conditions),
+                request.schedule.fresh(),
+                latents=start_noise((channels, self.loop.latents, *sides), generator),
+                generator=generator,
+                modifiers=request.modifiers,
+                watcher=watcher,
+            )
+        return result.latents.float().cpu()
+
+    def _parts(self, index: int, payloads: tuple[conditioning.Payload, ...]) -> Iterator[conditioning.Payload]:
+        """What belongs to a window; other systems see it as these latents of a longer video."""
+        first = index * self.loop.latents
+        latents = range(first, first + self.loop.latents)
+        pixels = range(VAE_TIME_STRIDE * first, VAE_TIME_STRIDE * (latents[-1]) + 1)
+        window = conditioning.Window(tuple(latents), tuple(pixels))
+        for payload in payloads:
+            part = self._heard(index) if isinstance(payload, SpeechToVideo) else payload.window(window)
+            if part is not None:
+                yield part
+
+    def _heard(self, index: int) -> SpeechToVideo:
+        """Speech and poses of a window, the past from the second one on."""
+        loop, speech = self.loop, self.speech
+        size = loop.window_frames
+        return replace(
+            speech,
+            audio=speech.audio[..., index * size : (index + 1) * size],
+            pose=None if speech.pose is None else self._poses(index),
+            past=self._past,
+            lead=loop.past_frames,
+            lead_latents=-(-loop.past_frames // VAE_TIME_STRIDE),
+        )
+
+    def _poses(self, index: int) -> Tensor:
+        """Latents [1, z, F, h, w] of a window's poses; behind the end of the pose video there is black."""
+        count = self.loop.latents
+        part = self.speech.pose[:, :, index * count : (index + 1) * count].cpu()
+        missing = count - part.shape[2]
+        if not missing:
+            return part
+        black = -torch.ones(3, 1 + VAE_TIME_STRIDE * missing, *self._recent.shape[2:])
+        return torch.cat((part, self.loop.vae.encode(black, quiet=True)[None, :, 1:].to(part)), dim=2)

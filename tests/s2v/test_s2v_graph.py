@@ -1,0 +1,70 @@
+"""The saved graphs of S2V run headless to a video, with tiny models under the file names that they use.
+
+The graphs are not part of the project: WANVIDEO_GRAPHS names their folder (default: ../shared/workflows).
+"""
+
+import pytest
+from foreign_nodes import foreign, run_graph, save_talking_clip
+from PIL import Image
+from saved_models import GRAPHS, LIGHTX, save_fp8
+from wan_float64 import rand
+from wanvideo_wrapper.demo import INPUT, tiny
+from wanvideo_wrapper.s2v.extension import SpeechInjection
+
+LAYERS, FEATURES = 3, 8
+SIZES = SpeechInjection(layers=LAYERS, audio_dim=FEATURES, tokens=4, pose_dim=16)
+
+
+def heard(audio, **_):
+    """50 features a second, as the encoder gives them."""
+    count = audio["waveform"].shape[-1] * 50 // audio["sample_rate"]
+    return ({"encoded_audio_all_layers": [rand(1, count, FEATURES, seed=i) for i in range(LAYERS)]},)
+
+
+def second_part(images):
+    return None, 0, images[3:], len(images) - 3
+
+
+FOREIGN = {
+    "AudioEncoderLoader": foreign(("AUDIO_ENCODER",), lambda: ("encoder",)),
+    "AudioEncoderEncode": foreign(("AUDIO_ENCODER_OUTPUT",), heard),
+    "ColorMatch": foreign(("IMAGE",), lambda image_ref, image_target: (image_target,)),
+    "LazySwitchKJ": foreign(("IMAGE",), lambda on_false, on_true: (on_true,)),
+    "VHS_LoadAudio": foreign(("AUDIO", "FLOAT"), lambda: ({"waveform": rand(1, 1, 48000), "sample_rate": 16000}, 3)),
+    "VHS_SplitImages": foreign(("IMAGE", "INT", "IMAGE", "INT"), second_part),
+}
+SMALL = ("WanVideoSampler.steps=2", "22.base_precision=fp32", "22.attention_mode=sdpa", "38.precision=fp32")
+# 33 frames are 2.06 seconds, of which three windows of 16 frames are made, or one of 33.
+GRAPH_RUNS = {
+    "wanvideo2_2_S2V_framepack_pose_testing.json": (
+        "131.value=64", "132.value=64", "37.num_frames=33", "106.frame_load_cap=33", "116.frame_load_cap=33",
+        "117.frame_window_size=16", "143.num_frames=33",
+    ),
+    "wanvideo2_2_S2V_context_window_testing.json": (
+        "74.width=64", "74.height=64", "37.num_frames=33", "101.frame_window_size=33", "83.context_frames=17",
+        "83.context_overlap=8",
+    ),
+}  # fmt: skip
+# Compiling takes longer than such a small model runs.
+COMPILING = ("WanVideoTorchCompileSettings",)
+LENGTHS = dict(zip(GRAPH_RUNS, (33, 30), strict=True))
+
+
+@pytest.mark.parametrize("name", GRAPH_RUNS)
+def test_graph_runs_to_a_video(name, tmp_path, monkeypatch):
+    graph = GRAPHS / name
+    if not graph.is_file():
+        pytest.skip(f"no {graph} (set WANVIDEO_GRAPHS)")
+    models, inputs = tmp_path / "models", tmp_path / "input"
+    model = tiny.transformer(in_dim=16, extensions=(SIZES,))
+    file = models / "diffusion_models/WanVideo/S2V/Wan2_2-S2V-14B_fp8_e4m3fn_scaled_KJ.safetensors"
+    save_fp8(model, file, scaled=True)
+    tiny.vae(base_dim=4).save(models / "vae/wanvideo/Wan2_1_VAE_bf16.safetensors")
+    tiny.text_encoder().save(models / "text_encoders/umt5-xxl-enc-bf16.safetensors")
+    tiny.lora(tiny.transformer(in_dim=16)).save(models / "loras" / LIGHTX.format("T2V", "", "v2_lora_", "_"))
+    for clip in ("weightoftheworld2.mp4", "weight-world-bones_00003-audio.mp4"):
+        save_talking_clip(inputs / clip, 40)
+    with Image.open(INPUT / "portrait.png") as portrait:
+        portrait.save(inputs / "2b.jpg")
+    videos = run_graph(graph, tmp_path, monkeypatch, nodes=FOREIGN, edits=(*SMALL, *GRAPH_RUNS[name]), muted=COMPILING)
+    assert LENGTHS[name] in videos.values()
