@@ -16,6 +16,7 @@ FAMILIES = (
     ".nodes_text",
     ".nodes_model_loading",
     ".nodes_model_options",
+    ".nodes_memory",
     ".nodes_attention",
     ".nodes_schedule",
     ".nodes_sampler",

@@ -13,7 +13,8 @@ from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, Inputs, files, find_mod
 from .registry import SYSTEMS
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
-from .wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model, module_files, planned
+from .wanvideo.load_plan import LoadOptions, module_files, planned
+from .wanvideo.loading import WanVideoModel, load_wan_model
 from .wanvideo.lora import LoraFile
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
@@ -95,18 +96,26 @@ class WanVideoModelLoader:
         attention_mode: str = "sdpa",
         compile_args: CompileArgs | None = None,
         block_swap_args: BlockSwapArgs | None = None,
+        vram_management_args: BlockSwapArgs | None = None,
         lora: Sequence[LoraFile] | None = None,
         rms_norm_function: str = "default",
         **sockets: object,
     ) -> tuple[WanVideoModel]:
-        """Load it as the widgets say. sockets: module files, by their names."""
+        """Load it as the widgets say. sockets: module files, by their names.
+
+        Raises ValueError where both ways to offload are connected.
+        """
+        if block_swap_args is not None and vram_management_args is not None:
+            raise ValueError(
+                "block_swap_args and vram_management_args are two ways to keep weights in main memory: disconnect one."
+            )
         options = LoadOptions(
             base_dtype=DTYPES[base_precision],
             quantization=quantization,
             attention_mode=attention_mode,
             modules=module_files(sockets.items()),
             loras=tuple(lora or ()),
-            block_swap=block_swap_args,
+            block_swap=block_swap_args or vram_management_args,
             compile=compile_args,
             fp16_accumulation=base_precision == "fp16_fast",
             keep_on_device=load_device == "main_device",

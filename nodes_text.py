@@ -187,7 +187,7 @@ class WanVideoTextEncodeSingle:
     ) -> tuple[TextEmbeds]:
         """Embeds without a negative prompt."""
         positive = _encoded(_split(prompt), t5, force_offload, model_to_offload, use_disk_cache, device)
-        return (TextEmbeds(positive=positive, payloads=segments(positive)),)
+        return (TextEmbeds(positive=positive, payloads=_payloads(prompt, positive)),)
 
 
 class WanVideoTextEncodeCached:

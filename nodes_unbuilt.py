@@ -7,13 +7,10 @@ nodes_unbuilt.json holds the interfaces. A node that a family registers is never
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from .host import get_host
-
-log = logging.getLogger("wanvideo")
 
 TABLE = Path(__file__).with_name("nodes_unbuilt.json")
 FILES_OF = "<files:"
@@ -60,23 +57,8 @@ class UnbuiltNode:
         raise ValueError(self.refusal)
 
 
-class IgnoredNode(UnbuiltNode):
-    """A node without an effect on the result: it runs, says so, and passes nothing on."""
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types: object = None) -> bool | str:
-        """Always welcome."""
-        return True
-
-    def run(self, **inputs: object) -> tuple[None, ...]:
-        """Nothing for every output."""
-        log.info(self.refusal)
-        return (None,) * len(self.interface["outputs"])
-
-
 def _node_class(name: str, interface: Interface) -> type:
     kinds, names = zip(*interface["outputs"], strict=True)
-    base = IgnoredNode if "ignored" in interface else UnbuiltNode
     refusal = _refusal(interface)
     members = {
         "__doc__": refusal,
@@ -90,15 +72,13 @@ def _node_class(name: str, interface: Interface) -> type:
         "EXPERIMENTAL": interface.get("experimental", False),
         "interface": interface,
         "refusal": refusal,
-        interface["function"]: base.run,
+        interface["function"]: UnbuiltNode.run,
     }
-    return type(name, (base,), members)
+    return type(name, (UnbuiltNode,), members)
 
 
 def _refusal(interface: Interface) -> str:
     title = interface["display_name"]
-    if "ignored" in interface:
-        return f"'{title}' changes nothing in this version: {interface['ignored']}."
     instead = f", and {interface['instead']}" if "instead" in interface else ""
     return f"'{title}' is not built in this version: disconnect or bypass it{instead}."
 

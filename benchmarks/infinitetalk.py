@@ -28,7 +28,8 @@ from wanvideo_wrapper.image_to_video.extension import ImageCondition
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import checkpoint
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule

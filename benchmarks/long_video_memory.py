@@ -26,7 +26,8 @@ from wanvideo_wrapper.multitalk.nodes import WanVideoImageToVideoMultiTalk
 from wanvideo_wrapper.multitalk.nodes_audio import MultiTalkWav2VecEmbeds
 from wanvideo_wrapper.multitalk.wav2vec import SAMPLE_RATE, load_wav2vec
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
 from wanvideo_wrapper.wanvideo.request import SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample

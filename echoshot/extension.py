@@ -76,6 +76,7 @@ class ShotText(NamedTuple):
     tokens: Tensor
     queries: Tensor
     keys: Tensor
+    tokenwise = False
 
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """All queries to all prompts, each turned by its shot's phase."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wanvideo.checkpoint import open_checkpoint
-from ..wanvideo.loading import ModuleFile
+from ..wanvideo.load_plan import ModuleFile
 from ..wanvideo.modules.layers import WanLayerNorm
 from ..wanvideo.own_model import OwnModel, load_own, open_own
 from ..wanvideo.systems import Systems

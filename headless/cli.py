@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
     models.set_defaults(command=_models)
 
+    plan = commands.add_parser("plan", help="say how much GPU memory a workflow takes, and what to swap")
+    plan.add_argument("workflow", type=Path)
+    plan.add_argument("--vram", type=float, metavar="GIB", help="memory of the GPU that it shall run on")
+    plan.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
+    plan.set_defaults(command=_plan)
+
     doctor = commands.add_parser("doctor", help="say which quantization and attention options run here, and why not")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     doctor.add_argument("--tokens", type=int, default=0, metavar="N", help="try third-party attention on N tokens")
@@ -185,6 +191,20 @@ def _models(options: argparse.Namespace) -> None:
     set_host(host)
     for needed in needed_models(load(options.workflow, {**STAND_INS, **NODE_CLASS_MAPPINGS}), host):
         sys.stdout.write(f"{needed.line()}\n")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .. import NODE_CLASS_MAPPINGS
+    from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+    from .graph import load
+    from .memory_plan import plan
+
+    if options.vram is not None and options.vram <= 0:
+        raise ValueError(f"--vram must be more than 0 GiB, not {options.vram:g}.")
+    host, classes = StandaloneHost(models=options.models, device="cpu"), {**STAND_INS, **NODE_CLASS_MAPPINGS}
+    set_host(host)
+    for line in plan(load(options.workflow, classes), classes, host, vram=options.vram):
+        sys.stdout.write(f"{line}\n")
 
 
 def _doctor(options: argparse.Namespace) -> None:

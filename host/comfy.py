@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
-from .protocol import KINDS, HostAttention, Managed, Place, Progress, find_in
+from .protocol import KINDS, HostAttention, Managed, MemoryMode, Place, Progress, find_in
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -132,9 +133,24 @@ class ComfyHost:
 
         model_management.throw_exception_if_processing_interrupted()
 
-    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
+    def manage(
+        self, module: nn.Module, *, place: Place | None = None, resident: Callable[[], int] | None = None
+    ) -> Managed:
         """Takes part in ComfyUI's memory management: loading it evicts other models, and the other way round."""
-        return ComfyManaged(module, self, place)
+        return ComfyManaged(module, self, place, resident)
+
+    def reserved_memory(self) -> int:
+        """What --reserve-vram says, or ComfyUI's usual reserve."""
+        from comfy import model_management
+
+        return int(model_management.extra_reserved_memory())
+
+    def memory_mode(self) -> MemoryMode:
+        """--lowvram and --novram; ComfyUI takes the first also by itself, where the GPU has little memory."""
+        from comfy import model_management
+
+        states = model_management.VRAMState
+        return {states.LOW_VRAM: "low", states.NO_VRAM: "none"}.get(model_management.vram_state, "normal")
 
     def free_memory(self) -> None:
         """ComfyUI's cache release."""
@@ -160,17 +176,20 @@ class _Held(nn.Module):
 class ComfyManaged:
     """Managed through a ModelPatcher that ComfyUI can evict."""
 
-    def __init__(self, module: nn.Module, host: ComfyHost, place: Place | None) -> None:
+    def __init__(
+        self, module: nn.Module, host: ComfyHost, place: Place | None, resident: Callable[[], int] | None
+    ) -> None:
         self.module = module
         self._host = host
         self._patcher = whole_model_patcher()(_Held(module), host.device(), host.offload_device())
         self._patcher.place = place or module.to
+        self._patcher.resident = resident
 
-    def acquire(self) -> torch.device:
-        """Ask ComfyUI to load the model; it makes room first and honours its memory options."""
+    def acquire(self, working: int = 0) -> torch.device:
+        """Ask ComfyUI to load the model; it makes room first, for what it will compute too, and keeps its reserve."""
         from comfy import model_management
 
-        model_management.load_models_gpu([self._patcher], force_full_load=True)
+        model_management.load_models_gpu([self._patcher], memory_required=working, force_full_load=True)
         return self._host.device()
 
     def release(self) -> None:
@@ -189,6 +208,11 @@ def whole_model_patcher() -> type[ModelPatcher]:
 
     class WholeModelPatcher(ModelPatcher):
         place: Place
+        resident: Callable[[], int] | None = None
+
+        def model_size(self) -> int:
+            # Others are evicted for what will be on the device, and not for what waits in main memory.
+            return super().model_size() if self.resident is None else self.resident()
 
         def partially_load(
             self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+MemoryMode = Literal["normal", "low", "none"]
 Place = Callable[[torch.device], None]
 # q, k, v [B, H, L, D] -> [B, L, H * D]
 HostAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,8 +57,11 @@ class Managed(Protocol):
 
     module: nn.Module
 
-    def acquire(self) -> torch.device:
-        """Put the model on the compute device, making room by evicting others; returns that device."""
+    def acquire(self, working: int = 0) -> torch.device:
+        """Put the model on the compute device, making room by evicting others; returns that device.
+
+        working: bytes that it needs there besides what stays of its weights.
+        """
 
     def release(self) -> None:
         """Back to the offload device."""
@@ -107,8 +111,19 @@ class Host(Protocol):
     def check_cancelled(self) -> None:
         """Raises CancelledError (in ComfyUI its own interruption) if the user stopped the run."""
 
-    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
-        """Put a model under memory management. place(device) moves it, where `module.to` is not enough."""
+    def manage(
+        self, module: nn.Module, *, place: Place | None = None, resident: Callable[[], int] | None = None
+    ) -> Managed:
+        """Put a model under memory management. place(device) moves it, where `module.to` is not enough.
+
+        resident: how many bytes of it will be on the device; None for all.
+        """
+
+    def reserved_memory(self) -> int:
+        """Bytes of the device that its user wants left alone."""
+
+    def memory_mode(self) -> MemoryMode:
+        """How much of the device models may take: "low" asks for offloading, "none" for as much of it as there is."""
 
     def free_memory(self) -> None:
         """Give cached device memory back."""

@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from .protocol import KINDS, MODEL_SUFFIXES, CancelledError, Host, Managed, Place, Progress, find_in, names_in
+from .protocol import (
+    KINDS,
+    MODEL_SUFFIXES,
+    CancelledError,
+    Host,
+    Managed,
+    MemoryMode,
+    Place,
+    Progress,
+    find_in,
+    names_in,
+)
 
 
 class ModuleOnDevice:
@@ -22,8 +34,8 @@ class ModuleOnDevice:
         self._host = host
         self._place = place or module.to
 
-    def acquire(self) -> torch.device:
-        """To the compute device."""
+    def acquire(self, working: int = 0) -> torch.device:
+        """To the compute device, on which nothing can be evicted."""
         device = self._host.device()
         self._place(device)
         return device
@@ -156,7 +168,9 @@ class StandaloneHost:
         if self.cancel.is_set():
             raise CancelledError("Cancelled.")
 
-    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
+    def manage(
+        self, module: nn.Module, *, place: Place | None = None, resident: Callable[[], int] | None = None
+    ) -> Managed:
         """Moves the module on demand."""
         return ModuleOnDevice(module, self, place)
 
@@ -164,6 +178,14 @@ class StandaloneHost:
         """Empties torch's cache."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def reserved_memory(self) -> int:
+        """None of it."""
+        return 0
+
+    def memory_mode(self) -> MemoryMode:
+        """There is no option."""
+        return "normal"
 
     def attention(self) -> None:
         """None: there is no ComfyUI to choose one."""

@@ -97,6 +97,7 @@ class PictureText(NamedTuple):
     own: Tensor
     start: int
     stop: int
+    tokenwise = False
 
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """Each part of the queries q [B, L, H, D] to its own text."""

@@ -138,10 +138,8 @@ def _broken_off(window: Window, windows: list[Window], footage: Footage, host: H
             except OSError as lost:
                 # What went wrong first must not be hidden by what went wrong in saving.
                 kept = f"the {footage.frames} frames before could not be saved: {lost}"
-        if isinstance(error, NotFiniteError):
-            raise NotFiniteError(f"{place}: {error} ({kept[0].upper()}{kept[1:]}.)") from error
-        log.exception("%s ran out of memory; %s.", place, kept)
-        raise
+        # What is known of an error is in its type: ComfyUI frees its models where memory was short.
+        raise type(error)(f"{place}: {error} ({kept[0].upper()}{kept[1:]}.)") from error
 
 
 class LoopWatcher(RunWatcher):

@@ -12,7 +12,7 @@ from ..node_tools import CATEGORY, Inputs, files, find_model, mappings, round_si
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.frames import latent_frames
 from ..wanvideo.images import to_video
-from ..wanvideo.loading import ModuleFile
+from ..wanvideo.load_plan import ModuleFile
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.request import ImageEmbeds, payloads_of
 from . import nodes_audio

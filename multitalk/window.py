@@ -155,7 +155,8 @@ class WindowMaker:
         if condition is not None:
             picture = ImageCondition(condition.cond[None], condition.mask[None])
             request = replace(request, payloads=(*request.payloads, picture))
-        with active_model(request) as transformer:
+        passes = request.guidance.most_passes(len(schedule))
+        with active_model(request, latents.shape[1:], passes) as transformer:
             conditions = self._conditions(window, readable_payloads(request, transformer))
             result = denoise(
                 make_denoiser(request, transformer, host=self.host, conditions=conditions),

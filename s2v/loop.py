@@ -137,7 +137,8 @@ class WindowMaker:
         request = self.request
         channels, _, *sides = request.image.latent_shape
         generator = torch.Generator().manual_seed(request.seed + index)
-        with active_model(request) as transformer:
+        size, schedule = (self.loop.latents, *sides), request.schedule.fresh()
+        with active_model(request, size, request.guidance.most_passes(len(schedule))) as transformer:
             payloads = tuple(self._parts(index, readable_payloads(request, transformer)))
             text = request.text
             conditions = Conditions(
@@ -147,8 +148,8 @@ class WindowMaker:
             )
             result = denoise(
                 make_denoiser(request, transformer, host=self.host, conditions=conditions),
-                request.schedule.fresh(),
-                latents=start_noise((channels, self.loop.latents, *sides), generator),
+                schedule,
+                latents=start_noise((channels, *size), generator),
                 generator=generator,
                 modifiers=request.modifiers,
                 watcher=watcher,

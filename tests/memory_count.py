@@ -8,11 +8,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
+from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVideo
+from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
+from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.modules import layers
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 GIB = 2**30
+# Two blocks of the 14B model.
+SIZES = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=2)
+AT_ONCE = 8192
 
 
 class LiveBytes(TorchDispatchMode):
@@ -86,3 +94,46 @@ def give_fake_weights(model):
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False))
     return list(model.parameters())
+
+
+def peaks(monkeypatch, size, *, extensions=(), payloads=lambda: (), in_dim=16, attention=None, fp8=True, spare=True):
+    """Bytes of activations at the peak, and of all parameters that are outside blocks, and of one block."""
+    model = shapes_of(WanConfig(**SIZES, in_dim=in_dim), extensions, attention=attention, fp8=fp8)
+    block = sum(-(-p.nbytes // 256) * 256 for p in model.blocks[0].parameters())
+    with weightless(monkeypatch), LiveBytes() as live:
+        live.ignore(give_fake_weights(model))
+        frames, height, width = 21, size[0] // 8, size[1] // 8
+        given = ModelInputs(
+            latents=torch.empty(1, 16, frames, height, width), timestep=torch.empty(1),
+            text=(torch.empty(200, 4096, dtype=torch.bfloat16),), payloads=payloads(),
+        )  # fmt: skip
+        start = live.now
+        with model.sparing(AT_ONCE if spare else 0):
+            model(given)
+    blocks = sum(p.nbytes for stack in model.stacks().values() for p in stack.parameters())
+    outside = sum(p.nbytes for p in model.parameters()) - blocks
+    return live.peak - start, outside, block, frames * height * width // 4 * SIZES["dim"] * 2
+
+
+def talking(size):
+    frames, height, width = 21, size[0] // 8, size[1] // 8
+    return lambda: (
+        ImageCondition(
+            torch.empty(1, 16, frames, height, width, dtype=torch.bfloat16),
+            torch.empty(1, 4, frames, height, width, dtype=torch.bfloat16),
+        ),
+        ClipImage(torch.empty(1, 257, 1280, dtype=torch.bfloat16)),
+        AudioWindow(torch.empty(1, 1, 81, 5, 12, 768, dtype=torch.bfloat16), torch.empty(())),
+    )
+
+
+SPEECH = (
+    ImageToVideo(),
+    ClipImageExtension(clip_dim=1280),
+    MultiTalk(features=12 * 768, intermediate_dim=512, context_tokens=32, output_dim=768, voiced=(0, 1)),
+)
+GOALS = {
+    "480p": ((480, 832), {}, 3.2),
+    "720p": ((720, 1280), {}, 4.6),
+    "infinitetalk": ((768, 768), dict(extensions=SPEECH, payloads=talking((768, 768)), in_dim=36), 4.0),
+}

@@ -1,9 +1,11 @@
 """The sampler's surroundings without weights: a model whose velocity is known in closed form, and a host that notes."""
 
 import contextlib
+import math
 
 import torch
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.memory import Work
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
@@ -87,8 +89,11 @@ class FakeModel:
     def release(self):
         self.events.append("release")
 
+    def work(self, latent_size, batch):
+        return Work(math.prod(latent_size) // 4, batch)
+
     @contextlib.contextmanager
-    def active(self):
+    def active(self, work):
         self.events.append("enter")
         try:
             yield self.transformer

@@ -13,7 +13,7 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_IN
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.runner import Runner
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
-from wanvideo_wrapper.nodes_unbuilt import IgnoredNode, unbuilt
+from wanvideo_wrapper.nodes_unbuilt import unbuilt
 
 ORIGINAL = json.loads((Path(__file__).parent / "data/node_interfaces.json").read_text())
 CLASSES, TITLES = unbuilt({})
@@ -25,19 +25,11 @@ def test_refuses_before_and_while_running(name):
     assert title == ORIGINAL[name]["display_name"]
     for flag in ("deprecated", "experimental"):
         assert getattr(node, flag.upper()) == ORIGINAL[name][flag]
-    if issubclass(node, IgnoredNode):
-        assert node.VALIDATE_INPUTS() is True
-        assert getattr(node(), node.FUNCTION)() == (None,) * len(node.RETURN_TYPES)
-        return
     sentence = node.VALIDATE_INPUTS(input_types={"vae": "WANVAE"})
     assert sentence.startswith(f"'{title}' is not built in this version: disconnect or bypass it")
     assert sentence.endswith(".")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         getattr(node(), node.FUNCTION)(anything=1)
-
-
-def test_the_ignored_are_few():
-    assert {name for name, node in CLASSES.items() if issubclass(node, IgnoredNode)} == {"WanVideoVRAMManagement"}
 
 
 def test_a_node_that_a_family_registers_is_not_taken():
@@ -50,7 +42,7 @@ def test_advice_names_nodes_that_are_built():
     titles = set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS.values()) - set(TITLES.values())
     core = {"Upscale Image", "ImageFromBatch", "WanTrackToVideo"}
     for node in CLASSES.values():
-        named = set(re.findall(r"(?<!\w)'([^']+)'", node.interface.get("instead", node.interface.get("ignored", ""))))
+        named = set(re.findall(r"(?<!\w)'([^']+)'", node.interface.get("instead", "")))
         assert named <= titles | core
 
 
@@ -120,7 +112,3 @@ def test_no_result_depends_on_it():
 def test_a_result_depends_on_it():
     with pytest.raises(ValueError, match="'WanVideo SLG' is not built"):
         run(b=("WanVideoSLG", {}), c=("Shown", {"value": Link("b", 0)}))
-
-
-def test_a_node_without_effect_passes_nothing_on():
-    assert run(b=("WanVideoVRAMManagement", {}), c=("Shown", {"value": Link("b", 0)})) == [{"value": [None]}]

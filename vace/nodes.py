@@ -11,7 +11,7 @@ from ..node_tools import CATEGORY, Inputs, files, find_model, mappings, round_si
 from ..wanvideo.frames import latent_frames
 from ..wanvideo.guidance import per_step
 from ..wanvideo.images import to_video
-from ..wanvideo.loading import ModuleFile
+from ..wanvideo.load_plan import ModuleFile
 from ..wanvideo.modules.vae import Tile, WanVAE
 from ..wanvideo.request import ImageEmbeds
 from .encoding import encode_context, reference_frame, resize_masks

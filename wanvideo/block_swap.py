@@ -6,24 +6,26 @@ Weights are read only, so nothing is ever copied back. Where they wait is in hos
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..attention import Attention
 from .device_copies import Copies, copies_for
 from .host_slabs import Unit
+from .memory import AT_ONCE, USUAL_WORK, WORKSPACES, Footprint, Work, footprint_of, gigabytes
 from .modules.model import WanModel
 from .swapper import Swapper
 
 log = logging.getLogger("wanvideo")
 
 AUTOMATIC = -1
-# What `AUTOMATIC` leaves for activations: 81 frames at 1280x720. The 14B model was seen to hold 22 bytes per token and
-# channel at 480p, and its activations grow with both.
-TOKENS_720P, BYTES_PER_CHANNEL = 75_600, 24
+# Modules outside the blocks that are worth a slab; img_emb is of models with CLIP.
+EMBEDDINGS = ("text_embedding", "time_projection", "img_emb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class BlockSwapArgs:
     """Settings of WanVideoBlockSwap (socket BLOCKSWAPARGS).
 
     blocks_to_swap: blocks that wait, spread evenly among those that stay; -1: as many as the device's free memory asks
-    for. others: the same for further block lists, by name; embeddings: names of modules that wait too. prefetch_blocks:
+    for. others: the same for further block lists, by name; embeddings: names of modules that wait too. share: of all
+    block lists, in the place of numbers, and with 1 of the embeddings, too. prefetch_blocks:
     how many blocks are on their way while one runs, at least 1; each takes a slab on the device. block_swap_debug: log
     each copy. use_non_blocking: kept for saved graphs; the host never waits for a copy from pinned memory.
     """
@@ -39,21 +42,35 @@ class BlockSwapArgs:
     blocks_to_swap: int = 20
     others: Mapping[str, int] = field(default_factory=dict)
     embeddings: tuple[str, ...] = ()
+    share: float | None = None
     use_non_blocking: bool = False
     prefetch_blocks: int = 0
     block_swap_debug: bool = False
 
 
+class ShortOfMemoryError(torch.OutOfMemoryError):
+    """The GPU's memory did not suffice; the message says what would. ComfyUI frees its models on such errors."""
+
+
 class Placement:
     """Where the parts of a transformer are. Serves as the `place` callback of the host's memory management.
 
-    copies_for: how bytes reach a device.
+    work, attention: what the next run computes, and with which self-attention. reserved: bytes of the device that -1
+    leaves alone. copies_for: how bytes reach a device.
     """
 
     def __init__(
-        self, model: WanModel, offload: torch.device, *, copies_for: Callable[[torch.device], Copies] = copies_for
+        self,
+        model: WanModel,
+        offload: torch.device,
+        *,
+        reserved: int = 0,
+        copies_for: Callable[[torch.device], Copies] = copies_for,
     ) -> None:
+        self._reserved = reserved
         self.swap: BlockSwapArgs | None = None
+        self.work: Work = USUAL_WORK
+        self.attention: Attention | None = None
         self.copies_for = copies_for
         self._model = model
         self._offload = offload
@@ -116,28 +133,87 @@ class Placement:
         """Of every list as many as the settings say, in the order of their lists."""
         if self.swap is None:
             return []
-        counts = {"blocks": self.swap.blocks_to_swap, **self.swap.others}
-        if self.swap.blocks_to_swap == AUTOMATIC:
+        stacks = self._model.stacks()
+        if self.swap.share is not None:
+            counts = {name: math.ceil(self.swap.share * len(blocks)) for name, blocks in stacks.items()}
+        else:
+            counts = {"blocks": self.swap.blocks_to_swap, **self.swap.others}
+        if counts["blocks"] == AUTOMATIC:
             if self._automatic is None:
                 self._automatic = self._count_for(self._copies.free())
             counts["blocks"] = self._automatic
-        stacks = self._model.stacks().items()
-        return [block for name, blocks in stacks for block in spread(blocks, counts.get(name, 0))]
+        return [block for name, blocks in stacks.items() for block in spread(blocks, counts.get(name, 0))]
+
+    def footprint(self) -> Footprint:
+        """What the next run takes. Blocks of other lists than the transformer's own count as what stays."""
+        whole = footprint_of(self._model, self.work, self.attention)
+        own = len(self._model.blocks)
+        return replace(whole, blocks=whole.blocks[:own], outside=whole.outside + sum(whole.blocks[own:]))
+
+    @property
+    def at_once(self) -> int:
+        """How many tokens run in one piece: all of them, 0, unless parts wait or memory is short all the same."""
+        if self.waits:
+            return AT_ONCE
+        if self._copies is None or not self._copies.measures:
+            return 0
+        return AT_ONCE if self._copies.free() < self.footprint().all_at_once + WORKSPACES else 0
 
     def _count_for(self, free: int) -> int:
-        """How few blocks may wait with that many bytes free on the device, where the model may have parts already."""
-        config, blocks = self._model.config, self._model.blocks
-        needs = TOKENS_720P * config.dim * BYTES_PER_CHANNEL
-        swapped = {id(block) for block in blocks}
-        rest = sum(_bytes_of(module) for module in self._parts() if id(module) not in swapped)
-        here = sum(t.nbytes for t in _tensors(self._model) if t.device == self._copies.device)
-        size, room = max(_bytes_of(block) for block in blocks), free + here - needs - rest
-        if room >= len(blocks) * size:
-            return 0
-        slots = max(self.swap.prefetch_blocks, 1) + 1
-        staying = min(max(room // size - slots, 0), len(blocks) - 1)
-        log.info("Block swap: %d of %d blocks wait in main memory.", len(blocks) - staying, len(blocks))
-        return len(blocks) - staying
+        """How few blocks may wait with that many bytes free on the device, where the model may have parts already.
+
+        Raises ValueError where all of them are not enough.
+        """
+        footprint, blocks = self.footprint(), len(self._model.blocks)
+        slabs = max(self.swap.prefetch_blocks, 1) + 1
+        room = free + self._here() - self._reserved
+        least = footprint.least_waiting(room, slabs)
+        if least is None:
+            raise ValueError(
+                f"The run needs {gigabytes(footprint.peak(blocks, slabs))} of GPU memory even with all {blocks} blocks "
+                f"in main memory, and {gigabytes(room)} are free: make the video smaller or shorter, or close what "
+                "uses the GPU."
+            )
+        if least:
+            log.info("Block swap: %d of %d blocks wait in main memory.", least, blocks)
+        return least
+
+    def resident_bytes(self) -> int:
+        """How much of the weights is on the device during a run, slabs aside; all of it where -1 has not chosen yet."""
+        if self.swap is not None and self.swap.blocks_to_swap == AUTOMATIC and self._automatic is None:
+            waiting: list[nn.Module] = []
+        else:
+            waiting = [*self._embeddings(), *self.waiting_blocks()]
+        return sum(t.nbytes for t in _tensors(self._model)) - sum(t.nbytes for part in waiting for t in _tensors(part))
+
+    def working_bytes(self) -> int:
+        """What a run takes besides: slabs and activations."""
+        footprint, count = self.footprint(), len(self._model.blocks)
+        swaps = self.swap is not None and (self.swap.blocks_to_swap != 0 or bool(self.swap.share))
+        slabs = (max(self.swap.prefetch_blocks, 1) + 1) * max(footprint.blocks) if swaps and count else 0
+        return slabs + (footprint.in_pieces if swaps else footprint.all_at_once) + WORKSPACES
+
+    def short_of_memory(self) -> ShortOfMemoryError:
+        """What to tell a user whose run did not fit, now that what it computed is freed."""
+        footprint, count = self.footprint(), len(self._model.blocks)
+        waiting = sum(block in self._units for block in self._model.blocks)
+        tokens = f"{self.work.tokens * self.work.batch} tokens"
+        measured = self._copies is not None and self._copies.measures
+        room = self._copies.free() + self._here() - self._reserved if measured else 0
+        least = footprint.least_waiting(room)
+        if least is not None and least > waiting:
+            remedy = f"with {least} of {count} blocks swapped (WanVideoBlockSwap, blocks_to_swap {least}) it would fit"
+        else:
+            fixed = footprint.peak(count) - footprint.in_pieces
+            part = min(max(room - fixed, 0) / footprint.in_pieces, 0.9)
+            remedy = f"even with all {count} blocks swapped it takes {gigabytes(footprint.peak(count))}: "
+            remedy += f"make the video smaller or shorter, to {part:.0%} of its size, or close what uses the GPU"
+        needs = f"a run of {tokens} takes about {gigabytes(footprint.peak(waiting))}"
+        free = f", and {gigabytes(room)} were free" if measured else ""
+        return ShortOfMemoryError(f"The GPU ran out of memory: {needs}{free}; {remedy}.")
+
+    def _here(self) -> int:
+        return sum(t.nbytes for t in _tensors(self._model) if t.device == self._copies.device)
 
     def _settle(self, device: torch.device) -> None:
         """Every part where it belongs while the model is on `device`."""
@@ -174,6 +250,8 @@ class Placement:
 
     def _embeddings(self) -> list[nn.Module]:
         names = () if self.swap is None else self.swap.embeddings
+        if self.swap is not None and self.swap.share == 1:
+            names = EMBEDDINGS
         return [getattr(self._model, name) for name in names if hasattr(self._model, name)]
 
     def _parts(self) -> list[nn.Module]:
@@ -203,7 +281,3 @@ def _visited_in_forward(module: nn.Module, swapper: Swapper) -> Iterator[None]:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(module))

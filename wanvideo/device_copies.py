@@ -23,9 +23,13 @@ class Event(Protocol):
 
 
 class Copies(Protocol):
-    """Copies from main memory to one device. Events may be recorded again; a wait is for the latest record."""
+    """Copies from main memory to one device. Events may be recorded again; a wait is for the latest record.
+
+    measures: whether `free` knows.
+    """
 
     device: torch.device
+    measures: bool
 
     def allocate(self, size: int) -> Tensor:
         """A slab on the device: uint8 [size], not initialized, at a multiple of SLAB_ALIGNMENT."""
@@ -60,6 +64,8 @@ class Copies(Protocol):
 
 class CudaCopies:
     """Copies on a stream of their own."""
+
+    measures = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -119,6 +125,8 @@ class CudaCopies:
 
 class OrderedCopies:
     """Copies in order with the computation, for devices without streams: the CPU itself, in tests, and others."""
+
+    measures = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -9,7 +9,7 @@ from pathlib import Path
 from .architecture import config_of
 from .checkpoint import open_checkpoint
 from .families import TRANSFORMER
-from .loading import with_aliases
+from .load_plan import with_aliases
 from .systems import Systems
 
 

@@ -7,32 +7,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..attention import AttentionSpec
 from ..tensor_layout import watch
-from .architecture import config_of
-from .assign import LoadReport, check, fill, layer_count
-from .attention_plan import AttentionPlan, plan_for
-from .block_swap import BlockSwapArgs, Placement
-from .checkpoint import Checkpoint, open_checkpoint
-from .compilation import CompileArgs, compiled
+from .assign import LoadReport, check, fill
+from .attention_plan import AttentionPlan
+from .block_swap import AUTOMATIC, BlockSwapArgs, Placement
+from .checkpoint import Checkpoint
+from .compilation import compiled
 from .conditioning import Payload
 from .config import WanConfig
-from .extension import Extension
-from .families import TRANSFORMER, Kind
+from .families import TRANSFORMER
+from .load_plan import LoadOptions, planned
 from .lora import LoraFile, MergedLoras, beside, widening
-from .lora_weights import take
-from .memory import AT_ONCE
+from .memory import USUAL_WORK, Work, described
 from .modules.model import WanModel
-from .quantization import Plan, describe, plan_of, say_what_is_overruled
+from .quantization import Plan, describe, say_what_is_overruled
 from .systems import Systems
 
 if TYPE_CHECKING:
@@ -42,29 +41,6 @@ log = logging.getLogger("wanvideo")
 
 FULL_PRECISION = ("patch_embedding",)
 KEPT_PRECISION = ("modulation", "norm")
-
-
-@dataclass(frozen=True)
-class ModuleFile:
-    """A file whose weights belong to a model, as its node chose it. kind: what it must be."""
-
-    path: Path
-    kind: Kind | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """What the loader node asks for. modules: files whose weights belong to the model."""
-
-    base_dtype: torch.dtype
-    quantization: str = "disabled"
-    attention_mode: str = "sdpa"
-    modules: tuple[ModuleFile, ...] = ()
-    loras: tuple[LoraFile, ...] = ()
-    block_swap: BlockSwapArgs | None = None
-    compile: CompileArgs | None = None
-    fp16_accumulation: bool = False
-    keep_on_device: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +78,7 @@ class WanVideoModel:
 
         batch: how many passes share a forward. Raises ValueError where one fails.
         """
-        sizes = zip(latent_size, self.config.patch_size, strict=True)
-        self.attention.try_out(self.attention_spec, math.prod(size // patch for size, patch in sizes), batch)
+        self.attention.try_out(self.attention_spec, self.work(latent_size, batch).tokens, batch)
 
     def set_step(self, index: int, *, filled: bool = True) -> None:
         """Strengths of LoRAs beside the weights for the step that comes, counted from 0 in the run.
@@ -113,11 +88,31 @@ class WanVideoModel:
         for listener in self._listeners:
             listener.set_step(index, filled=filled)
 
+    def work(self, latent_size: Sequence[int], batch: int) -> Work:
+        """A forward of latents of this size (frames, height, width), `batch` of them at once."""
+        sizes = zip(latent_size, self.config.patch_size, strict=True)
+        return Work(math.prod(size // patch for size, patch in sizes), batch)
+
     @contextmanager
-    def active(self) -> Iterator[WanModel]:
-        """The transformer on the compute device, with block swap, unmerged LoRAs and compilation; undone afterwards."""
-        self.placement.swap = self.block_swap
-        device = self.managed.acquire()
+    def active(self, work: Work = USUAL_WORK) -> Iterator[WanModel]:
+        """The transformer on the compute device, with block swap, unmerged LoRAs and compilation; undone afterwards.
+
+        work: the largest forward that comes, by which `blocks_to_swap` -1 and the size of pieces are chosen. Raises
+        ShortOfMemoryError, with what would fit, where the device's memory does not suffice.
+        """
+        self.placement.swap, self.placement.work = self.block_swap, work
+        self.placement.attention = self.attention.main
+        try:
+            device = self.managed.acquire(self.placement.working_bytes())
+            with self._running(device):
+                yield self.transformer
+        except torch.OutOfMemoryError as error:
+            # The frames of the traceback hold the activations.
+            traceback.clear_frames(error.__traceback__)
+            raise self.placement.short_of_memory() from None
+
+    @contextmanager
+    def _running(self, device: torch.device) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_fp16_accumulation(self.options.fp16_accumulation))
             if self.loras:
@@ -126,9 +121,9 @@ class WanVideoModel:
                 stack.callback(self._listeners.remove, listener)
             stack.enter_context(self.transformer.attending(self.attention))
             stack.enter_context(self.placement.swapping(device))
-            stack.enter_context(self.transformer.sparing(AT_ONCE if self.placement.waits else 0))
+            stack.enter_context(self.transformer.sparing(self.placement.at_once))
             stack.enter_context(compiled(self.transformer.stacks().values(), self.options.compile))
-            yield self.transformer
+            yield
 
 
 @contextmanager
@@ -151,17 +146,20 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
     Raises ValueError, in one sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
     plan = planned(path, options, host, systems)
-    say_what_is_overruled(options.quantization, plan.checkpoint)
+    files = plan.contents
+    say_what_is_overruled(options.quantization, files.checkpoint)
     with torch.device("meta"):
-        model = WanModel(plan.config, plan.extensions)
-    report = _fill(model, plan.checkpoint, plan.quantization, [file for file in plan.loras if file.merge])
-    if plan.channels > plan.config.in_dim:
-        widening.widen(model.patch_embedding, plan.channels)
-        model.config = replace(plan.config, in_dim=plan.channels)
+        model = WanModel(files.config, files.extensions)
+    report = _fill(model, files.checkpoint, plan.quantization, [file for file in files.loras if file.merge])
+    if files.channels > files.config.in_dim:
+        widening.widen(model.patch_embedding, files.channels)
+        model.config = replace(files.config, in_dim=files.channels)
     watch(model)
-    placement = Placement(model, host.offload_device())
-    placement.swap = options.block_swap
-    managed = host.manage(model, place=placement)
+    placement = Placement(model, host.offload_device(), reserved=host.reserved_memory())
+    placement.swap = options.block_swap or _swap_of(host)
+    placement.attention = plan.attention.main
+    managed = host.manage(model, place=placement, resident=placement.resident_bytes)
+    log.info("%s", described(placement.footprint(), "81 frames of 1280x720"))
     if options.keep_on_device:
         managed.acquire()
     return WanVideoModel(
@@ -173,113 +171,18 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
         report=report,
         attention=plan.attention,
         attention_spec=plan.attention_spec,
-        loras=tuple(file for file in plan.loras if not file.merge),
-        block_swap=options.block_swap,
+        loras=tuple(file for file in files.loras if not file.merge),
+        block_swap=placement.swap,
     )
 
 
-class _Planned(NamedTuple):
-    """What a load will be, from headers and options alone.
-
-    config: of the file; channels: that the model reads in the end, more where a control LoRA widens it.
-    """
-
-    config: WanConfig
-    channels: int
-    extensions: tuple[Extension, ...]
-    checkpoint: Checkpoint
-    loras: tuple[LoraFile, ...]
-    quantization: Plan
-    attention_spec: AttentionSpec
-    attention: AttentionPlan
-
-
-def planned(path: Path, options: LoadOptions, host: Host, systems: Systems) -> _Planned:
-    """What `load_wan_model` will do; no weights are read. Raises ValueError as it does."""
-    main = with_aliases(open_checkpoint(path), systems)
-    config = config_of(main, systems)
-    weights = take(options.loras, systems)
-    for brought in weights.checkpoints:
-        _check_layers(brought, config)
-    checkpoint = main.joined([*(_module(file, config, systems) for file in options.modules), *weights.checkpoints])
-    loras, channels = widening.marked(weights.loras, config)
-    spec = AttentionSpec(
-        device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=options.base_dtype
-    )
-    return _Planned(
-        config=config,
-        channels=channels,
-        extensions=weights.strengthened(systems.detect(_shapes(checkpoint, channels))),
-        checkpoint=checkpoint,
-        loras=loras,
-        quantization=plan_of(options.quantization, main, device=host.device(), base=options.base_dtype),
-        attention_spec=spec,
-        attention=plan_for(options.attention_mode, spec),
-    )
-
-
-def module_files(sockets: Iterable[tuple[str, object]]) -> tuple[ModuleFile, ...]:
-    """The module files among the values of a loader's sockets; a tuple holds several.
-
-    Raises ValueError, naming the socket, for another value.
-    """
-    files: list[ModuleFile] = []
-    for name, value in sockets:
-        for file in value if isinstance(value, tuple) else (value,):
-            if isinstance(file, ModuleFile):
-                files.append(file)
-            elif file is not None:
-                raise ValueError(
-                    f"The input '{name}' of the model loader got a {type(file).__name__}, which this version cannot "
-                    "use: disconnect it."
-                )
-    return tuple(files)
-
-
-def _module(file: ModuleFile, config: WanConfig, systems: Systems) -> Checkpoint:
-    """What a transformer reads of a module file, under published names.
-
-    Raises ValueError for another kind of file, or a module of another model.
-    """
-    checkpoint = with_aliases(open_checkpoint(file.path), systems)
-    name, kind = file.path.name, systems.kind_of(checkpoint.shapes)
-    if kind is None or (file.kind is not None and kind.name != file.kind.name):
-        held = "an unknown kind of file" if kind is None else f"a {kind.name}"
-        wanted = "a module of a Wan transformer" if file.kind is None else f"a {file.kind.name}"
-        loader = f"; load it with '{kind.loader}'" if kind is not None and kind.loader else ""
-        raise ValueError(f"{name} is {held}, not {wanted}{loader or '; choose another file'}.")
-    _check_layers(checkpoint, config)
-    return checkpoint.chosen(lambda key: not key.startswith(kind.own))
-
-
-def _check_layers(checkpoint: Checkpoint, config: WanConfig) -> None:
-    layers = layer_count(checkpoint.shapes, "blocks.")
-    if layers > config.num_layers:
-        raise ValueError(
-            f"{checkpoint.path.name} belongs to a transformer of at least {layers} blocks, but the chosen one has "
-            f"{config.num_layers}: choose the module of the same size (14B or 1.3B) as the model."
-        )
-
-
-def with_aliases(checkpoint: Checkpoint, systems: Systems) -> Checkpoint:
-    """The checkpoint with other names and older prefixes of the extensions replaced by the published ones."""
-    aliases = [pair for kind in systems.extensions for pair in kind.aliases.items()]
-
-    def rename(name: str) -> str:
-        for kind in systems.extensions:
-            name = kind.published(name)
-        for old, new in aliases:
-            if name.startswith(old):
-                return new + name.removeprefix(old)
-        return name
-
-    return checkpoint.renamed(rename)
-
-
-def _shapes(checkpoint: Checkpoint, channels: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors, the patch embedding's as it is once it reads so many channels."""
-    dim, _, *patch = checkpoint.shapes["patch_embedding.weight"]
-    return {**checkpoint.shapes, "patch_embedding.weight": (dim, channels, *patch)}
+def _swap_of(host: Host) -> BlockSwapArgs | None:
+    """What the host's memory options ask for where the graph does not say."""
+    mode = host.memory_mode()
+    if mode == "normal" or host.device().type != "cuda":
+        return None
+    log.info("Blocks are swapped because of the host's option for little memory; WanVideoBlockSwap overrules it.")
+    return BlockSwapArgs(blocks_to_swap=AUTOMATIC) if mode == "low" else BlockSwapArgs(share=1.0)
 
 
 def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[LoraFile]) -> LoadReport:
@@ -294,7 +197,7 @@ def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[L
             if layer is not None:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)
-        fill(model, checkpoint, names, dtype_of=lambda name: _dtype(name, checkpoint, plan.base))
+        fill(model, checkpoint, names, dtype_of=lambda name: parameter_dtype(name, checkpoint, plan.base))
         merged.add_to_others(model)
     describe(model)
     return report
@@ -308,7 +211,8 @@ def quantizable(model: WanModel, name: str) -> bool:
     )
 
 
-def _dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:
+def parameter_dtype(name: str, checkpoint: Checkpoint, base: torch.dtype) -> torch.dtype:
+    """What a tensor that stays plain is stored as: norms and modulation as the file has them, the rest in `base`."""
     if any(part in name for part in FULL_PRECISION):
         return torch.float32
     stored = checkpoint.dtypes[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -101,9 +101,10 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     frames, height, width = start.latents.shape[1:]
     log.info("Sampling %d latent frames of %dx%d in %d steps.", frames, width, height, len(schedule))
     seen = request.context.seen(frames - _references(request)) + _references(request) if request.context else frames
-    request.model.try_attention((seen, height, width), request.guidance.most_passes(len(schedule)))
+    size, passes = (seen, height, width), request.guidance.most_passes(len(schedule))
+    request.model.try_attention(size, passes)
     try:
-        with host.progress(len(schedule), "Sampling") as progress, active_model(request) as transformer:
+        with host.progress(len(schedule), "Sampling") as progress, active_model(request, size, passes) as transformer:
             result = denoise(
                 _denoiser(request, transformer, host, frames),
                 schedule,
@@ -153,12 +154,15 @@ def check_conditions(request: SampleRequest) -> None:
 
 
 @contextmanager
-def active_model(request: SampleRequest) -> Iterator[WanModel]:
-    """The transformer on the compute device, and beside it whatever modules the payloads bring."""
+def active_model(request: SampleRequest, size: Sequence[int], passes: int) -> Iterator[WanModel]:
+    """The transformer on the compute device, and beside it whatever modules the payloads bring.
+
+    size: of the latents of a forward (frames, height, width); passes: how many share it.
+    """
     with ExitStack() as stack:
         for payload in request.all_payloads:
             stack.enter_context(payload.active())
-        yield stack.enter_context(request.model.active())
+        yield stack.enter_context(request.model.active(request.model.work(size, passes)))
 
 
 def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.Generator) -> Start:

@@ -13,7 +13,8 @@ from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import TextEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule

@@ -12,7 +12,8 @@ from wanvideo_wrapper.fun_control.extension import ControlSignal
 from wanvideo_wrapper.host import get_host
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Step
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.lora.beside import Beside
 from wanvideo_wrapper.wanvideo.modules.model import WanModel

@@ -14,7 +14,8 @@ from wanvideo_wrapper.mtv_crafter.joints import mean
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Step, Window
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs

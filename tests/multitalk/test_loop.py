@@ -15,7 +15,8 @@ from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.loop import TalkingLoop
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Window
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample

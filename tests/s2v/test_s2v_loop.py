@@ -12,7 +12,8 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.s2v import loop as module
 from wanvideo_wrapper.s2v.extension import SpeechInjection, SpeechToVideo
 from wanvideo_wrapper.s2v.loop import SpeechLoop
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample

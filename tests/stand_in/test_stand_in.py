@@ -17,7 +17,8 @@ from wanvideo_wrapper.stand_in.extension import Face, FaceReference, StandIn
 from wanvideo_wrapper.wanvideo.conditioning import Step, Window
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.families import kind_of
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds

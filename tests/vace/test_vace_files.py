@@ -7,7 +7,8 @@ from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.linear import QuantizedLinear
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.vace.extension import Vace, VaceContext, VaceExtension
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.sampling import whole_window

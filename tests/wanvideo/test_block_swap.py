@@ -22,8 +22,10 @@ from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.device_copies import OrderedCopies
 from wanvideo_wrapper.wanvideo.extension import Extension
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile
+from wanvideo_wrapper.wanvideo.memory import AT_ONCE, WORKSPACES, Work
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 CPU = torch.device("cpu")
@@ -266,22 +268,49 @@ def test_blocks_that_stay_lie_evenly_among_those_that_wait(total, count, waits):
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize("staying", [0, 1, 3, 8])
 def test_as_many_blocks_wait_as_free_memory_asks_for(staying, ahead):
-    """What stays, the slabs and the activations of a 720p video fit, and one block more would not."""
+    """What stays, the slabs and the activations of the run fit, and one block more would not."""
     _, model = build(config=WanConfig(**{**SIZES, "num_layers": 8}))
-    size = sum(t.nbytes for t in tensors_of(model.blocks[0]))
-    rest = sum(t.nbytes for t in tensors_of(model)) - 8 * size
-    slabs = 0 if staying == 8 else max(ahead, 1) + 1
-    free = 75_600 * 24 * SIZES["dim"] + rest + (staying + slabs) * size
-    less = {0: 0, 1: 0, 3: 2, 8: 7 - max(ahead, 1) - 1}[staying]
+    placement = Placement(model, CPU)
+    placement.work = Work(40_000)
+    footprint, slabs = placement.footprint(), max(ahead, 1) + 1
+    free = footprint.resident_in_pieces if staying == 8 else footprint.peak(8 - staying, slabs)
+    less = {0: None, 1: 0, 3: 2, 8: 7 - slabs}[staying]
     for copies, stay in ((CountedCopies(free=free), staying), (CountedCopies(free=free - 1), less)):
         placement = Placement(model, CPU, copies_for=lambda device, copies=copies: copies)
-        placement.swap = BlockSwapArgs(blocks_to_swap=AUTOMATIC, prefetch_blocks=ahead)
+        placement.work, placement.swap = Work(40_000), BlockSwapArgs(blocks_to_swap=AUTOMATIC, prefetch_blocks=ahead)
+        if stay is None:
+            with pytest.raises(ValueError, match=r"needs \d+\.\d GB of GPU memory even with all 8 blocks.*smaller"):
+                placement(DEVICE)
+            continue
         placement(DEVICE)
         # The choice holds while the model is there, whatever else comes.
         copies.left = 0
         placement(DEVICE)
         assert len(placement.waiting_blocks()) == 8 - stay == len(copies.pinned)
         placement(CPU)
+
+
+@pytest.mark.parametrize(("share", "waiting"), [(0.0, 0), (0.01, 2), (0.5, 3), (0.6, 4), (1.0, 5)])
+def test_a_share_is_of_every_list_and_the_whole_of_the_embeddings_too(share, waiting):
+    _, model = build(OwnBlocks())
+    copies = CountedCopies()
+    placement = Placement(model, CPU, copies_for=lambda device: copies)
+    placement.swap = BlockSwapArgs(share=share)
+    placement(DEVICE)
+    assert len(placement.waiting_blocks()) == waiting
+    assert len(copies.pinned) == waiting + 2 * (share == 1)
+
+
+@pytest.mark.parametrize(("waiting", "short", "pieces"), [(0, False, False), (0, True, True), (1, False, True)])
+def test_tokens_run_in_pieces_where_blocks_wait_or_memory_is_short(waiting, short, pieces):
+    _, model = build()
+    copies = CountedCopies()
+    copies.measures = True
+    placement = Placement(model, CPU, copies_for=lambda device: copies)
+    placement.work, placement.swap = Work(40_000), BlockSwapArgs(blocks_to_swap=waiting)
+    copies.left = placement.footprint().all_at_once + WORKSPACES - short
+    placement(DEVICE)
+    assert placement.at_once == (AT_ONCE if pieces else 0)
 
 
 def test_a_device_that_does_not_tell_its_free_memory_is_named(folder):
@@ -437,6 +466,27 @@ def test_copies_run_beside_the_computation_in_two_slabs(pins, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(swapped, want, strict=True))
     # The copies alone take longer than that allows: 6 x 32 MB a forward beside 6 x 16 products.
     assert took < 1.15 * alone
+
+
+@pytest.mark.parametrize(
+    ("room", "says"),
+    [
+        (1.0, r"with [123] of 3 blocks swapped \(WanVideoBlockSwap, blocks_to_swap [123]\) it would fit\.$"),
+        (0.4, r"even with all 3 blocks swapped it takes \d\.\d GB: make the video smaller or shorter, to \d+% of its"),
+    ],
+)
+def test_without_memory_one_sentence_says_what_would_fit(folder, room, says):
+    copies = CountedCopies()
+    copies.measures = True
+    model = loaded(folder, copies=copies)
+    large = Work(2_000_000)
+    model.placement.work = large
+    footprint = model.placement.footprint()
+    copies.left = int(footprint.peak(3) * room) + 1
+    said = rf"^The GPU ran out of memory: .* run of 2000000 tokens.*{says}"
+    with pytest.raises(torch.OutOfMemoryError, match=said), model.active(large):
+        raise torch.OutOfMemoryError("no room")
+    assert copies.bytes_on_device() == 0 and not copies.pinned
 
 
 @pytest.mark.cuda

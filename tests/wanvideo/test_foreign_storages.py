@@ -18,7 +18,8 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import quantization
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.inspect import describe
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HOST = StandaloneHost(device="cpu")

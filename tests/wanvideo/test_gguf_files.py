@@ -16,7 +16,8 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.inspect import describe
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 

@@ -16,7 +16,8 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model, with_loras
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs

@@ -12,7 +12,8 @@ from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Linear
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.lora import LoraFile, MergedLoras
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 

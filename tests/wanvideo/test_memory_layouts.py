@@ -21,7 +21,8 @@ from wanvideo_wrapper.tensor_layout import is_kernel_ready
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.device_copies import SLAB_ALIGNMENT, OrderedCopies
 from wanvideo_wrapper.wanvideo.host_slabs import Unit
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.safetensors_file import SafetensorsFile
 from wanvideo_wrapper.wanvideo.swapper import Swapper

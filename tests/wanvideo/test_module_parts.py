@@ -8,7 +8,8 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.families import Kind
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.systems import Systems
 
 

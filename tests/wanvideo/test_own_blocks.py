@@ -11,7 +11,7 @@ from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.families import Kind
-from wanvideo_wrapper.wanvideo.loading import with_aliases
+from wanvideo_wrapper.wanvideo.load_plan import with_aliases
 from wanvideo_wrapper.wanvideo.modifier import Modifier
 from wanvideo_wrapper.wanvideo.systems import Systems
 

@@ -29,7 +29,8 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import quantization
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model, with_loras
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile, read_lora
 from wanvideo_wrapper.wanvideo.quantization import QUANTIZATIONS
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs

@@ -16,7 +16,8 @@ from wanvideo_wrapper.quantized.nvfp4 import quantize_nvfp4, values_of
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.assign import assign
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.modules import t5
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs

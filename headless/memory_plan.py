@@ -1,0 +1,200 @@
+"""What a workflow takes of a GPU, said before it runs: `wanvideo plan WORKFLOW.json [--vram 12]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..node_tools import DTYPES
+from ..registry import SYSTEMS
+from ..wanvideo.file_memory import config_and_footprint
+from ..wanvideo.frames import latent_frames
+from ..wanvideo.latents import CHANNELS_2_2
+from ..wanvideo.load_plan import LoadOptions, module_files
+from ..wanvideo.memory import Footprint, Work, gigabytes
+from .graph import Link, Node, Prompt
+from .model_list import needed_models
+from .widgets import CASTS, inputs_of
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+LOADER = "WanVideoModelLoader"
+IMAGE_EMBEDS = "WANVIDIMAGE_EMBEDS"
+# What a process of CUDA takes before the first tensor, and what a desktop shows.
+CONTEXT = 0.6 * 2**30
+# Sockets whose nodes only find a file that belongs to the transformer.
+MODULES = ("VACEPATH", "FANTASYTALKINGMODEL", "MULTITALKMODEL", "FANTASYPORTRAITMODEL")
+FRAMES = ("num_frames", "frame_window_size", "length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """Pixel sizes of what a forward sees, and where that is known from. frames: at most those of a context window."""
+
+    width: int
+    height: int
+    frames: int
+    source: str
+
+    def work(self, latent_channels: int, batch: int) -> Work:
+        """A forward of it; the 2.2 VAE has half as many tokens a side."""
+        stride = 32 if latent_channels == CHANNELS_2_2 else 16
+        return Work(latent_frames(self.frames) * (self.height // stride) * (self.width // stride), batch)
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.width}x{self.height} ({self.source})"
+
+
+UNKNOWN = Video(width=1280, height=720, frames=81, source="assumed: the workflow's size comes from its inputs")
+
+
+class Reader:
+    """Values of a prompt that can be told without running it: widgets, and what arithmetic nodes make of them."""
+
+    def __init__(self, prompt: Prompt, classes: Mapping[str, type]) -> None:
+        self.prompt = prompt
+        self.classes = classes
+
+    def value(self, node: Node, name: str) -> object | None:
+        """The value of an input; None where it is not known before the run, or not connected."""
+        declared = {entry.name: entry for entry in inputs_of(self.classes[node.type], node.inputs)}
+        value = node.inputs.get(name)
+        if isinstance(value, Link):
+            return self._made(value)
+        if value is None and name in declared and declared[name].is_widget:
+            return declared[name].default
+        return value
+
+    def maker(self, node: Node, name: str) -> Node | None:
+        """The node behind a socket, if this pack knows it."""
+        link = node.inputs.get(name)
+        maker = self.prompt.nodes.get(link.node) if isinstance(link, Link) else None
+        return maker if maker is not None and maker.type in self.classes else None
+
+    def _made(self, link: Link) -> object | None:
+        node = self.prompt.nodes.get(link.node)
+        cls = None if node is None else self.classes.get(node.type)
+        entries = [] if cls is None else inputs_of(cls, node.inputs)
+        # Only what numbers and texts go in and come out of: nothing is loaded, read or written.
+        if cls is None or getattr(cls, "OUTPUT_NODE", False) or cls.RETURN_TYPES[link.slot] not in CASTS:
+            return None
+        if not all(isinstance(entry.kind, str) and set(entry.kind.split(",")) <= CASTS.keys() for entry in entries):
+            return None
+        arguments = {entry.name: self.value(node, entry.name) for entry in entries}
+        if any(value is None for value in arguments.values()):
+            return None
+        return getattr(cls(), cls.FUNCTION)(**arguments)[link.slot]
+
+
+def video_of(reader: Reader) -> Video:
+    """The largest video that the nodes of a workflow make embeds for."""
+    videos = [video for node in reader.prompt.nodes.values() if (video := _video(reader, node)) is not None]
+    if not videos:
+        return UNKNOWN
+    largest = max(videos, key=lambda video: video.width * video.height * video.frames)
+    windows = (node for node in reader.prompt.nodes.values() if node.type == "WanVideoContextOptions")
+    limits = [int(limit) for node in windows if (limit := reader.value(node, "context_frames"))]
+    frames = min([largest.frames, *limits])
+    return Video(width=largest.width, height=largest.height, frames=frames, source=largest.source)
+
+
+def _video(reader: Reader, node: Node) -> Video | None:
+    cls = reader.classes.get(node.type)
+    if cls is None or IMAGE_EMBEDS not in cls.RETURN_TYPES:
+        return None
+    names = {entry.name for entry in inputs_of(cls)}
+    frames = next((name for name in FRAMES if name in names), None)
+    if frames is None or not {"width", "height"} <= names:
+        return None
+    width, height, count = (reader.value(node, name) for name in ("width", "height", frames))
+    if not width or not height or not count:
+        return None
+    return Video(width=int(width), height=int(height), frames=int(count), source=node.label)
+
+
+def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float | None = None) -> list[str]:
+    """Lines that say what each transformer of the workflow takes, and with `vram` (GiB) what to swap.
+
+    Raises FileNotFoundError for a transformer that is not there, ValueError for files that do not fit together or a
+    workflow without one.
+    """
+    reader = Reader(prompt, classes)
+    loaders = [node for node in prompt.nodes.values() if node.type == LOADER]
+    if not loaders:
+        raise ValueError(f"The workflow has no {LOADER}, so that there is nothing to plan.")
+    video = video_of(reader)
+    lines = [f"Video      {video}"]
+    for node in loaders:
+        lines += _lines(reader, node, video, host, vram)
+    return [*lines, *_others(prompt, host)]
+
+
+def _lines(reader: Reader, node: Node, video: Video, host: Host, vram: float | None) -> Iterator[str]:
+    options, path = _options(reader, node), _path(host, str(reader.value(node, "model")))
+    batched = any(reader.value(n, "batched_cfg") for n in reader.prompt.nodes.values() if "batched_cfg" in n.inputs)
+    config, _ = config_and_footprint(path, options, SYSTEMS, Work())
+    work = video.work(config.out_dim, 2 if batched else 1)
+    _, footprint = config_and_footprint(path, options, SYSTEMS, work)
+    count = len(footprint.blocks)
+    total = footprint.outside + sum(footprint.blocks)
+    yield f"Model      {path.name}: {gigabytes(total)} of weights, {gigabytes(sum(footprint.blocks))} in {count} blocks"
+    yield (
+        f"           activations of {work.tokens * work.batch} tokens: {gigabytes(footprint.all_at_once)}, in pieces "
+        f"{gigabytes(footprint.in_pieces)}"
+    )
+    yield f"           peak: {gigabytes(footprint.peak(0))}; all blocks swapped {gigabytes(footprint.peak(count))}"
+    swap = reader.maker(node, "block_swap_args")
+    waiting = None if swap is None else reader.value(swap, "blocks_to_swap")
+    if isinstance(waiting, int) and waiting > 0:
+        waiting = min(waiting, count)
+        yield f"           as saved, {waiting} blocks swapped: {gigabytes(footprint.peak(waiting))}"
+    if vram is not None:
+        yield f"           {advice(footprint, vram)}"
+
+
+def advice(footprint: Footprint, vram: float) -> str:
+    """What to swap on a GPU of so many GiB."""
+    room = int(vram * 2**30 - CONTEXT)
+    least = footprint.least_waiting(room)
+    if least is None:
+        most = gigabytes(footprint.peak(len(footprint.blocks)) + CONTEXT)
+        return f"{vram:g} GiB are not enough: all blocks swapped, it takes {most}; make the video smaller or shorter"
+    if least == 0:
+        return f"{vram:g} GiB are enough without block swap"
+    peak = gigabytes(footprint.peak(least))
+    return f"with {vram:g} GiB: WanVideoBlockSwap, blocks_to_swap {least} (or -1), peak {peak}"
+
+
+def _options(reader: Reader, node: Node) -> LoadOptions:
+    values = {name: reader.value(node, name) for name in ("base_precision", "quantization", "attention_mode")}
+    modules = []
+    for name in node.inputs:
+        maker = reader.maker(node, name)
+        if maker is None or not reader.classes[maker.type].RETURN_TYPES[node.inputs[name].slot].endswith(MODULES):
+            continue
+        cls = reader.classes[maker.type]
+        arguments = {entry.name: reader.value(maker, entry.name) for entry in inputs_of(cls, maker.inputs)}
+        given = {key: value for key, value in arguments.items() if value is not None}
+        modules.append((name, getattr(cls(), cls.FUNCTION)(**given)[node.inputs[name].slot]))
+    return LoadOptions(
+        base_dtype=DTYPES[str(values["base_precision"])],
+        quantization=str(values["quantization"]),
+        attention_mode=str(values["attention_mode"]),
+        modules=module_files(modules),
+    )
+
+
+def _path(host: Host, name: str) -> Path:
+    kind = "unet_gguf" if name.lower().endswith(".gguf") else "diffusion_models"
+    return host.find_file(kind, name)
+
+
+def _others(prompt: Prompt, host: Host) -> Iterator[str]:
+    """Encoders and VAE, which are on the GPU before or after the transformer."""
+    for needed in needed_models(prompt, host):
+        if needed.present and needed.folder not in ("diffusion_models", "loras"):
+            size = host.find_file(needed.folder, needed.name).stat().st_size
+            yield f"Also       {needed.name}: {gigabytes(size)} (its file), not at the same time"

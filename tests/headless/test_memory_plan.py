@@ -1,0 +1,120 @@
+"""What `wanvideo plan` says of a workflow with the 14B talking model, whose file is a header without values."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS
+from wanvideo_wrapper.headless import cli
+from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+from wanvideo_wrapper.headless.graph import Link, Node, Prompt
+from wanvideo_wrapper.headless.memory_plan import plan
+from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo import checkpoint
+from wanvideo_wrapper.wanvideo.file_memory import config_and_footprint
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.memory import Work
+from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor
+
+CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
+SHAPES = Path(__file__).parents[1] / "data/checkpoints/skyreels_v3_talking_avatar_14B.json"
+NAME = "skyreels_a2v.safetensors"
+
+
+class Header:
+    """The names and shapes of the published file, as bfloat16."""
+
+    metadata = {}
+
+    def __init__(self, path):
+        self.path, self.tensors = path, {}
+        for key, value in json.loads(SHAPES.read_text()).items():
+            if key == "_meta":
+                continue
+            shape = tuple(value["shape"] if isinstance(value, dict) else value)
+            for index in range(value["count"] if isinstance(value, dict) else 1):
+                self.tensors[key.replace("{i}", str(index))] = StoredTensor(shape=shape, format="BF16")
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "open_files", lambda path: (Header(path),))
+    (tmp_path / "models/diffusion_models").mkdir(parents=True)
+    (tmp_path / "models/diffusion_models" / NAME).write_bytes(b"")
+    return StandaloneHost(models=tmp_path / "models", device="cpu")
+
+
+def workflow(quantization="fp8_e4m3fn_fast", attention="cudnn_fp8", swap=None, **more):
+    loader = {"model": NAME, "base_precision": "bf16", "quantization": quantization, "attention_mode": attention}
+    nodes = {
+        "1": Node("1", "WanVideoModelLoader", "", loader | ({"block_swap_args": Link("4", 0)} if swap else {})),
+        "2": Node("2", "INTConstant", "", {"value": 768}),
+        "3": Node("3", "WanVideoImageToVideoEncode", "", {"width": Link("2", 0), "height": 768, "num_frames": 81}),
+        "4": Node("4", "WanVideoBlockSwap", "", {"blocks_to_swap": swap or 0}),
+    }
+    return Prompt(nodes | more, {})
+
+
+def said(lines, pattern):
+    """The numbers of the one line that fits."""
+    (match,) = [match for line in lines if (match := re.search(pattern, line))]
+    return [float(number) for number in match.groups()]
+
+
+def test_weights_and_peaks_of_14b_in_fp8(host):
+    """18.5 GB of FP8 and what is kept in base precision; 3.4 GiB is what is counted with all blocks swapped."""
+    lines = plan(workflow(swap=20), CLASSES, host)
+    assert "81 frames of 768x768" in lines[0]
+    (weights,) = said(lines, r"([\d.]+) GB of weights")
+    resident, swapped = said(lines, r"peak: ([\d.]+) GB; all blocks swapped ([\d.]+) GB")
+    assert 18.5 < weights < 20 and resident == pytest.approx(weights + 3.9, abs=0.3)
+    assert swapped == pytest.approx(3.4 * 1.0737, rel=0.08)
+    (saved,) = said(lines, r"as saved, 20 blocks swapped: ([\d.]+) GB")
+    assert saved == pytest.approx(swapped + 20 * 0.464, abs=0.4)
+
+
+@pytest.mark.parametrize(
+    ("vram", "says"),
+    [(80, "enough without block swap"), (12, r"blocks_to_swap 2\d \(or -1\), peak 1[12]\.\d GB"), (3, "not enough")],
+)
+def test_what_to_swap(host, vram, says):
+    assert any(re.search(says, line) for line in plan(workflow(), CLASSES, host, vram=vram))
+
+
+def test_less_precision_takes_less(host):
+    path, sizes = host.find_file("diffusion_models", NAME), {}
+    for quantization in ("disabled", "fp8_e4m3fn", "fp4_experimental"):
+        options = LoadOptions(base_dtype=torch.bfloat16, quantization=quantization)
+        config, footprint = config_and_footprint(path, options, SYSTEMS, Work())
+        sizes[quantization] = sum(footprint.blocks)
+    assert config.num_layers == len(footprint.blocks) == 40
+    assert 1.95 < sizes["disabled"] / sizes["fp8_e4m3fn"] < 2.01
+    assert 3.4 < sizes["disabled"] / sizes["fp4_experimental"] < 3.6
+
+
+def test_a_size_that_comes_from_a_picture_is_assumed(host):
+    unknown = Node("3", "WanVideoImageToVideoEncode", "", {"width": Link("9", 0), "height": 768, "num_frames": 81})
+    lines = plan(workflow(**{"3": unknown, "9": Node("9", "ImageResizeKJv2", "", {})}), CLASSES, host)
+    assert "1280x720 (assumed" in lines[0]
+
+
+def test_context_windows_bound_the_frames(host):
+    options = Node("5", "WanVideoContextOptions", "", {"context_frames": 41})
+    assert "41 frames" in plan(workflow(**{"5": options}), CLASSES, host)[0]
+
+
+def test_without_a_model_there_is_nothing_to_plan(host):
+    with pytest.raises(ValueError, match="no WanVideoModelLoader"):
+        plan(Prompt({}, {}), CLASSES, host)
+
+
+def test_the_command_plans_the_demo(capsys):
+    from wanvideo_wrapper.demo import MODELS, WORKFLOW
+
+    assert cli.main(["plan", str(WORKFLOW), "--models", str(MODELS), "--vram", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "8 GiB are enough without block swap" in out and "tiny_umt5.safetensors" in out
+    assert cli.main(["plan", str(WORKFLOW), "--vram", "-1"]) == 2

@@ -1,0 +1,86 @@
+"""What a model will take of a GPU, from the headers of its files."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..attention_backends.cudnn import CudnnFp8
+from .checkpoint import Checkpoint
+from .config import WanConfig
+from .load_plan import LoadOptions, contents
+from .loading import parameter_dtype, quantizable
+from .memory import Footprint, Precision, Work, footprint
+from .modules.model import WanModel
+from .quantization import QUANTIZATIONS, STORED_AS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .systems import Systems
+
+# Bits of a value with its scales, by what STORED_AS calls it; GGUF types have their own.
+BITS = {"fp8_e4m3fn": 8.0, "fp8_e5m2": 8.0, "nvfp4": 4.5, "mxfp8": 8.25, "int8": 8.0}
+
+
+def config_and_footprint(path: Path, options: LoadOptions, systems: Systems, work: Work) -> tuple[WanConfig, Footprint]:
+    """The transformer's sizes, and what it takes under the loader's options. Only headers are read.
+
+    Raises as `load_wan_model` for files that are no transformer or do not fit together.
+    """
+    files = contents(path, options, systems)
+    config, checkpoint = files.config, files.checkpoint
+    with torch.device("meta"):
+        model = WanModel(config, files.extensions)
+    sizes = _sizes(model, checkpoint, options)
+    blocks = [
+        sum(sizes.get(f"{stack}.{index}.{name}", 0) for name, _ in block.named_parameters())
+        for stack, blocks in model.stacks().items()
+        for index, block in enumerate(blocks)
+    ]
+    outside, precision = sum(sizes.values()) - sum(blocks), _precision(checkpoint, options)
+    return config, footprint(config, blocks, outside, work=work, precision=precision)
+
+
+def _sizes(model: WanModel, checkpoint: Checkpoint, options: LoadOptions) -> dict[str, int]:
+    """Bytes of every parameter as the loader will store it."""
+    linear = {
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and quantizable(model, name)
+    }
+    storage = QUANTIZATIONS[options.quantization].storage
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        form = checkpoint.formats.get(name, "")
+        kind = STORED_AS.get(form.split()[0] if form else "") or storage
+        if name in linear and kind is not None:
+            bits = _gguf_bits(form) if kind == "gguf" else BITS[kind]
+        else:
+            known = name in checkpoint.shapes
+            bits = 8 * (parameter_dtype(name, checkpoint, options.base_dtype) if known else options.base_dtype).itemsize
+        sizes[name] = math.ceil(parameter.numel() * bits / 8)
+    return sizes
+
+
+def _gguf_bits(form: str) -> float:
+    """Bits of a value of "GGUF Q8_0"."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[form.split()[1]]]
+    return 8 * size / values
+
+
+def _precision(checkpoint: Checkpoint, options: LoadOptions) -> Precision:
+    option = QUANTIZATIONS[options.quantization]
+    stored = {form.split()[0] for name, form in checkpoint.formats.items() if name.startswith("blocks.")}
+    few_bits = option.storage is not None or bool(stored & STORED_AS.keys())
+    return Precision(
+        itemsize=options.base_dtype.itemsize,
+        fp8_rows=option.fast,
+        expands=few_bits and not option.fast,
+        fused=options.attention_mode == CudnnFp8().name,
+    )
