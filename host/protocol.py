@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "controlnet": ("controlnet", MODEL_SUFFIXES),
     "nlf": ("nlf", MODEL_SUFFIXES),
     "mmaudio": ("mmaudio", MODEL_SUFFIXES),
+    "detection": ("detection", (".onnx",)),
 }
 
 
