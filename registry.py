@@ -23,6 +23,7 @@ FOLDERS = (
     "mtv_crafter",
     "humo",
     "fantasytalking",
+    "fantasyportrait",
     "s2v",
     "enhance_a_video",
     "uni3c",

@@ -14,7 +14,10 @@ from wanvideo_wrapper.headless.cli import main
 from wanvideo_wrapper.host import get_host, set_host
 
 GRAPH = GRAPHS / "wanvideo_2_1_14B_I2V_FantasyTalking_example_01.json"
-EDITS = ("74.width=64", "74.height=64", "75.value=9", "79.value=2", "WanVideoTeaCache.use_coefficients=false")
+EDITS = (
+    "74.width=64", "74.height=64", "75.value=9", "79.value=2", "WanVideoTeaCache.use_coefficients=false",
+    "22.base_precision=fp32", "38.precision=fp32",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(not GRAPH.is_file(), reason=f"no {GRAPH} (set WANVIDEO_GRAPHS)")
