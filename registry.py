@@ -25,6 +25,7 @@ FOLDERS = (
     "fantasytalking",
     "fantasyportrait",
     "s2v",
+    "animate",
     "enhance_a_video",
     "uni3c",
     "controlnet",

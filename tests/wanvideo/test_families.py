@@ -32,6 +32,7 @@ BASE = {
     "humo_1_7B": (1536, 30, 12, 36, ("HuMo",)),
     "skyreels_v3_talking_avatar_14B": (5120, 40, 40, 36, ("ClipImageExtension", "MultiTalk")),
     "s2v_14B": (5120, 40, 40, 16, ("SpeechInjection",)),
+    "wananimate_14B": (5120, 40, 40, 36, ("ClipImageExtension", "Animate")),
     "vace_1_3B": (1536, 30, 12, 16, ("VaceExtension",)),
     "vace_14B": (5120, 40, 40, 16, ("VaceExtension",)),
     "skyreels_v2_df_1_3B": (1536, 30, 12, 16, ("FrameRateEmbedding",)),
@@ -39,11 +40,10 @@ BASE = {
     "mtvcrafter_14B_merged": (5120, 40, 40, 16, ("MtvCrafter",)),
 }
 WITH_WEIGHTS = (
-    "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "VaceExtension",
+    "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "Animate", "VaceExtension",
     "MtvCrafter", "FrameRateEmbedding",
 )  # fmt: skip
 REFUSED = {
-    "wananimate_14B": "WanAnimate",
     "recammaster_1_3B": "ReCamMaster",
     "steadydancer_14B": "SteadyDancer",
 }
