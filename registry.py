@@ -37,6 +37,7 @@ FOLDERS = (
     "freeinit",
     "video_loop",
     "experimental",
+    "ovi",
 )
 
 

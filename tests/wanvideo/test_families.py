@@ -38,10 +38,11 @@ BASE = {
     "skyreels_v2_df_1_3B": (1536, 30, 12, 16, ("FrameRateEmbedding",)),
     "skyreels_v2_df_14B": (5120, 40, 40, 16, ("FrameRateEmbedding",)),
     "mtvcrafter_14B_merged": (5120, 40, 40, 16, ("MtvCrafter",)),
+    "ovi_11B": (3072, 30, 24, 48, ("Ovi",)),
 }
 WITH_WEIGHTS = (
     "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "Animate", "VaceExtension",
-    "MtvCrafter", "FrameRateEmbedding",
+    "MtvCrafter", "FrameRateEmbedding", "Ovi",
 )  # fmt: skip
 REFUSED = {
     "recammaster_1_3B": "ReCamMaster",
@@ -84,7 +85,9 @@ def test_base_families(name, prefix, tmp_path):
         key if "audio_proj_glob" in key else key.replace("audio_proj.", "multitalk_audio_proj."): shape
         for key, shape in shapes.items()
     }
-    published = {key: shape for key, shape in published.items() if not key.startswith("model_type.")}
+    published = {
+        key.removeprefix("video_model."): shape for key, shape in published.items() if not key.startswith("model_type.")
+    }
     assert built == published
 
 
@@ -100,6 +103,7 @@ def test_base_families(name, prefix, tmp_path):
         ("lynx_full_module", "wan21_t2v_14B"),
         ("lynx_lite_module", "wan21_t2v_14B"),
         ("fantasyportrait", "wan21_i2v_14B"),
+        ("ovi_audio_5B", "ovi_video_5B"),
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
@@ -139,6 +143,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("lynx_full_module", "Lynx module"),
         ("lynx_lite_module", "Lynx module"),
         ("fantasyportrait", "FantasyPortrait module"),
+        ("ovi_audio_5B", "Ovi audio module"),
         ("uni3c_controlnet", "Uni3C controlnet"),
         ("wan_controlnet_1_3B", "Wan ControlNet"),
         ("wan_controlnet_5B", "Wan ControlNet"),
