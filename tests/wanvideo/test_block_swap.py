@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import warnings
+import weakref
 from dataclasses import dataclass, replace
+from random import Random
 from typing import ClassVar
 
 import pytest
@@ -208,6 +210,47 @@ def test_loads_unloads_and_cancels_give_everything_back(folder):
     total = sum(t.nbytes for t in tensors_of(model.transformer))
     held = sum(storages(tensors_of(model.transformer)).values())
     assert held < total + 4 * 4096 + 256 * len(tensors_of(model.transformer))
+
+
+def cancelled(model, random, device):
+    """A run that is stopped at the door of some block in some step, or ends."""
+    left = random.randrange(10)
+
+    def stop(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StopError
+
+    hooks = [block.register_forward_pre_hook(stop) for block in model.transformer.blocks]
+    with contextlib.suppress(StopError):
+        run(model, device=device)
+    for hook in hooks:
+        hook.remove()
+
+
+def tensor_bytes():
+    gc.collect()
+    return sum(storages(t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)).values())
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_twenty_loads_cancels_and_unloads_leave_nothing(folder, device):
+    random, models, sizes = Random(7), [], []
+    for turn in range(20):
+        copies = CountedCopies() if device == "cpu:0" else None
+        model = loaded(folder, device=device, copies=copies)
+        cancelled(replace(model, block_swap=replace(WITH_TEXT, blocks_to_swap=random.randrange(4))), random, device)
+        if turn % 2:
+            model.managed.release()
+            assert copies is None or not copies.pinned
+        assert copies is None or copies.bytes_on_device() == 0
+        models.append(weakref.ref(model.transformer))
+        del model
+        if turn in (1, 19):
+            sizes.append((tensor_bytes(), 0 if copies else torch.cuda.memory_allocated()))
+    assert all(model() is None for model in models)
+    assert all(abs(before - after) < 2**20 for before, after in zip(*sizes, strict=True))
 
 
 @dataclass(frozen=True)
