@@ -11,7 +11,6 @@ from ..node_tools import DTYPES
 from ..registry import SYSTEMS
 from ..wanvideo.file_memory import config_and_footprint
 from ..wanvideo.frames import latent_frames
-from ..wanvideo.latents import CHANNELS_2_2
 from ..wanvideo.load_plan import LoadOptions, module_files
 from ..wanvideo.memory import Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
@@ -39,10 +38,9 @@ class Video:
     frames: int
     source: str
 
-    def work(self, latent_channels: int, batch: int) -> Work:
-        """A forward of it; the 2.2 VAE has half as many tokens a side."""
-        stride = 32 if latent_channels == CHANNELS_2_2 else 16
-        return Work(latent_frames(self.frames) * (self.height // stride) * (self.width // stride), batch)
+    def work(self, side: int, batch: int) -> Work:
+        """A forward of it with tokens of so many pixels a side."""
+        return Work(latent_frames(self.frames) * (self.height // side) * (self.width // side), batch)
 
     def __str__(self) -> str:
         return f"{self.frames} frames of {self.width}x{self.height} ({self.source})"
@@ -135,8 +133,8 @@ def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float
 def _lines(reader: Reader, node: Node, video: Video, host: Host, vram: float | None) -> Iterator[str]:
     options, path = _options(reader, node), _path(host, str(reader.value(node, "model")))
     batched = any(reader.value(n, "batched_cfg") for n in reader.prompt.nodes.values() if "batched_cfg" in n.inputs)
-    config, _ = config_and_footprint(path, options, SYSTEMS, Work())
-    work = video.work(config.out_dim, 2 if batched else 1)
+    config, _ = config_and_footprint(path, options, SYSTEMS, Work(1))
+    work = video.work(config.token_side, 2 if batched else 1)
     _, footprint = config_and_footprint(path, options, SYSTEMS, work)
     count = len(footprint.blocks)
     total = footprint.outside + sum(footprint.blocks)

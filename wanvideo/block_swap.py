@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attention import Attention
 from .device_copies import Copies, copies_for
 from .host_slabs import Unit
-from .memory import AT_ONCE, USUAL_WORK, WORKSPACES, Footprint, Work, footprint_of, gigabytes
+from .memory import AT_ONCE, WORKSPACES, Footprint, footprint_of, gigabytes, usual_work
 from .modules.model import WanModel
 from .swapper import Swapper
 
@@ -69,7 +69,7 @@ class Placement:
     ) -> None:
         self._reserved = reserved
         self.swap: BlockSwapArgs | None = None
-        self.work: Work = USUAL_WORK
+        self.work = usual_work(model.config)
         self.attention: Attention | None = None
         self.copies_for = copies_for
         self._model = model

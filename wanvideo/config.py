@@ -11,6 +11,8 @@ from dataclasses import dataclass
 FREQ_DIM = 256
 ROPE_THETA = 10000.0
 PATCH_SIZE = (1, 2, 2)
+# Latent channels of the 2.2 VAE, whose tokens are 32 pixels a side; others are 16.
+CHANNELS_2_2 = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +51,8 @@ class WanConfig:
     def condition_channels(self) -> int:
         """Channels that an image condition (mask and latent) adds to the noise: 0 for text to video."""
         return self.in_dim - self.out_dim
+
+    @property
+    def token_side(self) -> int:
+        """How many pixels a token is wide and high."""
+        return 32 if self.out_dim == CHANNELS_2_2 else 16

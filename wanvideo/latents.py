@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .config import WanConfig
+from .config import CHANNELS_2_2, WanConfig
 from .request import ImageEmbeds
 from .schedulers import Schedule
 
 log = logging.getLogger("wanvideo")
 
-CHANNELS_2_2 = 48
 # Side of a token of any Wan model.
 LATENTS_A_TOKEN = 2
 

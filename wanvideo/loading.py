@@ -29,7 +29,7 @@ from .config import WanConfig
 from .families import TRANSFORMER
 from .load_plan import LoadOptions, planned
 from .lora import LoraFile, MergedLoras, beside, widening
-from .memory import USUAL_WORK, Work, described
+from .memory import Work, described, usual_work
 from .modules.model import WanModel
 from .quantization import Plan, describe, say_what_is_overruled
 from .systems import Systems
@@ -94,13 +94,13 @@ class WanVideoModel:
         return Work(math.prod(size // patch for size, patch in sizes), batch)
 
     @contextmanager
-    def active(self, work: Work = USUAL_WORK) -> Iterator[WanModel]:
+    def active(self, work: Work | None = None) -> Iterator[WanModel]:
         """The transformer on the compute device, with block swap, unmerged LoRAs and compilation; undone afterwards.
 
-        work: the largest forward that comes, by which `blocks_to_swap` -1 and the size of pieces are chosen. Raises
-        ShortOfMemoryError, with what would fit, where the device's memory does not suffice.
+        work: the largest forward that comes, of 720p if it is not known: `blocks_to_swap` -1 and the size of pieces
+        are chosen by it. Raises ShortOfMemoryError, with what would fit, where the device's memory does not suffice.
         """
-        self.placement.swap, self.placement.work = self.block_swap, work
+        self.placement.swap, self.placement.work = self.block_swap, work or usual_work(self.config)
         self.placement.attention = self.attention.main
         try:
             device = self.managed.acquire(self.placement.working_bytes())

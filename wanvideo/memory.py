@@ -31,14 +31,15 @@ SLABS = 2
 
 @dataclass(frozen=True)
 class Work:
-    """A forward: so many tokens a row, so many rows that share it. The default is 81 frames of 1280x720."""
+    """A forward: so many tokens a row, so many rows that share it."""
 
-    tokens: int = 75_600
+    tokens: int
     batch: int = 1
 
 
-# Where nothing says what runs.
-USUAL_WORK = Work()
+def usual_work(config: WanConfig) -> Work:
+    """81 frames of 1280x720, where nothing says what runs."""
+    return Work(21 * (720 // config.token_side) * (1280 // config.token_side))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def test_less_precision_takes_less(host):
     path, sizes = host.find_file("diffusion_models", NAME), {}
     for quantization in ("disabled", "fp8_e4m3fn", "fp4_experimental"):
         options = LoadOptions(base_dtype=torch.bfloat16, quantization=quantization)
-        config, footprint = config_and_footprint(path, options, SYSTEMS, Work())
+        config, footprint = config_and_footprint(path, options, SYSTEMS, Work(75_600))
         sizes[quantization] = sum(footprint.blocks)
     assert config.num_layers == len(footprint.blocks) == 40
     assert 1.95 < sizes["disabled"] / sizes["fp8_e4m3fn"] < 2.01
