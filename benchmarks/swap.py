@@ -12,6 +12,7 @@ main memory; one model serves neighbouring cases of one kind.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -91,7 +92,7 @@ def model_of(case: Case, blocks: int, device: torch.device) -> WanModel:
                 quantize(block)
             block.to("cpu")
         else:
-            copy_values(block, model.blocks[index % DISTINCT])
+            model.blocks[index] = copy.deepcopy(model.blocks[index % DISTINCT])
     for part in model.children():
         part.to("cpu")
     return model.eval().requires_grad_(False)
@@ -111,23 +112,6 @@ def quantize(block: nn.Module) -> None:
             parent, _, leaf = name.rpartition(".")
             made = Fp8MatmulLinear.quantize(layer.weight.detach(), layer.bias.detach(), torch.float8_e4m3fn)
             setattr(block.get_submodule(parent), leaf, made)
-
-
-def copy_values(block: nn.Module, like: nn.Module) -> None:
-    """Let `block` have the layers of `like`, with values of its own."""
-    for name, layer in like.named_modules():
-        if isinstance(layer, Fp8MatmulLinear):
-            parent, _, leaf = name.rpartition(".")
-            twin = Fp8MatmulLinear.quantize(torch.zeros(16, 32), None, torch.float8_e4m3fn)
-            twin.out_features, twin.in_features = layer.out_features, layer.in_features
-            for key, parameter in layer.named_parameters():
-                twin.register_parameter(key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-            setattr(block.get_submodule(parent), leaf, twin)
-    for name, parameter in like.named_parameters():
-        parent, _, leaf = name.rpartition(".")
-        owner = block.get_submodule(parent)
-        if getattr(owner, leaf).is_meta:
-            setattr(owner, leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def inputs_of(case: Case, device: torch.device) -> ModelInputs:

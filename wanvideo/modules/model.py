@@ -63,7 +63,10 @@ class WanAttentionBlock(nn.Module):
         hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None)
         modulation = self.modulated(inputs)
         x, hooks = self.attend(x, inputs, hooks, modulation[:3])
-        return self.read(x, inputs, hooks, modulation[3:])
+        # Given away: `read` frees what it adds to, which this frame would hold until it returns.
+        stream = [x]
+        del x
+        return self.read(stream.pop(), inputs, hooks, modulation[3:])
 
     def modulated(self, inputs: BlockInputs) -> tuple[Tensor, ...]:
         """Rows of shift, scale and gate [B, R, C] of self-attention, then those of the feed-forward."""
@@ -116,9 +119,14 @@ class WanAttentionBlock(nn.Module):
         return stretched(fed, x.shape[1], inputs.parts)
 
 
-def _at(rows: Sequence[Tensor], places: Tensor | None, tokens: slice) -> list[Tensor]:
-    """Rows of modulation [B, R, C] as they apply to these tokens."""
-    return [per_token(row, None if places is None else places[tokens]) for row in rows]
+def _at(rows: Sequence[Tensor], places: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Three rows of modulation [B, R, C] as they apply to these tokens.
+
+    One by one: in a comprehension a slice is a constant to the compiler, and every length would be a graph of its own.
+    """
+    shift, scale, gate = rows
+    places = None if places is None else places[tokens]
+    return per_token(shift, places), per_token(scale, places), per_token(gate, places)
 
 
 class Active(NamedTuple):

@@ -35,7 +35,7 @@ def parts_of(count: int, at_once: int) -> int:
 def stretched(function: Callable[[slice], Activation], count: int, parts: int) -> Activation:
     """What `function` gives for all of `count` tokens, [B, L, ...], asked for `parts` pieces one after the other."""
     if parts == 1:
-        return function(slice(0, count))
+        return function(slice(None))
     whole: Activation | None = None
     for tokens in stretches(count, parts):
         piece = function(tokens)

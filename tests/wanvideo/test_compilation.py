@@ -1,0 +1,74 @@
+"""WanVideoTorchCompileSettings: how often blocks are compiled, counted. All blocks of a list share their graphs."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from contract import SIZES, randomize
+from wanvideo_wrapper.wanvideo.compilation import CompileArgs, compiled
+from wanvideo_wrapper.wanvideo.conditioning import Step
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
+
+SMALL, WIDE, LONG = (3, 4, 4), (3, 6, 8), (5, 4, 4)
+
+
+@pytest.fixture
+def model():
+    torch._dynamo.reset()
+    return randomize(WanModel(WanConfig(**{**SIZES, "num_layers": 2})))
+
+
+@pytest.fixture
+def counter():
+    return torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+
+def run(model, size, *, step=0, seed=0, prompt=4):
+    """A forward of one step, with a prompt of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return model(
+        ModelInputs(
+            latents=torch.randn(1, 16, *size, generator=generator), timestep=torch.tensor([900.0 - 100 * step]),
+            text=(torch.randn(prompt, 8, generator=generator),), step=Step(index=step, total=8, in_run=step),
+        )
+    )  # fmt: skip
+
+
+def turns(size):
+    """Two windows, their steps, and in each step the passes with the prompt and without it."""
+    return [(size, step, seed, prompt) for seed in (0, 1) for step in range(3) for prompt in (4, 2)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [0, 5], ids=["whole", "pieces"])
+def test_steps_windows_and_passes_compile_once(model, counter, at_once):
+    args = CompileArgs(backend=counter, fullgraph=True)
+    want = [run(model, size, step=step, seed=seed, prompt=prompt) for size, step, seed, prompt in turns(SMALL)]
+    for _ in range(2):
+        with compiled(model.stacks().values(), args), model.sparing(at_once):
+            got = [run(model, size, step=step, seed=seed, prompt=prompt) for size, step, seed, prompt in turns(SMALL)]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_a_size_that_comes_back_is_known(model, counter):
+    with compiled(model.stacks().values(), CompileArgs(backend=counter, fullgraph=True)):
+        for size in (SMALL, WIDE, SMALL, WIDE, SMALL):
+            run(model, size)
+    assert counter.frame_count == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_dynamic_sizes_share_a_graph(model, counter, pieces):
+    """Sizes whose tokens run in as many pieces are one bucket."""
+    want = {size: run(model, size) for size in (SMALL, WIDE, LONG)}
+    with compiled(model.stacks().values(), CompileArgs(backend=counter, fullgraph=True, dynamic=True)):
+        for size, wanted in want.items():
+            with model.sparing(0 if pieces == 1 else -(-math.prod(size) // 4 // pieces)):
+                torch.testing.assert_close(run(model, size), wanted, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
