@@ -53,7 +53,7 @@ class EasyCacheMemory(StepMemory):
         if self._rate is not None and self.cache.covers(step.in_run):
             change = _size(latents - before.to(latents.device))
             self._error = self._error + self._rate * change / _size(self._ran[1].to(latents.device))
-            if bool(self._error < self.cache.threshold):
+            if self.may_skip(bool(self._error < self.cache.threshold)):
                 return self.skip(latents, step)
         self._error = 0.0
         velocity = self.run_and_keep(latents, step, run)

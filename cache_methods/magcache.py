@@ -54,7 +54,7 @@ class MagCacheMemory(StepMemory):
             self._ratio *= ratio_at(self._curve, step)
             self._error += abs(1 - self._ratio)
             self._row += 1
-            if self._error < self.cache.threshold and self._row <= self.cache.longest:
+            if self.may_skip(self._error < self.cache.threshold and self._row <= self.cache.longest):
                 return self.skip(moment.tokens, step)
         self._restart()
         return self.run_and_keep(moment.tokens, step, run)

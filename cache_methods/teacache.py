@@ -67,7 +67,7 @@ class TeaCacheMemory(StepMemory):
         if self.goes_on(step) and cache.covers(step.in_run):
             change = float((signal - before).abs().mean() / before.abs().mean())
             self._distance += self._rescaled(change)
-            if self._distance < cache.threshold:
+            if self.may_skip(self._distance < cache.threshold):
                 return self.skip(moment.tokens, step)
         self._distance = 0.0
         return self.run_and_keep(moment.tokens, step, run)

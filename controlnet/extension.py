@@ -15,6 +15,7 @@ from ..wanvideo.conditioning import Payload, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.model import WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens
 from .controlnet import KIND, ControlnetModel
 
@@ -107,6 +108,17 @@ class Controlnet(Extension):
             x, own = module.embed(noise, timestep, prompts, payload.control)
         first = payload.leading * tokens.grid[1] * tokens.grid[2]
         return tokens, Steering(payload, own, x, first)
+
+    def on(self, state: Steering, shard: Shard) -> Steering:
+        """The controlnet has the same places of its frames, which are the video's without references."""
+        own, part = state.inputs, shard.first(state.x.shape[1])
+        inputs = own._replace(
+            rope=part.take(own.rope, dim=0),
+            rows=None if own.rows is None else part.take(own.rows, dim=0),
+            grid=part.grid(own.grid),
+            shard=part,
+        )
+        return replace(state, inputs=inputs, x=part.take(state.x), first=shard.count(state.first))
 
     def after_block(self, model: WanModel, index: int, x: Tensor, inputs: BlockInputs, state: Steering) -> Tensor:
         """Adds the next state of the controlnet behind every block whose number the stride divides."""

@@ -22,6 +22,7 @@ from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.config import ROPE_THETA
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import CrossAttention, ModelInputs, Tokens, video_tokens
 
 # Positions by which a shot lies behind the one before it, in frames and among prompts.
@@ -85,6 +86,10 @@ class ShotText(NamedTuple):
         count = min(self.queries.shape[0], q.shape[1])
         q = torch.cat((apply_rope(q[:, :count], self.queries[:count]), q[:, count:]), dim=1)
         return cross.attention(q, apply_rope(k, self.keys), v)
+
+    def on(self, shard: Shard) -> ShotText:
+        """The phases of this part's tokens."""
+        return self._replace(queries=shard.take(self.queries, dim=0))
 
 
 def phases(positions: Sequence[int], head_dim: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import Grid, Heads, ModelInputs, Tokens, video_tokens
 
 
@@ -29,15 +30,16 @@ class EnhanceArgs(Payload):
 
 
 class EnhanceCond(NamedTuple):
-    """weight, 0-d; token grid of the video; score [B, 1, 1] once self-attention measured it."""
+    """weight, 0-d; token grid of the video; score [B, 1, 1] once self-attention measured it; shard: of the tokens."""
 
     weight: Tensor
     grid: Grid
     score: Tensor | None = None
+    shard: Shard = WHOLE
 
 
-def frame_score(q: Tensor, k: Tensor, frames: int, weight: Tensor) -> Tensor:
-    """Gain [B, 1, 1] >= 1 from post-RoPE q, k [B, frames * places, H, D].
+def frame_score(q: Tensor, k: Tensor, frames: int, weight: Tensor, shard: Shard = WHOLE) -> Tensor:
+    """Gain [B, 1, 1] >= 1 from post-RoPE q, k [B, frames * places, H, D] of this part of the places.
 
     The mean attention between different frames at one place, over all places and heads, times (frames + weight).
     """
@@ -45,7 +47,7 @@ def frame_score(q: Tensor, k: Tensor, frames: int, weight: Tensor) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = scores.float().softmax(dim=-1)
     across = weights.sum(dim=(-1, -2)) - weights.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    mean = across.mean(dim=(1, 2)) / (frames * (frames - 1))
+    mean = shard.mean(across.mean(dim=(1, 2))) / (frames * (frames - 1))
     return (mean * (frames + weight)).clamp(min=1).view(-1, 1, 1)
 
 
@@ -71,12 +73,15 @@ class EnhanceAVideo(Extension):
         weight = torch.tensor(float(payload.weight), device=tokens.x.device)
         return tokens, EnhanceCond(weight, tokens.grid)
 
+    def on(self, state: EnhanceCond, shard: Shard) -> EnhanceCond:
+        """The score is one for all places, so that it needs the shard."""
+        return state._replace(grid=shard.grid(state.grid), shard=shard)
+
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: EnhanceCond) -> tuple[Heads, EnhanceCond]:
         """Measures the score."""
         count = video_tokens(cond.grid)
-        return heads, cond._replace(
-            score=frame_score(heads.q[:, :count], heads.k[:, :count], cond.grid[0], cond.weight)
-        )
+        score = frame_score(heads.q[:, :count], heads.k[:, :count], cond.grid[0], cond.weight, cond.shard)
+        return heads, cond._replace(score=score)
 
     def self_attn_output(self, block: WanAttentionBlock, y: Tensor, cond: EnhanceCond) -> tuple[Tensor, EnhanceCond]:
         """Amplifies the projected output."""

@@ -18,6 +18,7 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import at_step, per_step
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import Heads, ModelInputs, Tokens
 from .frame_attention import FrameContext, attend_by_frame, frame_context
 
@@ -118,6 +119,10 @@ class FantasyTalking(Extension):
         return tokens, frame_context(
             tokens, payload.context, scale=scale, leading=payload.leading, lengths=payload.lengths
         )
+
+    def on(self, state: FrameContext, shard: Shard) -> FrameContext:
+        """Every frame's speech for this part of its places."""
+        return state._replace(first=shard.count(state.first), last=shard.count(state.last))
 
     def cross_attn(self, block: WanAttentionBlock, heads: Heads, cond: FrameContext) -> tuple[Heads, FrameContext]:
         """Adds attention to the speech of each frame, of which the filling does not count."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import Grid, ModelInputs, Tokens, video_tokens
 from .audio_attention import AudioCrossAttentionWrapper, AudioProjModel
 
@@ -142,6 +143,10 @@ class HuMo(Extension):
             )
         audio = model.audio_proj(payload.audio).to(tokens.x.dtype)
         return tokens, Sound(audio.expand(tokens.x.shape[0], -1, -1, -1).contiguous(), payload.scale, tokens.grid)
+
+    def on(self, state: Sound, shard: Shard) -> Sound:
+        """Every frame's sound for this part of its places."""
+        return state._replace(grid=shard.grid(state.grid))
 
     def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Sound) -> tuple[Tensor, Sound]:
         """Adds audio attention to the video tokens of the residual stream."""

@@ -26,6 +26,7 @@ from ..wanvideo.families import Kind
 from ..wanvideo.guidance import NO_TEXT, at_step
 from ..wanvideo.modules.layers import sinusoidal_embedding
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import CrossAttention, Heads, ModelInputs, Projections, Text, TextSource, Tokens
 from .adapters import IpAdapter, RefAdapter
 
@@ -106,6 +107,12 @@ class PictureText(NamedTuple):
         if self.stop < q.shape[1]:
             parts.append(self.first.attend(cross, q[:, self.stop :]))
         return torch.cat(parts, dim=1)
+
+    def on(self, shard: Shard) -> PictureText:
+        """The picture's tokens of this part."""
+        return self._replace(
+            first=self.first.on(shard), start=shard.count(self.start), stop=shard.count(self.stop)
+        )
 
 
 class Seen(NamedTuple):
@@ -212,6 +219,13 @@ class Lynx(Extension):
                     f"Lynx's ref_image is encoded in {channels} channels but the video has {wanted}: connect the "
                     "model's own VAE."
                 )
+
+    def on(self, state: State, shard: Shard) -> State:
+        """Face tokens are the same for all. Raises ValueError for a picture, which every token would have to read."""
+        seen = state.seen
+        if seen.stop > seen.start:
+            shard.refuse("Lynx's ref_image")
+        return state._replace(seen=seen._replace(start=shard.count(seen.start), stop=shard.count(seen.stop)))
 
     def block_cond(self, state: State, index: int) -> Seen:
         """With the face where the block has an identity adapter, reading the picture where it has the other one."""

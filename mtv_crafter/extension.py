@@ -27,6 +27,7 @@ from ..wanvideo.guidance import at_step
 from ..wanvideo.modules.layers import WanLayerNorm, normalize, placed_heads
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel, WanSelfAttention
 from ..wanvideo.rope import axis_sizes
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import ModelInputs, Tokens, video_tokens
 from .joints import JOINTS, mean
 
@@ -164,6 +165,10 @@ class MtvCrafter(Extension):
             strength=torch.tensor(float(strength), device=device),
             count=video_tokens(tokens.grid),
         )
+
+    def on(self, state: Moving, shard: Shard) -> Moving:
+        """Video tokens of this part turn by their own rotations; the motion is the same for all."""
+        return state._replace(rope=shard.take(state.rope, dim=0), count=shard.count(state.count))
 
     def block_cond(self, state: Moving, index: int) -> Moving | None:
         """The same in every block that has motion attention."""

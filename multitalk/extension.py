@@ -16,6 +16,7 @@ from ..wanvideo.families import Kind
 from ..wanvideo.modules.layers import WanLayerNorm
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.modules.stretches import stretches
+from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import Grid, Heads, ModelInputs, Tokens, video_tokens
 from .multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention, latent_windows
 from .speakers import speaker_map, token_masks
@@ -63,8 +64,8 @@ class AudioWindow(Payload):
 class Speech(NamedTuple):
     """Audio tokens [B, F, P * T, C], strength, token grid; masks [P + 1, S] for several speakers, and how many.
 
-    scores [B, S, P + 1]: how much each video token attends to each speaker, once self-attention measured it. parts: in
-    how many pieces the frames are heard.
+    scores [B, L, P + 1]: how much each video token attends to each speaker, once self-attention measured it. parts: in
+    how many pieces the frames are heard. shard: of the tokens.
     """
 
     tokens: Tensor
@@ -74,6 +75,7 @@ class Speech(NamedTuple):
     speakers: int
     scores: Tensor | None = None
     parts: int = 1
+    shard: Shard = WHOLE
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ class MultiTalk(Extension):
         audio = projected.expand(batch, -1, -1, -1)
         return tokens, Speech(audio, payload.scale, tokens.grid, masks, speakers, parts=parts)
 
+    def on(self, state: Speech, shard: Shard) -> Speech:
+        """Every frame's speech for this part of its places; speakers are told apart by all of the first frame."""
+        return state._replace(grid=shard.grid(state.grid), shard=shard)
+
     def block_cond(self, state: Speech, index: int) -> Speech | None:
         """The same in every block that has audio layers."""
         return state if index in self.voiced else None
@@ -163,8 +169,9 @@ class MultiTalk(Extension):
 
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: Speech) -> tuple[Heads, Speech]:
         """Measures which speaker each video token belongs to."""
-        count = video_tokens(cond.grid)
-        return heads, cond._replace(scores=speaker_map(heads.q[:, :count], heads.k[:, :count], cond.masks))
+        count, first_frame = video_tokens(cond.grid), cond.grid[1] * cond.grid[2]
+        keys = cond.shard.frames(heads.k[:, :first_frame])
+        return heads, cond._replace(scores=speaker_map(heads.q[:, :count], keys, cond.masks))
 
     def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Speech) -> tuple[Tensor, Speech]:
         """Adds audio attention to the residual stream."""
@@ -183,7 +190,8 @@ class MultiTalk(Extension):
     def _heard(block: WanAttentionBlock, x: Tensor, cond: Speech) -> Tensor:
         """x [B, L, C] with audio attention to the sound of its frames."""
         audio = cond.tokens.flatten(0, 1)
-        spoken = block.audio_cross_attn(block.norm_x(x).contiguous(), audio, cond.grid, cond.scores, cond.speakers)
+        scores = cond.scores, cond.speakers, cond.shard
+        spoken = block.audio_cross_attn(block.norm_x(x).contiguous(), audio, cond.grid, *scores)
         return x + spoken * cond.scale.to(x.dtype)
 
 

@@ -72,6 +72,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     else:
         parts = fingerprint_parts(request)
         footage = FolderFootage(Path(loop.output_path), total, {name: digest(part) for name, part in parts.items()})
+    footage = request.model.transformer.ranks.writer(footage)
     try:
         latents = _make(windows, request, host, footage)
     finally:

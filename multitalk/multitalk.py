@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention import sdpa
 from ..kernels.rope import apply_rope
 from ..wanvideo.modules.layers import WanLayerNorm
+from ..wanvideo.shard import WHOLE, Shard
 from .speakers import key_positions, query_positions, rotation
 
 AUDIO_WINDOW = 5
@@ -121,9 +122,9 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         positions = key_positions(speakers, k.shape[1] // speakers, k.device)
         return apply_rope(k, rotation(positions, self.heads[1])), v
 
-    def query_rope(self, scores: Tensor) -> Tensor:
-        """Speaker scores [B, L, P + 1] -> rope [B, L, D / 2, 2] of the queries."""
-        return rotation(query_positions(scores), self.heads[1])
+    def query_rope(self, scores: Tensor, shard: Shard = WHOLE) -> Tensor:
+        """Speaker scores [B, L, P + 1] of this part of the tokens -> rope [B, L, D / 2, 2] of the queries."""
+        return rotation(query_positions(scores, shard), self.heads[1])
 
     def forward(
         self,
@@ -132,8 +133,9 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         shape: tuple[int, int, int],
         x_ref_attn_map: Tensor | None = None,
         human_num: int = 1,
+        shard: Shard = WHOLE,
     ) -> Tensor:
         """x [B, L, C], audio [B * F, P * T, audio channels], x_ref_attn_map [B, L, P + 1] for several speakers."""
         k, v = self.speaker_keys_values(encoder_hidden_states, human_num)
-        rope = None if human_num == 1 else self.query_rope(x_ref_attn_map)
+        rope = None if human_num == 1 else self.query_rope(x_ref_attn_map, shard)
         return self.attend(x, k, v, shape, rope)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..attention import sdpa
 from ..wanvideo.config import ROPE_THETA
+from ..wanvideo.shard import WHOLE, Shard
 
 CLASS_RANGE = 24
 CLASS_INTERVAL = 4
@@ -109,13 +110,13 @@ def speaker_map(q: Tensor, k: Tensor, masks: Tensor) -> Tensor:
     return shares / (masks.sum(dim=1) + TINY)
 
 
-def query_positions(scores: Tensor) -> Tensor:
-    """Rotary position of every token, [B, L], from scores [B, L, P + 1].
+def query_positions(scores: Tensor, shard: Shard = WHOLE) -> Tensor:
+    """Rotary position of every token, [B, L], from scores [B, L, P + 1] of this part of the video.
 
     The strongest class decides; inside a speaker's range the score, scaled to its extremes, is the position.
     """
     speakers = scores.shape[-1] - 1
-    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    low, high = shard.extremes(scores)
     share = (scores - low) / (high - low + TINY)
     inside = share[..., :speakers] * CLASS_INTERVAL + speaker_starts(speakers, scores.device)
     background = torch.full_like(scores[..., :1], BACKGROUND_POSITION)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import CrossAttention, ModelInputs, TextSource, Tokens
 
 
@@ -88,6 +89,10 @@ class GuidedText(NamedTuple):
         k, v = (t.expand(q.shape[0], -1, -1, -1) for t in cross.keys_values(self.negative))
         positive, negative = self.positive.attend(cross, q).flatten(2), cross.attention(q, k, v).flatten(2)
         return guided(positive, negative, self.strength, inplace=self.inplace).unflatten(2, q.shape[2:])
+
+    def on(self, shard: Shard) -> GuidedText:
+        """The positive text's part; the negative text is the same for all tokens."""
+        return self._replace(positive=self.positive.on(shard))
 
 
 @dataclass(frozen=True)

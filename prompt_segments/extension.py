@@ -12,6 +12,7 @@ from torch import Tensor
 from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import CrossAttention, ModelInputs, TextSource, Tokens
 
 
@@ -61,6 +62,11 @@ class SegmentedText(NamedTuple):
         if end < q.shape[1]:
             parts.append(self.first.attend(cross, q[:, end:]))
         return torch.cat(parts, dim=1)
+
+    def on(self, shard: Shard) -> SegmentedText:
+        """The segments' tokens of this part."""
+        ranges = tuple((shard.count(start), shard.count(stop)) for start, stop in self.ranges)
+        return self._replace(first=self.first.on(shard), ranges=ranges)
 
 
 @dataclass(frozen=True)

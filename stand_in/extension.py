@@ -21,6 +21,7 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.layers import sinusoidal_embedding
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import ModelInputs, Projections, Tokens
 
 PAIRS = ("q_loras", "k_loras", "v_loras")
@@ -60,12 +61,13 @@ class LoraPair(nn.Module):
 
 class Face(NamedTuple):
     """Which tokens are the reference (start to stop), strength of the LoRA (0-d); stream [B, stop - start, C]: the
-    reference behind self-attention, once it is known."""
+    reference behind self-attention, once it is known. whole: the first two in the whole sequence."""
 
     start: int
     stop: int
     strength: Tensor
     stream: Tensor | None = None
+    whole: tuple[int, int] | None = None
 
     def replaced(self, x: Tensor, part: Tensor) -> Tensor:
         """x [B, L, ...] with `part` as the reference's tokens."""
@@ -134,6 +136,11 @@ class StandIn(Extension):
             x.expand(batch, -1, -1), rope.repeat(frames, 1, 1), _clean(model, tokens).expand(batch, -1, -1, -1)
         ), face
 
+    def on(self, state: Face, shard: Shard) -> Face:
+        """The reference's tokens of this part; attention sees all of them."""
+        start, stop = state[:2]
+        return state._replace(start=shard.count(start), stop=shard.count(stop), whole=(start, stop))
+
     def projected(self, block: WanAttentionBlock, value: Projections, cond: Face) -> tuple[Projections, Face]:
         """Adds the LoRA to the reference's queries, keys and values."""
         face = value.x[:, cond.start : cond.stop].contiguous()
@@ -145,7 +152,7 @@ class StandIn(Extension):
 
     def attend(self, block: WanAttentionBlock, call: AttentionCall, cond: Face) -> tuple[AttentionCall, Face]:
         """The reference to itself; all others, as before, to the reference too."""
-        count, (start, stop) = call.q.shape[1], cond[:2]
+        count, (start, stop) = call.q.shape[1], cond.whole
         others = []
         for (first, last), keys in call.spans or (((0, count), (0, count)),):
             parts = ((first, min(last, start)), (max(first, stop), last))

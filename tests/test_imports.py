@@ -16,6 +16,7 @@ FLOORS = (
     ("SYSTEMS", "cache_methods", "unbuilt"),
     ("registry",),
     ("NODES", "node_checks", "node_tools", "__init__"),
+    ("distributed",),
     ("headless", "demo"),
     ("benchmarks",),
 )

@@ -17,6 +17,7 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.rope import rope_table
+from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens, video_tokens
 from .controlnet import KIND, MASK_STRIDE, READ_CHANNELS, Uni3CModel, joined_latents, resized
 
@@ -71,13 +72,14 @@ class Uni3CArgs(Payload):
 
 @dataclass
 class Steering:
-    """The controlnet's way through one forward: its tokens [B, L, D] behind `done` of its blocks."""
+    """The controlnet's way through one forward: its tokens [B, L, D] behind `done` of its blocks; shard: of these."""
 
     payload: Uni3CArgs
     embedding: Tensor
     rope: Tensor
     x: Tensor
     done: int = 0
+    shard: Shard = WHOLE
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ class Uni3C(Extension):
         rope = rope_table(tokens.grid, module.sizes.config.head_dim, device=tokens.x.device)
         return tokens, Steering(payload, tokens.embedding, rope, x)
 
+    def on(self, state: Steering, shard: Shard) -> Steering:
+        """The controlnet's tokens are those of the video."""
+        x, rope = shard.take(state.x), shard.take(state.rope, dim=0)
+        return replace(state, x=x, rope=rope, shard=shard.first(state.x.shape[1]))
+
     def after_block(self, model: WanModel, index: int, x: Tensor, inputs: BlockInputs, state: Steering) -> Tensor:
         """Adds the state of the controlnet's block of the same number to the video tokens."""
         owner, module = state.payload.controlnet, state.payload.controlnet.module
@@ -113,7 +120,7 @@ class Uni3C(Extension):
             return x
         count = video_tokens(inputs.grid)
         rows = None if inputs.rows is None else inputs.rows[:count]
-        own = inputs._replace(rope=state.rope, rows=rows, attention=None)
+        own = inputs._replace(rope=state.rope, rows=rows, attention=None, shard=state.shard)
         # More than one where the transformer went around blocks: the controlnet's own chain has no gaps.
         for block in module.controlnet_blocks[state.done : index + 1]:
             with owner.brought(x.device, block):

@@ -24,6 +24,7 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import at_step
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens
 
 STACK = "vace_blocks"
@@ -109,15 +110,21 @@ class Branch:
     """The contexts of one forward on their way through the VACE blocks.
 
     x [B, L, C]: the tokens before the first main block. contexts: tokens [1, L, C] of each, and its strength. Only
-    the tokens that the next block reads are held; a hint is added as soon as it is made.
+    the tokens that the next block reads are held; a hint is added as soon as it is made. shard: of these tokens.
     """
 
-    def __init__(self, x: Tensor, contexts: Sequence[tuple[Tensor, float]]) -> None:
+    def __init__(self, x: Tensor, contexts: Sequence[tuple[Tensor, float]], shard: Shard = WHOLE) -> None:
         self.done = 0
         self._x: Tensor | None = x
         self._length = x.shape[1]
         self._contexts = [tokens for tokens, _ in contexts]
         self._strengths = [strength for _, strength in contexts]
+        self._shard = shard
+
+    def on(self, shard: Shard) -> Branch:
+        """The part of all these tokens, before the first block ran."""
+        contexts = zip(map(shard.take, self._contexts), self._strengths, strict=True)
+        return Branch(shard.take(self._x), tuple(contexts), shard.first(self._length))
 
     def run(self, model: WanModel, block: VaceBlock, inputs: BlockInputs) -> list[Tensor]:
         """The hints [B, L, C] of the next block, one of each context."""
@@ -141,7 +148,7 @@ class Branch:
     def _seen(self, inputs: BlockInputs) -> BlockInputs:
         """Without the tokens that systems behind this one appended."""
         rows = None if inputs.rows is None else inputs.rows[: self._length]
-        return inputs._replace(rows=rows, rope=inputs.rope[: self._length])
+        return inputs._replace(rows=rows, rope=inputs.rope[: self._length], shard=self._shard)
 
 
 def hinted_blocks(layers: int, blocks: int) -> tuple[int, ...]:
@@ -199,6 +206,10 @@ class VaceExtension(Extension):
         if not acting:
             return tokens, None
         return tokens, Branch(tokens.x, [(self._tokens(model, context, tokens), s) for context, s in acting])
+
+    def on(self, state: Branch, shard: Shard) -> Branch:
+        """The VACE blocks share their tokens out as the main blocks do."""
+        return state.on(shard)
 
     def _tokens(self, model: WanModel, context: VaceContext, tokens: Tokens) -> Tensor:
         """A context as tokens [1, L, C] like those of the video, zero where it has nothing for them.

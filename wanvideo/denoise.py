@@ -18,6 +18,7 @@ from .diagnosis import origin
 from .guidance import Denoiser
 from .modifier import Modifier, Velocity
 from .schedulers import Schedule
+from .shard import ALONE
 from .windows import WindowedDenoiser
 
 
@@ -95,7 +96,9 @@ def denoise(
 def _origin(denoiser: Denoiser | WindowedDenoiser, latents: Tensor, timesteps: Tensor, step: Step) -> str | None:
     """Where the model's first NaN or infinity arises in this step."""
     denoiser.forget()
-    return origin(denoiser.model, lambda: denoiser(latents, timesteps, step))
+    # It stops at the first layer that is wrong, where other processes would wait for it: each looks alone.
+    with denoiser.model.shared_by(ALONE):
+        return origin(denoiser.model, lambda: denoiser(latents, timesteps, step))
 
 
 def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from .conditioning import Payload
 from .config import WanConfig
 from .families import Kind
 from .modifier import Modifier
+from .shard import Shard
 from .tokens import BlockInputs, CrossAttention, Grid, Heads, ModelInputs, Projections, Tokens
 
 
@@ -121,6 +122,14 @@ class Extension:
         """Eager, once a forward: the tokens to go on with, and this system's state; None means idle from here on."""
         return tokens, payload
 
+    def on(self, state: object, shard: Shard) -> object:
+        """Eager, once a forward: the state for the tokens of this part of the sequence, where it has any per token.
+
+        Grids, token ranges and tensors with a token axis are the whole sequence's in `prepare` and the part's from here
+        on; whatever needs the whole keeps the shard, and asks it.
+        """
+        return state
+
     def block_cond(self, state: object, index: int) -> NamedTuple | None:
         """Eager: the tensors that the traced hooks of block `index` read; None leaves the block alone."""
         return state
@@ -148,7 +157,7 @@ class Extension:
         return value, cond
 
     def attend(self, block: Block, call: AttentionCall, cond: NamedTuple) -> tuple[AttentionCall, NamedTuple]:
-        """q, k, v of self-attention, before the kernel."""
+        """q, k, v of self-attention, before the kernel: always all tokens, in order, perhaps of some of the heads."""
         return call, cond
 
     def reads_heads(self, cond: NamedTuple) -> bool:

@@ -159,11 +159,13 @@ class Denoiser:
 
         timestep: 0-d, or [F] where latent frames differ; 0..1000.
         """
-        rows = self.guidance.rows(step)
-        video = latents.to(self.device, torch.float32)
+        rows, ranks = self.guidance.rows(step), self.model.ranks
+        video = ranks.same(latents.to(self.device, torch.float32))
+        groups = self._groups(rows)
+        results = ranks.each(groups, lambda group: self._predict(video, timestep, step, group).float())
         predictions: dict[Row, Tensor] = {}
-        for group in self._groups(rows):
-            predictions |= zip(group, self._predict(video, timestep, step, group).float(), strict=True)
+        for group, result in zip(groups, results, strict=True):
+            predictions |= zip(group, result, strict=True)
         return self.guidance.combine(rows, [predictions[row] for row in rows], step)
 
     def report(self) -> None:

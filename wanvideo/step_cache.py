@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .conditioning import Step
 from .config import WanConfig
+from .shard import ALONE, Ranks
 
 log = logging.getLogger("wanvideo")
 
@@ -66,7 +67,7 @@ class StepCache(ABC):
 
 
 class StepMemory:
-    """What one prediction remembers. A method overrides `whole` or `blocks`.
+    """What one prediction remembers. A method overrides `whole` or `blocks`, and asks `may_skip` for every choice.
 
     Only a prediction that was made in the step before can be continued: guidance that comes and goes, and windows that
     move, start anew.
@@ -80,6 +81,7 @@ class StepMemory:
         self.steps = 0
         self._last: int | None = None
         self._residual: Tensor | None = None
+        self.ranks: Ranks = ALONE
 
     def whole(self, latents: Tensor, step: Step, run: Callable[[], Tensor]) -> Tensor:
         """The velocity for latents of the same shape, with `run` or without."""
@@ -96,6 +98,10 @@ class StepMemory:
         self.steps += 1
         return follows
 
+    def may_skip(self, choice: bool) -> bool:
+        """Whether the step is left out, where this process would choose so: all that share the forward do the same."""
+        return self.ranks.agreed(choice)
+
     def run_and_keep(self, before: Tensor, step: Step, run: Callable[[], Tensor]) -> Tensor:
         """The result of `run`, whose difference to `before` is remembered if the next step may be left out."""
         after = run()
@@ -109,17 +115,19 @@ class StepMemory:
 
 
 class StepMemories:
-    """The memories of a run or window, by prediction."""
+    """The memories of a run or window, by prediction and by the part of it that this process has."""
 
-    def __init__(self, label: str, make: Callable[[], StepMemory]) -> None:
-        self._label, self._make = label, make
-        self._found: dict[Hashable, StepMemory] = {}
+    def __init__(self, label: str, make: Callable[[], StepMemory], ranks: Ranks = ALONE) -> None:
+        self._label, self._make, self._ranks = label, make, ranks
+        self._found: dict[tuple[Hashable, Hashable], StepMemory] = {}
 
     def of(self, prediction: Hashable) -> StepMemory:
         """The memory of this prediction, empty at first."""
-        if prediction not in self._found:
-            self._found[prediction] = self._make()
-        return self._found[prediction]
+        key = (prediction, self._ranks.layout)
+        if key not in self._found:
+            self._found[key] = self._make()
+            self._found[key].ranks = self._ranks
+        return self._found[key]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -127,7 +135,7 @@ class StepMemories:
 
     def report(self) -> None:
         """Log which steps were left out."""
-        for prediction, memory in self._found.items():
+        for (prediction, _), memory in self._found.items():
             log.info(
                 "%s left out %d of %d steps (%s): %s.",
                 self._label, len(memory.skipped), memory.steps, prediction, memory.skipped,
@@ -137,4 +145,4 @@ class StepMemories:
 def memories(cache: StepCache, model: LoadedModel, device: torch.device) -> StepMemories:
     """Empty memories for a run or window. Raises ValueError if the method cannot serve the model."""
     make = cache.maker(model)
-    return StepMemories(cache.label, lambda: make(device))
+    return StepMemories(cache.label, lambda: make(device), model.transformer.ranks)

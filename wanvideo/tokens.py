@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..attention import Attention
 from .conditioning import Payload, Step
+from .shard import WHOLE, Shard
 
 Grid = tuple[int, int, int]
 
@@ -83,6 +84,9 @@ class TextSource(Protocol):
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """Heads [B, L, H, D] of the queries q [B, L, H, D], before the output projection."""
 
+    def on(self, shard: Shard) -> TextSource:
+        """The same for the queries of this part of the sequence."""
+
 
 class Text(NamedTuple):
     """Embedded prompts [B, T, C]: the plain text source."""
@@ -95,6 +99,10 @@ class Text(NamedTuple):
         k, v = cross.keys_values(self.tokens)
         return cross.attention(q, k, v)
 
+    def on(self, shard: Shard) -> Text:
+        """The same text for all."""
+        return self
+
 
 class BlockInputs(NamedTuple):
     """What every block reads besides its tokens, a system's own blocks included.
@@ -103,6 +111,7 @@ class BlockInputs(NamedTuple):
     grid (frames, height, width) of the video tokens; attention: the backend of self-attention in this step and block,
     None for the module's own. conds: in `after_block`, what weightless extensions give to blocks of other systems: one
     entry for each of the model's extensions. parts: in how many pieces layers that compute every token alone run.
+    shard: the part of the sequence that all of this is of.
     """
 
     mod: Tensor
@@ -113,6 +122,7 @@ class BlockInputs(NamedTuple):
     attention: Attention | None = None
     conds: tuple[NamedTuple | None, ...] = ()
     parts: int = 1
+    shard: Shard = WHOLE
 
 
 class Tokens(NamedTuple):
@@ -131,6 +141,16 @@ class Tokens(NamedTuple):
     text: TextSource
     embedding: Tensor
     latents: Tensor
+
+    def on(self, shard: Shard) -> Tokens:
+        """The tokens of this part of the sequence."""
+        return self._replace(
+            x=shard.take(self.x),
+            rows=None if self.rows is None else shard.take(self.rows, dim=0),
+            rope=shard.take(self.rope, dim=0),
+            grid=shard.grid(self.grid),
+            text=self.text.on(shard),
+        )
 
     def appended(self, x: Tensor, rope: Tensor, mod: Tensor | None = None) -> Tokens:
         """With more tokens x [B, N, C] at positions rope [N, D/2, 2] behind the others.

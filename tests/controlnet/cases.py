@@ -10,7 +10,7 @@ from wanvideo_wrapper.wanvideo.config import WanConfig
 
 def controlnet(dim=24, layers=2, channels=16):
     """A tiny controlnet for a transformer of `dim` channels."""
-    sizes = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=layers, text_dim=8)
+    sizes = dict(dim=32, ffn_dim=48, num_heads=4, num_layers=layers, text_dim=8)
     config = WanConfig(**sizes, in_dim=channels + 6, out_dim=channels)
     module = WanControlnet(ControlnetSizes(config=config, encoder=(3, 8, 4, 6), stride=8, out_dim=dim))
     module = module.eval().requires_grad_(False)

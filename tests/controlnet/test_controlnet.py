@@ -12,7 +12,7 @@ from wanvideo_wrapper.wanvideo.conditioning import Step, Window
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.tokens import BlockInputs
 
-HEADS, HEAD_SIZE, DIM = 2, 16, 32
+HEADS, HEAD_SIZE, DIM = 4, 8, 32
 (CASE,) = cases_of("controlnet").values()
 PAYLOAD = CASE.payload
 NET = PAYLOAD.controlnet

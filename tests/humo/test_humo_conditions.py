@@ -9,6 +9,7 @@ from wanvideo_wrapper.wanvideo.conditioning import Payload, Step, Window
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance, per_step
 from wanvideo_wrapper.wanvideo.sampling import whole_window
+from wanvideo_wrapper.wanvideo.shard import ALONE
 
 CONFIG = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=1, in_dim=36, text_dim=8, text_len=4)
 SMALL = WanConfig(**{**CONFIG.__dict__, "in_dim": 16})
@@ -83,6 +84,8 @@ def test_a_model_without_channels_goes_without_pictures_by_zeros():
 
 class LinearModel:
     """A known linear answer to latents, text, sound and the pictures that the extension would read."""
+
+    ranks = ALONE
 
     def __init__(self, config):
         self.config, self.calls = config, 0

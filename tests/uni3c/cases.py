@@ -11,7 +11,7 @@ from wanvideo_wrapper.wanvideo.config import WanConfig
 
 def controlnet(dim=24, extra=7, layers=2, render=16):
     """A tiny controlnet for a transformer of `dim` channels."""
-    config = WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=layers, in_dim=20 + render)
+    config = WanConfig(dim=32, ffn_dim=48, num_heads=4, num_layers=layers, in_dim=20 + render)
     sizes = Uni3CSizes(config=config, wide=40, time_dim=dim, out_dim=dim, extra=extra, middle=16)
     module = Uni3CControlnet(sizes, sdpa()).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(3)

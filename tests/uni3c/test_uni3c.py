@@ -16,7 +16,7 @@ from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.tokens import BlockInputs
 
-HEADS, HEAD_SIZE = 2, 16
+HEADS, HEAD_SIZE = 4, 8
 (CASE,) = cases_of("uni3c").values()
 PAYLOAD = CASE.payload
 NET = PAYLOAD.controlnet

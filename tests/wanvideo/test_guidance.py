@@ -17,6 +17,7 @@ from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance, per_step, present
 from wanvideo_wrapper.wanvideo.modifier import Modifier
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.shard import ALONE
 
 CPU = torch.device("cpu")
 SHAPE = (16, 3, 4, 4)
@@ -33,6 +34,8 @@ def speech(seed=7, speakers=1):
 
 class LinearModel:
     """Answers scale * latents plus the sums of what conditions each batch row: linear, so formulas can be checked."""
+
+    ranks = ALONE
 
     def __init__(self):
         self.batches = []

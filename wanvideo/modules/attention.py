@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ...attention import Attention, AttentionCall, FusedAttention, attend
+from ...attention import Attention, AttentionCall, GridAttention, attend
 from ...attention_backends.contract import Projection
 from ...kernels.fp8_rows import Fp8Rows
 from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
 from ..extension import Hooks, hooked, run_hooks
+from ..shard import Shard
 from ..tokens import BlockInputs, Heads, KeysValues, Projections
 from .layers import WanRMSNorm, placed_heads
 
@@ -59,14 +60,20 @@ class WanSelfAttention(nn.Module):
         """The heads behind the kernel. q, k and v end here: the output projection has their memory."""
         attention = inputs.attention or self.attention
         (q, k, v), hooks = self._projections(x, hooks, block)
-        read = hooked("self_attn", hooks)
-        fused = None if read or hooked("attend", hooks) else self._fused(attention)
+        read, changed = hooked("self_attn", hooks), hooked("attend", hooks)
+        fused = None if read or changed else self._fused(attention, inputs.shard)
         if fused is not None:
             return Heads(None, None, fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)), hooks
+        shard, in_order = inputs.shard, changed or isinstance(attention, GridAttention)
+        # v goes first: where processes share the heads, it is on its way while q and k are made.
+        all_v = shard.heads(self.split(v()), in_order=in_order)
         placed_q = placed_heads(self.norm_q, q(), inputs.rope, self.heads)
+        all_q = shard.heads(placed_q, in_order=in_order)
         placed_k = placed_heads(self.norm_k, k(), inputs.rope, self.heads)
-        call, hooks = run_hooks("attend", block, AttentionCall(placed_q, placed_k, self.split(v())), hooks)
-        return Heads(call.q if read else None, call.k if read else None, attend(attention, call)), hooks
+        call = AttentionCall(all_q, shard.heads(placed_k, in_order=in_order), all_v)
+        call, hooks = run_hooks("attend", block, call, hooks)
+        out = shard.tokens(attend(attention, call), heads=self.heads[0], in_order=in_order)
+        return Heads(placed_q if read else None, placed_k if read else None, out), hooks
 
     def _projections(
         self, x: Tensor | Fp8Rows, hooks: Hooks, block: nn.Module
@@ -79,11 +86,12 @@ class WanSelfAttention(nn.Module):
         made, hooks = run_hooks("projected", block, made, hooks)
         return ((lambda: made.q), (lambda: made.k), (lambda: made.v)), hooks
 
-    def _fused(self, attention: Attention) -> Callable[..., Tensor | Fp8Rows] | None:
+    def _fused(self, attention: Attention, shard: Shard) -> Callable[..., Tensor | Fp8Rows] | None:
         """The backend's form that takes projections as they are, if it has one: in rows where `o` reads rows."""
-        if not isinstance(attention, FusedAttention):
+        backend = shard.fused(attention)
+        if backend is None:
             return None
-        return attention.fused_rows if all_take_rows((self.o,)) else attention.fused
+        return backend.fused_rows if all_take_rows((self.o,)) else backend.fused
 
 
 class WanT2VCrossAttention(WanSelfAttention):

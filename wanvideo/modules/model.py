@@ -26,6 +26,7 @@ from ..conditioning import Payload, Step
 from ..config import WanConfig
 from ..extension import TRACED, Extension, Hooks, acts, hooked, overrides, run_hooks
 from ..rope import rope_table
+from ..shard import ALONE, Ranks, Shard
 from ..step_cache import Moment, StepMemory
 from ..tokens import BlockInputs, Grid, ModelInputs, Text, Tokens, video_tokens
 from .attention import WanSelfAttention, WanT2VCrossAttention
@@ -148,6 +149,7 @@ class WanModel(nn.Module):
         self.config = config
         self.extensions = tuple(extensions)
         self.visit: Visit = contextlib.nullcontext
+        self.ranks: Ranks = ALONE
         self.attention_plan: AttentionPlan | None = None
         self.tokens_at_once = 0
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
@@ -201,28 +203,35 @@ class WanModel(nn.Module):
             if state is not None:
                 active.append(Active(place, extension, state))
 
+        grid, attention = tokens.grid, self._attention(inputs.step, tokens.grid)
+        shard = self.ranks.shard(grid, tokens.x.shape[1])
+        tokens = tokens.on(shard)
+        active = [entry._replace(state=entry.extension.on(entry.state, shard)) for entry in active]
         # Nobody else holds the sequence while the blocks run, so that each block's result takes its place.
         sequence, tokens = [tokens.x], tokens._replace(x=tokens.x[:0].clone())
         if memory is None:
-            x = self._run_blocks(sequence.pop(), tokens, active, inputs.step)
+            x = self._run_blocks(sequence.pop(), tokens, active, attention, shard)
         else:
             moment = Moment(tokens.embedding, tokens.mod, sequence.pop())
-            run = partial(self._run_blocks, moment.tokens, tokens, active, inputs.step)
+            run = partial(self._run_blocks, moment.tokens, tokens, active, attention, shard)
             x = memory.blocks(moment, inputs.step, run)
         for entry in active:
             entry.extension.after_blocks(self, x, entry.state)
         count = video_tokens(tokens.grid)
         rows = None if tokens.rows is None else tokens.rows[:count]
         patches = self.head(x[:, :count], tokens.embedding, rows, self.parts(x.shape))
-        return self._unpatchify(patches, tokens.grid)
+        return self._unpatchify(shard.frames(patches), grid)
 
-    def _run_blocks(self, x: Tensor, tokens: Tokens, active: Sequence[Active], step: Step) -> Tensor:
-        """The tokens x [B, L, C] behind the last block; `tokens` has all else."""
+    def _run_blocks(
+        self, x: Tensor, tokens: Tokens, active: Sequence[Active], attention: Sequence[Attention | None], shard: Shard
+    ) -> Tensor:
+        """The tokens x [B, L, C] behind the last block; `tokens` has all else. attention: of each block."""
         parts = self.parts(x.shape)
-        for index, backend in enumerate(self._attention(step, tokens.grid)):
+        for index, backend in enumerate(attention):
             if any(entry.extension.skips(entry.state, index) for entry in active):
                 continue
-            inputs = BlockInputs(tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid, backend, parts=parts)
+            read = (tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid)
+            inputs = BlockInputs(*read, backend, parts=parts, shard=shard)
             conds = self._conds(index, active)
             with contextlib.ExitStack() as stack:
                 for module in (self.blocks[index], *self._companions(index, active)):
@@ -328,6 +337,15 @@ class WanModel(nn.Module):
             yield
         finally:
             self.attention_plan = before
+
+    @contextlib.contextmanager
+    def shared_by(self, ranks: Ranks) -> Iterator[None]:
+        """Inside, these processes share the forwards."""
+        before, self.ranks = self.ranks, ranks
+        try:
+            yield
+        finally:
+            self.ranks = before
 
     @contextlib.contextmanager
     def sparing(self, tokens_at_once: int) -> Iterator[None]:

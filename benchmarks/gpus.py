@@ -1,0 +1,222 @@
+"""One 14B video on two GPUs of one host against one of them, in the same processes and with the same weights.
+
+    NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py [--gpus 2] [--option fp8_e4m3fn_fast:cudnn_fp8] [--blocks 40]
+
+Random weights of the published shapes of InfiniteTalk 14B, one copy a rank. Cases: 832x480 without and with CFG, and
+768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from wanvideo_wrapper.clip_image.extension import ClipImage
+from wanvideo_wrapper.distributed.host import RankHost
+from wanvideo_wrapper.distributed.ranks import ProcessRanks
+from wanvideo_wrapper.host import set_host
+from wanvideo_wrapper.image_to_video.extension import ImageCondition
+from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo import checkpoint
+from wanvideo_wrapper.wanvideo.conditioning import Payload, Step
+from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance
+from wanvideo_wrapper.wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model
+from wanvideo_wrapper.wanvideo.sampling import whole_window
+from wanvideo_wrapper.wanvideo.shard import ALONE
+from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from infinitetalk import SPREAD, published_shapes  # noqa: E402
+
+FRAMES, GIGABYTE, TOTAL = 81, 2**30, 8
+
+
+class DrawnFile:
+    """A checkpoint of published names and shapes whose values are drawn on the GPU: a copy a rank costs no reading."""
+
+    metadata: dict[str, str] = {}
+
+    def __init__(self, path: Path, blocks: int, device: torch.device) -> None:
+        self.path, self._device = path, device
+        self.tensors = {
+            name: StoredTensor(shape=shape, format="BF16") for name, shape in published_shapes(blocks).items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Norm weights near 1, all else near 0; the same on every rank."""
+        seed = sum(name.encode())
+        generator = torch.Generator(self._device).manual_seed(seed)
+        shape = self.tensors[name].shape
+        values = torch.randn(shape, generator=generator, device=self._device, dtype=torch.bfloat16).mul_(SPREAD).cpu()
+        return values + 1 if "norm" in name and name.endswith("weight") else values
+
+
+def payloads(height: int, width: int, spoken: bool) -> tuple[Payload, ...]:
+    """The picture, its CLIP features, and one speaker."""
+    latent = ((FRAMES - 1) // 4 + 1, height // 8, width // 8)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.zeros(1, 4, *latent)
+    mask[:, :, 0] = 1
+    picture = ImageCondition(torch.randn(1, 16, *latent, generator=generator), mask)
+    clip = ClipImage(positive=torch.randn(1, 257, 1280, generator=generator))
+    if not spoken:
+        return picture, clip
+    features = torch.randn(FRAMES, 12, 768, generator=generator)
+    speech = MultiTalkEmbeds(features=(features,)).window(whole_window(latent[0]))
+    return picture, clip, speech
+
+
+def seconds(model: WanVideoModel, *, size: tuple[int, int], cfg: float, spoken: bool, steps: int) -> dict[str, object]:
+    """Median seconds of a step, the peak of this card, and the sum of the last velocity."""
+    device = model.managed.acquire()
+    height, width = size
+    generator = torch.Generator().manual_seed(2)
+    conditions = Conditions(
+        positive=torch.randn(120, 4096, generator=generator),
+        negative=torch.randn(60, 4096, generator=generator),
+        payloads=payloads(height, width, spoken),
+    )
+    latents = torch.randn(16, (FRAMES - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    with model.active() as transformer, torch.no_grad():
+        guidance = Guidance(cfg=(cfg,), payloads=conditions.payloads)
+        denoiser = Denoiser(transformer, conditions, guidance=guidance, device=device, dtype=model.base_dtype)
+        for index in range(steps + 1):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            velocity = denoiser(latents, torch.tensor(500.0), Step(index=index, total=TOTAL, in_run=index))
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() / GIGABYTE
+    return {"seconds": statistics.median(times[1:]), "peak_gb": peak, "velocity": velocity.cpu()}
+
+
+CASES = {
+    "14B 832x480": dict(size=(480, 832), cfg=1.0, spoken=False),
+    "14B 832x480, CFG": dict(size=(480, 832), cfg=5.0, spoken=False),
+    "InfiniteTalk 768x768": dict(size=(768, 768), cfg=1.0, spoken=True),
+}
+
+
+def load(options: argparse.Namespace, host: RankHost) -> WanVideoModel:
+    """The random model, on this rank's card."""
+    quantization, attention = options.option.split(":")
+    checkpoint.open_files = lambda path: (DrawnFile(path, options.blocks, host.device()),)
+    wanted = LoadOptions(
+        base_dtype=torch.bfloat16, quantization=quantization, attention_mode=attention, keep_on_device=True
+    )
+    return load_wan_model(Path("random_InfiniteTalk.safetensors"), wanted, host, SYSTEMS)
+
+
+@contextlib.contextmanager
+def only_first(model: WanVideoModel, rank: int) -> Iterator[bool]:
+    """Inside, the first rank works by itself; the others wait behind it."""
+    with model.transformer.shared_by(ALONE):
+        yield rank == 0
+    dist.barrier()
+
+
+def host_memory() -> float:
+    """Peak of this process's resident memory, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def rank_main(rank: int, folder: str, options: argparse.Namespace) -> None:
+    """One rank: load, then every case by the first rank alone and by all."""
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    store = dist.FileStore(f"{folder}/store", options.gpus)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=options.gpus, device_id=device)
+    host = RankHost(device=f"cuda:{rank}")
+    host.ranks = ProcessRanks(device)
+    set_host(host)
+    began = time.perf_counter()
+    model = load(options, host)
+    loaded = time.perf_counter() - began
+    for name in options.cases or CASES:
+        case = CASES[name]
+        alone: dict[str, object] = {}
+        with only_first(model, rank) as mine:
+            if mine:
+                alone = seconds(model, **case, steps=options.steps)
+        shared = seconds(model, **case, steps=options.steps)
+        every: list[object] = [None] * options.gpus
+        dist.all_gather_object(every, (shared["peak_gb"], host_memory()))
+        if rank == 0:
+            difference = (shared["velocity"] - alone["velocity"]).norm() / alone["velocity"].norm()
+            report = {
+                "case": name,
+                "option": options.option,
+                "device": torch.cuda.get_device_name(),
+                "gpus": options.gpus,
+                "blocks": options.blocks,
+                "seconds_one": round(alone["seconds"], 3),
+                "seconds_all": round(shared["seconds"], 3),
+                "speedup": round(alone["seconds"] / shared["seconds"], 3),
+                "relative_difference": float(f"{difference:.3g}"),
+                "peak_gb_one": round(alone["peak_gb"], 2),
+                "peak_gb_each": [round(peak, 2) for peak, _ in every],
+                "host_gb_each": [round(memory, 2) for _, memory in every],
+                "seconds_to_load": round(loaded, 1),
+            }
+            sys.stdout.write(json.dumps(report) + "\n")
+            sys.stdout.flush()
+    if options.trace and rank == 0:
+        sys.stdout.write(f"trace: {options.trace}\n")
+    if options.trace:
+        traced(model, options.trace, rank)
+    dist.destroy_process_group()
+
+
+def traced(model: WanVideoModel, path: Path, rank: int) -> None:
+    """One shared step under the profiler: how much of the communication runs beside other kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds(model, **CASES["14B 832x480"], steps=1)
+    if rank:
+        return
+    profiler.export_chrome_trace(str(path))
+    spans = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") == "kernel"]
+    talk = [(e["ts"], e["ts"] + e["dur"]) for e in spans if "nccl" in e["name"].lower()]
+    work = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if "nccl" not in e["name"].lower())
+    total = sum(end - start for start, end in talk)
+    hidden = sum(
+        max(0.0, min(end, stop) - max(start, begin)) for start, end in talk for begin, stop in work if begin < end
+    )
+    report = {"nccl_ms": round(total / 1000, 2), "beside_other_kernels_ms": round(hidden / 1000, 2)}
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+def main() -> None:
+    """Start the ranks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--option", default="fp8_e4m3fn_fast:cudnn_fp8", help="QUANTIZATION:ATTENTION")
+    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--cases", nargs="*", choices=tuple(CASES))
+    parser.add_argument("--trace", type=Path, help="a file for the profiler's trace of a shared step")
+    options = parser.parse_args()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(rank_main, args=(folder, options), nprocs=options.gpus, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main()

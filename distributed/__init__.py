@@ -1,0 +1,1 @@
+"""One video on several GPUs of one host, and many videos on many machines."""

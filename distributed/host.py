@@ -1,0 +1,41 @@
+"""The host of one rank: its own GPU, the first rank's voice, and models that share their forwards."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from torch import Tensor, nn
+
+from ..host import Managed, Place, Progress, StandaloneHost
+from ..wanvideo.modules.model import WanModel
+from .ranks import ProcessRanks
+
+
+class SilentProgress:
+    """The first rank shows the bar."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        return None
+
+    def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
+        """Nothing."""
+
+
+class RankHost(StandaloneHost):
+    """A StandaloneHost whose transformers are shared by all ranks."""
+
+    ranks: ProcessRanks
+
+    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
+        """As elsewhere. Raises ValueError for a transformer with fewer heads than there are ranks."""
+        if isinstance(module, WanModel):
+            self.ranks.check(module.config.num_heads)
+            module.ranks = self.ranks
+        return super().manage(module, place=place)
+
+    def progress(self, total: int, label: str = "") -> Progress:
+        """On the first rank."""
+        return super().progress(total, label) if self.ranks.leads else SilentProgress()

@@ -1,0 +1,175 @@
+"""Sequence parallelism: every process has the same places of all frames, and a share of the heads in self-attention.
+
+Before self-attention an all-to-all gives each process all tokens of its heads, and one behind it gives them back,
+so that any attention kernel runs as it is (DeepSpeed-Ulysses, Jacobs et al. 2023). Shares may be unequal: nothing is
+padded but in gathers.
+
+The collectives are torch's functional ones, which compiled graphs may contain and which wait where their result is
+read. Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h of this process, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+
+from ..attention import Attention
+from ..wanvideo.shard import Shard
+
+Sizes = tuple[int, ...]
+
+
+def shares(total: int, ranks: int) -> Sizes:
+    """How many of `total` each of the ranks has: as equal as can be, the first ones one more."""
+    return tuple(total // ranks + (rank < total % ranks) for rank in range(ranks))
+
+
+def span(sizes: Sizes, rank: int) -> tuple[int, int]:
+    """Start and end of a rank's share."""
+    ends = (0, *accumulate(sizes))
+    return ends[rank], ends[rank + 1]
+
+
+@dataclass(frozen=True)
+class SequenceShard(Shard):
+    """The part of rank `rank` of the process group named `group`, which has `ranks` of them.
+
+    The sequence has `frames` of `places` tokens each, and `behind` more.
+    """
+
+    group: str
+    rank: int
+    ranks: int
+    frame_count: int
+    places: int
+    behind: int = 0
+
+    @property
+    def _here(self) -> tuple[int, int]:
+        return span(shares(self.places, self.ranks), self.rank)
+
+    @property
+    def lengths(self) -> Sizes:
+        """Tokens of each rank."""
+        pairs = zip(shares(self.places, self.ranks), shares(self.behind, self.ranks), strict=True)
+        return tuple(self.frame_count * places + behind for places, behind in pairs)
+
+    def take(self, t: Tensor, dim: int = 1) -> Tensor:
+        """A copy of this rank's tokens."""
+        (start, stop), frames = self._here, min(t.shape[dim] // self.places, self.frame_count)
+        video = t.narrow(dim, 0, frames * self.places).unflatten(dim, (frames, self.places))
+        video = video.narrow(dim + 1, start, stop - start).flatten(dim, dim + 1)
+        first, last = span(shares(self.behind, self.ranks), self.rank)
+        extra = t.shape[dim] - self.frame_count * self.places
+        if extra <= first or first == last:
+            return video.contiguous()
+        last = min(last, extra)
+        return torch.cat((video, t.narrow(dim, self.frame_count * self.places + first, last - first)), dim=dim)
+
+    def grid(self, whole: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Frames of one row."""
+        start, stop = self._here
+        return whole[0], 1, stop - start
+
+    def count(self, tokens: int) -> int:
+        """Whole frames count by the places that are here."""
+        start, stop = self._here
+        video = self.frame_count * self.places
+        if tokens <= video:
+            return tokens // self.places * (stop - start)
+        first, last = span(shares(self.behind, self.ranks), self.rank)
+        return self.frame_count * (stop - start) + min(max(tokens - video - first, 0), last - first)
+
+    def first(self, tokens: int) -> SequenceShard:
+        """Fewer frames, or fewer tokens behind them.
+
+        Raises ValueError where tokens behind the video were appended after that: their ranks would differ.
+        """
+        video = self.frame_count * self.places
+        if tokens <= video:
+            return replace(self, frame_count=tokens // self.places, behind=0)
+        if tokens != video + self.behind:
+            raise ValueError(
+                "Two systems append reference tokens to the video, and a third of its own blocks reads those of one: "
+                "several GPUs cannot share that; run it on one."
+            )
+        return self
+
+    def frames(self, t: Tensor) -> Tensor:
+        """An all-gather; every rank sends as many tokens as the one with the most."""
+        start, stop = self._here
+        sizes = shares(self.places, self.ranks)
+        own = t.unflatten(1, (-1, stop - start)).movedim(2, 0)
+        own = F.pad(own, (*(0, 0) * (own.dim() - 1), 0, sizes[0] - (stop - start))).contiguous()
+        every = collectives.all_gather_tensor(own, 0, self.group)
+        parts = (part[:size] for part, size in zip(every.unflatten(0, (self.ranks, -1)), sizes, strict=True))
+        return torch.cat(tuple(parts)).movedim(0, 2).flatten(1, 2)
+
+    def mean(self, over_tokens: Tensor) -> Tensor:
+        """Weighted by how many places a rank has."""
+        start, stop = self._here
+        return collectives.all_reduce(over_tokens * ((stop - start) / self.places), "sum", self.group)
+
+    def extremes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """One all-reduce for both."""
+        both = torch.cat((-t.amin(dim=1, keepdim=True), t.amax(dim=1, keepdim=True)))
+        low, high = collectives.all_reduce(both, "max", self.group).chunk(2)
+        return -low, high
+
+    def heads(self, t: Tensor, *, in_order: bool) -> Tensor:
+        """The all-to-all before attention. Raises ValueError where there are fewer heads than ranks."""
+        batch, _, count, size = t.shape
+        heads = shares(count, self.ranks)
+        if not heads[-1]:
+            raise ValueError(f"{count} attention heads cannot be shared by {self.ranks} GPUs: use fewer.")
+        shape = (heads[self.rank], size)
+        sizes = [batch * tokens * math.prod(shape) for tokens in self.lengths]
+        received = self._exchange(t.split(heads, dim=2), sizes)
+        if batch == 1 and not in_order:
+            return received.view(1, sum(self.lengths), *shape)
+        pairs = zip(received.split(sizes), self.lengths, strict=True)
+        parts = [part.view(batch, tokens, *shape) for part, tokens in pairs]
+        return self._ordered(parts) if in_order else torch.cat(parts, dim=1)
+
+    def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
+        """The all-to-all behind attention."""
+        batch, _, _, size = t.shape
+        parts = self._of_ranks(t) if in_order else t.split(self.lengths, dim=1)
+        length, counts = self.lengths[self.rank], shares(heads, self.ranks)
+        sizes = [batch * length * count * size for count in counts]
+        blocks = self._exchange(parts, sizes).split(sizes)
+        views = [block.view(batch, length, count, size) for block, count in zip(blocks, counts, strict=True)]
+        return torch.cat(views, dim=2)
+
+    def fused(self, attention: Attention) -> None:
+        """None: norms read all heads of a token, and the kernel all tokens of a head."""
+        return None
+
+    def _exchange(self, parts: Sequence[Tensor], receives: list[int]) -> Tensor:
+        """Send each part to its rank; what all ranks send here, flat."""
+        sends = [part.numel() for part in parts]
+        buffer = parts[0].new_empty(sum(sends))
+        for piece, part in zip(buffer.split(sends), parts, strict=True):
+            piece.view(part.shape).copy_(part)
+        return collectives.all_to_all_single(buffer, receives, sends, self.group)
+
+    def _ordered(self, parts: Sequence[Tensor]) -> Tensor:
+        """Parts [B, l, ...] of all ranks as the whole sequence [B, L, ...]."""
+        video = [part[:, : len_ - behind] for part, len_, behind in self._with_lengths(parts)]
+        frames = torch.cat([part.unflatten(1, (self.frame_count, -1)) for part in video], dim=2).flatten(1, 2)
+        return torch.cat((frames, *(part[:, n - behind :] for part, n, behind in self._with_lengths(parts))), dim=1)
+
+    def _with_lengths(self, parts: Sequence[Tensor]) -> list[tuple[Tensor, int, int]]:
+        return list(zip(parts, self.lengths, shares(self.behind, self.ranks), strict=True))
+
+    def _of_ranks(self, t: Tensor) -> list[Tensor]:
+        """The whole sequence [B, L, ...] as parts of the ranks."""
+        ranks = (replace(self, rank=rank) for rank in range(self.ranks))
+        return [shard.take(t) for shard in ranks]
