@@ -18,8 +18,9 @@ def stronger(step):
     return replace(SEEN, **dict.fromkeys(STRENGTHS, torch.tensor(0.5 + 0.1 * step)))
 
 
-# One model reads one image condition, so this one pairs with systems that bring none.
+# One model reads one image condition: the text length, which is the usual one, keeps HuMo from being paired with it.
+OWN_CHANNELS = (("in_dim", 36), ("text_len", 4))
 CASES = {
-    "animate": Case(SIZES, SEEN, changed=stronger, sizes=(("in_dim", 36),)),
-    "animate_poses": Case(SIZES, replace(SEEN, faces=None), sizes=(("in_dim", 36),)),
+    "animate": Case(SIZES, SEEN, changed=stronger, sizes=OWN_CHANNELS),
+    "animate_poses": Case(SIZES, replace(SEEN, faces=None), sizes=OWN_CHANNELS),
 }

@@ -51,7 +51,7 @@ FOREIGN = {
 # Seventeen frames in two windows of nine.
 EDITS = (
     "150.value=64", "151.value=64", "63.frame_load_cap=17", "62.frame_window_size=9", "27.steps=2",
-    "22.base_precision=fp32", "22.attention_mode=sdpa", "38.precision=fp32",
+    "22.base_precision=fp32", "22.attention_mode=sdpa", "38.precision=fp32", "64.keep_proportion=pad",
 )  # fmt: skip
 
 
