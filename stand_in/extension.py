@@ -152,7 +152,7 @@ class StandIn(Extension):
 
     def attend(self, block: WanAttentionBlock, call: AttentionCall, cond: Face) -> tuple[AttentionCall, Face]:
         """The reference to itself; all others, as before, to the reference too."""
-        count, (start, stop) = call.q.shape[1], cond.whole
+        count, (start, stop) = call.q.shape[1], cond.whole or cond[:2]
         others = []
         for (first, last), keys in call.spans or (((0, count), (0, count)),):
             parts = ((first, min(last, start)), (max(first, stop), last))
