@@ -1,5 +1,5 @@
 # make demo: install into .venv and make the demo video.   make test: install and run all tests that this machine can.
-# make fuzz: 10,000 mutated inputs for each reader.
+# make fuzz: 10,000 mutated inputs for each reader, and 100 kills.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 fuzz: $(VENV)/.installed
-	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz
+	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz tests/wanvideo/test_headers.py tests/wanvideo/test_lora_generated.py
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ..node_tools import CATEGORY, OFFLOAD_TIP, Inputs, mappings, reject
+from ..node_tools import CATEGORY, OFFLOAD_TIP, Inputs, mappings
 from .extension import ClipImage
+from .tiles import tiled_features
 
 
 class WanVideoClipVisionEncode:
@@ -37,7 +40,7 @@ class WanVideoClipVisionEncode:
             "optional": {
                 "image_2": ("IMAGE", {"tooltip": "A second picture, such as the end of the video"}),
                 "negative_image": ("IMAGE", {"tooltip": "For the pass without the prompt"}),
-                "tiles": ("INT", {"default": 0, "min": 0, "max": 16, "step": 2, "tooltip": "Not available: 0"}),
+                "tiles": ("INT", {"default": 0, "min": 0, "max": 16, "step": 2, "tooltip": "Tiles a side; 0: none"}),
                 "ratio": (
                     "FLOAT",
                     {
@@ -45,7 +48,7 @@ class WanVideoClipVisionEncode:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
-                        "tooltip": "Of the tiles, so without effect",
+                        "tooltip": "Share of the whole picture beside its tiles",
                     },
                 ),
             },
@@ -66,9 +69,15 @@ class WanVideoClipVisionEncode:
         ratio: float = 0.5,
     ) -> tuple[ClipImage]:
         """Features of all pictures, weighted and combined."""
-        reject("WanVideo ClipVision Encode", {"tiles": tiles or None})
+
+        def features(image: Tensor) -> Tensor:
+            if tiles < 2:
+                return _clip_features(clip_vision, image, crop)
+            encode = partial(_clip_features, clip_vision, crop=crop)
+            return tiled_features(encode, image, tiles, ratio, crop=crop == "center")
+
         images = [image_1] if image_2 is None else [image_1, image_2]
-        rows = [row for image in images for row in _clip_features(clip_vision, image, crop)]
+        rows = [row for image in images for row in features(image)]
         weights = [strength_1, strength_2, *(1.0 for _ in rows[2:])]
         weighted = [row[None] * weight for row, weight in zip(rows, weights, strict=False)]
         combine = {
@@ -77,7 +86,7 @@ class WanVideoClipVisionEncode:
             "concat": lambda parts: torch.cat(parts, dim=1),
             "batch": lambda parts: torch.cat(parts, dim=0),
         }[combine_embeds]
-        negative = None if negative_image is None else _clip_features(clip_vision, negative_image, crop)[:1]
+        negative = None if negative_image is None else features(negative_image)[:1]
         if force_offload and hasattr(clip_vision, "managed"):
             clip_vision.managed.release()
         return (ClipImage(positive=combine(weighted), negative=negative),)

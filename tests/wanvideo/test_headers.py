@@ -1,4 +1,4 @@
-"""Damaged headers end in one sentence. WAN_HEADER_EXAMPLES says how many are made of each kind."""
+"""Damaged headers end in one sentence. FUZZ_EXAMPLES says how many are made of each kind."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from wanvideo_wrapper.wanvideo.families import kind_of
 from wanvideo_wrapper.wanvideo.model_file import open_file
 
 SETTINGS = settings(
-    max_examples=int(os.environ.get("WAN_HEADER_EXAMPLES", "150")), deadline=None, database=None,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "150")), deadline=None, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 NAMES = ("blocks.0.self_attn.q.weight", "blocks.0.self_attn.q.weight_scale", "blocks.0.norm.bias", "scaled_fp8")

@@ -1,5 +1,6 @@
 """Generated LoRA files, with unknown and damaged parts: no key is dropped without a word, and nothing is misread."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -78,7 +79,12 @@ def files(draw):
     return {key: value.contiguous() for key, value in (content | anything).items() if key != "__metadata__"}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+# `make fuzz` makes 10,000.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
+
+
+@settings(max_examples=EXAMPLES, deadline=None, database=None,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(files(), st.sampled_from([None, ("blocks.1.",), ()]))
 def test_nothing_is_dropped_without_a_word(content, blocks):
     with tempfile.TemporaryDirectory() as folder:
