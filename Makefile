@@ -1,5 +1,5 @@
 # make demo: install into .venv and make the demo video.   make test: install and run all tests that this machine can.
-# make fuzz: 10,000 mutated inputs for each reader, and 100 kills.
+# make fuzz: 10,000 mutated inputs for each reader.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
