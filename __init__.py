@@ -21,6 +21,7 @@ FAMILIES = (
     ".nodes_schedule",
     ".nodes_sampler",
     ".nodes_utility",
+    ".nodes_demo",
     ".cache_methods.nodes_cache",
 )
 NODE_CLASS_MAPPINGS: dict[str, type] = {}

@@ -78,12 +78,16 @@ ATTENTION_MODES = tuple(BACKENDS)
 def resolve(name: str, spec: AttentionSpec) -> Attention:
     """The backend called `name` for this device, precision and head size.
 
-    Raises ValueError, listing every backend with the reason why it cannot run, if that one cannot.
+    Raises ValueError if it cannot run, naming those that do, then each other with its reason.
     """
     why = reason(name, spec)
     if why is not None:
-        table = "; ".join(f"{other}: {reason(other, spec) or 'runs'}" for other in BACKENDS)
-        raise ValueError(f"attention_mode '{name}' cannot run because {why}. Choose one that runs. {table}.")
+        reasons = {other: reason(other, spec) for other in BACKENDS if other != name}
+        able = ", ".join(other for other, its in reasons.items() if its is None)
+        unable = "; ".join(f"{other}: {its}" for other, its in reasons.items() if its is not None)
+        raise ValueError(
+            f"attention_mode '{name}' cannot run because {why}. These run here: {able}. The others do not: {unable}."
+        )
     return BACKENDS[name].make(spec)
 
 

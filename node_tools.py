@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from .host import get_host
+from .node_tips import with_tips
+from .saved_values import ModelFiles, current_values, tolerant
 from .wanvideo.frames import round_frames
 from .wanvideo.latents import LATENTS_A_TOKEN
 from .wanvideo.modules.vae import WanVAE
@@ -36,10 +39,11 @@ DTYPES = {
 }
 
 
-def files(*kinds: str) -> list[str]:
-    """Names of the model files of these kinds, for a widget."""
+def files(*kinds: str, first: Sequence[str] = ()) -> ModelFiles:
+    """Names of the model files of these kinds, for a widget. first: options that are no files."""
     host = get_host()
-    return [name for kind in kinds for name in host.list_files(kind)]
+    names = [name for kind in kinds for name in host.list_files(kind)]
+    return ModelFiles([*first, *names], default=first[0] if first else None)
 
 
 def find_model(name: str) -> Path:
@@ -96,8 +100,21 @@ def whole_frames(num_frames: int) -> int:
 def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
     """What ComfyUI reads of a node module: classes and display names, by class name.
 
-    A node without a DESCRIPTION shows the first line of its docstring.
+    A node without a DESCRIPTION shows the first line of its docstring. Its lists take what older graphs hold.
     """
     for node in nodes:
         node.DESCRIPTION = getattr(node, "DESCRIPTION", "") or inspect.getdoc(node).splitlines()[0]
+        _finish_interface(node)
     return {node.__name__: node for node in nodes}, {node.__name__: node.DISPLAY_NAME for node in nodes}
+
+
+def _finish_interface(node: type) -> None:
+    """Give inputs the tooltips that nodes share; let list widgets take older names, and the entry get today's."""
+    declare, entry = node.INPUT_TYPES, getattr(node, node.FUNCTION)
+
+    @functools.wraps(entry)
+    def run(self: object, *values: object, **named: object) -> object:
+        return entry(self, *values, **current_values(node.INPUT_TYPES(), named, node.DISPLAY_NAME))
+
+    node.INPUT_TYPES = classmethod(lambda cls: tolerant(with_tips(declare.__func__(cls))))
+    setattr(node, node.FUNCTION, run)

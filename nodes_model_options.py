@@ -294,8 +294,9 @@ class WanVideoLoraBlockEdit:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         tooltip = "Parts of names of layers that stay as they are, separated by commas, as: ffn, cross_attn.k"
+        switch = ("BOOLEAN", {"default": True, "tooltip": "Whether LoRAs change this block"})
         return {
-            "required": {f"blocks.{index}.": ("BOOLEAN", {"default": True}) for index in range(cls.COUNT)},
+            "required": {f"blocks.{index}.": switch for index in range(cls.COUNT)},
             "optional": {"layer_filter": ("STRING", {"default": "", "multiline": True, "tooltip": tooltip})},
         }
 
@@ -318,10 +319,10 @@ class WanVideoLoraSelectMulti:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        names = ["none", *files("loras")]
+        names = files("loras", first=["none"])
         required: dict[str, tuple[object, ...]] = {}
         for slot in cls.SLOTS:
-            required[f"lora_{slot}"] = (names, {"default": "none"})
+            required[f"lora_{slot}"] = (names, {"default": "none", "tooltip": "A LoRA in models/loras"})
             required[f"strength_{slot}"] = (
                 "FLOAT",
                 {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.0001, "tooltip": _STRENGTH},

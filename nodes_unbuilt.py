@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .host import get_host
+from .node_tips import with_tips
 
 TABLE = Path(__file__).with_name("nodes_unbuilt.json")
+UNUSED = "Kept as it was saved: the node is not built in this version"
 FILES_OF = "<files:"
 
 Interface = Mapping[str, object]
@@ -41,7 +43,7 @@ class UnbuiltNode:
             section: {name: (_choices(kind), *options) for name, kind, *options in cls.interface.get(section, ())}
             for section in ("required", "optional")
         }
-        return sections | {"hidden": dict(cls.interface.get("hidden", {}))}
+        return with_tips(sections, UNUSED) | {"hidden": dict(cls.interface.get("hidden", {}))}
 
     @classmethod
     def VALIDATE_INPUTS(cls, input_types: object = None) -> bool | str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..host.protocol import DEMO_MODELS
+
 ROOT = Path(__file__).resolve().parent
-MODELS = ROOT / "models"
+MODELS = DEMO_MODELS
 INPUT = ROOT / "input"
 WORKFLOW = ROOT.parent / "example_workflows" / "demo_infinitetalk.json"

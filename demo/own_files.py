@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..headless.graph import Link, Node, Prompt
 from . import portrait as portraits
 from .sounds import FPS
 
 
-def assignments(speech: Path | None, portrait: Path | None) -> list[str]:
-    """What to set in the demo's workflow. Raises ValueError for a file that the demo cannot use."""
-    made = []
+def connect(prompt: Prompt, speech: Path | None, portrait: Path | None) -> None:
+    """Put the user's files in the place of the demo's. Raises ValueError for a file that the demo cannot use."""
     if portrait is not None:
         portraits.check(portrait)
-        made.append(f"LoadImage.image={portrait.resolve()}")
+        _load(prompt, 0, Node("portrait", "LoadImage", "", {"image": str(portrait.resolve())}))
     if speech is not None:
-        frames = round(seconds(speech) * FPS)
-        made += [f"LoadAudio.audio={speech.resolve()}", f"MultiTalkWav2VecEmbeds.num_frames={frames}"]
-    return made
+        prompt.find("MultiTalkWav2VecEmbeds").inputs["num_frames"] = round(seconds(speech) * FPS)
+        _load(prompt, 1, Node("speech", "LoadAudio", "", {"audio": str(speech.resolve())}))
+
+
+def _load(prompt: Prompt, slot: int, loader: Node) -> None:
+    """Let the loader give what an output of the demo's own node gave."""
+    before = Link(prompt.find("WanVideoDemoInputs").id, slot)
+    for node in prompt.nodes.values():
+        node.inputs.update({name: Link(loader.id, 0) for name, value in node.inputs.items() if value == before})
+    prompt.nodes[loader.id] = loader
 
 
 def folders(*files: Path | None) -> tuple[Path, ...]:

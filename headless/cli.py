@@ -7,13 +7,17 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..demo.quality import command as quality_command
 from ..host import CancelledError, StandaloneHost, set_host
 from ..registry import SYSTEMS
+
+if TYPE_CHECKING:
+    from .graph import Prompt
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 FAILED, CANCELLED = 2, 130
@@ -116,26 +120,30 @@ def _run(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from ..demo import INPUT, MODELS, WORKFLOW
-    from ..demo.own_files import assignments, folders
+    from ..demo.own_files import connect, folders
 
-    options.assignments = assignments(options.speech, options.portrait) + options.assignments
     allowed = folders(options.speech, options.portrait)
     host = StandaloneHost(models=MODELS, inputs=INPUT, outputs=options.out, device=options.device, allowed=allowed)
     options.bypass, options.mute, options.check = [], [], False
-    _execute(WORKFLOW, host, options)
+    _execute(WORKFLOW, host, options, lambda prompt: connect(prompt, options.speech, options.portrait))
 
 
-def _execute(workflow: Path, host: StandaloneHost, options: argparse.Namespace) -> None:
+def _execute(
+    workflow: Path, host: StandaloneHost, options: argparse.Namespace, edit: Callable[[Prompt], None] | None = None
+) -> None:
+    """Run it. edit: changes the prompt before the user's own assignments."""
     set_host(host)
     before = {number: signal.signal(number, lambda *_: _interrupt(host)) for number in STOPS}
     try:
-        _run_prompt(workflow, host, options)
+        _run_prompt(workflow, host, options, edit)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _run_prompt(workflow: Path, host: StandaloneHost, options: argparse.Namespace) -> None:
+def _run_prompt(
+    workflow: Path, host: StandaloneHost, options: argparse.Namespace, edit: Callable[[Prompt], None] | None
+) -> None:
     from .. import NODE_CLASS_MAPPINGS
     from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
     from .graph import load
@@ -143,6 +151,8 @@ def _run_prompt(workflow: Path, host: StandaloneHost, options: argparse.Namespac
 
     classes = {**STAND_INS, **NODE_CLASS_MAPPINGS}
     prompt = load(workflow, classes, bypass=options.bypass, mute=options.mute)
+    if edit is not None:
+        edit(prompt)
     for assignment in options.assignments:
         prompt.set(assignment, classes)
     runner = Runner(prompt, classes, host)

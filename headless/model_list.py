@@ -69,6 +69,7 @@ PUBLISHED = (
     Published(
         r"Wan2_1-InfiniteTalk-(Single|Multi)_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "InfiniteTalk/{}", 2.8
     ),
+    Published(r"Wan2_1-VACE_module_14B_fp8_e4m3fn\.safetensors", KIJAI, "{}", 3.1),
     Published(r"Wan21-SkyReelsV3-A2V_fp8_scaled_mixed\.safetensors", SCALED, "SkyReelsV3/{}", 19.0),
     Published(r"Wan2_1_VAE_bf16\.safetensors", KIJAI, "{}", 0.25),
     Published(r"Wan2_2_VAE_bf16\.safetensors", KIJAI, "{}", 1.4),
@@ -95,15 +96,15 @@ PUBLISHED = (
 class NeededModel:
     """A model file that a workflow names.
 
-    name: as the workflow has it, with '/' between folders. folder: below the models folder. elsewhere: the same file
-    name in another subfolder, "" if there is none.
+    name: as the workflow has it, with '/' between folders. folder: below the models folder. elsewhere: where the same
+    file name lies in other subfolders.
     """
 
     name: str
     folder: str
     nodes: tuple[str, ...]
     present: bool
-    elsewhere: str
+    elsewhere: tuple[str, ...]
     published: Published | None
 
     def line(self) -> str:
@@ -112,7 +113,9 @@ class NeededModel:
         if self.present:
             return f"there     {target}"
         if self.elsewhere:
-            return f"moved     {target}: it lies at models/{self.folder}/{self.elsewhere}, choose that"
+            places = " and ".join(f"models/{self.folder}/{place}" for place in self.elsewhere)
+            taken = "which is taken" if len(self.elsewhere) == 1 else "choose one of them"
+            return f"moved     {target}: it lies at {places}, {taken}"
         if self.published is None:
             return f"MISSING   {target}: for {', '.join(self.nodes)}; where it is published is not known here"
         url = self.published.url(PurePosixPath(self.name).name)
@@ -148,12 +151,12 @@ def _needed(folder: str, name: str, nodes: tuple[str, ...], host: Host) -> Neede
     gguf = folder == DEFAULT_FOLDER and name.lower().endswith(".gguf")
     names = {entry.replace("\\", "/") for entry in host.list_files("unet_gguf" if gguf else folder)}
     base = PurePosixPath(name).name
-    others = sorted(entry for entry in names if PurePosixPath(entry).name == base)
+    others = sorted(entry for entry in names - {name} if PurePosixPath(entry).name == base)
     return NeededModel(
         name=name,
         folder=folder,
         nodes=nodes,
         present=name in names,
-        elsewhere=others[0] if others else "",
+        elsewhere=tuple(others),
         published=published(name),
     )

@@ -6,8 +6,10 @@ The rules are those of ComfyUI's front end (positional widget values) and server
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from ..saved_values import Choices, ModelFiles
 
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
 SEEDS = ("seed", "noise_seed")
@@ -156,18 +158,12 @@ def _limits(low: object, high: object) -> str:
 
 
 def _choice(entry: Input, value: object, where: str) -> object:
-    for option in _spellings(entry, value):
-        if option in entry.kind:
-            return option
+    # Lists of other packs know no other spellings.
+    choices = entry.kind if isinstance(entry.kind, Choices) else ModelFiles(entry.kind, default=entry.default)
+    option = choices.current(value)
+    if option is not None:
+        return option
     shown = ", ".join(str(choice) for choice in entry.kind[:SHOWN_CHOICES]) or "there is none"
     more = ", ..." if len(entry.kind) > SHOWN_CHOICES else ""
     raise ValueError(f"{where}: '{entry.name}' has no choice {_shown(value)}; choices are: {shown}{more}.")
 
-
-def _spellings(entry: Input, value: object) -> Iterator[object]:
-    yield value
-    if isinstance(value, str):
-        yield value.replace("\\", "/")
-        yield value.replace("/", "\\")
-    if value in ("", None):
-        yield entry.default

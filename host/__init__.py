@@ -17,6 +17,9 @@ __all__ = [
 
 log = logging.getLogger("wanvideo")
 
+# Of this pack, the original and its forks.
+OWN_FILES = ("__init__.py", "nodes_model_loading.py", "nodes_sampler.py", "fp8_optimization.py")
+
 _current: Host | None = None
 
 
@@ -40,6 +43,11 @@ def warn_about_copies() -> None:
         return
     here = Path(__file__).resolve().parents[1]
     for folder in sys.modules["folder_paths"].get_folder_paths("custom_nodes"):
-        for other in Path(folder).iterdir():
-            if "wanvideowrapper" in other.name.lower().replace("-", "") and other.resolve() != here:
-                log.warning("%s holds another copy of the WanVideo nodes; remove or disable one of the two.", other)
+        for other in copies_in(Path(folder), here):
+            log.warning("%s holds another copy of the WanVideo nodes; remove or disable one of the two.", other)
+
+
+def copies_in(folder: Path, here: Path) -> list[Path]:
+    """Packs in a custom_nodes folder that register these nodes too, told by their files: folders have any name."""
+    packs = (path for path in sorted(folder.iterdir()) if not path.name.endswith(".disabled"))
+    return [pack for pack in packs if pack.resolve() != here and all((pack / name).is_file() for name in OWN_FILES)]

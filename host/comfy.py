@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from .protocol import KINDS, HostAttention, Managed, MemoryMode, Place, Progress, find_in
+from .protocol import DEMO_MODELS, KINDS, HostAttention, Managed, MemoryMode, Place, Progress, find_in
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -23,6 +24,7 @@ class ComfyProgress:
 
         self._bar = ProgressBar(total)
         self._total = total
+        self._shown = 0
 
     def __enter__(self) -> Self:
         return self
@@ -33,7 +35,10 @@ class ComfyProgress:
     def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
         """Move the bar, show the note under the node and the first frame of the preview."""
         picture = None if preview is None else _preview(preview)
-        self._bar.update_absolute(done, self._total, picture)
+        # A note on what comes next is no progress.
+        if done != self._shown or picture is not None:
+            self._bar.update_absolute(done, self._total, picture)
+            self._shown = done
         if note:
             _show_text(note)
 
@@ -53,6 +58,7 @@ def _show_text(note: str) -> None:
 def _preview(latents: Tensor) -> tuple[str, object, int] | None:
     """What ComfyUI's progress bar shows: the middle frame through ComfyUI's own factors for Wan latents."""
     import latent_preview
+
     from comfy import latent_formats
 
     form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()
@@ -72,12 +78,22 @@ class ComfyHost:
         import folder_paths
 
         self._paths = folder_paths
-        models = Path(folder_paths.models_dir)
         for kind, (folder, suffixes) in KINDS.items():
-            if kind not in folder_paths.folder_names_and_paths:
-                known = folder_paths.folder_names_and_paths.get(folder)
-                folders = list(known[0]) if known else [str(models / folder)]
-                folder_paths.folder_names_and_paths[kind] = (folders, set(suffixes))
+            self._register(kind, folder, suffixes)
+        # Last, so that no file of the user's is hidden, and new files go where they went before.
+        for folder in sorted(DEMO_MODELS.glob("*")):
+            folder_paths.add_model_folder_path(folder.name, str(folder))
+
+    def _register(self, kind: str, folder: str, suffixes: tuple[str, ...]) -> None:
+        """A kind beside the folders that ComfyUI and the user's extra_model_paths.yaml have for it."""
+        known = self._paths.folder_names_and_paths
+        if kind != folder:
+            known.setdefault(kind, (list(known[folder][0]), set(suffixes)))
+            return
+        self._paths.add_model_folder_path(folder, os.path.join(self._paths.models_dir, folder))
+        folders, endings = known[folder]
+        # Kinds that ComfyUI does not know itself come without endings, and would list every file.
+        known[folder] = (folders, endings or set(suffixes))
 
     def device(self) -> torch.device:
         """ComfyUI's compute device."""
@@ -173,6 +189,11 @@ class _Held(nn.Module):
         self.module = module
 
 
+def _held(module: nn.Module) -> _Held:
+    """The module under its own name, which ComfyUI's log says when it loads it."""
+    return type(type(module).__name__, (_Held,), {})(module)
+
+
 class ComfyManaged:
     """Managed through a ModelPatcher that ComfyUI can evict."""
 
@@ -181,7 +202,7 @@ class ComfyManaged:
     ) -> None:
         self.module = module
         self._host = host
-        self._patcher = whole_model_patcher()(_Held(module), host.device(), host.offload_device())
+        self._patcher = whole_model_patcher()(_held(module), host.device(), host.offload_device())
         self._patcher.place = place or module.to
         self._patcher.resident = resident
 

@@ -15,6 +15,8 @@ Place = Callable[[torch.device], None]
 # q, k, v [B, H, L, D] -> [B, L, H * D]
 HostAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# The models that come with the pack.
+DEMO_MODELS = Path(__file__).resolve().parents[1] / "demo" / "models"
 # Folders whose files this pack lists, and the endings that count. GGUF files lie among the others.
 MODEL_SUFFIXES = (".safetensors", ".sft")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanvideo")
 
+# Parts of a step that the progress bar can show, for a bar that moves while a window is decoded.
+TICKS = 20
+
 
 class TalkingLoop(LoopSettings):
     """The settings, as what the sampler runs."""
@@ -109,13 +112,15 @@ def _make(windows: list[Window], request: SampleRequest, host: Host, footage: Fo
     if handover is not None:
         maker.take_over(handover)
     steps = len(request.schedule)
-    with host.progress(len(windows) * steps, "Sampling") as progress:
+    with host.progress(len(windows) * (steps + 1) * TICKS, "Sampling") as progress:
         watcher = LoopWatcher(host, progress, request.set_step, done=done * steps, windows=windows, steps=steps)
         for window in windows[done:]:
             watcher.start(window)
             with _broken_off(window, windows, footage, host):
                 for images in maker.frames(window, watcher):
                     footage.add(images)
+                    watcher.decoded(len(images))
+                watcher.finish_window()
                 if window is not windows[-1]:
                     footage.finish_window(window.index + 1, maker.hand_over(window))
             log.info("Window %d of %d is finished; %s", window.index + 1, len(windows), watcher.time_left())
@@ -144,33 +149,61 @@ def _broken_off(window: Window, windows: list[Window], footage: Footage, host: H
 
 
 class LoopWatcher(RunWatcher):
-    """One progress bar over all windows: what is sampled, which window and step, and the time left."""
+    """One progress bar over all windows: what is sampled, which window and step, and the time left.
+
+    A step takes TICKS of the bar, and so does decoding a window.
+    """
 
     def __init__(self, *positional: object, windows: list[Window], steps: int, **named: object) -> None:
         super().__init__(*positional, **named)
         self._windows = windows
         self._steps = steps
         self._window = windows[0]
+        self._frames = 0
         self._first = self.done
         self._began = time.monotonic()
 
     def start(self, window: Window) -> None:
         """The window that the next steps belong to."""
         self._window = window
-        self._tell(0)
+        self._frames = 0
+        self._tell("step 0 of {}")
 
     def begin(self, index: int) -> None:
         """Names the step before it runs."""
         super().begin(index)
-        self._tell(index + 1)
+        self._tell(f"step {index + 1} of {{}}")
 
-    def _tell(self, step: int) -> None:
+    def end(self, index: int, clean: Tensor) -> None:
+        """One step further, with the estimate as preview."""
+        self.done += 1
+        self.progress.update(self._ticks(), note=self.note, preview=clean)
+
+    def decoded(self, frames: int) -> None:
+        """So many frames more of the window have been decoded."""
+        self._frames += frames
+        self._tell(f"{self._frames} frames decoded")
+
+    def finish_window(self) -> None:
+        """All its frames are there."""
+        self._frames = len(self._window.frames)
+        if self._window is self._windows[-1]:
+            taken = datetime.timedelta(seconds=round(time.monotonic() - self._began))
+            self.note = f"Finished: {len(self._windows)} windows, {taken}"
+        self.progress.update(self._ticks(), note=self.note)
+
+    def _ticks(self) -> int:
+        """Of the bar, with what is decoded of the window."""
+        finished = (self.done + self._window.index) * TICKS
+        return finished + self._frames * TICKS // len(self._window.frames)
+
+    def _tell(self, what: str) -> None:
         frames = self._window.frames
         self.note = (
             f"Sampling audio indices {frames.start}-{frames.stop}, window {self._window.index + 1} of "
-            f"{len(self._windows)}, step {step} of {self._steps}, {self.time_left()}"
+            f"{len(self._windows)}, {what.format(self._steps)}, {self.time_left()}"
         )
-        self.progress.update(self.done, note=self.note)
+        self.progress.update(self._ticks(), note=self.note)
 
     def time_left(self) -> str:
         """From the mean time of the steps so far, decoding included."""

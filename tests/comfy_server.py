@@ -20,9 +20,18 @@ from saved_models import ROOT
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
-START_SECONDS, RUN_SECONDS = 120, 400
+START_SECONDS, RUN_SECONDS = 300, 400
 FOREIGN = ("VHS_VideoCombine", "VHS_LoadVideo", "ImageResizeKJv2", "INTConstant", "FloatConstant")
 FOREIGN += ("GetImageSizeAndCount", "GetImageRangeFromBatch", "ImageConcatMulti")
+
+BROWSER = """
+import shutil
+from pathlib import Path
+from playwright.sync_api import sync_playwright
+with sync_playwright() as p:
+    assert shutil.which("chromium") or shutil.which("google-chrome") or Path(p.chromium.executable_path).exists(), \
+        "no Chromium"
+"""
 
 # A copy of the package of its own, with the server's folders.
 STAND_IN_PACK = """
@@ -44,6 +53,13 @@ def missing():
     probe = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False)
     reason = (probe.stderr.strip().splitlines() or ["?"])[-1]
     return "" if probe.returncode == 0 else f"{PYTHON} lacks what ComfyUI needs ({reason}); set COMFYUI_PYTHON"
+
+
+def browser_is_missing():
+    """Why the front end cannot be opened; "" if it can."""
+    probe = subprocess.run([PYTHON, "-c", BROWSER], capture_output=True, text=True, check=False)
+    reason = (probe.stderr.strip().splitlines() or ["?"])[-1]
+    return "" if probe.returncode == 0 else f"{PYTHON} cannot open a browser: {reason}"
 
 
 class RefusedError(Exception):

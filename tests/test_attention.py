@@ -163,4 +163,7 @@ def test_resolve_names_every_backend_and_reason():
         with pytest.raises(ValueError, match=f"'{name}' cannot run") as error:
             resolve(name, spec)
         message = str(error.value)
-        assert all(f"{mode}: {reason(mode, spec) or 'runs'}" in message for mode in ATTENTION_MODES)
+        able, unable = message.split("These run here: ")[1].split(". The others do not: ")
+        reasons = {mode: reason(mode, spec) for mode in ATTENTION_MODES if mode != name}
+        assert set(able.split(", ")) == {mode for mode, why in reasons.items() if why is None} == anywhere
+        assert all(f"{mode}: {why}" in unable for mode, why in reasons.items() if why is not None)

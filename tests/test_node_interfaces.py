@@ -10,6 +10,8 @@ from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 ORIGINAL = json.loads((Path(__file__).parent / "data/node_interfaces.json").read_text())
 NODES = wanvideo_wrapper.NODE_CLASS_MAPPINGS
+# Nodes of this pack alone, which no saved graph of the original has.
+OWN = {"WanVideoDemoInputs"}
 FOLDERS = (
     "diffusion_models", "vae", "text_encoders", "clip_vision", "loras", "wav2vec2", "vae_approx", "controlnet",
     "audio_encoders", "nlf", "mmaudio",
@@ -53,7 +55,7 @@ def files(tmp_path):
     set_host(before)
 
 
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", [name for name in NODES if name not in OWN])
 def test_inputs(name, files):
     declared = NODES[name].INPUT_TYPES()
     for section in ("required", "optional", "hidden"):
@@ -79,7 +81,7 @@ def test_inputs(name, files):
             }, entry[0]
 
 
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", [name for name in NODES if name not in OWN])
 def test_outputs_and_names(name):
     node, original = NODES[name], ORIGINAL[name]
     assert [list(pair) for pair in zip(node.RETURN_TYPES, node.RETURN_NAMES, strict=True)] == original["outputs"]
@@ -91,7 +93,7 @@ def test_outputs_and_names(name):
 
 def test_every_node_of_the_original_is_registered():
     assert len(ORIGINAL) == 146
-    assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS) >= set(ORIGINAL)
+    assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS) == set(ORIGINAL) | OWN
 
 
 @pytest.mark.parametrize("family", wanvideo_wrapper.FAMILIES)

@@ -33,6 +33,8 @@ def main(url, screenshots, *graphs):
             for _ in range(2):
                 page.keyboard.press("Escape")
                 page.wait_for_timeout(500)
+            page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+            page.wait_for_timeout(1000)
             page.screenshot(path=Path(screenshots) / f"{graph.stem}.png")
         browser.close()
     sys.stdout.write(json.dumps(opened))

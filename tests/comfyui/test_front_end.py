@@ -11,21 +11,13 @@ from pathlib import Path
 
 import pytest
 import wanvideo_wrapper
-from comfy_server import PYTHON
+from comfy_server import PYTHON, browser_is_missing
 from saved_models import GRAPHS, ROOT
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 SAVED = [*sorted((ROOT / "example_workflows").glob("*.json")), *sorted(GRAPHS.glob("*.json"))]
 OURS = set(wanvideo_wrapper.NODE_CLASS_MAPPINGS)
-PROBE = """
-import shutil
-from pathlib import Path
-from playwright.sync_api import sync_playwright
-with sync_playwright() as p:
-    assert shutil.which("chromium") or shutil.which("google-chrome") or Path(p.chromium.executable_path).exists(), \
-        "no Chromium"
-"""
 
 
 def nodes_of(graph):
@@ -36,9 +28,9 @@ def nodes_of(graph):
 
 @pytest.fixture(scope="module")
 def opened(server, tmp_path_factory):
-    probe = subprocess.run([PYTHON, "-c", PROBE], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"{PYTHON} cannot open a browser: {probe.stderr.strip().splitlines()[-1]}")
+    reason = browser_is_missing()
+    if reason:
+        pytest.skip(reason)
     pictures = Path(os.environ.get("WANVIDEO_SCREENSHOTS") or tmp_path_factory.mktemp("pictures"))
     pictures.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("browser.py")

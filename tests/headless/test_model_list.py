@@ -36,13 +36,21 @@ def test_there_moved_and_missing(tmp_path):
     )
     model, vae, talk, lora = needed_models(graph, host)
     assert model.present and model.nodes == ("WanVideoModelLoader (#0)", "WanVideoModelLoader (#4)")
-    assert not vae.present and vae.elsewhere == "Wan2_1_VAE_bf16.safetensors" and "choose that" in vae.line()
+    assert not vae.present and vae.elsewhere == ("Wan2_1_VAE_bf16.safetensors",) and "which is taken" in vae.line()
     assert not talk.present and talk.folder == "diffusion_models"
     assert talk.line().endswith(
         "2.7 GB, https://huggingface.co/Kijai/WanVideo_comfy_GGUF/blob/main/InfiniteTalk/"
         "Wan2_1-InfiniteTalk_Single_Q8.gguf"
     )
     assert lora.folder == "loras" and "WanVideoLoraSelect (#3); where it is published is not known" in lora.line()
+
+
+def test_of_several_files_of_a_name_none_is_taken(tmp_path):
+    host = StandaloneHost(models=tmp_path, device="cpu")
+    for place in ("a", "b"):
+        touch(tmp_path / f"vae/{place}/Wan2_1_VAE_bf16.safetensors")
+    (vae,) = needed_models(prompt(("WanVideoVAELoader", {"model_name": VAE})), host)
+    assert len(vae.elsewhere) == 2 and vae.line().endswith("b/Wan2_1_VAE_bf16.safetensors, choose one of them")
 
 
 def test_gguf_files_are_found_beside_the_others(tmp_path):

@@ -13,6 +13,7 @@ from talking import MOTION, TOTAL, WINDOW, request, run
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import loop as talk
+from wanvideo_wrapper.multitalk.loop import TICKS
 from wanvideo_wrapper.multitalk.pictures import keyframe
 from wanvideo_wrapper.multitalk.plan import plan_windows
 from wanvideo_wrapper.multitalk.window import WindowMaker
@@ -46,15 +47,23 @@ class Telling(StandaloneHost):
 def test_one_bar_tells_window_step_and_time_left(folder):
     host = Telling()
     sample(request(folder), host)
-    assert host.bars == [(10, "Sampling")]
-    pattern = r"Sampling audio indices (\d+)-(\d+), window (\d) of 5, step (\d) of 2, (.*)"
-    found = [re.fullmatch(pattern, note).groups() for _, note in host.told]
-    for number, window in enumerate(plan_windows(TOTAL, WINDOW, MOTION)):
-        mine = [row for row in found if row[2] == str(number + 1)]
+    windows = plan_windows(TOTAL, WINDOW, MOTION)
+    assert host.bars == [(len(windows) * 3 * TICKS, "Sampling")]
+    pattern = r"Sampling audio indices (\d+)-(\d+), window (\d) of 5, (?:step (\d) of 2|\d+ frames decoded), (.*)"
+    told = [(done, re.fullmatch(pattern, note)) for done, note in host.told[:-1]]
+    rows = [match.groups() for _, match in told]
+    for number, window in enumerate(windows):
+        mine = [row for row in rows if row[2] == str(number + 1)]
         assert {row[:2] for row in mine} == {(str(window.frames.start), str(window.frames.stop))}
-        assert [row[3] for row in mine] == ["0", "1", "1", "2", "2"]
-    assert found[0][4] == "time left unknown" and all(re.fullmatch(r"\d+:\d\d:\d\d left", r[4]) for r in found[3:])
-    assert [done for done, _ in host.told] == sorted(done for done, _ in host.told) and host.told[-1][0] == 10
+        steps = [row[3] for row in mine]
+        decoding = steps.index(None)
+        assert steps[:decoding] == ["0", "1", "1", "2", "2"] and len(set(steps[decoding:])) == 1
+        moved = {done for done, match in told if match[3] == str(number + 1) and "decoded" in match[0]}
+        assert len(moved) > 1, "the bar moves while frames are decoded"
+    assert rows[0][4] == "time left unknown" and all(re.fullmatch(r"\d+:\d\d:\d\d left", r[4]) for r in rows[3:])
+    assert [done for done, _ in host.told] == sorted(done for done, _ in host.told)
+    last, note = host.told[-1]
+    assert last == host.bars[0][0] and re.fullmatch(r"Finished: 5 windows, \d:\d\d:\d\d", note)
 
 
 def broken_model(asked, monkeypatch, window, step):

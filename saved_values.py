@@ -1,0 +1,95 @@
+"""Values of list widgets as older graphs and other machines saved them: what they are called here.
+
+ComfyUI's server asks whether a value is in the list of its widget, and the node then gets the value as it was saved. So
+the lists answer for every spelling that they can place, and `current_values` puts the name used here in its stead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+
+log = logging.getLogger("wanvideo")
+
+# By widget: options that older versions of the original had, and what does the same today.
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "quantization": {
+        "fp8_e4m3fn_fast_no_ffn": "fp8_e4m3fn_fast",
+        "torchao_fp8dq": "fp8_e4m3fn_fast",
+        "torchao_fp8dqrow": "fp8_e4m3fn_fast",
+    },
+}
+
+
+class Choices(list):
+    """The options of a list widget.
+
+    renamed: old name -> option. default: what an empty value stands for, as a widget that was added later saves it.
+    """
+
+    def __init__(
+        self, options: Iterable[object], renamed: Mapping[str, str] | None = None, default: object = None
+    ) -> None:
+        super().__init__(options)
+        self._renamed = renamed or {}
+        self._default = default
+
+    def current(self, value: object) -> object:
+        """The option that a saved value stands for; None if there is none."""
+        if super().__contains__(value):
+            return value
+        if value is None or value == "":
+            return self._default
+        other = self._renamed.get(value) if isinstance(value, str) else None
+        return other if super().__contains__(other) else None
+
+    def __contains__(self, value: object) -> bool:
+        return self.current(value) is not None
+
+
+class ModelFiles(Choices):
+    """Names of model files: '\\' and '/' are the same, and a file may have moved to another subfolder."""
+
+    def current(self, value: object) -> object:
+        """The file's name here. None for one that is not there, or lies under its name in several other subfolders."""
+        listed = super().current(value)
+        if listed is not None or not isinstance(value, str):
+            return listed
+        wanted = PurePosixPath(value.replace("\\", "/"))
+        here = {name: PurePosixPath(name.replace("\\", "/")) for name in self if isinstance(name, str)}
+        same = [name for name, path in here.items() if path == wanted]
+        moved = [name for name, path in here.items() if path.name == wanted.name]
+        return next(iter(same or moved), None) if same or len(moved) == 1 else None
+
+
+def tolerant(declared: Mapping[str, Mapping[str, tuple[object, ...]]]) -> dict[str, dict[str, tuple[object, ...]]]:
+    """INPUT_TYPES with Choices for plain lists."""
+    return {section: {name: _row(name, row) for name, row in rows.items()} for section, rows in declared.items()}
+
+
+def _row(name: str, row: tuple[object, ...]) -> tuple[object, ...]:
+    # The rows of hidden inputs are texts.
+    if not isinstance(row, tuple) or not isinstance(row[0], list) or isinstance(row[0], Choices):
+        return row
+    options = row[1] if len(row) > 1 else {}
+    default = options.get("default", row[0][0] if row[0] else None)
+    return (Choices(row[0], RENAMED.get(name), default), *row[1:])
+
+
+def current_values(
+    declared: Mapping[str, Mapping[str, tuple[object, ...]]], values: Mapping[str, object], node: str
+) -> dict[str, object]:
+    """The values with today's names of options and files; a log line for each that had another. node: for the lines."""
+    rows = {name: row for section in ("required", "optional") for name, row in declared.get(section, {}).items()}
+    return {name: _current(rows.get(name, (None,))[0], name, value, node) for name, value in values.items()}
+
+
+def _current(kind: object, name: str, value: object, node: str) -> object:
+    if not isinstance(kind, Choices):
+        return value
+    option = kind.current(value)
+    if option is None or option == value:
+        return value
+    log.info("%s: '%s' was saved as '%s'; '%s' is taken.", node, name, value, option)
+    return option

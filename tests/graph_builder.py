@@ -1,0 +1,151 @@
+"""Writes graphs as ComfyUI's editor saves them, from the interfaces of the nodes: links by name, places by column."""
+
+import uuid
+from dataclasses import dataclass, field
+
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS
+from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+from wanvideo_wrapper.headless.widgets import SEEDS, UPLOADS, inputs_of
+
+PACK = "comfyui-wanvideo-aligned"
+WIDTH, GAP, TITLE = 340, 60, 30
+SLOT, WIDGET, TEXT = 20, 26, 90
+# What a node shows below its widgets.
+PICTURES = {"LoadImage": 320, "SaveVideo": 320, "LoadAudio": 60, "PreviewImage": 220}
+
+
+@dataclass
+class Made:
+    """A node of a graph under construction. inputs: values, nodes (their first output) or (node, output name)."""
+
+    id: int
+    type: str
+    inputs: dict
+    title: str = ""
+    targets: list = field(default_factory=list)
+
+    @property
+    def cls(self):
+        return NODE_CLASS_MAPPINGS.get(self.type) or STAND_INS[self.type]
+
+    @property
+    def outputs(self):
+        kinds = self.cls.RETURN_TYPES
+        return list(zip(getattr(self.cls, "RETURN_NAMES", kinds), kinds, strict=True))
+
+    @property
+    def sockets(self):
+        linked = {name for name, value in self.inputs.items() if isinstance(value, (Made, tuple))}
+        return [entry for entry in inputs_of(self.cls) if not entry.is_widget or entry.name in linked]
+
+    @property
+    def widgets(self):
+        return [entry for entry in inputs_of(self.cls) if entry.is_widget]
+
+    @property
+    def height(self):
+        texts = sum(bool(entry.options.get("multiline")) for entry in self.widgets)
+        seeds = sum(entry.name in SEEDS for entry in self.widgets)
+        slots = max(len(self.sockets), len(self.outputs))
+        shown = PICTURES.get(self.type, 0)
+        return 20 + SLOT * slots + WIDGET * (len(self.widgets) + seeds) + TEXT * texts + shown
+
+
+class Graph:
+    """Nodes in the order in which they are added; `saved` gives the file."""
+
+    def __init__(self, name, note):
+        self.name, self.note, self.nodes = name, note, []
+
+    def add(self, kind, /, title="", **inputs):
+        node = Made(len(self.nodes) + 2, kind, inputs, title)
+        unknown = set(inputs) - {entry.name for entry in inputs_of(node.cls)}
+        assert not unknown, f"{kind} has no {unknown}"
+        self.nodes.append(node)
+        return node
+
+    def saved(self):
+        links = self._links()
+        places = self._places(links)
+        nodes = [self._note(), *(_saved_node(node, links, places[node.id]) for node in self.nodes)]
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{self.name}")),
+            "revision": 0,
+            "last_node_id": len(self.nodes) + 1,
+            "last_link_id": len(links),
+            "nodes": [{**node, "order": order} for order, node in enumerate(nodes)],
+            "links": links,
+            "groups": [],
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
+
+    def _links(self):
+        links = []
+        for node in self.nodes:
+            for slot, entry in enumerate(node.sockets):
+                value = node.inputs.get(entry.name)
+                if not isinstance(value, (Made, tuple)):
+                    continue
+                maker, name = value if isinstance(value, tuple) else (value, value.outputs[0][0])
+                output = [label for label, _ in maker.outputs].index(name)
+                links.append([len(links) + 1, maker.id, output, node.id, slot, maker.outputs[output][1]])
+        return links
+
+    def _places(self, links):
+        """Each node one column before the first that takes what it makes; columns are filled downwards."""
+        takers = {node.id: [link[3] for link in links if link[1] == node.id] for node in self.nodes}
+
+        def distance(key):
+            return 1 + max(map(distance, takers[key]), default=-1)
+
+        distances = {node.id: distance(node.id) for node in self.nodes}
+        columns = max(distances.values())
+        filled, places = {}, {}
+        for node in self.nodes:
+            column = columns - distances[node.id]
+            top = filled.get(column, 0)
+            places[node.id] = [(column + 1) * (WIDTH + GAP) + 100, top]
+            filled[column] = top + node.height + TITLE + GAP
+        return places
+
+    def _note(self):
+        return {
+            "id": 1, "type": "MarkdownNote", "pos": [0, 0], "size": [WIDTH + 100, 420], "flags": {}, "mode": 0,
+            "inputs": [], "outputs": [], "title": "Start here", "properties": {}, "widgets_values": [self.note],
+            "color": "#432", "bgcolor": "#653",
+        }  # fmt: skip
+
+
+def _saved_node(node, links, place):
+    ours = node.type in NODE_CLASS_MAPPINGS
+    into = {link[4]: link[0] for link in links if link[3] == node.id}
+    inputs = []
+    for slot, entry in enumerate(node.sockets):
+        kind = "COMBO" if isinstance(entry.kind, list) else entry.kind
+        shape = {} if entry.required else {"shape": 7}
+        widget = {"widget": {"name": entry.name}} if entry.is_widget else {}
+        inputs.append({"name": entry.name, "type": kind, "link": into.get(slot), **shape, **widget})
+    outputs = [
+        {"name": name, "type": kind, "links": [link[0] for link in links if link[1:3] == [node.id, slot]]}
+        for slot, (name, kind) in enumerate(node.outputs)
+    ]
+    return {
+        "id": node.id, "type": node.type, "pos": place, "size": [WIDTH, node.height], "flags": {}, "mode": 0,
+        "inputs": inputs, "outputs": outputs, **({"title": node.title} if node.title else {}),
+        "properties": {"Node name for S&R": node.type, "cnr_id": PACK if ours else "comfy-core"},
+        "widgets_values": _values(node),
+    }  # fmt: skip
+
+
+def _values(node):
+    values = []
+    for entry in node.widgets:
+        value = node.inputs.get(entry.name, entry.default)
+        values.append(entry.default if isinstance(value, (Made, tuple)) else value)
+        if entry.name in SEEDS:
+            values.append("fixed")
+        if any(entry.options.get(upload) for upload in UPLOADS[:1]):
+            values.append("image")
+    return values

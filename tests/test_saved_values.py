@@ -1,0 +1,81 @@
+"""List widgets take what older graphs and other machines saved, and nodes get the names of today."""
+
+import json
+import logging
+
+import pytest
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
+from wanvideo_wrapper import nodes_unbuilt
+from wanvideo_wrapper.headless.widgets import checked, inputs_of
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.node_tools import mappings
+from wanvideo_wrapper.saved_values import Choices, ModelFiles
+
+LINUX = ["WanVideo/2_2/a.safetensors", "b.safetensors", "x/c.safetensors", "y/c.safetensors"]
+WINDOWS = [name.replace("/", "\\") for name in LINUX]
+
+
+@pytest.mark.parametrize(("here", "other"), [(LINUX, WINDOWS), (WINDOWS, LINUX)], ids=["linux", "windows"])
+def test_a_name_of_another_system_is_the_same_file(here, other):
+    files = ModelFiles(here)
+    for own, saved in zip(here, other, strict=True):
+        assert saved in files and files.current(saved) == own and files.current(own) == own
+
+
+def test_a_file_in_another_folder_is_taken_where_there_is_one():
+    files = ModelFiles(LINUX)
+    assert files.current("WanVideo\\a.safetensors") == files.current("a.safetensors") == "WanVideo/2_2/a.safetensors"
+    assert files.current("old/b.safetensors") == "b.safetensors"
+    for name in ("c.safetensors", "z/c.safetensors", "none.safetensors", "", None, 3, ["b.safetensors"]):
+        assert name not in files and files.current(name) is None
+    assert files.current("y\\c.safetensors") == "y/c.safetensors"
+
+
+def test_options_that_were_renamed_or_left_empty():
+    options = Choices(["disabled", "fast"], {"very_fast": "fast", "gone": "absent"}, "disabled")
+    saved = {"fast": "fast", "very_fast": "fast", "": "disabled", None: "disabled"}
+    assert {value: options.current(value) for value in saved} == saved
+    assert "gone" not in options and "other" not in options and 7 not in options
+    assert json.loads(json.dumps(options)) == ["disabled", "fast"] == options
+
+
+class Loader:
+    """Loads."""
+
+    DISPLAY_NAME, FUNCTION = "A Loader", "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        choices = {"model": (ModelFiles(LINUX),), "quantization": (["disabled", "fp8_e4m3fn_fast"],)}
+        return {"required": choices, "optional": {"n": ("INT", {})}, "hidden": {"id": "UNIQUE_ID"}}
+
+    def load(self, model, quantization, n=1, id=None):
+        return model, quantization, n, id
+
+
+def test_nodes_get_the_names_of_today(caplog):
+    (node,) = mappings(Loader)[0].values()
+    caplog.set_level(logging.INFO, "wanvideo")
+    saved = {"model": "WanVideo\\a.safetensors", "quantization": "torchao_fp8dq", "n": 5, "id": "12"}
+    # What ComfyUI's server asks before it queues the graph.
+    declared = node.INPUT_TYPES()["required"]
+    assert all(saved[name] in declared[name][0] for name in declared)
+    assert node().load(**saved) == ("WanVideo/2_2/a.safetensors", "fp8_e4m3fn_fast", 5, "12")
+    assert caplog.messages[0] == (
+        "A Loader: 'model' was saved as 'WanVideo\\a.safetensors'; 'WanVideo/2_2/a.safetensors' is taken."
+    )
+    assert len(caplog.messages) == 2
+    assert node().load(model="none", quantization="disabled") == ("none", "disabled", 1, None)
+    entry = inputs_of(node)[0]
+    assert checked(entry, "old\\b.safetensors", "here") == "b.safetensors"
+
+
+def test_every_list_of_a_built_node_is_tolerant(tmp_path):
+    before = get_host()
+    set_host(StandaloneHost(models=tmp_path, device="cpu"))
+    try:
+        built = [node for node in N.values() if node.__module__ != nodes_unbuilt.__name__]
+        lists = [entry.kind for node in built for entry in inputs_of(node) if isinstance(entry.kind, list)]
+    finally:
+        set_host(before)
+    assert len(lists) > 40 and all(isinstance(choices, Choices) for choices in lists)
