@@ -22,6 +22,7 @@ FAMILIES = (
     ".nodes_sampler",
     ".nodes_utility",
     ".nodes_demo",
+    ".nodes_doctor",
     ".cache_methods.nodes_cache",
 )
 NODE_CLASS_MAPPINGS: dict[str, type] = {}

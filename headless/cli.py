@@ -218,7 +218,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from . import doctor
+    from .. import doctor
 
     device = StandaloneHost(device=options.device).device()
     findings = doctor.examine(device, options.tokens)

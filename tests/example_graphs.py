@@ -250,6 +250,16 @@ def vace():
     return graph
 
 
+def doctor():
+    graph = Graph("doctor", note(
+        "What runs on this machine",
+        "Press Run: every quantization and attention option, whether it runs, why not and how to get it. The self-test "
+        "runs each of them on tiny inputs, in about a minute.",
+    ))  # fmt: skip
+    graph.add("PreviewAny", source=graph.add("WanVideoDoctor"))
+    return graph
+
+
 def all_graphs():
     one = talking(
         "infinitetalk_one_speaker", "InfiniteTalk, one speaker",
@@ -262,7 +272,8 @@ def all_graphs():
         "give two masks to `ref_target_masks`. `multi_audio_type`: para for at once, add for in turn.",
         TALK.format("Multi"), ["speech.wav", "speech_2.wav"],
     )  # fmt: skip
-    return [demo(), text_to_video(), picture_to_video(), two_models(), one, two, vace(), eight_gigabytes(), fp4_sage3()]
+    tasks = [text_to_video(), picture_to_video(), two_models(), one, two, vace(), eight_gigabytes(), fp4_sage3()]
+    return [demo(), *tasks, doctor()]
 
 
 def main():

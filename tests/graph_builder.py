@@ -11,7 +11,7 @@ PACK = "comfyui-wanvideo-aligned"
 WIDTH, GAP, TITLE = 340, 60, 30
 SLOT, WIDGET, TEXT = 20, 26, 90
 # What a node shows below its widgets.
-PICTURES = {"LoadImage": 320, "SaveVideo": 320, "LoadAudio": 60, "PreviewImage": 220}
+PICTURES = {"LoadImage": 320, "SaveVideo": 320, "LoadAudio": 60, "PreviewImage": 220, "PreviewAny": 500}
 
 
 @dataclass

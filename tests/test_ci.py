@@ -34,3 +34,41 @@ def test_cuda_runners_run_the_cuda_tests():
     (gpu,) = [path for path in WORKFLOWS if path.stem == "gpu"]
     assert "make gpu-test" in commands(gpu) and "make gpu-memcheck" in commands(gpu)
     assert "pytest -m cuda" in (ROOT / "Makefile").read_text("utf-8")
+
+
+STEP_KEYS = {"name", "id", "if", "uses", "run", "with", "env", "working-directory", "shell", "continue-on-error"}
+JOB_KEYS = {"name", "needs", "if", "strategy", "runs-on", "timeout-minutes", "env", "steps", "environment"}
+JOB_KEYS |= {"permissions"}
+CONTEXT = re.compile(r"\$\{\{ (?:matrix|vars|env|secrets|github)\.[\w.]+ \}\}")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_are_whole(path):
+    """What makes a workflow fail before its first step; actionlint, which CI runs, knows more."""
+    workflow = yaml.safe_load(path.read_text("utf-8"))
+    # YAML 1.1 reads the key "on" as true.
+    assert workflow["name"] == path.stem and workflow[True] and workflow["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        assert set(job) <= JOB_KEYS and job["timeout-minutes"] <= 360, name
+        needs = job.get("needs", [])
+        assert ({needs} if isinstance(needs, str) else set(needs)) <= set(workflow["jobs"])
+        matrix = set(job.get("strategy", {}).get("matrix", {}))
+        assert set(re.findall(r"matrix\.(\w+)", str(job))) <= matrix, name
+        for step in job["steps"]:
+            assert set(step) <= STEP_KEYS and ("uses" in step) != ("run" in step), step
+            assert re.fullmatch(r"[\w.-]+/[\w./-]+@[\w./-]+", step.get("uses", "a/b@c")), step
+            text = str(step)
+            assert text.count("${{") == len(CONTEXT.findall(text)), step
+
+
+def test_only_the_release_has_rights_and_secrets():
+    for path in WORKFLOWS:
+        jobs = yaml.safe_load(path.read_text("utf-8"))["jobs"]
+        powerful = {name for name, job in jobs.items() if "permissions" in job or "secrets." in str(job)}
+        assert powerful == ({"pypi", "comfy-registry"} if path.stem == "release" else set())
+
+
+def test_coverage_is_printed():
+    (path,) = [path for path in WORKFLOWS if path.stem == "test"]
+    lines = commands(path)
+    assert lines.index("python -m coverage run -m pytest -rs") < lines.index("python -m coverage report")

@@ -44,10 +44,16 @@ def test_tables_of_files(page, name, url, folder, size, tmp_path):
 
 
 def test_tasks_name_their_files():
-    assert {page for page, *_ in FILES} == {"text-to-video", "picture-to-video", "two-models", "infinitetalk"}
+    assert {page for page, *_ in FILES} == {"text-to-video", "picture-to-video", "two-models", "infinitetalk", "vace"}
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
 def test_links_between_pages_lead_somewhere(path):
     for target in re.findall(r"\]\(([^):#]+)\)", path.read_text("utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def test_every_example_graph_is_named():
+    text = "\n".join(path.read_text("utf-8") for path in DOCS.rglob("*.md"))
+    graphs = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+    assert graphs and [name for name in graphs if f"`{name}`" not in text] == []

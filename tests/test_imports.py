@@ -15,7 +15,7 @@ FLOORS = (
     ("wanvideo",),
     ("SYSTEMS", "cache_methods", "unbuilt"),
     ("registry",),
-    ("NODES", "node_checks", "node_tools", "node_tips", "saved_values", "__init__"),
+    ("NODES", "doctor", "node_checks", "node_tools", "node_tips", "saved_values", "__init__"),
     ("distributed",),
     ("headless", "demo"),
     ("benchmarks",),

@@ -11,7 +11,7 @@ from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 ORIGINAL = json.loads((Path(__file__).parent / "data/node_interfaces.json").read_text())
 NODES = wanvideo_wrapper.NODE_CLASS_MAPPINGS
 # Nodes of this pack alone, which no saved graph of the original has.
-OWN = {"WanVideoDemoInputs"}
+OWN = {"WanVideoDemoInputs", "WanVideoDoctor"}
 FOLDERS = (
     "diffusion_models", "vae", "text_encoders", "clip_vision", "loras", "wav2vec2", "vae_approx", "controlnet",
     "audio_encoders", "nlf", "mmaudio",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +46,13 @@ def assign(
     return report
 
 
-def check(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, what: str) -> LoadReport:
-    """The first half of `assign`: whether the tensors are there and fit, from the header alone, with the log line."""
+def check(
+    model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, what: str, besides: Collection[str] = ()
+) -> LoadReport:
+    """The first half of `assign`: whether the tensors are there and fit, from the header alone, with the log line.
+
+    besides: tensors that no parameter takes, but something else reads.
+    """
     wanted = dict(model.named_parameters())
     missing = sorted(name for name in wanted if names.get(name) not in checkpoint.shapes)
     if missing:
@@ -62,7 +67,7 @@ def check(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *,
                 f"{checkpoint.path.name}: '{names[name]}' has the shape {tuple(shape)} where a {what} has "
                 f"{tuple(parameter.shape)}; choose another file."
             )
-    used = {names[name] for name in wanted}
+    used = {names[name] for name in wanted} | set(besides)
     report = LoadReport(matched=len(wanted), unused=tuple(sorted(set(checkpoint.shapes) - used)))
     log.info("%s: %s, %s.", checkpoint.path.name, what, report)
     return report

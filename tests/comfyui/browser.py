@@ -15,7 +15,9 @@ OPEN = """async (saved) => {
     await app.loadGraphData(saved, true, false);
     const made = app.graph.serialize();
     const types = Object.keys(LiteGraph.registered_node_types);
-    return {made, types};
+    const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
+    const red = graphs.flatMap((graph) => graph.nodes.filter((node) => node.has_errors).map((node) => node.type));
+    return {made, types, red};
 }"""
 
 

@@ -19,7 +19,7 @@ def main(url, screenshot, pack, template):
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1800, "height": 1000})
+        page = browser.new_page(viewport={"width": 2900, "height": 1500})
         page.on("websocket", lambda socket: socket.on("framereceived", lambda data: note(data, progress, errors)))
         page.goto(url)
         page.wait_for_function(READY, timeout=2 * MINUTE)

@@ -269,3 +269,12 @@ def test_fp8_storage_of_the_text_encoder(host, wan_names, tmp_path):
     assert encoder.name.endswith("fp8_e4m3fn")
     with pytest.raises(ValueError, match="'int4' of a text encoder does not exist; choose one of: disabled"):
         t5.load_text_encoder(path, dtype=torch.float32, quantization="int4", host=host)
+
+
+def test_the_tokenizer_in_the_file_is_no_unused_tensor(host, tmp_path, caplog):
+    caplog.set_level("INFO", "wanvideo")
+    model = tiny.text_encoder()
+    path = tmp_path / "t5.safetensors"
+    tiny.Tiny(tensors={**model.tensors, "of_another": torch.ones(2)}).save(path, torch.float32)
+    t5.load_text_encoder(path, dtype=torch.float32, host=host)
+    assert "none missing, 1 unused (first 'of_another')" in caplog.text

@@ -23,7 +23,7 @@ from ..gguf_file import BLOCKS
 from ..model_file import part_paths
 from ..stored_weights import expanding_layer
 from ..text_cache import content_digest
-from .tokenizer import Tokenizer, find_tokenizer
+from .tokenizer import EMBEDDED, Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from ...host import Host
@@ -154,7 +154,7 @@ def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantizatio
     if any(form.startswith(BLOCKS) for form in checkpoint.formats.values()) and quantization != "disabled":
         raise ValueError(f"{path.name} is a GGUF file, whose own quantization is used: choose quantization 'disabled'.")
     model.encoder.embed_tokens = model.shared
-    check(model, checkpoint, names, what="UMT5 text encoder")
+    check(model, checkpoint, names, what="UMT5 text encoder", besides=(EMBEDDED,))
     _compress(model, checkpoint, names, dtype=dtype, fp8=quantization != "disabled")
     fill(model, checkpoint, names, dtype_of=lambda name: dtype)
     tokenizer = find_tokenizer(checkpoint, [path.parent, host.models_dir("text_encoders")])

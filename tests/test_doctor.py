@@ -1,14 +1,17 @@
 """`wanvideo doctor` lists every option of the widgets with a reason where it does not run."""
 
 import json
+import re
 
 import attention_stand_ins
 import pytest
 import torch
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS as NODES
+from wanvideo_wrapper import doctor, nodes_doctor
 from wanvideo_wrapper.attention import ATTENTION_MODES
 from wanvideo_wrapper.attention_backends import probe
-from wanvideo_wrapper.headless import doctor
 from wanvideo_wrapper.headless.cli import main
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.wanvideo.quantization import QUANTIZATIONS
 
 
@@ -54,3 +57,41 @@ def test_on_a_gpu(capsys):
     assert main(["doctor", "--device", "cuda", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert torch.cuda.get_device_name() in found["machine"]
+
+
+@pytest.fixture
+def on_cpu(tmp_path):
+    before = get_host()
+    set_host(StandaloneHost(models=tmp_path, outputs=tmp_path, device="cpu"))
+    yield
+    set_host(before)
+
+
+def test_the_node_tries_what_runs(on_cpu, monkeypatch):
+    chosen = ("disabled", "fp8_e4m3fn", "fp4_scaled", "sdpa", "sageattn")
+    every = doctor.examine(torch.device("cpu"))
+    monkeypatch.setattr(doctor, "examine", lambda device: [finding for finding in every if finding.option in chosen])
+    made = NODES["WanVideoDoctor"]().examine(self_test=True)
+    (report,) = made["result"]
+    assert made["ui"] == {"text": [report]}
+    table, tested = report.split("\n\nself-test\n")
+    assert "why not: it needs an NVIDIA GPU" in table
+    rows = dict(line.split(maxsplit=1) for line in tested.splitlines())
+    assert list(rows) == ["disabled", "fp8_e4m3fn", "fp4_scaled", "sdpa"]
+    said = re.compile(r"works, (\S+) from full precision, [\d.]+ s")
+    errors = {name: float(said.fullmatch(row)[1]) for name, row in rows.items()}
+    assert errors["disabled"] == 0 and errors["sdpa"] < 1e-5
+    assert 1e-4 < errors["fp8_e4m3fn"] < errors["fp4_scaled"] < 0.5
+
+
+def test_the_node_says_what_fails(on_cpu, monkeypatch):
+    def broken(name, spec):
+        if name == "sdpa":
+            return lambda q, k, v: torch.full_like(q, torch.nan)
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(nodes_doctor.attention, "resolve", broken)
+    findings = [doctor.Finding(widget="attention_mode", option=name, what="") for name in ("sdpa", "comfy")]
+    monkeypatch.setattr(nodes_doctor, "_quantization_runs", lambda device: None)
+    nan, raised = nodes_doctor.self_tested(findings, torch.device("cpu"))
+    assert nan.split(maxsplit=1)[1].startswith("FAILED: nan") and raised.endswith("FAILED: no kernel image")

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .. import attention
-from ..attention import AttentionSpec
-from ..attention_backends import probe
-from ..attention_backends.third_party import ThirdParty
-from ..quantized.fp8 import runs_fp8
-from ..quantized.nvfp4 import runs_fp4
-from ..wanvideo.quantization import NVFP4, QUANTIZATIONS, Option
+from . import attention
+from .attention import AttentionSpec
+from .attention_backends import probe
+from .attention_backends.third_party import ThirdParty
+from .quantized.fp8 import runs_fp8
+from .quantized.nvfp4 import runs_fp4
+from .wanvideo.quantization import NVFP4, QUANTIZATIONS, Option
 
 # Wan 14B's heads.
 HEADS, HEAD_DIM = 40, 128
