@@ -3,12 +3,13 @@
 import ast
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from wanvideo_wrapper.host import CancelledError, StandaloneHost
-from wanvideo_wrapper.host.protocol import inside
+from wanvideo_wrapper.host import OWN_FILES, CancelledError, ComfyHost, StandaloneHost, copies_in
+from wanvideo_wrapper.host.protocol import DEMO_MODELS, KINDS, MODEL_SUFFIXES, inside
 
 ROOT = Path(__file__).parents[1]
 COMFYUI = {"comfy", "folder_paths", "comfy_extras", "comfy_execution", "latent_preview", "server", "execution"}
@@ -98,3 +99,46 @@ def test_models_move_and_runs_stop():
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no CUDA GPU"):
         StandaloneHost(device="cuda")
+
+
+def test_copies_of_the_pack_are_told_by_their_files(tmp_path):
+    def pack(name, files=OWN_FILES):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+        return tmp_path / name
+
+    here, renamed, original = pack("aligned"), pack("my fork of wan"), pack("ComfyUI-WanVideoWrapper")
+    pack("another-pack", OWN_FILES[:2])
+    pack("comfyui-wanvideowrapper.disabled")
+    (tmp_path / "example_node.py.example").touch()
+    assert copies_in(tmp_path, here) == sorted([original, renamed])
+
+
+@pytest.fixture
+def folder_paths(tmp_path, monkeypatch):
+    """ComfyUI's module, as far as a host uses it, where the user's extra_model_paths.yaml has named a folder."""
+    module = types.ModuleType("folder_paths")
+    known = {kind: ([str(tmp_path / kind)], {".safetensors"}) for kind in ("diffusion_models", "vae", "text_encoders")}
+    known["wav2vec2"] = (["/mnt/share/wav2vec2"], set())
+
+    def add(kind, folder, is_default=False):
+        folders = known.setdefault(kind, ([], set()))[0]
+        if folder not in folders:
+            folders.append(folder)
+
+    module.models_dir, module.folder_names_and_paths, module.add_model_folder_path = str(tmp_path), known, add
+    monkeypatch.setitem(sys.modules, "folder_paths", module)
+    return module
+
+
+def test_comfyui_gets_the_folders_of_the_pack_after_those_of_the_user(folder_paths, tmp_path):
+    ComfyHost()
+    known = folder_paths.folder_names_and_paths
+    assert known["wav2vec2"] == (
+        ["/mnt/share/wav2vec2", str(tmp_path / "wav2vec2"), str(DEMO_MODELS / "wav2vec2")],
+        set(MODEL_SUFFIXES),
+    )
+    assert known["vae"][0] == [str(tmp_path / "vae"), str(DEMO_MODELS / "vae")]
+    assert known["unet_gguf"] == ([str(tmp_path / "diffusion_models")], {".gguf"})
+    assert set(KINDS) <= set(known)
