@@ -45,7 +45,7 @@ GRAPH_RUNS = {
         40,
     ),
     "humo": (
-        "*HuMo*.json",
+        "*14B_HuMo_example_01.json",
         (
             "61.value=64", "62.value=64", "HuMoEmbeds.num_frames=9", "WanVideoModelLoader.attention_mode=sdpa",
             "WanVideoSampler.steps=2",
@@ -72,7 +72,7 @@ GRAPH_RUNS = {
         9,
     ),
     "two_models_of_wan_2_2": (
-        "*2_2_I2V_A14B*.json",
+        "*2_2_I2V_A14B_example*.json",
         (
             "22.attention_mode=sdpa", "71.attention_mode=sdpa", "68.width=64", "68.height=64",
             "WanVideoImageToVideoEncode.num_frames=9", "94.value=2", "91.value=1",

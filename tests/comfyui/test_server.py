@@ -88,6 +88,16 @@ def test_a_needed_node_that_is_not_built_is_refused_when_queued(server):
     assert len(said) == 1 and "'WanVideo ATI Tracks Visualize' is not built in this version" in said[0]
 
 
+def test_a_file_that_was_saved_under_another_folder_and_system_is_taken(server):
+    shown = node_named("PreviewAny", source=["1", 0])
+    loader = node_named("WanVideoVAELoader", model_name="WanVideo\\tiny_wan_vae.safetensors", precision="fp32")
+    server.run({"1": loader, "2": shown})
+    assert "'tiny_wan_vae.safetensors' is taken" in (server.base / "log.txt").read_text()
+    loader["inputs"]["model_name"] = "WanVideo\\of_nobody.safetensors"
+    with pytest.raises(RefusedError, match="not in list"):
+        server.queue({"1": loader, "2": shown})
+
+
 def test_demo(filled_server):
     edits = ("WanVideoSampler.steps=2", "MultiTalkWav2VecEmbeds.num_frames=40")
     prompt, workflow = api_prompt(WORKFLOW, filled_server.base, edits, ())

@@ -67,7 +67,7 @@ def test_the_demo_has_all_it_needs():
 
 
 @pytest.mark.skipif(not GRAPHS.is_dir(), reason=f"no saved graphs in {GRAPHS} (set WANVIDEO_GRAPHS)")
-@pytest.mark.parametrize("pattern", ["*I2V_InfiniteTalk*03*.json", "*T2V_example_03*.json", "*I2V_A14B*.json"])
+@pytest.mark.parametrize("pattern", ["*I2V_InfiniteTalk*03*.json", "*T2V_example_03*.json", "*I2V_A14B_example*.json"])
 def test_files_of_saved_graphs_are_known(pattern, tmp_path):
     (path,) = GRAPHS.glob(pattern)
     graph = load(path, {**STAND_INS, **NODE_CLASS_MAPPINGS})
