@@ -19,7 +19,8 @@ from .node_tools import CATEGORY, Inputs, mappings
 from .nodes_demo import WanVideoDemoInputs
 from .nodes_sampler import WanVideoSampler
 from .registry import SYSTEMS
-from .wanvideo.loading import LoadOptions, load_wan_model
+from .wanvideo.load_plan import LoadOptions
+from .wanvideo.loading import load_wan_model
 from .wanvideo.modules.t5 import load_text_encoder
 from .wanvideo.modules.vae import load_vae
 from .wanvideo.request import ImageEmbeds, TextEmbeds

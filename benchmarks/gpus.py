@@ -34,7 +34,8 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import checkpoint
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Step
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, WanVideoModel, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import WanVideoModel, load_wan_model
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.shard import ALONE
 from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor

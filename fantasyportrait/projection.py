@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..attention import sdpa
 from ..wanvideo.assign import layer_count
 from ..wanvideo.checkpoint import Checkpoint, open_checkpoint
-from ..wanvideo.loading import ModuleFile
+from ..wanvideo.load_plan import ModuleFile
 from ..wanvideo.modules.layers import WanLayerNorm
 from ..wanvideo.own_model import OwnModel, load_own, open_own
 from ..wanvideo.systems import Systems

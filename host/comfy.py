@@ -58,7 +58,6 @@ def _show_text(note: str) -> None:
 def _preview(latents: Tensor) -> tuple[str, object, int] | None:
     """What ComfyUI's progress bar shows: the middle frame through ComfyUI's own factors for Wan latents."""
     import latent_preview
-
     from comfy import latent_formats
 
     form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()

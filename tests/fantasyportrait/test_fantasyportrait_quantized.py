@@ -10,7 +10,8 @@ from wanvideo_wrapper.fantasyportrait.extension import K_PROJ, FantasyPortrait, 
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.linear import QuantizedLinear
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])]

@@ -16,7 +16,8 @@ from wanvideo_wrapper.ovi.stream import OviSound, OviText, SoundStream
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.slg.extension import SkippedBlocks
 from wanvideo_wrapper.wanvideo.conditioning import Row, Window
-from wanvideo_wrapper.wanvideo.loading import LoadOptions, ModuleFile, load_wan_model
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.request import TextEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs, Text
