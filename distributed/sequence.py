@@ -108,7 +108,8 @@ class SequenceShard(Shard):
         sizes = shares(self.places, self.ranks)
         own = t.unflatten(1, (-1, stop - start)).movedim(2, 0)
         own = F.pad(own, (*(0, 0) * (own.dim() - 1), 0, sizes[0] - (stop - start))).contiguous()
-        every = collectives.all_gather_tensor(own, 0, self.group)
+        every = torch.ops._c10d_functional.all_gather_into_tensor(own, self.ranks, self.group)
+        every = collectives.wait_tensor(every)
         parts = (part[:size] for part, size in zip(every.unflatten(0, (self.ranks, -1)), sizes, strict=True))
         return torch.cat(tuple(parts)).movedim(0, 2).flatten(1, 2)
 

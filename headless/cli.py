@@ -9,12 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..demo.quality import command as quality_command
 from ..host import CancelledError, StandaloneHost, set_host
 from ..registry import SYSTEMS
+from .job import Edits, Folders, Job, show
 
 if TYPE_CHECKING:
     from .graph import Prompt
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mute", action="append", default=[], metavar="NODE", help="leave a node out")
     run.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
     run.add_argument("--input", type=Path, help="folder of pictures and sounds (default: ./input)")
+    run.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of this host that make the video together")
     run.add_argument("--check", action="store_true", help="say all that is wrong with the workflow, and run nothing")
     run.add_argument("--allow-path", action="append", default=[], type=Path, metavar="DIR")
     run.set_defaults(command=_run)
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="assignments")
     demo.add_argument("--speech", type=Path, metavar="FILE", help="your own speech, in any sound format")
     demo.add_argument("--portrait", type=Path, metavar="FILE", help="your own drawn frontal face (demo/MODEL_CARD.md)")
+    demo.add_argument("--gpus", type=int, default=1, metavar="N", help="processes that make the video together")
     demo.set_defaults(command=_demo)
 
     assemble = commands.add_parser("assemble", help="make a video of the frames of a folder")
@@ -108,14 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    host = StandaloneHost(
-        models=options.models,
-        inputs=options.input,
-        outputs=options.out,
-        device=options.device,
-        allowed=tuple(options.allow_path),
-    )
-    _execute(options.workflow, host, options)
+    folders = Folders(models=options.models, inputs=options.input, outputs=options.out, allowed=options.allow_path)
+    _execute(options.workflow, folders, options)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -123,47 +121,42 @@ def _demo(options: argparse.Namespace) -> None:
     from ..demo.own_files import connect, folders
 
     allowed = folders(options.speech, options.portrait)
-    host = StandaloneHost(models=MODELS, inputs=INPUT, outputs=options.out, device=options.device, allowed=allowed)
     options.bypass, options.mute, options.check = [], [], False
-    _execute(WORKFLOW, host, options, lambda prompt: connect(prompt, options.speech, options.portrait))
+    own = Folders(models=MODELS, inputs=INPUT, outputs=options.out, allowed=allowed)
+    _execute(WORKFLOW, own, options, partial(connect, speech=options.speech, portrait=options.portrait))
 
 
 def _execute(
-    workflow: Path, host: StandaloneHost, options: argparse.Namespace, edit: Callable[[Prompt], None] | None = None
+    workflow: Path, folders: Folders, options: argparse.Namespace, change: Callable[[Prompt], None] | None = None
 ) -> None:
-    """Run it. edit: changes the prompt before the user's own assignments."""
+    edits = Edits(assignments=options.assignments, bypass=options.bypass, mute=options.mute, change=change)
+    job = Job(workflow=workflow.absolute(), folders=folders, edits=edits)
+    if options.gpus < 1:
+        raise ValueError(f"--gpus must be 1 or more, not {options.gpus}.")
+    if options.gpus > 1 and not options.check:
+        from .several import run_on_several
+
+        run_on_several(job, options.gpus, options.device)
+        return
+    host = folders.host(StandaloneHost, options.device)
     set_host(host)
     before = {number: signal.signal(number, lambda *_: _interrupt(host)) for number in STOPS}
     try:
-        _run_prompt(workflow, host, options, edit)
+        _run_job(job, host, check=options.check)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _run_prompt(
-    workflow: Path, host: StandaloneHost, options: argparse.Namespace, edit: Callable[[Prompt], None] | None
-) -> None:
-    from .. import NODE_CLASS_MAPPINGS
-    from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
-    from .graph import load
+def _run_job(job: Job, host: StandaloneHost, *, check: bool) -> None:
     from .runner import Runner
 
-    classes = {**STAND_INS, **NODE_CLASS_MAPPINGS}
-    prompt = load(workflow, classes, bypass=options.bypass, mute=options.mute)
-    if edit is not None:
-        edit(prompt)
-    for assignment in options.assignments:
-        prompt.set(assignment, classes)
-    runner = Runner(prompt, classes, host)
-    if options.check:
+    runner = Runner(*job.prompt(), host)
+    if check:
         runner.check()
         sys.stdout.write("Nothing is wrong with the workflow that can be seen before it runs.\n")
         return
-    for shown in runner.run():
-        for values in shown.values():
-            for value in values:
-                sys.stdout.write(f"{value}\n")
+    show(runner.run())
 
 
 def _interrupt(host: StandaloneHost) -> None:

@@ -48,11 +48,15 @@ class Runner:
         Everything is checked before the first node runs. Raises GraphError for all that is wrong, and whatever a node
         raises.
         """
-        for node in check(self._prompt, self._classes, self._host):
+        for node in self._needed(check(self._prompt, self._classes, self._host)):
             self._execute(node)
         for folder in sorted(set(self._folders.values())):
             log.info("The frames are in %s.", folder)
         return self._shown
+
+    def _needed(self, nodes: list[Node]) -> list[Node]:
+        """Those to execute, of all that the outputs need."""
+        return nodes
 
     def _execute(self, node: Node) -> None:
         self._host.check_cancelled()
@@ -90,8 +94,7 @@ class Runner:
     def _note_folder(self, node: Node) -> None:
         """Remember where the frames are that this node's black frame stands for."""
         cls = self._classes[node.type]
-        kinds = {entry.kind for entry in inputs_of(cls) if isinstance(entry.kind, str)}
-        if self._was_sampled(node) or ("LATENT" in cls.RETURN_TYPES and "WANVIDEOMODEL" in kinds):
+        if self._was_sampled(node) or samples(cls):
             self._sampled.add(node.id)
         makers = [value.node for value in node.inputs.values() if isinstance(value, Link)]
         outputs = self._results[self._signatures[node.id]]
@@ -144,6 +147,12 @@ class Runner:
         }
         text = json.dumps([node.type, inputs], sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def samples(cls: type) -> bool:
+    """Whether the node class makes latents with a transformer."""
+    kinds = {entry.kind for entry in inputs_of(cls) if isinstance(entry.kind, str)}
+    return "LATENT" in cls.RETURN_TYPES and "WANVIDEOMODEL" in kinds
 
 
 def _takes_any_name(cls: type) -> bool:

@@ -7,8 +7,15 @@ import torch
 torch.manual_seed(7)  # Some cases are drawn as they are imported.
 
 from contract import ALL_CASES, build, inputs  # noqa: E402
+from talking import request, run  # noqa: E402
+from wanvideo_wrapper.attention import BACKENDS  # noqa: E402
+from wanvideo_wrapper.cache_methods.easycache import EasyCache  # noqa: E402
 from wanvideo_wrapper.distributed.ranks import ProcessRanks  # noqa: E402
+from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan  # noqa: E402
+from wanvideo_wrapper.wanvideo.conditioning import Step  # noqa: E402
+from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance  # noqa: E402
 from wanvideo_wrapper.wanvideo.shard import ALONE  # noqa: E402
+from wanvideo_wrapper.wanvideo.step_cache import StepMemories  # noqa: E402
 
 CPU = torch.device("cpu")
 HEADS = 4
@@ -31,3 +38,65 @@ def difference(name):
     alone = one_step(model, case.payload, ranks=ALONE)
     shared = one_step(model, case.payload, ranks=ProcessRanks(CPU))
     return float((shared - alone).norm() / alone.norm()), float(shared.sum())
+
+
+def compiled_difference(name):
+    """The same with blocks that are traced as one graph each."""
+    case = ALL_CASES[name]
+    model = built(case)
+    ranks = ProcessRanks(CPU)
+    plain = one_step(model, case.payload, ranks=ranks)
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    compiled = one_step(model, case.payload, ranks=ranks)
+    return float((compiled - plain).norm() / plain.norm())
+
+
+def batch_difference():
+    """Two rows that share a forward."""
+    model = built(ALL_CASES["multitalk"])
+    alone, shared = (one_step(model, ranks=ranks, batch=2) for ranks in (ALONE, ProcessRanks(CPU)))
+    return float((shared - alone).norm() / alone.norm())
+
+
+def backend_difference(name):
+    """A backend that must know where tokens lie, with references behind the video."""
+    case = ALL_CASES["phantom"]
+    model = built(case)
+    model.attention_plan = AttentionPlan(main=BACKENDS[name].make(None))
+    alone, shared = (one_step(model, case.payload, ranks=ranks) for ranks in (ALONE, ProcessRanks(CPU)))
+    plain = one_step(built(case), case.payload, ranks=ALONE)
+    return float((shared - alone).norm() / alone.norm()), float((plain - alone).norm() / alone.norm())
+
+
+def guided(ranks, cfgs, cache=None):
+    """Velocities of steps with these scales, and how many forwards this rank ran."""
+    model = built(ALL_CASES["slg"])
+    generator = torch.Generator().manual_seed(4)
+    prompts = {name: torch.randn(4, 8, generator=generator) for name in ("positive", "negative")}
+    latents = torch.randn(16, 3, 4, 4, generator=generator)
+    ran = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with model.shared_by(ranks), torch.no_grad():
+        memories = None if cache is None else StepMemories("test", lambda: cache.maker(None)(CPU), ranks)
+        rule = Guidance(cfg=tuple(cfgs), payloads=())
+        denoiser = Denoiser(
+            model, Conditions(**prompts), guidance=rule, device=CPU, dtype=torch.float32, memories=memories
+        )
+        steps = [Step(index=i, total=len(cfgs), in_run=i) for i in range(len(cfgs))]
+        return torch.stack([denoiser(latents * (1 - 0.001 * s.index), torch.tensor(500.0), s) for s in steps]), len(ran)
+
+
+def guidance_difference(cfgs, cached=False):
+    """Of guided velocities; forwards of one process and of this rank."""
+    cache = EasyCache(threshold=0.5, start_step=1) if cached else None
+    (alone, ran_alone), (shared, ran) = (guided(ranks, cfgs, cache) for ranks in (ALONE, ProcessRanks(CPU)))
+    return float((shared - alone).norm() / alone.norm()), ran_alone, ran
+
+
+def talking(folder, output):
+    """A long talking video that the first rank writes: its frames there, None elsewhere."""
+    asked = request(folder, output_path=str(output), total=30)
+    asked.model.transformer.ranks = ProcessRanks(CPU)
+    run(asked)
+    return asked.model.transformer.ranks.leads

@@ -1,0 +1,221 @@
+"""Starts the ranks of one video on this host and watches them: what goes wrong with one ends all, in one sentence.
+
+The starting process computes nothing, so that it can end ranks that wait for one that died. Ranks meet through a file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import multiprocessing.context
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from ..host import CancelledError
+from .ranks import ProcessRanks
+
+# Importing torch takes long on a cold disk; a card that another process has hung never answers.
+START_SECONDS = 180.0
+# A step may take longer than anybody waits: then the ranks are ended within it.
+CANCEL_SECONDS = 1.5
+# How long after the first rank others may take to say what they met.
+LAST_WORDS_SECONDS = 0.5
+COLLECTIVE_MINUTES = 30
+FAILED, CANCELLED = 2, 130
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What the work of a rank is given. device: its own."""
+
+    device: str
+    ranks: ProcessRanks
+
+
+Work = Callable[[Rank], None]
+
+
+def devices(device: str, count: int) -> tuple[str, ...]:
+    """The device of each rank. Raises ValueError where there are fewer GPUs, or one was named."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return ("cpu",) * count
+    if device != "cuda":
+        raise ValueError(f"--gpus {count} takes the first {count} GPUs: give --device cuda, not {device}.")
+    have = torch.cuda.device_count()
+    if count > have:
+        raise ValueError(f"--gpus {count} was asked for, but torch sees {have}: give a smaller number.")
+    return tuple(f"cuda:{index}" for index in range(count))
+
+
+def launch(work: Work, *, count: int, device: str = "auto", start_seconds: float = START_SECONDS) -> None:
+    """Run `work`, which must be picklable, on `count` ranks, and wait for it.
+
+    Raises ValueError where there are too few GPUs, CancelledError after Ctrl-C or SIGTERM, and RuntimeError with the
+    first rank's reason where one fails, dies or does not start.
+    """
+    places = devices(device, count)
+    # Its multicast needs rights that containers often lack, and then hangs.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    context = _context()
+    with tempfile.TemporaryDirectory(prefix="wanvideo_ranks_") as folder:
+        arguments = [(rank, places, folder, work) for rank in range(count)]
+        processes = [context.Process(target=_rank, args=each, daemon=True) for each in arguments]
+        for process in processes:
+            process.start()
+        try:
+            _Watch(processes, Path(folder), start_seconds).to_the_end()
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Ranks are forked from a process that has imported torch and nothing else: once, not once a rank."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+class _Watch:
+    """One look after the other at processes that should all end well."""
+
+    def __init__(self, processes: list[BaseProcess], folder: Path, start_seconds: float) -> None:
+        self._processes = processes
+        self._folder = folder
+        self._start_by = time.monotonic() + start_seconds
+        self._start_seconds = start_seconds
+        self._end_by: float | None = None
+
+    def to_the_end(self) -> None:
+        """Until all have ended; raises as `launch`."""
+        with self._stops():
+            while running := [p for p in self._processes if p.exitcode is None]:
+                self._check_start()
+                wait([p.sentinel for p in running], timeout=0.1)
+                if any(p.exitcode for p in self._processes):
+                    self._fail()
+                if self._end_by is not None and time.monotonic() > self._end_by:
+                    raise CancelledError
+        if any(p.exitcode for p in self._processes):
+            self._fail()
+
+    @contextmanager
+    def _stops(self) -> Iterator[None]:
+        """The first rank is told to stop at its next step; it has little time."""
+
+        def stop(*_: object) -> None:
+            if self._end_by is None:
+                self._end_by = time.monotonic() + CANCEL_SECONDS
+                self._processes[0].terminate()
+
+        before = {number: signal.signal(number, stop) for number in STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _check_start(self) -> None:
+        if time.monotonic() < self._start_by:
+            return
+        late = [rank for rank in range(len(self._processes)) if not _started(self._folder, rank).exists()]
+        if late:
+            names = ", ".join(map(str, late))
+            raise RuntimeError(
+                f"Rank {names} of {len(self._processes)} did not start within {self._start_seconds:.0f} seconds: see "
+                "with nvidia-smi whether another process holds its GPU, or use fewer GPUs."
+            )
+
+    def _fail(self) -> None:
+        if self._end_by is not None:
+            raise CancelledError
+        wait([p.sentinel for p in self._processes if p.exitcode is None], timeout=LAST_WORDS_SECONDS)
+        for rank, process in enumerate(self._processes):
+            if process.exitcode is not None and process.exitcode < 0:
+                name = signal.Signals(-process.exitcode).name
+                raise RuntimeError(
+                    f"Rank {rank} of {len(self._processes)} died ({name}); the others were ended. Finished windows of "
+                    "a talking video are on disk if it has an output_path: run the same again to go on."
+                )
+        if any(p.exitcode == CANCELLED for p in self._processes):
+            raise CancelledError
+        words = sorted(self._folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
+        raise RuntimeError(words[0].read_text() if words else "A rank ended without a reason; see the lines above.")
+
+
+def _started(folder: Path, rank: int) -> Path:
+    return folder / f"started_{rank}"
+
+
+def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
+    """A rank's process. The starting process decides what signals mean; the first rank's work may change that."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        ranks = _join(rank, places, folder)
+        _started(Path(folder), rank).touch()
+        work(Rank(places[rank], ranks))
+    except CancelledError:
+        os._exit(CANCELLED)
+    except Exception as error:
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+        if not expected:
+            traceback.print_exc()
+        partial = Path(folder) / f".error_{rank}"
+        partial.write_text((str(error) if expected else repr(error)) + notes)
+        partial.rename(partial.with_name(f"error_{rank}"))
+        # Groups that wait for other ranks would hold up a regular end.
+        os._exit(FAILED)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(FAILED)
+
+
+def _join(rank: int, places: tuple[str, ...], folder: str) -> ProcessRanks:
+    """Meet the other ranks."""
+    import torch.distributed as dist
+
+    device = torch.device(places[rank])
+    options: dict[str, object] = {}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(f"{folder}/store", len(places)),
+        rank=rank,
+        world_size=len(places),
+        timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES),
+        **options,
+    )
+    dist.barrier()
+    return ProcessRanks(device)

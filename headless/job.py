@@ -1,0 +1,78 @@
+"""A workflow with its changes and folders: all that a process needs to run it. Picklable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..host import StandaloneHost
+
+if TYPE_CHECKING:
+    from .graph import Prompt
+
+SomeHost = TypeVar("SomeHost", bound=StandaloneHost)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where models, inputs and results are; None is the folder's default. allowed: others that a workflow may name."""
+
+    models: Path | None = None
+    inputs: Path | None = None
+    outputs: Path | None = None
+    allowed: Sequence[Path] = ()
+
+    def host(self, kind: type[SomeHost], device: str) -> SomeHost:
+        """A host of this kind with these folders."""
+        return kind(
+            models=self.models, inputs=self.inputs, outputs=self.outputs, device=device, allowed=tuple(self.allowed)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edits:
+    """Changes to a workflow: NODE.INPUT=VALUE, nodes to pass through, nodes to leave out.
+
+    change: made before the assignments; a function that can be pickled.
+    """
+
+    assignments: Sequence[str] = ()
+    bypass: Sequence[str] = ()
+    mute: Sequence[str] = ()
+    change: Callable[[Prompt], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a workflow."""
+
+    workflow: Path
+    folders: Folders = Folders()
+    edits: Edits = Edits()
+
+    def prompt(self) -> tuple[Prompt, Mapping[str, type]]:
+        """The changed graph, and the node classes. Raises GraphError for what is wrong with it."""
+        from .. import NODE_CLASS_MAPPINGS
+        from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+        from .graph import load
+
+        classes = {**STAND_INS, **NODE_CLASS_MAPPINGS}
+        prompt = load(self.workflow, classes, bypass=self.edits.bypass, mute=self.edits.mute)
+        if self.edits.change is not None:
+            self.edits.change(prompt)
+        for assignment in self.edits.assignments:
+            prompt.set(assignment, classes)
+        return prompt, classes
+
+
+def lines(shown: Sequence[Mapping[str, object]]) -> list[str]:
+    """What the outputs of a run show, a line each."""
+    return [str(value) for entry in shown for values in entry.values() for value in values]
+
+
+def show(shown: Sequence[Mapping[str, object]]) -> None:
+    """Write it to stdout."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines(shown)))

@@ -1,0 +1,63 @@
+"""Ranks that end well, fail, die, never start, or are stopped: no other outlives them, and the reason is a sentence."""
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+
+import launched
+import pytest
+from wanvideo_wrapper.distributed import launch as launching
+from wanvideo_wrapper.distributed.launch import devices, launch
+from wanvideo_wrapper.host import CancelledError
+
+
+def run(work, folder, **options):
+    launch(partial(work, folder), count=2, device="cpu", **options)
+
+
+def test_ranks_meet(tmp_path):
+    run(launched.adds, tmp_path)
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["3 cpu", "3 cpu"]
+
+
+def test_the_reason_of_the_first_that_fails_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^The file is of another kind; choose another\.$"):
+        run(launched.fails, tmp_path)
+
+
+def test_a_rank_that_dies_ends_all(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^Rank 1 of 2 died \(SIGKILL\)"):
+        run(launched.dies, tmp_path)
+
+
+def test_the_start_is_bounded(tmp_path):
+    with pytest.raises(RuntimeError, match="Rank 0, 1 of 2 did not start within 0 seconds"):
+        run(launched.never_ends, tmp_path, start_seconds=0.0)
+
+
+def test_a_stop_takes_less_than_two_seconds(tmp_path):
+    began = []
+
+    def stop():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        began.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(CancelledError):
+        run(launched.never_ends, tmp_path)
+    assert time.monotonic() - began[0] < 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_more_gpus_than_there_are_is_said_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 2)
+    assert devices("cuda", 2) == ("cuda:0", "cuda:1")
+    with pytest.raises(ValueError, match="torch sees 2"):
+        devices("cuda", 4)
+    with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
+        devices("cuda:1", 2)
