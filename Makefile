@@ -11,10 +11,16 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 # An interpreter with what ComfyUI needs and this pack; comfy-cli makes it beside ComfyUI or inside.
 COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(COMFYUI_PATH)/../venv/bin/python) $(BIN)/python)
 
-.PHONY: demo test fuzz lint docs comfyui-test gpu-test gpu-memcheck clean
+.PHONY: demo cluster-demo test fuzz lint docs comfyui-test gpu-test gpu-memcheck clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/wanvideo demo
+
+# A Ray cluster of two CPU workers on this machine makes four talking videos; a second call finds them done.
+cluster-demo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/wanvideo batch demo/cluster.jsonl --ray local --workers 2 --device cpu \
+	    --models demo/models --input demo/input --out output/cluster
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile

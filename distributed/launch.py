@@ -6,13 +6,10 @@ The starting process computes nothing, so that it can end ranks that wait for on
 from __future__ import annotations
 
 import datetime
-import multiprocessing
-import multiprocessing.context
 import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..host import CancelledError
+from .processes import end_with_parent, start_context
 from .ranks import ProcessRanks
 
 # Importing torch takes long on a cold disk; a card that another process has hung never answers.
@@ -72,7 +70,7 @@ def launch(work: Work, *, count: int, device: str = "auto", start_seconds: float
     places = devices(device, count)
     # Its multicast needs rights that containers often lack, and then hangs.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    context = _context()
+    context = start_context()
     with tempfile.TemporaryDirectory(prefix="wanvideo_ranks_") as folder:
         arguments = [(rank, places, folder, work) for rank in range(count)]
         processes = [context.Process(target=_rank, args=each, daemon=True) for each in arguments]
@@ -84,15 +82,6 @@ def launch(work: Work, *, count: int, device: str = "auto", start_seconds: float
             for process in processes:
                 process.kill()
                 process.join()
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    """Ranks are forked from a process that has imported torch and nothing else: once, not once a rank."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 class _Watch:
@@ -170,7 +159,7 @@ def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
     """A rank's process. The starting process decides what signals mean; the first rank's work may change that."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         ranks = _join(rank, places, folder)
         _started(Path(folder), rank).touch()
@@ -189,11 +178,6 @@ def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
         os._exit(FAILED)
     sys.stdout.flush()
     os._exit(0)
-
-
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(FAILED)
 
 
 def _join(rank: int, places: tuple[str, ...], folder: str) -> ProcessRanks:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..demo.quality import command as quality_command
 from ..host import CancelledError, StandaloneHost, set_host
 from ..registry import SYSTEMS
+from . import batch as batch_command
 from .job import Edits, Folders, Job, show
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--gpus", type=int, default=1, metavar="N", help="processes that make the video together")
     demo.set_defaults(command=_demo)
 
+    batch = commands.add_parser("batch", help="make many videos, on this host or on a Ray cluster")
+    batch_command.add_arguments(batch)
+    batch.set_defaults(command=batch_command.run)
+
     assemble = commands.add_parser("assemble", help="make a video of the frames of a folder")
     assemble.add_argument("folder", type=Path, help="folder with frame_00000.png, ...")
     assemble.add_argument("--fps", type=float, default=25.0, help="frames a second (default: 25)")
@@ -82,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     quality = commands.add_parser("quality", help="measure lip-sync and fidelity of the demo's models by setting")
     quality_command.add_arguments(quality)
     quality.set_defaults(command=quality_command.run)
-    for command in (run, demo, quality):
+    for command in (run, demo, batch, quality):
         # Only where it is given, so that it does not undo one before the command's name.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_argument("--out", type=Path, help="folder for results (default: ./output)")

@@ -24,14 +24,26 @@ log = logging.getLogger("wanvideo")
 
 Outputs = tuple[object, ...]
 
+# What loaders give, which later runs of the same process can take as it is.
+LOADED = {
+    "CLIP_VISION", "MULTITALKMODEL", "WANTEXTENCODER", "WANVAE", "WANVIDEOCONTROLNET", "WANVIDEOMODEL", "WAV2VECMODEL",
+    "WHISPERMODEL",
+}  # fmt: skip
+
 
 class Runner:
-    """Executes nodes of `classes` (name -> node class, ComfyUI's V1 form) and keeps their outputs for the run."""
+    """Executes nodes of `classes` (name -> node class, ComfyUI's V1 form) and keeps their outputs for the run.
 
-    def __init__(self, prompt: Prompt, classes: Mapping[str, type], host: Host) -> None:
+    loaded: models of an earlier run (see the property); those that this one does not need are dropped before it starts.
+    """
+
+    def __init__(
+        self, prompt: Prompt, classes: Mapping[str, type], host: Host, loaded: dict[str, Outputs] | None = None
+    ) -> None:
         self._prompt = prompt
         self._classes = classes
         self._host = host
+        self._loaded = {} if loaded is None else loaded
         self._signatures: dict[str, str] = {}
         self._results: dict[str, Outputs] = {}
         self._shown: list[dict[str, object]] = []
@@ -48,7 +60,13 @@ class Runner:
         Everything is checked before the first node runs. Raises GraphError for all that is wrong, and whatever a node
         raises.
         """
-        for node in self._needed(check(self._prompt, self._classes, self._host)):
+        nodes = self._needed(check(self._prompt, self._classes, self._host))
+        for node in nodes:
+            self._signatures[node.id] = self._signature(node)
+        for signature in set(self._loaded) - set(self._signatures.values()):
+            del self._loaded[signature]
+        self._results.update(self._loaded)
+        for node in nodes:
             self._execute(node)
         for folder in sorted(set(self._folders.values())):
             log.info("The frames are in %s.", folder)
@@ -60,8 +78,7 @@ class Runner:
 
     def _execute(self, node: Node) -> None:
         self._host.check_cancelled()
-        signature = self._signature(node)
-        self._signatures[node.id] = signature
+        signature = self._signatures[node.id]
         if signature in self._results and not is_output(node, self._classes):
             return
         log.info("Running %s.", node.label)
@@ -82,6 +99,8 @@ class Runner:
             self._shown.append(returned.get("ui", {}))
             returned = returned.get("result", ())
         self._results[signature] = tuple(returned or ())
+        if cls.RETURN_TYPES and set(cls.RETURN_TYPES) <= LOADED:
+            self._loaded[signature] = self._results[signature]
         self._note_folder(node)
 
     def _was_sampled(self, node: Node) -> bool:

@@ -1,0 +1,28 @@
+"""How processes of this host are started, and that none outlives the one that started it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.context
+import os
+import threading
+from multiprocessing.connection import wait
+
+
+def start_context() -> multiprocessing.context.BaseContext:
+    """Forks from a process that has imported the package and touched no GPU: torch is imported once, not once each."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def end_with_parent() -> None:
+    """From now on this process dies when the one that started it does, however that comes about."""
+    threading.Thread(target=_wait_and_end, daemon=True).start()
+
+
+def _wait_and_end() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

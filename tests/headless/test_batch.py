@@ -1,0 +1,106 @@
+"""Many jobs: the file, the crew, what is kept and what is done again. Workers here are processes, not Ray's actors."""
+
+import json
+
+import pytest
+from crewed import Echo
+from wanvideo_wrapper.distributed.crew import LocalCrew
+from wanvideo_wrapper.headless import batch
+from wanvideo_wrapper.headless.batch import TRIES, entries, run_jobs, write_manifest
+from wanvideo_wrapper.headless.job import Folders
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory):
+    crew = LocalCrew(Echo(tmp_path_factory.mktemp("crew")), [{}])
+    yield crew
+    crew.close()
+
+
+def jobs(folder, *lines, out="out"):
+    (folder / "graph.json").write_text("{}")
+    rows = ({"workflow": "graph.json", **line} for line in lines)
+    (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return entries(folder / "jobs.jsonl", folder / out, Folders())
+
+
+def test_a_second_call_does_only_what_is_missing(tmp_path, crew):
+    found = jobs(tmp_path, {"id": "one", "set": {"A.seed": 1}}, {"id": "two", "set": {"A.seed": 2}})
+    run_jobs(found, crew)
+    assert (tmp_path / "out/two/video.txt").read_text() == "A.seed=2"
+    (tmp_path / "out/two/video.txt").unlink()
+    before = (tmp_path / "out/one/result.json").stat().st_mtime_ns
+    run_jobs(found, crew)
+    assert (tmp_path / "out/two/video.txt").exists()
+    assert (tmp_path / "out/one/result.json").stat().st_mtime_ns == before
+    changed = jobs(tmp_path, {"id": "one", "set": {"A.seed": 3}}, {"id": "two", "set": {"A.seed": 2}})
+    assert [entry.done() is None for entry in changed] == [True, False]
+    rows = [json.loads(line) for line in write_manifest(changed, tmp_path / "out").read_text().splitlines()]
+    assert [(row["id"], row["done"], row["files"]) for row in rows] == [
+        ("one", False, []), ("two", True, ["two/video.txt"]),
+    ]  # fmt: skip
+
+
+def test_a_job_whose_worker_dies_is_done_again(tmp_path, crew):
+    run_jobs(jobs(tmp_path, {"id": "die"}), crew)
+    assert (tmp_path / "out/die/video.txt").exists()
+
+
+def test_what_is_wrong_with_a_job_stays_wrong_and_the_others_end(tmp_path, crew, monkeypatch):
+    begun, begin = [], crew.begin
+
+    def noting(worker, job):
+        begun.append(job.folders.outputs.name)
+        begin(worker, job)
+
+    monkeypatch.setattr(crew, "begin", noting)
+    with pytest.raises(RuntimeError, match="2 of 3 jobs failed.*\nbad: The file is of another kind") as error:
+        run_jobs(jobs(tmp_path, {"id": "bad"}, {"id": "odd"}, {"id": "one"}), crew)
+    assert "odd: RuntimeError: an illegal address" in str(error.value)
+    assert (begun.count("bad"), begun.count("odd"), begun.count("one")) == (1, TRIES, 1)
+
+
+def test_a_worker_takes_jobs_of_its_models_first(tmp_path, crew):
+    lines = [{"id": f"{name}{number}", "set": {"ModelLoader.model": name}} for number in range(2) for name in "ab"]
+    order = []
+
+    class Noting:
+        size = 1
+
+        def begin(self, worker, job):
+            order.append(job.folders.outputs.name)
+            crew.begin(worker, job)
+
+        def next(self):
+            return crew.next()
+
+    run_jobs(jobs(tmp_path, *lines), Noting())
+    assert order == ["a0", "a1", "b0", "b1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ({"workflow": 3}, "line 1: a job is an object with a 'workflow'"),
+        ({"seed": 3}, "no keys but bypass, id, mute, set, workflow"),
+        ({"id": "../x"}, "cannot be a folder's name"),
+        ({"set": [1]}, "'set' is an object"),
+    ],
+)
+def test_what_is_no_job_is_said_with_its_line(tmp_path, line, why):
+    with pytest.raises(ValueError, match=why):
+        jobs(tmp_path, line)
+
+
+def test_two_jobs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="line 2: another job is called 'graph_"):
+        jobs(tmp_path, {}, {})
+
+
+def test_without_ray_the_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    from wanvideo_wrapper.distributed.ray_crew import RayCrew
+
+    with pytest.raises(ImportError, match=r"'ray', which is not installed: pip install"):
+        RayCrew(Echo(tmp_path), address="local", gpus=0)
+    assert batch.RESULT == "result.json"
