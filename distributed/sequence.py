@@ -149,6 +149,10 @@ class SequenceShard(Shard):
         views = [block.view(batch, length, count, size) for block, count in zip(blocks, counts, strict=True)]
         return torch.cat(views, dim=2)
 
+    def refuse(self, what: str) -> None:
+        """Always."""
+        raise ValueError(f"{what} cannot be shared by several GPUs yet: use --gpus 1, or disconnect it.")
+
     def fused(self, attention: Attention) -> None:
         """None: norms read all heads of a token, and the kernel all tokens of a head."""
         return None

@@ -40,6 +40,16 @@ def difference(name):
     return float((shared - alone).norm() / alone.norm()), float(shared.sum())
 
 
+def refusal(name):
+    """What is said where a case cannot be shared."""
+    case = ALL_CASES[name]
+    try:
+        one_step(built(case), case.payload, ranks=ProcessRanks(CPU))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def compiled_difference(name):
     """The same with blocks that are traced as one graph each."""
     case = ALL_CASES[name]

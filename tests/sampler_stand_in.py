@@ -9,6 +9,7 @@ from wanvideo_wrapper.wanvideo.memory import Work
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
+from wanvideo_wrapper.wanvideo.shard import ALONE
 
 SHAPE = (16, 3, 4, 6)
 MEAN, SPREAD = 0.8, 0.5
@@ -59,6 +60,8 @@ class GaussianTransformer:
         self.bad_at = None
 
     reads = WanModel.reads
+    ranks = ALONE
+    shared_by = WanModel.shared_by
 
     def named_modules(self):
         return ()
