@@ -1,10 +1,11 @@
-"""Ray's actors as a crew: Ray places them on hosts with free GPUs and starts them anew where one dies.
+"""Ray's actors as a crew: Ray places them on hosts with free GPUs; one that died is replaced, wherever there is room.
 
 It carries jobs and reasons, never tensors. Every host needs this package, and the folders under the same paths.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 from .crew import End, Work, attempt
@@ -26,12 +27,13 @@ class RayCrew:
                 f"room for {room}: start more nodes (ray start --address ...), or ask for fewer."
             )
         self.size = workers or room
-        actor = ray.remote(num_gpus=gpus, num_cpus=1, max_restarts=-1)(_Actor)
-        self._actors = [actor.remote(work) for _ in range(self.size)]
+        actor = ray.remote(num_gpus=gpus, num_cpus=1)(_Actor)
+        self._new = partial(actor.remote, work)
+        self._actors = [self._new() for _ in range(self.size)]
         self._busy: dict[object, int] = {}
 
     def begin(self, worker: int, job: object) -> None:
-        """Queued until the actor, perhaps a new one, is there."""
+        """Queued until the actor, perhaps a new one, is there: Ray finds a host with room."""
         self._busy[self._actors[worker].run.remote(job)] = worker
 
     def next(self) -> End:
@@ -42,10 +44,13 @@ class RayCrew:
             shown, failure, again = self._ray.get(done)
         except self._ray.exceptions.RayActorError as error:
             why = (str(error).strip().splitlines() or ["no reason"])[0]
+            # One that Ray restarts refuses jobs meanwhile; a new one queues them.
+            self._actors[worker] = self._new()
             return End(worker, failure=f"its worker or machine died ({why})", again=True)
         if again:
-            # After a fault of the GPU a process is of no more use; Ray starts another in its place.
-            self._ray.kill(self._actors[worker], no_restart=False)
+            # After a fault of the GPU a process is of no more use.
+            self._ray.kill(self._actors[worker])
+            self._actors[worker] = self._new()
         return End(worker, shown, failure, again)
 
     def close(self) -> None:

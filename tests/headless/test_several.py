@@ -1,0 +1,65 @@
+"""What ranks run of a workflow, and which models of one run the next one takes."""
+
+from wanvideo_wrapper.headless.graph import Link, Node, Prompt
+from wanvideo_wrapper.headless.runner import Runner
+from wanvideo_wrapper.headless.several import FollowingRunner
+from wanvideo_wrapper.host import StandaloneHost
+
+RAN = []
+
+
+def node_class(name, returns, takes=(), output=False):
+    class Made:
+        FUNCTION = "go"
+        RETURN_TYPES = returns
+        OUTPUT_NODE = output
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            needed = {kind.lower(): (kind, {}) for kind in takes}
+            return {"required": {**needed, "seed": ("INT", {"default": 0})}}
+
+        def go(self, **inputs):
+            RAN.append(name)
+            return tuple(f"{name} of {inputs['seed']}" for _ in returns)
+
+    return Made
+
+
+CLASSES = {
+    "Load": node_class("Load", ("WANVIDEOMODEL",)),
+    "Picture": node_class("Picture", ("IMAGE",)),
+    "Sample": node_class("Sample", ("LATENT",), ("WANVIDEOMODEL", "IMAGE")),
+    "Decode": node_class("Decode", ("IMAGE",), ("LATENT",)),
+    "Save": node_class("Save", (), ("IMAGE",), output=True),
+    "Show": node_class("Show", (), ("IMAGE",), output=True),
+}
+
+
+def prompt(model=0, seed=0):
+    links = {
+        "load": ("Load", {"seed": model}), "picture": ("Picture", {"seed": 0}),
+        "sample": ("Sample", {"wanvideomodel": Link("load", 0), "image": Link("picture", 0), "seed": seed}),
+        "decode": ("Decode", {"latent": Link("sample", 0), "seed": 0}),
+        "save": ("Save", {"image": Link("decode", 0), "seed": 0}),
+        "show": ("Show", {"image": Link("picture", 0), "seed": 0}),
+    }  # fmt: skip
+    return Prompt({name: Node(name, kind, "", inputs) for name, (kind, inputs) in links.items()}, {})
+
+
+def ran(kind, *arguments, **more):
+    RAN.clear()
+    kind(prompt(**more), CLASSES, StandaloneHost(device="cpu"), *arguments).run()
+    return set(RAN)
+
+
+def test_ranks_that_follow_run_samplers_and_what_these_need():
+    assert ran(Runner) == set(CLASSES)
+    assert ran(FollowingRunner) == {"Load", "Picture", "Sample"}
+
+
+def test_a_model_is_loaded_once_for_runs_that_share_it_and_dropped_for_others():
+    loaded = {}
+    assert "Load" in ran(Runner, loaded) and len(loaded) == 1
+    assert ran(Runner, loaded, seed=1) == set(CLASSES) - {"Load"}
+    assert "Load" in ran(Runner, loaded, model=2) and list(loaded.values()) == [("Load of 2",)]
