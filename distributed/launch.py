@@ -165,7 +165,7 @@ def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
         _started(Path(folder), rank).touch()
         work(Rank(places[rank], ranks))
     except CancelledError:
-        os._exit(CANCELLED)
+        sys.exit(CANCELLED)
     except Exception as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
@@ -174,10 +174,7 @@ def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
         partial = Path(folder) / f".error_{rank}"
         partial.write_text((str(error) if expected else repr(error)) + notes)
         partial.rename(partial.with_name(f"error_{rank}"))
-        # Groups that wait for other ranks would hold up a regular end.
-        os._exit(FAILED)
-    sys.stdout.flush()
-    os._exit(0)
+        sys.exit(FAILED)
 
 
 def _join(rank: int, places: tuple[str, ...], folder: str) -> ProcessRanks:
