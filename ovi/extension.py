@@ -26,6 +26,7 @@ from ..wanvideo.modifier import Modifier
 from ..wanvideo.modules.attention import WanT2VCrossAttention
 from ..wanvideo.modules.layers import WanLayerNorm, WanRMSNorm, normalize
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Text, TextSource, Tokens, video_tokens
 from .run import SoundRun
 from .stream import OviSound, SoundStream
@@ -191,6 +192,11 @@ class Ovi(Extension):
         lengths = (video_tokens(tokens.grid),) * batch
         sound = Sound(start, lengths, mod, rope, Text(tower.embed_text(text).to(x.dtype)))
         return tokens.appended(audio, rope), OviState(sound, embedding, payload.stream, payload.missing)
+
+    def on(self, state: OviState, shard: Shard) -> OviState:
+        """Not yet: the towers read each other's tokens in every block."""
+        shard.refuse("Ovi's sound")
+        return state
 
     def block_cond(self, state: OviState, index: int) -> Sound:
         """The same for all blocks."""

@@ -54,6 +54,8 @@ class FakeHost:
 class GaussianTransformer:
     """Exact velocity of the flow to N(MEAN, SPREAD**2), whatever the prompt."""
 
+    ranks = ALONE
+
     def __init__(self, config, extensions=()):
         self.config, self.extensions, self.blocks = config, extensions, ()
         self.calls = []

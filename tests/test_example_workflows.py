@@ -121,6 +121,9 @@ def test_a_thumbnail_lies_beside(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_nothing_is_wrong_where_the_files_are_there(path, host):
     prompt = load(path, CLASSES)
+    for node in prompt.nodes.values():
+        if "attention_mode" in node.inputs:
+            node.inputs["attention_mode"] = "sdpa"
     order = check(prompt, CLASSES, host)
     assert {node.id for node in order} == set(prompt.nodes), "every node takes part in the result"
 

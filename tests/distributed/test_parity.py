@@ -20,8 +20,8 @@ def four():
         yield processes
 
 
-# Every token would have to read the picture's.
-REFUSED = {"lynx_full"}
+# Every token would have to read the picture's, or the sound's.
+REFUSED = {"lynx_full": "Lynx's ref_image", "ovi": "Ovi's sound"}
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
@@ -33,10 +33,10 @@ def test_a_system_is_the_same_on_several_ranks(request, ranks, name):
     assert len({total for _, total in answers}) == 1
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_cannot_be_shared_is_refused(two, name):
+@pytest.mark.parametrize(("name", "what"), REFUSED.items())
+def test_what_cannot_be_shared_is_refused(two, name, what):
     said = two.run("ranked", "refusal", name)
-    assert said == ["Lynx's ref_image cannot be shared by several GPUs yet: use --gpus 1, or disconnect it."] * 2
+    assert said == [f"{what} cannot be shared by several GPUs yet: use --gpus 1, or disconnect it."] * 2
 
 
 @pytest.mark.parametrize("name", ["multitalk_two_speakers", "enhance_a_video"])

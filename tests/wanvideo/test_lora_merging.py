@@ -4,7 +4,7 @@ import lora_files
 import pytest
 import torch
 from lora_files import KINDS, randn, save, spelled
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear
@@ -83,16 +83,3 @@ def test_strengths_by_the_step_cannot_be_merged(model, checkpoint, tmp_path):
     file = LoraFile(path=save(tmp_path / "l.safetensors", spelled("kijai", Q, parts)), strength=(0.5, 1.0))
     with pytest.raises(ValueError, match="turn merge_loras off"):
         MergedLoras([file], model, checkpoint)
-
-
-def test_a_control_lora_leaves_the_patch_embedding_alone(checkpoint, tmp_path):
-    """Its patch embedding reads more channels, which is another system's business; the rest is merged."""
-    parts, delta = lora_files.pair(torch.empty(128, 128), 4)
-    control = {"diffusion_model.patch_embedding.lora_A.weight": randn(4, 32, 1, 2, 2),
-               "diffusion_model.patch_embedding.lora_B.weight": randn(128, 4, 1, 1, 1)}  # fmt: skip
-    save_file(spelled("kijai", Q, parts) | control, tmp_path / "l.safetensors")
-    options = LoadOptions(base_dtype=torch.float32, loras=(LoraFile(path=tmp_path / "l.safetensors"),))
-    transformer = load_wan_model(checkpoint.path, options, HOST, SYSTEMS).transformer
-    assert torch.equal(transformer.patch_embedding.weight, checkpoint.tensor("patch_embedding.weight"))
-    want = checkpoint.tensor(f"{Q}.weight").double() + delta
-    assert ((transformer.get_submodule(Q).weight.double() - want).norm() / want.norm()).item() < 1e-6
