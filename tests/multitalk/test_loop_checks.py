@@ -199,7 +199,7 @@ def test_source_video_without_a_picture(folder, monkeypatch, base, mode):
 def test_lora_strengths_by_the_step_start_over_in_every_window(folder, monkeypatch):
     asked = request(folder, lora=(0.0, 2.0), scheduler="euler")
     seen, step = [], type(asked.model).set_step
-    monkeypatch.setattr(type(asked.model), "set_step", lambda self, i: seen.append(i) or step(self, i))
+    monkeypatch.setattr(type(asked.model), "set_step", lambda self, i, **more: seen.append(i) or step(self, i, **more))
     video = run(asked)["video"]
     assert seen == [0, 1] * 5
     constant = [run(request(folder, lora=(s, s), scheduler="euler"))["video"] for s in (0.0, 2.0)]
