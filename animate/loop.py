@@ -118,7 +118,8 @@ class WindowMaker:
         first = index * (size - 1)
         pixels = range(VAE_TIME_STRIDE * first, VAE_TIME_STRIDE * (first + size - 1) + 1)
         window = conditioning.Window((0, *range(first + 1, first + size + 1)), tuple(pixels), leading=1)
-        with active_model(request) as transformer:
+        shape, schedule = self.footage.shape(self.loop.window_frames), request.schedule.fresh()
+        with active_model(request, shape[1:], request.guidance.most_passes(len(schedule))) as transformer:
             if not transformer.reads(character):
                 raise ValueError(NEEDS)
             parts = (payload.window(window) for payload in readable_payloads(request, transformer))
@@ -129,8 +130,8 @@ class WindowMaker:
             )
             result = denoise(
                 make_denoiser(request, transformer, host=self.host, conditions=conditions),
-                request.schedule.fresh(),
-                latents=start_noise(self.footage.shape(self.loop.window_frames), self.generator),
+                schedule,
+                latents=start_noise(shape, self.generator),
                 generator=self.generator,
                 modifiers=request.modifiers,
                 watcher=watcher,
