@@ -86,15 +86,7 @@ def _refusal(interface: Interface) -> str:
 
 
 def _choices(kind: object) -> object:
-    """The type of an input; "<files:A>+<files:B>" becomes the host's files of both kinds."""
+    """The type of an input; "<files:A>" becomes the host's files of that kind."""
     if not isinstance(kind, str) or not kind.startswith(FILES_OF):
         return kind
-    return [name for part in kind.split("+") for name in _files(part.removeprefix(FILES_OF).removesuffix(">"))]
-
-
-def _files(kind: str) -> list[str]:
-    try:
-        return get_host().list_files(kind)
-    except KeyError:
-        # ComfyUI has no such folder until a node that reads it is built, and registers it.
-        return []
+    return get_host().list_files(kind.removeprefix(FILES_OF).removesuffix(">"))

@@ -21,6 +21,7 @@ from ..wanvideo.images import to_images
 from ..wanvideo.latents import start_noise
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
+from ..wanvideo.window_loop import check_windows, make_windows
 from .extension import NEEDS, Character
 from .footage import Footage
 
@@ -55,37 +56,14 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
 
     Raises ValueError where inputs are missing or do not fit.
     """
-    _check(request)
+    check_windows(request, asked_by="a frame_window_size below the number of frames", remedy="raise it")
     loop: CharacterLoop = request.image.loop
-    steps = len(request.schedule)
-    shape = loop.footage.shape(loop.window_frames)
-    log.info("Sampling %d frames in %d windows of %dx%d latents.", loop.frames, loop.windows, shape[3], shape[2])
-    request.model.try_attention(shape[1:], request.guidance.most_passes(steps))
+    size = loop.footage.shape(loop.window_frames)[1:]
+    log.info("Sampling %d frames in %d windows of %dx%d latents.", loop.frames, loop.windows, size[2], size[1])
     maker = WindowMaker(request, host)
-    try:
-        with host.progress(loop.windows * steps, "Sampling") as progress:
-            watcher = RunWatcher(host, progress, request.model.set_step)
-            video = torch.cat([maker.frames(index, watcher) for index in range(loop.windows)])[: loop.frames]
-    finally:
-        loop.footage.vae.managed.release()
-        if request.force_offload:
-            request.model.managed.release()
-    result: Latent = {"samples": maker.latents[None], "video": video * 2 - 1}
+    windows = make_windows(request, host, maker.frames, count=loop.windows, size=size, vae=loop.footage.vae)
+    result: Latent = {"samples": maker.latents[None], "video": torch.cat(windows)[: loop.frames] * 2 - 1}
     return result, dict(result)
-
-
-def _check(request: SampleRequest) -> None:
-    if request.text is None or not request.text.positive:
-        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
-    if request.context is not None:
-        raise ValueError(
-            "context_options and a frame_window_size below the number of frames are two ways to make a long video: "
-            "disconnect the options, or raise frame_window_size in WanVideoAnimateEmbeds."
-        )
-    if (request.samples or {}).get("samples") is not None or request.image.given_latents:
-        raise ValueError("A video in windows takes no samples and no extra latents: disconnect them.")
-    if request.schedule.for_loops:
-        raise ValueError(f"The scheduler '{request.schedule.spec.name}' is not for Animate: choose another.")
 
 
 class WindowMaker:

@@ -65,11 +65,10 @@ class PortraitMotion(Payload):
         """
         if self.context.dim() == 3:
             return self
-        count, frames = self.context.shape[1], len(window.latents) - window.trailing
-        places = [place - window.leading for place in window.latents[window.leading : frames]]
-        if window.total is None:
+        count, places, total = self.context.shape[1], list(window.video), window.video_total
+        if total is None:
             places = [min(place, count - 1) for place in places]
-        elif (total := window.total - window.leading - window.trailing) > count:
+        elif total > count:
             raise ValueError(
                 f"FantasyPortraitFaceDetector found motion for {count} latent frames, but the video has {total}: give "
                 "it pictures of the whole video, or make the video as short."

@@ -56,9 +56,8 @@ class FantasyTalkingEmbeds(Payload):
         """The speech of these latent frames; references have none. Raises ValueError where it ends before the video."""
         if self.context.dim() == 3:
             return self
-        frames = len(window.latents) - window.trailing
-        places = [place - window.leading for place in window.latents[window.leading : frames]]
-        total = max(places) + 1 if window.total is None else window.total - window.leading - window.trailing
+        places = list(window.video)
+        total = max(places) + 1 if window.video_total is None else window.video_total
         if total > self.context.shape[1]:
             raise ValueError(
                 f"FantasyTalkingWav2VecEmbeds made speech for {self.context.shape[1]} latent frames, but the video has "

@@ -57,8 +57,7 @@ class Motion(Payload):
         Raises ValueError where the motion ends before the window does.
         """
         frames = self.tokens.unflatten(1, (-1, JOINTS))
-        last = None if window.total is None else window.total - window.trailing
-        places = [p - window.leading for p in window.latents if p >= window.leading and (last is None or p < last)]
+        places = list(window.video)
         if not places:
             return None
         if max(places) >= frames.shape[1]:

@@ -21,6 +21,7 @@ from ..wanvideo.latents import start_noise
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
+from ..wanvideo.window_loop import check_windows, make_windows
 from .extension import SpeechToVideo
 
 if TYPE_CHECKING:
@@ -70,41 +71,19 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
 
     Raises ValueError where inputs are missing or do not fit.
     """
-    _check(request)
-    loop: SpeechLoop = request.image.loop
-    count = request.find(SpeechToVideo).audio.shape[-1] // loop.window_frames
-    frames, steps = count * loop.window_frames - LOST_FIRST, len(request.schedule)
-    _, _, *sides = request.image.latent_shape
-    log.info("Sampling %d frames in %d windows of %dx%d latents.", frames, count, *reversed(sides))
-    request.model.try_attention((loop.latents, *sides), request.guidance.most_passes(steps))
-    maker = WindowMaker(request, host)
-    try:
-        with host.progress(count * steps, "Sampling") as progress:
-            watcher = RunWatcher(host, progress, request.model.set_step)
-            video = torch.cat([maker.frames(index, watcher) for index in range(count)], dim=1)
-    finally:
-        loop.vae.managed.release()
-        if request.force_offload:
-            request.model.managed.release()
-    result: Latent = {"samples": maker.latents[None], "video": video.movedim(0, -1)}
-    return result, dict(result)
-
-
-def _check(request: SampleRequest) -> None:
     speech = request.find(SpeechToVideo)
     if speech is None or speech.audio is None:
         raise ValueError("The loop of S2V needs speech: connect audio_encoder_output to WanVideoAddS2VEmbeds.")
-    if request.text is None or not request.text.positive:
-        raise ValueError("There is no prompt: connect text_embeds (WanVideoTextEncode) to the sampler.")
-    if request.context is not None:
-        raise ValueError(
-            "context_options and enable_framepack are two ways to make a long video: disconnect the options, or turn "
-            "enable_framepack off in WanVideoAddS2VEmbeds."
-        )
-    if (request.samples or {}).get("samples") is not None or request.image.given_latents:
-        raise ValueError("With enable_framepack the sampler takes no samples and no extra latents: disconnect them.")
-    if request.schedule.for_loops:
-        raise ValueError(f"The scheduler '{request.schedule.spec.name}' is not for S2V: choose another.")
+    check_windows(request, asked_by="enable_framepack", remedy="turn it off in WanVideoAddS2VEmbeds")
+    loop: SpeechLoop = request.image.loop
+    count = speech.audio.shape[-1] // loop.window_frames
+    _, _, *sides = request.image.latent_shape
+    frames = count * loop.window_frames - LOST_FIRST
+    log.info("Sampling %d frames in %d windows of %dx%d latents.", frames, count, *reversed(sides))
+    maker = WindowMaker(request, host)
+    windows = make_windows(request, host, maker.frames, count=count, size=(loop.latents, *sides), vae=loop.vae)
+    result: Latent = {"samples": maker.latents[None], "video": torch.cat(windows, dim=1).movedim(0, -1)}
+    return result, dict(result)
 
 
 class WindowMaker:

@@ -47,28 +47,14 @@ def test_advice_names_nodes_that_are_built():
 
 
 def test_dropdowns_of_files_follow_the_host(tmp_path):
-    (tmp_path / "controlnet").mkdir()
+    (tmp_path / "vae").mkdir()
     before = get_host()
     set_host(StandaloneHost(models=tmp_path, device="cpu"))
     try:
-        names = CLASSES["WanVideoControlnetLoader"].INPUT_TYPES
-        assert names()["required"]["model"][0] == []
-        (tmp_path / "controlnet" / "tile.safetensors").touch()
-        assert names()["required"]["model"][0] == ["tile.safetensors"]
-    finally:
-        set_host(before)
-
-
-def test_a_folder_that_the_host_does_not_know_lists_nothing(monkeypatch):
-    class Bare:
-        def list_files(self, kind):
-            return {"vae": ["a.safetensors"]}[kind]
-
-    before = get_host()
-    set_host(Bare())
-    try:
-        kind = CLASSES["OviMMAudioVAELoader"].INPUT_TYPES()["required"]["vae"][0]
-        assert kind == ["a.safetensors"]
+        names = CLASSES["WanVideoFlashVSRDecoderLoader"].INPUT_TYPES
+        assert names()["required"]["model_name"][0] == []
+        (tmp_path / "vae" / "tile.safetensors").touch()
+        assert names()["required"]["model_name"][0] == ["tile.safetensors"]
     finally:
         set_host(before)
 
@@ -105,10 +91,10 @@ def run(**nodes):
 
 
 def test_no_result_depends_on_it():
-    shown = run(a=("Value", {}), b=("WanVideoOviCFG", {}), c=("Shown", {"value": Link("a", 0)}))
+    shown = run(a=("Value", {}), b=("WanVideoRoPEFunction", {}), c=("Shown", {"value": Link("a", 0)}))
     assert shown == [{"value": [0.5]}]
 
 
 def test_a_result_depends_on_it():
-    with pytest.raises(ValueError, match="'WanVideo SLG' is not built"):
-        run(b=("WanVideoSLG", {}), c=("Shown", {"value": Link("b", 0)}))
+    with pytest.raises(ValueError, match="'WanVideo RoPE Function' is not built"):
+        run(b=("WanVideoRoPEFunction", {}), c=("Shown", {"value": Link("b", 0)}))

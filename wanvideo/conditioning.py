@@ -66,6 +66,16 @@ class Window(NamedTuple):
     total: int | None = None
 
     @property
+    def video(self) -> tuple[int, ...]:
+        """Places of its latents in the video itself: references, which are no part of it, are left out."""
+        return tuple(place - self.leading for place in self.latents[self.leading : len(self.latents) - self.trailing])
+
+    @property
+    def video_total(self) -> int | None:
+        """Latent frames of the whole video without references, where it is known."""
+        return None if self.total is None else self.total - self.leading - self.trailing
+
+    @property
     def sounding(self) -> tuple[int, ...]:
         """Pixel frames for all latents but trailing references: each leading one stands for the first frame, still."""
         return (*(self.pixels[0],) * VAE_TIME_STRIDE * self.leading, *self.pixels)

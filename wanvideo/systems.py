@@ -40,8 +40,7 @@ class Systems:
     def kind_of(self, shapes: Shapes) -> Kind | None:
         """What a file with these tensors is, or None where nothing fits."""
         built = tuple(kind.file for kind in self.extensions if kind.file is not None)
-        names = {kind.name for kind in built}
-        return kind_of(shapes, (*built, *(kind for kind in self.files if kind.name not in names)))
+        return kind_of(shapes, (*built, *self.files))
 
     def missing(self, shapes: Shapes) -> dict[str, str]:
         """Systems that these tensors belong to and that are not built: name -> the first key that shows it."""

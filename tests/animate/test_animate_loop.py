@@ -119,9 +119,10 @@ def test_colors_are_those_of_the_reference(parts):
     ("options", "says"),
     [
         ({"text": None}, "no prompt"),
+        ({"text": TextEmbeds(positive=(torch.ones(4, 64),))}, "no negative prompt"),
         ({"context": ContextOptions()}, "two ways to make a long video"),
         ({"samples": {"samples": rand(1, 16, 4, 4, 4)}}, "takes no samples"),
-        ({"schedule": make_schedule(ScheduleSpec(name="multitalk", steps=2, shift=5.0))}, "is not for Animate"),
+        ({"schedule": make_schedule(ScheduleSpec(name="multitalk", steps=2, shift=5.0))}, "is not for a frame"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(options, says, parts, seen):

@@ -119,9 +119,10 @@ def test_prompts_go_by_the_window_and_the_video_passes_the_decoder(request_of, m
     [
         ({"audio": None}, "needs speech"),
         ({"text": None}, "no prompt"),
+        ({"text": TextEmbeds(positive=(torch.ones(4, 64),))}, "no negative prompt"),
         ({"context": ContextOptions()}, "two ways to make a long video"),
         ({"samples": {"samples": rand(1, 16, 4, 8, 8)}}, "takes no samples"),
-        ({"schedule": make_schedule(ScheduleSpec(name="multitalk", steps=2, shift=5.0))}, "is not for S2V"),
+        ({"schedule": make_schedule(ScheduleSpec(name="multitalk", steps=2, shift=5.0))}, "is not for enable"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(options, says, request_of, seen):

@@ -47,6 +47,12 @@ def test_a_step_is_within_a_part_of_the_schedule():
     assert Step(index=0, total=1).within(0.0, 1.0) and not Step(index=3, total=10, in_run=0).within(0.0, 0.2)
 
 
+def test_places_of_a_window_in_the_video_itself():
+    window = Window((0, 3, 4, 9), pixels=(), leading=1, trailing=1, total=10)
+    assert window.video == (2, 3) and window.video_total == 8
+    assert Window((2, 5), pixels=()).video == (2, 5) and Window((2, 5), pixels=()).video_total is None
+
+
 def test_pixel_frames_of_a_window():
     assert pixel_frames((0, 1, 2)) == (0, 1, 2, 3, 4, 5, 6, 7, 8)
     assert pixel_frames((3, 4)) == (12, 13, 14, 15, 16)

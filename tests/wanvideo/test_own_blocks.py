@@ -109,13 +109,6 @@ def test_files_may_have_other_names():
     assert renamed == ["an new key", "a key"]
 
 
-def test_a_row_of_what_is_not_built_ends_with_the_system():
-    whole = Kind("Toy module", "", ("^patch_embedding",), whole=True)
-    shapes = {"patch_embedding.weight": (1,), "blocks.0.self_attn.q.weight": (1,), "toy": (1,)}
-    assert Systems(extensions=(), files=(whole,)).kind_of(shapes) is whole
-    assert Systems(extensions=(Companion,), files=(whole,)).kind_of(shapes).name == "Wan transformer"
-
-
 def test_modifiers_of_the_model_act_within_those_that_are_connected(monkeypatch):
     monkeypatch.setattr(sampling, "sample_once", lambda request, host: [len(request.modifiers)])
     request = sampling.SampleRequest(
