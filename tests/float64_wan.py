@@ -46,16 +46,17 @@ class Exact:
 
     def turns(self, grid, start=(0, 0, 0)):
         """Complex rotations [F * H * W, D/2] of a grid of positions."""
+        return self.turns_at(places(*(range(first, first + size) for first, size in zip(start, grid, strict=True))))
+
+    def turns_at(self, positions):
+        """Complex rotations [L, D/2] of positions (frame, row, column)."""
         size = self.config.dim // self.config.num_heads
         spatial = 2 * (size // 6)
         parts = []
-        for axis, width in enumerate((size - 2 * spatial, spatial, spatial)):
+        for axis, width in zip(zip(*positions, strict=True), (size - 2 * spatial, spatial, spatial), strict=True):
             frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-            positions = torch.arange(start[axis], start[axis] + grid[axis], dtype=torch.float64)
-            shape = [1, 1, 1, -1]
-            shape[axis] = grid[axis]
-            parts.append((positions[:, None] * frequencies).view(shape).expand(*grid, -1))
-        angles = torch.cat(parts, dim=-1).flatten(0, 2)
+            parts.append(torch.tensor(axis, dtype=torch.float64)[:, None] * frequencies)
+        angles = torch.cat(parts, dim=-1)
         return torch.polar(torch.ones_like(angles), angles)
 
     def heads(self, x):
@@ -104,3 +105,83 @@ class Exact:
 
 def relative(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
+
+
+def velocity(model, latents, timestep, text, *, on_video=0.0, behind=(), after=lambda index, video: 0.0):
+    """Of latents [in_dim, F, H, W]. on_video [L, C]: added to the patches. behind: (tokens [N, C], positions) that are
+    seen at time 0. after: (index, video tokens) -> what is added to them behind a block."""
+    exact = Exact(model)
+    grid = (latents.shape[1], latents.shape[2] // 2, latents.shape[3] // 2)
+    x, positions = exact.patches(latents[None]) + on_video, places(*map(range, grid))
+    count = x.shape[1]
+    for tokens, more in behind:
+        x, positions = torch.cat((x, tokens[None]), dim=1), positions + more
+    turns, text = exact.turns_at(positions), exact.text([text])
+    (time, now), (_, clean) = (exact.times(torch.tensor([t])) for t in (float(timestep), 0.0))
+    for i in exact.blocks:
+        pairs = zip(exact.modulated(i, now), exact.modulated(i, clean), strict=True)
+        shift, gain, gate, ffn_shift, ffn_gain, ffn_gate = (
+            torch.cat((a.expand(-1, count, -1), b.expand(-1, x.shape[1] - count, -1)), dim=1) for a, b in pairs
+        )
+        heads = exact.self_qkv(i, exact.norm(x) * (1 + gain) + shift, turns)
+        x = x + exact.linear(f"blocks.{i}.self_attn.o", exact.attention(*heads)) * gate
+        x = x + exact.cross(i, x, text)
+        x = x + exact.feed_forward(i, exact.norm(x) * (1 + ffn_gain) + ffn_shift) * ffn_gate
+        x = torch.cat((x[:, :count] + after(i, x[0, :count]), x[:, count:]), dim=1)
+    return exact.velocity(x[:, :count], time, grid)[0]
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(module):
+    return {k: v.double() for k, v in module.state_dict().items()}
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def rms(weight, x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def layer_norm(x, eps=1e-6):
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def heads_attend(q, k, v, heads):
+    """q [L, C], k and v [T, C]."""
+    parts = zip(*(t.chunk(heads, dim=-1) for t in (q, k, v)), strict=True)
+    return torch.cat([(a @ b.T / a.shape[-1] ** 0.5).softmax(-1) @ c for a, b, c in parts], dim=-1)
+
+
+def causal_conv(p, name, x, stride=1):
+    """x [T, C] through a convolution of three taps that see no later row; the first row repeats in front."""
+    weight, out = p[f"{name}.conv.weight"], []
+    for end in range(0, len(x), stride):
+        rows = [x[max(end - back, 0)] for back in (2, 1, 0)]
+        out.append(sum(weight[..., tap] @ row for tap, row in enumerate(rows)) + p[f"{name}.conv.bias"])
+    return torch.stack(out)
+
+
+def patches(weight, bias, latents):
+    """[z, F, H, W] in patches of the weight's size as rows [L, C]; what fills no patch is left out."""
+    frames, height, width = weight.shape[2:]
+    grid = [side // size for side, size in zip(latents.shape[1:], weight.shape[2:], strict=True)]
+    rows = [
+        weight.flatten(1) @ latents[:, frames * f : frames * (f + 1), height * h : height * (h + 1),
+                                    width * w : width * (w + 1)].flatten()
+        for f in range(grid[0]) for h in range(grid[1]) for w in range(grid[2])
+    ]  # fmt: skip
+    return torch.stack(rows) + bias
+
+
+def places(times, rows, columns):
+    return [(t, h, w) for t in times for h in rows for w in columns]

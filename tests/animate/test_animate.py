@@ -7,7 +7,7 @@ import pytest
 import torch
 from contract import build, cases_of
 from diffusers import WanAnimateTransformer3DModel
-from wan_float64 import rand, relative
+from float64_wan import rand, relative
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.config import WanConfig

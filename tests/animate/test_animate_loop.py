@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import cases_of
-from wan_float64 import rand
+from float64_wan import rand
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.animate import loop as module
 from wanvideo_wrapper.animate.extension import Character

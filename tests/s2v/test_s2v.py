@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import build, cases_of, randomize
-from wan_float64 import (
+from float64_wan import (
     causal_conv,
     heads_attend,
     layer_norm,

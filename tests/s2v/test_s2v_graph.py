@@ -4,10 +4,10 @@ The graphs are not part of the project: WANVIDEO_GRAPHS names their folder (defa
 """
 
 import pytest
+from float64_wan import rand
 from foreign_nodes import foreign, run_graph, save_talking_clip
 from PIL import Image
 from saved_models import GRAPHS, LIGHTX, save_fp8
-from wan_float64 import rand
 from wanvideo_wrapper.demo import INPUT, tiny
 from wanvideo_wrapper.s2v.extension import SpeechInjection
 

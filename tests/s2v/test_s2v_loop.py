@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wan_float64 import rand
+from float64_wan import rand
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost

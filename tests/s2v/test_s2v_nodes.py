@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from wan_float64 import rand
+from float64_wan import rand
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.s2v.audio import frame_features
 from wanvideo_wrapper.s2v.extension import SpeechToVideo

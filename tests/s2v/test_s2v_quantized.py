@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contract import cases_of
-from wan_float64 import rand, relative
+from float64_wan import rand, relative
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
