@@ -1,4 +1,4 @@
-"""The protocol by which a conditioning system (MultiTalk, VACE, Uni3C, ...) joins the Wan transformer.
+"""The protocol by which a conditioning system joins the Wan transformer.
 
 A system is a folder with an `Extension`, a frozen dataclass of sizes that holds no weights, and a `Payload`
 (conditioning.py), what its node emits for one run. Weights sit in the module tree under their published names, so that
