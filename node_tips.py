@@ -16,7 +16,7 @@ BY_TYPE: Mapping[str, str] = {
     "FANTASYTALKINGMODEL": "FantasyTalking's weights beside the model's; from its loader",
     "FANTASYTALKING_EMBEDS": "Speech for FantasyTalking, which the model must have been loaded with",
     "FETAARGS": "From WanVideo Enhance-A-Video",
-    "FLOWEDITARGS": "Edits the video in samples; from WanVideo FlowEdit",
+    "FLOWEDITARGS": "Not built in this version: leave it empty",
     "FREEINITARGS": "Samples several times from better noise; from WanVideo FreeInit Args",
     "IMAGE": "Pictures, or the frames of a video",
     "LATENT": "Latents of a video",
@@ -28,9 +28,9 @@ BY_TYPE: Mapping[str, str] = {
     "SIGMAS": "A schedule of noise levels in the place of steps and shift",
     "SLGARGS": "Leaves blocks out of the negative pass; from WanVideo SLG",
     "UNI3C_EMBEDS": "Camera motion; from WanVideo Uni3C Embeds",
-    "UNIANIMATE_POSE": "Poses for UniAnimate, which the model must have been loaded with",
+    "UNIANIMATE_POSE": "Not built in this version: leave it empty",
     "VACEPATH": "A module beside the model; from WanVideo VACE Module Select or WanVideo Extra Model Select",
-    "VRAM_MANAGEMENTARGS": "Changes nothing in this version: use WanVideo Block Swap",
+    "VRAM_MANAGEMENTARGS": "Lets a share of the blocks wait in main memory; from WanVideo VRAM Management",
     "WANCOMPILEARGS": "Compiles the blocks; from WanVideo Torch Compile Settings",
     "WANTEXTENCODER": "From WanVideo T5 Text Encoder Loader",
     "WANVAE": "From WanVideo VAE Loader; the VAE of the model",
@@ -54,7 +54,7 @@ BY_NAME: Mapping[str, str] = {
     "dynamo_cache_size_limit": "Of compiled variants of a function; more are run without compiling",
     "dynamo_recompile_limit": "The same limit under its newer name",
     "force_parameter_static_shapes": "Compile for the sizes of the weights, which do not change",
-    "height": "In pixels; rounded down to a multiple of 16",
+    "height": "In pixels; rounded down to a multiple of 16, for the 5B of 32",
     "load_device": "Where it waits: offload_device is main memory",
     "mode": "What the compiler tries; max-autotune compiles for minutes",
     "precision": "What it computes in; bf16 takes half the memory of fp32",
@@ -64,7 +64,7 @@ BY_NAME: Mapping[str, str] = {
     "steps": "More steps are slower and finer; models with a distillation LoRA need 4 to 8",
     "use_non_blocking": "Changes nothing: copies always run beside the computation",
     "vace_blocks_to_swap": "The same for the blocks of a VACE module",
-    "width": "In pixels; rounded down to a multiple of 16",
+    "width": "In pixels; rounded down to a multiple of 16, for the 5B of 32",
 }
 
 

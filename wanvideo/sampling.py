@@ -90,8 +90,8 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     """One pass over the schedule."""
     if request.schedule.for_loops:
         raise ValueError(
-            f"The scheduler '{request.schedule.spec.name}' is only for videos that are made in a loop of windows: choose "
-            "another."
+            f"The scheduler '{request.schedule.spec.name}' is only for videos that are made in a loop of windows: "
+            "choose another."
         )
     _check_channels(request)
     check_conditions(request)
