@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 from torch import Tensor, nn
@@ -29,12 +30,14 @@ class RankHost(StandaloneHost):
 
     ranks: ProcessRanks
 
-    def manage(self, module: nn.Module, *, place: Place | None = None) -> Managed:
+    def manage(
+        self, module: nn.Module, *, place: Place | None = None, resident: Callable[[], int] | None = None
+    ) -> Managed:
         """As elsewhere. Raises ValueError for a transformer with fewer heads than there are ranks."""
         if isinstance(module, WanModel):
             self.ranks.check(module.config.num_heads)
             module.ranks = self.ranks
-        return super().manage(module, place=place)
+        return super().manage(module, place=place, resident=resident)
 
     def progress(self, total: int, label: str = "") -> Progress:
         """On the first rank."""
