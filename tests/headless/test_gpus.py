@@ -8,15 +8,16 @@ from wanvideo_wrapper.headless.cli import main
 SHORT = ("MultiTalkWav2VecEmbeds.num_frames=13", "WanVideoSampler.steps=1")
 
 
-def frames(folder, capsys, *options):
+def frames(folder, *options):
     sets = [part for value in SHORT for part in ("--set", value)]
     assert main(["demo", "--device", "cpu", "--out", str(folder), *sets, *options]) == 0
-    with av.open(capsys.readouterr().out.split()[-1]) as video:
+    with av.open(next(folder.glob("*.mp4"))) as video:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]).astype(float)
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_video(tmp_path, capfd):
-    one, two = frames(tmp_path / "one", capfd), frames(tmp_path / "two", capfd, "--gpus", "2")
+def test_two_ranks_make_the_same_video(tmp_path):
+    # Files are compared, not what is printed: ranks print where their fork server did when an earlier test began it.
+    one, two = frames(tmp_path / "one"), frames(tmp_path / "two", "--gpus", "2")
     assert one.shape == two.shape and one.std() > 10
     assert np.abs(one - two).mean() < 0.5
