@@ -6,6 +6,7 @@ components of them make up nearly all of it.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,14 @@ def check(path: Path) -> None:
 
 def distance(pictures: Tensor) -> Tensor:
     """[B, 3, 128, 128] in 0..1 -> the share [B] of each picture that drawn faces do not explain; 1 for flat ones."""
-    components = torch.linalg.svd(_features(draw(0, EXAMPLES)), full_matrices=False).Vh[:COMPONENTS]
-    features = _features(pictures)
+    components, features = _components(), _features(pictures)
     return torch.where(features.norm(dim=1) > 0, (features - features @ components.T @ components).norm(dim=1), 1.0)
+
+
+@cache
+def _components() -> Tensor:
+    """The principal components of drawn faces: drawing these takes seconds."""
+    return torch.linalg.svd(_features(draw(0, EXAMPLES)), full_matrices=False).Vh[:COMPONENTS]
 
 
 def _features(pictures: Tensor) -> Tensor:
