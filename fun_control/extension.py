@@ -148,8 +148,7 @@ class FunControl(Extension):
         first = tokens.rope[: height * width]
         moved = tokens._replace(rope=torch.cat((later, tokens.rope[video_tokens(tokens.grid) :])))
         # Where frames differ in time, as with given first frames, the reference is as noisy as the last one.
-        mod = None if tokens.rows is None else tokens.mod[:, -1:]
-        return moved.appended(reference.expand(tokens.x.shape[0], -1, -1), first, mod), None
+        return moved.appended(reference.expand(tokens.x.shape[0], -1, -1), first, tokens.last_frame_mod), None
 
 
 EXTENSION = FunControl

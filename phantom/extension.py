@@ -94,8 +94,7 @@ class Phantom(Extension):
             device=tokens.x.device,
         )
         # Where frames differ in time, as with given first frames, the references are as noisy as the last one.
-        mod = None if tokens.rows is None else tokens.mod[:, -1:]
-        return tokens.appended(references.expand(tokens.x.shape[0], -1, -1), rope, mod), None
+        return tokens.appended(references.expand(tokens.x.shape[0], -1, -1), rope, tokens.last_frame_mod), None
 
 
 EXTENSION = Phantom

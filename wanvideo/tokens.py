@@ -152,6 +152,14 @@ class Tokens(NamedTuple):
             text=self.text.on(shard),
         )
 
+    @property
+    def last_frame_mod(self) -> Tensor | None:
+        """Modulation [B, 1, 6, C] of the last frame of the video; None where all tokens share one, as in `appended`."""
+        if self.rows is None:
+            return None
+        last = video_tokens(self.grid)
+        return self.mod[:, self.rows[last - 1 : last]]
+
     def appended(self, x: Tensor, rope: Tensor, mod: Tensor | None = None) -> Tokens:
         """With more tokens x [B, N, C] at positions rope [N, D/2, 2] behind the others.
 

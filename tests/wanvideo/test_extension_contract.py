@@ -16,6 +16,7 @@ from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.loading import quantizable
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.systems import Systems
+from wanvideo_wrapper.wanvideo.tokens import video_tokens
 
 every_case = pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
 
@@ -183,11 +184,59 @@ def own_tokens(case):
 
 
 @every_case
-def test_tokens_that_another_system_appends_disturb_nothing(case):
+def test_tokens_that_another_system_appends_behind_disturb_nothing(case):
     if own_tokens(case):
         pytest.skip("appends tokens itself, so that the stranger's spans would hide its own")
     _, model = built(case, UnseenTokens())
     torch.testing.assert_close(model(inputs(case.payload, Extra())), model(inputs(case.payload)), rtol=1e-4, atol=1e-5)
+
+
+class Between(NamedTuple):
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Hidden(Payload):
+    needs: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class TokensBefore(Extension):
+    """Appends five tokens before other systems append theirs."""
+
+    payload: ClassVar[type] = Extra
+
+    def prepare(self, model, payload, inputs, tokens):
+        noise = torch.randn(tokens.x.shape[0], 5, tokens.x.shape[2], generator=torch.Generator().manual_seed(3))
+        return tokens.appended(noise, model.rope((1, 1, 5), start=(0, 9, 9)), tokens.mod[:, :1] * 0.5), None
+
+
+@dataclass(frozen=True)
+class HidesThem(Extension):
+    """Takes the five tokens away from what others attend to: a hook that comes last, when all spans are known."""
+
+    payload: ClassVar[type] = Hidden
+
+    def prepare(self, model, payload, inputs, tokens):
+        return tokens, Between(video_tokens(tokens.grid), video_tokens(tokens.grid) + 5)
+
+    def attend(self, block, call, cond):
+        start, stop = cond
+        k, v = (torch.cat((t[:, :start], t[:, stop:]), dim=1) for t in (call.k, call.v))
+        shown = [min(place, start) if place < stop else place - 5 for place in range(call.k.shape[1] + 1)]
+        spans = tuple((queries, (shown[first], shown[last])) for queries, (first, last) in call.spans)
+        return call._replace(k=k, v=v, spans=spans), cond
+
+
+@every_case
+def test_tokens_that_another_system_appends_before_disturb_nothing(case):
+    """A system that appends tokens must ask where its own begin."""
+    if not own_tokens(case):
+        pytest.skip("appends no tokens, so that strangers' are behind all that it knows")
+    model = build(TokensBefore(), case.extension, HidesThem(), config=case.config)[1]
+    both = model(inputs(Extra(), case.payload, Hidden()))
+    torch.testing.assert_close(both, model(inputs(case.payload)), rtol=1e-4, atol=1e-5)
 
 
 PAIRS = [
