@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .registry import SYSTEMS
+from .saved_values import option_of
 from .wanvideo.checkpoint import open_checkpoint
 
 # Types of the links that arrive, by input name; ComfyUI calls the parameter `input_types`.
@@ -18,7 +19,8 @@ def verdict(node: type, check: Callable[..., object], types: Types | None = None
 
     ComfyUI leaves the limits and choices of every value that VALIDATE_INPUTS names to the node, and the types of all
     links where it names `input_types`, so both are judged here first. check(**values) then raises ValueError or OSError
-    for values that do not fit; it is not asked where another node makes one of them, which is not known yet.
+    for values that do not fit, and gets today's names of options and files, as the node will; it is not asked where
+    another node makes one of them, which is not known yet.
     """
     links = types or {}
     declared = node.INPUT_TYPES()
@@ -29,7 +31,7 @@ def verdict(node: type, check: Callable[..., object], types: Types | None = None
     if links.keys() & values.keys():
         return True
     try:
-        check(**values)
+        check(**{name: option_of(inputs[name][0], value) for name, value in values.items()})
     except (ValueError, OSError) as error:
         return str(error)
     return True

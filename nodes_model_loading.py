@@ -80,10 +80,8 @@ class WanVideoModelLoader:
         """A transformer, by its header, that these options can run on this machine."""
         options = {"base_precision": base_precision, "quantization": quantization, "attention_mode": attention_mode}
 
-        def check(**values: object) -> None:
-            dtype = DTYPES[base_precision]
-            chosen = LoadOptions(base_dtype=dtype, quantization=quantization, attention_mode=attention_mode)
-            planned(find_model(model), chosen, get_host(), SYSTEMS)
+        def check(model: str, base_precision: str, **chosen: str) -> None:
+            planned(find_model(model), LoadOptions(base_dtype=DTYPES[base_precision], **chosen), get_host(), SYSTEMS)
 
         return verdict(cls, check, input_types, model=model, **options)
 

@@ -85,11 +85,15 @@ def current_values(
     return {name: _current(rows.get(name, (None,))[0], name, value, node) for name, value in values.items()}
 
 
+def option_of(kind: object, value: object) -> object:
+    """What a saved value is called today; the value itself where `kind` is no list widget, or has nothing like it."""
+    option = kind.current(value) if isinstance(kind, Choices) else None
+    return value if option is None else option
+
+
 def _current(kind: object, name: str, value: object, node: str) -> object:
-    if not isinstance(kind, Choices):
-        return value
-    option = kind.current(value)
-    if option is None or option == value:
+    option = option_of(kind, value)
+    if option == value:
         return value
     log.info("%s: '%s' was saved as '%s'; '%s' is taken.", node, name, value, option)
     return option

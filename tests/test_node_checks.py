@@ -137,6 +137,12 @@ def test_defaults_are_welcome_and_every_parameter_is_an_input_with_a_default(hos
         assert node.VALIDATE_INPUTS(**FILES.get(name, {}), input_types=LINKED.get(name, {})) is True, name
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != "WanVideoLoraSelectByName"])
+def test_a_file_saved_under_another_folder_and_system_is_checked_where_it_lies(host, name):
+    ((widget, file),) = FILES[name].items()
+    assert N[name].VALIDATE_INPUTS(**{widget: f"WanVideo\\{file}"}) is True
+
+
 def test_values_that_other_nodes_make_are_not_judged(host):
     links = {**SAMPLER, "steps": "INT"}
     assert N["WanVideoSampler"].VALIDATE_INPUTS(scheduler="unipc", start_step=30, input_types=links) is True

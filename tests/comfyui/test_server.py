@@ -53,6 +53,11 @@ def frames_of(path):
         return sum(1 for _ in container.decode(container.streams.video[0]))
 
 
+def videos(files):
+    """Without the previews, which ComfyUI writes for nodes that headless runs leave out."""
+    return [path for path in files if path.suffix == ".mp4"]
+
+
 def test_interfaces(server):
     original = json.loads((ROOT / "tests/data/node_interfaces.json").read_text())
     listed = server.get("/object_info")
@@ -94,14 +99,14 @@ def test_a_file_that_was_saved_under_another_folder_and_system_is_taken(server):
     server.run({"1": loader, "2": shown})
     assert "'tiny_wan_vae.safetensors' is taken" in (server.base / "log.txt").read_text()
     loader["inputs"]["model_name"] = "WanVideo\\of_nobody.safetensors"
-    with pytest.raises(RefusedError, match="not in list"):
+    with pytest.raises(RefusedError, match="has no choice"):
         server.queue({"1": loader, "2": shown})
 
 
 def test_demo(filled_server):
     edits = ("WanVideoSampler.steps=2", "MultiTalkWav2VecEmbeds.num_frames=40")
     prompt, workflow = api_prompt(WORKFLOW, filled_server.base, edits, ())
-    (path,) = filled_server.run(prompt, workflow)
+    (path,) = videos(filled_server.run(prompt, workflow))
     assert frames_of(path) == 40
 
 
@@ -111,5 +116,5 @@ def test_saved_graph(name, filled_server):
     pattern, edits, bypassed, frames = GRAPH_RUNS[name]
     (graph,) = GRAPHS.glob(pattern)
     prompt, workflow = api_prompt(graph, filled_server.base, edits, bypassed)
-    (path,) = filled_server.run(prompt, workflow)
+    (path,) = videos(filled_server.run(prompt, workflow))
     assert frames_of(path) == frames
