@@ -66,7 +66,7 @@ class Block(Protocol):
 class Extension:
     """Base of all conditioning systems: subclasses are frozen dataclasses and override what they need.
 
-    The hooks from `projected` on are traced into the block and must be pure: (block, value, cond) -> (value, cond);
+    The hooks from `self_attn_input` on are traced into the block and pure: (block, value, cond) -> (value, cond);
     strength is data (a 0-d tensor in cond), activity is structure (None where idle), and scratch between two hooks of
     a block flows through cond. What a subclass does not override costs nothing.
 
@@ -152,6 +152,10 @@ class Extension:
         A step cache may have left the blocks out; x is then what it stands in with.
         """
 
+    def self_attn_input(self, block: Block, x: Tensor, cond: NamedTuple) -> tuple[Tensor, NamedTuple]:
+        """What self-attention projects, normed and modulated, [B, L, C]. It costs as `projected` does."""
+        return x, cond
+
     def projected(self, block: Block, value: Projections, cond: NamedTuple) -> tuple[Projections, NamedTuple]:
         """What self-attention projects, before norms and positions. It costs the FP8 input that q, k and v share."""
         return value, cond
@@ -186,7 +190,8 @@ class Extension:
 
 
 TRACED = (
-    "projected", "attend", "self_attn", "self_attn_output", "before_cross_attn", "cross_attn", "after_cross_attn",
+    "self_attn_input", "projected", "attend", "self_attn", "self_attn_output", "before_cross_attn", "cross_attn",
+    "after_cross_attn",
 )  # fmt: skip
 Hooks = tuple[tuple[Extension, NamedTuple], ...]
 

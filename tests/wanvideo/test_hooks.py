@@ -281,6 +281,19 @@ def test_self_attn_output_changes_the_projection():
     run(Output(), 0.5, scaled("self_attn.o"))
 
 
+def test_self_attn_input_changes_what_is_projected():
+    @dataclass(frozen=True)
+    class Input(ToyExtension):
+        def self_attn_input(self, block, x, cond):
+            return x + cond.value, cond
+
+    def change(model):
+        for block in model.blocks:
+            block.modulation[:, 0].add_(VECTOR)
+
+    run(Input(), VECTOR, change)
+
+
 def test_projected_changes_queries_keys_and_values_and_has_their_input():
     @dataclass(frozen=True)
     class Projected(ToyExtension):
@@ -318,16 +331,15 @@ def test_before_cross_attn_sees_and_changes_the_residual_stream():
     run(Before(), VECTOR, change)
 
 
-def test_the_input_of_projected_is_not_quantized():
+@pytest.mark.parametrize("hook", ["self_attn_input", "projected"])
+def test_the_input_that_a_hook_reads_is_not_quantized(hook):
     seen = []
 
-    @dataclass(frozen=True)
-    class Projected(ToyExtension):
-        def projected(self, block, value, cond):
-            seen.append(value.x)
-            return value, cond
+    def read(self, block, value, cond):
+        seen.append(value if hook == "self_attn_input" else value.x)
+        return value, cond
 
-    _, model = build(Projected())
+    _, model = build(dataclass(frozen=True)(type("Reader", (ToyExtension,), {hook: read}))())
     for block in model.blocks:
         for name in ("q", "k", "v"):
             layer = getattr(block.self_attn, name)

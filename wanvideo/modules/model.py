@@ -79,14 +79,17 @@ class WanAttentionBlock(nn.Module):
         Modulation of each token, float32, is as large as two activations: it is made in pieces, too.
         """
         count, parts = x.shape[1], 1 if inputs.rows is None else inputs.parts
-        # `projected` reads the input as it is.
-        readers = () if hooked("projected", hooks) else self.self_attn.readers()
+        # Both read the input as it is.
+        plain = hooked("self_attn_input", hooks) or hooked("projected", hooks)
+        readers = () if plain else self.self_attn.readers()
 
         def modulated(tokens: slice) -> Tensor | Fp8Rows:
             shift, scale, _ = _at(rows, inputs.rows, tokens)
             return modulate(self.norm1, x[:, tokens], shift, scale, readers)
 
-        y, hooks = self.self_attn(stretched(modulated, count, parts), inputs, hooks, self)
+        read, hooks = run_hooks("self_attn_input", self, stretched(modulated, count, parts), hooks)
+        y, hooks = self.self_attn(read, inputs, hooks, self)
+        del read
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
         x = stretched(lambda t: gated_residual(x[:, t], y[:, t], _at(rows, inputs.rows, t)[2]), count, parts)
         return run_hooks("before_cross_attn", self, x, hooks)
