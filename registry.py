@@ -28,6 +28,7 @@ FOLDERS = (
     "animate",
     "enhance_a_video",
     "uni3c",
+    "recammaster",
     "controlnet",
     "phantom",
     "vace",

@@ -8,11 +8,10 @@ from __future__ import annotations
 from .wanvideo.families import Kind
 from .wanvideo.systems import Unbuilt
 
-UNBUILT_FILES = (Kind("ReCamMaster module", "", (r"^blocks\.0\.cam_encoder\.weight$",)),)
+UNBUILT_FILES: tuple[Kind, ...] = ()
 
 # Files with these keys are Wan transformers whose extra weights would be ignored, so that they would run wrongly.
 UNBUILT_KEYS = (
-    Unbuilt(r"\.cam_encoder\.weight$", "ReCamMaster"),
     Unbuilt(r"\.cross_attn\.emo_k_proj\.weight$|ip_adapter_single_stream", "FlashPortrait"),
     Unbuilt(r"^LQ_proj_in\.", "FlashVSR"),
     Unbuilt(r"^add_conv_in\.weight$", "UniLumos"),

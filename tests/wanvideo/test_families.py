@@ -38,14 +38,14 @@ BASE = {
     "skyreels_v2_df_1_3B": (1536, 30, 12, 16, ("FrameRateEmbedding",)),
     "skyreels_v2_df_14B": (5120, 40, 40, 16, ("FrameRateEmbedding",)),
     "mtvcrafter_14B_merged": (5120, 40, 40, 16, ("MtvCrafter",)),
+    "recammaster_1_3B": (1536, 30, 12, 16, ("ReCamMaster",)),
     "ovi_11B": (3072, 30, 24, 48, ("Ovi",)),
 }
 WITH_WEIGHTS = (
     "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "Animate", "VaceExtension",
-    "MtvCrafter", "FrameRateEmbedding", "Ovi",
+    "MtvCrafter", "FrameRateEmbedding", "ReCamMaster", "Ovi",
 )  # fmt: skip
 REFUSED = {
-    "recammaster_1_3B": "ReCamMaster",
     "steadydancer_14B": "SteadyDancer",
 }
 
@@ -103,6 +103,7 @@ def test_base_families(name, prefix, tmp_path):
         ("lynx_full_module", "wan21_t2v_14B"),
         ("lynx_lite_module", "wan21_t2v_14B"),
         ("fantasyportrait", "wan21_i2v_14B"),
+        ("recammaster_blocks", "wan21_t2v_1_3B"),
         ("ovi_audio_5B", "ovi_video_5B"),
     ],
 )
@@ -143,6 +144,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
         ("lynx_full_module", "Lynx module"),
         ("lynx_lite_module", "Lynx module"),
         ("fantasyportrait", "FantasyPortrait module"),
+        ("recammaster_blocks", "ReCamMaster module"),
         ("ovi_audio_5B", "Ovi audio module"),
         ("uni3c_controlnet", "Uni3C controlnet"),
         ("wan_controlnet_1_3B", "Wan ControlNet"),
