@@ -6,7 +6,7 @@ Source: Wan-Video/Wan2.1 (WanI2V), aigc-apps/VideoX-Fun.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -37,7 +37,7 @@ class ImageCondition(Payload):
         mask[:, :, first] = self.mask[:, :, first]
         picture = self.cond[0, :, first] if window.picture is None else window.picture[:, 0].to(cond)
         cond[:, :, first] = picture
-        return ImageCondition(cond, mask)
+        return replace(self, cond=cond, mask=mask)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Latents stay in float32 until the patch embedding reads them."""

@@ -104,6 +104,10 @@ class Payload:
         """The form for a model of these sizes, which guides and conditions the run in the place of this one."""
         return self
 
+    def joined(self, payloads: tuple[Payload, ...]) -> tuple[Payload, ...]:
+        """All payloads of the run, this one among them, with what it makes of others; ValueError where one lacks."""
+        return payloads
+
     def window(self, window: Window) -> Self | None:
         """The part that belongs to this window: itself where it is the same for all, None where it has no part."""
         return self

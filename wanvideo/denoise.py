@@ -16,20 +16,10 @@ from torch import Tensor
 from .conditioning import Step
 from .diagnosis import origin
 from .guidance import Denoiser
-from .modifier import Modifier, Velocity
+from .modifier import LatentHook, Modifier, Velocity
 from .schedulers import Schedule
 from .shard import ALONE
 from .windows import WindowedDenoiser
-
-
-class LatentHook(Protocol):
-    """Changes latents [C, F, H, W] around a step. index counts from 0 in the run; return new latents or the same."""
-
-    def before(self, latents: Tensor, index: int) -> Tensor:
-        """Latents at schedule.sigmas[index], before the model and the solver see them."""
-
-    def after(self, latents: Tensor, index: int) -> Tensor:
-        """Latents at schedule.sigmas[index + 1], after the solver's step."""
 
 
 class Watcher(Protocol):

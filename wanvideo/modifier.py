@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .conditioning import Row, Step
+
+if TYPE_CHECKING:
+    from .schedulers import Schedule
 
 # (latents [C, F, H, W], timestep, step) -> velocity [C, F, H, W]
 Velocity = Callable[[Tensor, Tensor, Step], Tensor]
@@ -14,6 +18,30 @@ Velocity = Callable[[Tensor, Tensor, Step], Tensor]
 Combine = Callable[[Sequence[Row], Sequence[Tensor], Step], Tensor]
 # (SampleRequest, Host) -> the two LATENT dicts of the sampler
 Run = Callable[..., tuple[dict[str, object], dict[str, object]]]
+
+
+class LatentHook(Protocol):
+    """Changes latents [C, F, H, W] around a step. index counts from 0 in the run; return new latents or the same."""
+
+    def before(self, latents: Tensor, index: int) -> Tensor:
+        """Latents at schedule.sigmas[index], before the model and the solver see them."""
+
+    def after(self, latents: Tensor, index: int) -> Tensor:
+        """Latents at schedule.sigmas[index + 1], after the solver's step."""
+
+
+class Start(NamedTuple):
+    """What a run starts from; latents are [C, F, H, W] float32.
+
+    latents to begin with; noise: what was drawn for all frames; hooks around every step, in order; clean_frames: latent
+    frames that the model sees at timestep 0; original: the video under a mask.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    hooks: tuple[LatentHook, ...] = ()
+    clean_frames: tuple[int, ...] = ()
+    original: Tensor | None = None
 
 
 class Modifier:
@@ -25,6 +53,10 @@ class Modifier:
     def around_run(self, run: Run) -> Run:
         """A run in the place of `run`, which it may call any number of times with changed requests."""
         return run
+
+    def begin(self, start: Start, schedule: Schedule, generator: Generator) -> Start:
+        """What the run starts from instead of `start`. generator: the run's, which solvers draw from, too."""
+        return start
 
     def around_velocity(self, velocity: Velocity) -> Velocity:
         """The guided velocity of the whole video, made from `velocity`."""

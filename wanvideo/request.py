@@ -56,8 +56,8 @@ class ImageEmbeds:
     payloads: what conditions the model, encoded pictures included. leading_latents, trailing_latents: how many latent
     frames at either end are references, which windows keep and decoding drops. extra_end_frame: the last latent frame
     is an end image encoded on its own; decoding drops its pixel frame. given_latents: (latent frame, [channels, frames,
-    height, width]) pairs that are known before sampling; a negative frame counts from the end. loop: makes the
-    video in a way of its own.
+    height, width]) pairs that are known before sampling; a negative frame counts from the end. modifiers: change how
+    this video is sampled, the outermost first. loop: makes the video in a way of its own.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -67,6 +67,7 @@ class ImageEmbeds:
     trailing_latents: int = 0
     extra_end_frame: bool = False
     given_latents: tuple[tuple[int, Tensor], ...] = ()
+    modifiers: tuple[Modifier, ...] = ()
     loop: Loop | None = None
 
 
@@ -108,7 +109,10 @@ class SampleRequest:
         """Everything that conditions the model besides the prompts themselves, in the form for its sizes."""
         text = () if self.text is None else self.text.payloads
         payloads = (*self.image.payloads, *text, *self.payloads, *self.model.payloads)
-        return tuple(payload.fitted(self.model.config) for payload in payloads)
+        fitted = joined = tuple(payload.fitted(self.model.config) for payload in payloads)
+        for payload in fitted:
+            joined = payload.joined(joined)
+        return joined
 
     def set_step(self, index: int) -> None:
         """Tell the model's LoRAs which step of this run comes."""

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .conditioning import Payload, Window
-from .denoise import LatentHook, denoise
+from .denoise import denoise
 from .finite import check_finite
 from .frames import VAE_TIME_STRIDE
 from .guidance import Conditions, Denoiser
@@ -26,6 +26,7 @@ from .latents import (
     noise_shape,
     start_noise,
 )
+from .modifier import LatentHook, Modifier, Start
 from .modules.model import WanModel
 from .request import NO_PROMPT, Latent, SampleRequest
 from .schedulers import Schedule
@@ -36,15 +37,6 @@ if TYPE_CHECKING:
     from ..host import Host, Progress
 
 log = logging.getLogger("wanvideo")
-
-
-class Start(NamedTuple):
-    """latents to begin with, the hooks that go with them, frames at timestep 0, and the original under a mask."""
-
-    latents: Tensor
-    hooks: tuple[LatentHook, ...]
-    clean_frames: tuple[int, ...] = ()
-    original: Tensor | None = None
 
 
 @dataclass
@@ -79,7 +71,12 @@ def sample(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     if request.cache is not None:
         log.info("Steps may be left out by %s.", request.cache.described(request.model))
     own = (modifier for extension in request.model.transformer.extensions for modifier in extension.modifiers())
-    request = replace(request, modifiers=(*request.modifiers, *own))
+    request = replace(request, modifiers=(*request.modifiers, *request.image.modifiers, *own))
+    if request.image.loop is not None and any(type(m).begin is not Modifier.begin for m in request.modifiers):
+        raise ValueError(
+            "These image embeds make their video in a loop of windows, and something that changes what a run starts "
+            "from is connected, too: disconnect one of them."
+        )
     run = sample_once if request.image.loop is None else request.image.loop.run
     for modifier in reversed(request.modifiers):
         run = modifier.around_run(run)
@@ -197,7 +194,10 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
             clean_frames = held.frames
         if clean_frames or any(payload.holds_given for payload in request.all_payloads):
             hooks.append(held)
-    return Start(latents, tuple(hooks), clean_frames, original)
+    start = Start(latents, noise, tuple(hooks), clean_frames, original)
+    for modifier in reversed(request.modifiers):
+        start = modifier.begin(start, schedule, generator)
+    return start
 
 
 def make_denoiser(

@@ -113,6 +113,7 @@ def test_modifiers_of_the_model_act_within_those_that_are_connected(monkeypatch)
     monkeypatch.setattr(sampling, "sample_once", lambda request, host: [len(request.modifiers)])
     request = sampling.SampleRequest(
         model=SimpleNamespace(transformer=SimpleNamespace(extensions=(Companion(),))), text=None,
-        image=SimpleNamespace(loop=None), schedule=None, cfg=1.0, seed=0, modifiers=(Outer("connected"),),
+        image=SimpleNamespace(loop=None, modifiers=(Outer("of the video"),)), schedule=None, cfg=1.0, seed=0,
+        modifiers=(Outer("connected"),),
     )  # fmt: skip
-    assert sampling.sample(request, None) == ["connected", "own", 2]
+    assert sampling.sample(request, None) == ["connected", "of the video", "own", 3]

@@ -68,6 +68,17 @@ class Schedule:
         """Sigmas of the whole schedule [total + 1]."""
         return self._all_sigmas
 
+    @property
+    def all_timesteps(self) -> Tensor:
+        """Timesteps of the whole schedule [total]."""
+        return self._all_timesteps
+
+    def later(self, steps: int) -> Schedule:
+        """The same schedule without the first `steps` of this run. Raises ValueError where none is left."""
+        if steps >= len(self):
+            raise ValueError(f"None of {len(self)} steps is left behind the first {steps}: start earlier.")
+        return Schedule(self.spec, self._grid, self._last, self._span[steps:])
+
     def places(self) -> tuple[Step, ...]:
         """Where each step of the run is."""
         steps = range(len(self))
