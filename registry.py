@@ -16,6 +16,7 @@ FOLDERS = (
     "prompt_segments",
     "nag",
     "fun_control",
+    "ati",
     "image_to_video",
     "fun_camera",
     "clip_image",
