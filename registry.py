@@ -18,6 +18,7 @@ FOLDERS = (
     "fun_control",
     "ati",
     "image_to_video",
+    "wanmove",
     "fun_camera",
     "clip_image",
     "multitalk",
