@@ -13,6 +13,7 @@ from .node_checks import Types, need_link, verdict
 from .node_tools import CATEGORY, Inputs, Latent, mappings
 from .nodes_schedule import SCHEDULER, SHIFT
 from .wanvideo.loading import WanVideoModel
+from .wanvideo.modifier import Modifier
 from .wanvideo.request import NO_PROMPT, ImageEmbeds, SampleRequest, TextEmbeds, contributions
 from .wanvideo.sampling import sample
 from .wanvideo.schedulers import Schedule, ScheduleSpec, make_schedule
@@ -29,7 +30,7 @@ RIFLEX = (
     "INT",
     {"default": 0, "min": 0, "max": 1000, "step": 1, "tooltip": "RIFLEx: 6 lets videos run longer without repeating"},
 )
-ROPE = (["default", "comfy", "comfy_chunked"], {"default": "comfy", "tooltip": "All run the same kernel here"})
+ROPE = (["default", "comfy", "comfy_chunked"], {"default": "comfy", "tooltip": "All run the same kernel; WanVideo RoPE Function scales it"})
 ADD_NOISE = ("BOOLEAN", {"default": False, "tooltip": "For samples that are clean video"})
 # Sockets of the original, in its order: saved graphs count on both. What comes out of them is handled alike.
 ADVANCED = {
@@ -127,12 +128,11 @@ class WanVideoSampler:
         start_step: int = 0,
         end_step: int = -1,
         add_noise_to_samples: bool = False,
-        rope_function: str = "comfy",
+        rope_function: str | Modifier = "comfy",
         **sockets: object,
     ) -> tuple[Latent, Latent]:
         """The result and the last estimate of the clean latents. sockets: payloads and modifiers, by their names."""
-        _check_rope(rope_function)
-        payloads, modifiers = contributions(sockets.items())
+        payloads, modifiers = contributions((_positions(rope_function), *sockets.items()))
         part = {
             "sigmas": sigmas, "denoise_strength": denoise_strength, "start_step": start_step, "end_step": end_step,
         }  # fmt: skip
@@ -170,9 +170,13 @@ def _connected(schedule: Schedule, steps: int, shift: float, part: SamplerArgs) 
     return make_schedule(replace(spec, **chosen)) if chosen else schedule
 
 
-def _check_rope(function: str) -> None:
+def _positions(function: object) -> tuple[str, object]:
+    """The socket rope_function: what a node made, nothing for the names of functions. Raises ValueError for others."""
+    if not isinstance(function, str):
+        return "rope_function", function
     if function not in (*ROPE[0], ""):
         raise ValueError(f"rope_function must be one of {', '.join(ROPE[0])} in this version, not '{function}'.")
+    return "rope_function", None
 
 
 class WanVideoSamplerSettings(WanVideoSampler):
@@ -236,12 +240,11 @@ class WanVideoSamplerExtraArgs:
         riflex_freq_index: int = 0,
         context_options: ContextOptions | None = None,
         cache_args: StepCache | None = None,
-        rope_function: str = "comfy",
+        rope_function: str | Modifier = "comfy",
         **sockets: object,
     ) -> tuple[SamplerArgs]:
         """Fields of the request. sockets: payloads and modifiers, by their names."""
-        _check_rope(rope_function)
-        payloads, modifiers = contributions(sockets.items())
+        payloads, modifiers = contributions((_positions(rope_function), *sockets.items()))
         args = {"riflex_index": riflex_freq_index, "payloads": payloads, "modifiers": modifiers}
         return ({**args, "context": context_options, "cache": cache_args},)
 

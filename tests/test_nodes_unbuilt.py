@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import wanvideo_wrapper
+from wanvideo_wrapper import nodes_unbuilt
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.runner import Runner
@@ -84,17 +85,23 @@ class Shown:
         return {"ui": {"value": [value]}}
 
 
+GONE = nodes_unbuilt._node_class(
+    "Gone",
+    {"display_name": "Gone Node", "category": "", "function": "go", "outputs": [["FLOAT", "value"]]},
+)
+
+
 def run(**nodes):
     prompt = Prompt({key: Node(key, kind, "", inputs) for key, (kind, inputs) in nodes.items()}, {})
-    classes = {**STAND_INS, **CLASSES, "Value": Value, "Shown": Shown}
+    classes = {**STAND_INS, **CLASSES, "Value": Value, "Shown": Shown, "Gone": GONE}
     return Runner(prompt, classes, get_host()).run()
 
 
 def test_no_result_depends_on_it():
-    shown = run(a=("Value", {}), b=("WanVideoRoPEFunction", {}), c=("Shown", {"value": Link("a", 0)}))
+    shown = run(a=("Value", {}), b=("Gone", {}), c=("Shown", {"value": Link("a", 0)}))
     assert shown == [{"value": [0.5]}]
 
 
 def test_a_result_depends_on_it():
-    with pytest.raises(ValueError, match="'WanVideo RoPE Function' is not built"):
-        run(b=("WanVideoRoPEFunction", {}), c=("Shown", {"value": Link("b", 0)}))
+    with pytest.raises(ValueError, match="'Gone Node' is not built"):
+        run(b=("Gone", {}), c=("Shown", {"value": Link("b", 0)}))

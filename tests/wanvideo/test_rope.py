@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from wanvideo_wrapper.kernels.rope import apply_rope
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.rope import axis_sizes, rope_table
 
 
-def complex_rope(x, grid, riflex=0):
+def complex_rope(x, grid, riflex=0, scales=(1, 1, 1)):
     frames, height, width = grid
     size = x.shape[-1]
     parts = (size - 4 * (size // 6), 2 * (size // 6), 2 * (size // 6))
@@ -20,7 +22,7 @@ def complex_rope(x, grid, riflex=0):
                 angles = []
                 for axis, (position, part) in enumerate(zip((f, h, w), parts, strict=True)):
                     for j in range(part // 2):
-                        freq = 10000.0 ** (-2 * j / part)
+                        freq = (10000.0 * scales[axis]) ** (-2 * j / part)
                         if axis == 0 and riflex and j == riflex - 1:
                             freq = 0.9 * 2 * math.pi / frames
                         angles.append(position * freq)
@@ -38,6 +40,24 @@ def test_equals_complex_rotation(size, riflex):
     got = apply_rope(x, rope_table(grid, size, riflex_index=riflex))
     want = complex_rope(x, grid, riflex)
     assert (got - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.parametrize("scales", [(3, 1, 1), (1, 0.5, 20)])
+def test_bases_are_scaled_axis_by_axis(scales):
+    x = torch.randn(2, 24, 3, 24)
+    got = apply_rope(x, rope_table((3, 2, 4), 24, base_scales=scales, riflex_index=2))
+    want = complex_rope(x, (3, 2, 4), 2, scales)
+    assert (got - want).norm() / want.norm() < 1e-6
+
+
+def test_a_model_turns_by_scaled_bases_inside_the_context_only():
+    model = WanModel(WanConfig(dim=48, ffn_dim=8, num_heads=2, num_layers=1, text_dim=8))
+    before = model.rope((3, 2, 4))
+    with pytest.raises(KeyError), model.turning((2.0, 3.0, 4.0)):
+        assert torch.equal(model.rope((3, 2, 4)), rope_table((3, 2, 4), 24, base_scales=(2.0, 3.0, 4.0)))
+        raise KeyError
+    assert torch.equal(model.rope((3, 2, 4)), before)
+    assert not torch.equal(before, rope_table((3, 2, 4), 24, base_scales=(2.0, 3.0, 4.0)))
 
 
 def test_axes_fill_the_head():

@@ -25,7 +25,7 @@ from ..attention_plan import AttentionPlan
 from ..conditioning import Payload, Step
 from ..config import WanConfig
 from ..extension import TRACED, Extension, Hooks, acts, hooked, overrides, run_hooks
-from ..rope import rope_table
+from ..rope import UNSCALED, rope_table
 from ..shard import ALONE, Ranks, Shard
 from ..step_cache import Moment, StepMemory
 from ..tokens import BlockInputs, Grid, ModelInputs, Text, Tokens, video_tokens
@@ -155,6 +155,7 @@ class WanModel(nn.Module):
         self.ranks: Ranks = ALONE
         self.attention_plan: AttentionPlan | None = None
         self.tokens_at_once = 0
+        self.rope_scales = UNSCALED
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -316,6 +317,7 @@ class WanModel(nn.Module):
             grid,
             self.config.head_dim,
             start=start,
+            base_scales=self.rope_scales,
             riflex_index=riflex_index,
             riflex_frames=riflex_frames,
             device=device,
@@ -361,6 +363,15 @@ class WanModel(nn.Module):
             yield
         finally:
             self.tokens_at_once = before
+
+    @contextlib.contextmanager
+    def turning(self, base_scales: tuple[float, float, float]) -> Iterator[None]:
+        """Inside, positions turn by bases scaled as in `rope_table`."""
+        before, self.rope_scales = self.rope_scales, base_scales
+        try:
+            yield
+        finally:
+            self.rope_scales = before
 
     def _readers(self, payloads: Sequence[Payload]) -> list[tuple[int, Extension, Payload]]:
         """(place, extension, payload) of every extension that has a payload, in registry order."""
