@@ -1,4 +1,4 @@
-"""The node of experimental sampling options."""
+"""Nodes of experimental sampling options."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from ..wanvideo.modifier import Modifier
 from .extension import SplitByPrompts
 from .formulas import FrequencyScales
 from .guidance import TextGuidance
+from .positions import ScaledPositions
 from .velocity import TemporalScoreRescaling, ZeroInit
 
 log = logging.getLogger("wanvideo")
+
+ROPE_FUNCTIONS = ["default", "comfy", "comfy_chunked"]
 
 
 class WanVideoExperimentalArgs:
@@ -117,4 +120,57 @@ def _split_steps(video_attention_split_steps: str, temporal_score_rescaling: boo
     return whole_numbers("video_attention_split_steps", video_attention_split_steps)
 
 
-NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoExperimentalArgs)
+class WanVideoRoPEFunction:
+    """Scales the positions of the video, for rope_function of a sampler."""
+
+    DISPLAY_NAME = "WanVideo RoPE Function"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = (ROPE_FUNCTIONS,)
+    RETURN_NAMES = ("rope_function",)
+    EXPERIMENTAL = True
+    DESCRIPTION = (
+        "Lets positions in time, height or width turn slower, so that a model makes larger or longer videos than it "
+        "was trained on (NTK-aware scaling, as in CineScale)."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        def factor(tooltip: str) -> tuple[str, dict[str, object]]:
+            return "FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01, "tooltip": tooltip}
+
+        function = {"default": "comfy", "tooltip": "All run the same kernel here, scaled or not"}
+        return {
+            "required": {
+                "rope_function": (ROPE_FUNCTIONS, function),
+                "ntk_scale_f": factor("Factor on the base of positions in time; more than 1 for longer videos"),
+                "ntk_scale_h": factor("The same from top to bottom; for higher videos"),
+                "ntk_scale_w": factor("The same from left to right; for wider videos"),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        ntk_scale_f: float = 1.0,
+        ntk_scale_h: float = 1.0,
+        ntk_scale_w: float = 1.0,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """Factors above 0."""
+
+        def check(**values: float) -> None:
+            ScaledPositions(*values.values())
+
+        factors = {"ntk_scale_f": ntk_scale_f, "ntk_scale_h": ntk_scale_h, "ntk_scale_w": ntk_scale_w}
+        return verdict(cls, check, input_types, **factors)
+
+    def process(
+        self, rope_function: str, ntk_scale_f: float, ntk_scale_h: float, ntk_scale_w: float
+    ) -> tuple[str | ScaledPositions]:
+        """The name where nothing is scaled, else what scales."""
+        scaled = ScaledPositions(ntk_scale_f, ntk_scale_h, ntk_scale_w)
+        return (rope_function if scaled == ScaledPositions() else scaled,)
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoExperimentalArgs, WanVideoRoPEFunction)

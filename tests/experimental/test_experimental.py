@@ -11,10 +11,12 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.experimental.extension import SplitAttention, SplitByPrompts, SplitSteps, token_ranges
 from wanvideo_wrapper.experimental.formulas import FrequencyScales, adaptive_scale, optimal_scale, tangential
 from wanvideo_wrapper.experimental.guidance import TextGuidance
+from wanvideo_wrapper.experimental.positions import ScaledPositions
 from wanvideo_wrapper.experimental.velocity import TemporalScoreRescaling, ZeroInit
 from wanvideo_wrapper.wanvideo.conditioning import Row, Step
 from wanvideo_wrapper.wanvideo.guidance import weighted_sum
 from wanvideo_wrapper.wanvideo.request import contributions
+from wanvideo_wrapper.wanvideo.rope import rope_table
 
 OFF = dict(
     video_attention_split_steps="", cfg_zero_star=False, use_zero_init=False, zero_star_steps=0, use_fresca=False,
@@ -236,3 +238,30 @@ def test_runs_of_the_sampler(tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             alone = runs.sample(experimental_args=args(video_attention_split_steps="1"))
         assert torch.equal(alone, runs.sample()) and "there is only one" in caplog.text
+
+
+def scale_positions(f=1.0, h=1.0, w=1.0):
+    return N["WanVideoRoPEFunction"]().process("comfy", f, h, w)[0]
+
+
+def test_scaled_positions(tmp_path, monkeypatch):
+    assert scale_positions() == "comfy"
+    for wrong in (0.0, -1.0):
+        with pytest.raises(ValueError, match="ntk_scale_f, ntk_scale_h and ntk_scale_w must be more than 0"):
+            scale_positions(h=wrong)
+    assert "more than 0" in N["WanVideoRoPEFunction"].VALIDATE_INPUTS(ntk_scale_w=0.0)
+    with Runs(tmp_path) as runs:
+        plain = runs.sample(rope_function="comfy")
+        scaled = {axis: runs.sample(rope_function=scale_positions(**{axis: 9.0})) for axis in "fhw"}
+        latents = [plain, *scaled.values(), runs.sample(rope_function=scale_positions(9.0, 9.0, 9.0))]
+        for number, one in enumerate(latents):
+            assert all((one - other).abs().max() > 1e-5 for other in latents[:number])
+        (args,) = N["WanVideoSamplerExtraArgs"]().process(rope_function=scale_positions(9.0, 9.0, 9.0))
+        assert args["modifiers"] == (ScaledPositions(9.0, 9.0, 9.0),)
+        assert torch.equal(runs.sample(), plain)
+        rope_table.cache_clear()
+        monkeypatch.setattr("wanvideo_wrapper.wanvideo.rope.ROPE_THETA", 90000.0)
+        assert torch.equal(runs.sample(), latents[-1])
+        rope_table.cache_clear()
+        with pytest.raises(ValueError, match="rope_function must be one of default, comfy, comfy_chunked"):
+            runs.sample(rope_function="mocha")
