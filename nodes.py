@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .host import get_host
 from .node_checks import Types, verdict
 from .node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, TILE_TIP, Inputs, Latent, mappings, round_size, whole_frames
 from .wanvideo.frames import latent_frames
@@ -128,6 +129,64 @@ class WanVideoEncode:
         return ({"samples": latents[None], "noise_mask": mask},)
 
 
+class WanVideoEncodeLatentBatch:
+    """Encodes every picture on its own, as videos of one frame."""
+
+    DISPLAY_NAME = "WanVideo Encode Latent Batch"
+    CATEGORY = CATEGORY
+    FUNCTION = "encode"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("samples",)
+    DESCRIPTION = (
+        "Encodes every picture of a batch on its own: start pictures of context windows, for reference_latent of "
+        "WanVideo Context Options."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        vae, _, *tiles = WanVideoEncode.INPUT_TYPES()["required"].items()
+        images = ("IMAGE", {"tooltip": "Pictures, none of which becomes a frame of another's video"})
+        return {"required": dict((vae, ("images", images), *tiles))}
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        enable_vae_tiling: bool = False,
+        tile_x: int = 272,
+        tile_y: int = 272,
+        tile_stride_x: int = 144,
+        tile_stride_y: int = 128,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """Tiles must overlap."""
+        tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
+        return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)
+
+    def encode(
+        self,
+        vae: WanVAE,
+        images: Tensor,
+        enable_vae_tiling: bool,
+        tile_x: int,
+        tile_y: int,
+        tile_stride_x: int,
+        tile_stride_y: int,
+    ) -> tuple[Latent]:
+        """LATENT [n, C, 1, h, w]."""
+        width, height = round_size(images.shape[2], images.shape[1], vae)
+        video = to_video(images, width, height)
+        tile = Tile(x=tile_x, y=tile_y, stride_x=tile_stride_x, stride_y=tile_stride_y) if enable_vae_tiling else None
+        host = get_host()
+        latents = []
+        with host.progress(video.shape[1], "VAE encoding") as progress:
+            for number, picture in enumerate(video.split(1, dim=1), 1):
+                host.check_cancelled()
+                latents.append(vae.encode(picture, tile=tile, quiet=True))
+                progress.update(number)
+        vae.managed.release()
+        return ({"samples": torch.stack(latents)},)
+
+
 def _check_tiles(
     enable_vae_tiling: bool, tile_x: int, tile_y: int, tile_stride_x: int, tile_stride_y: int
 ) -> None:
@@ -218,4 +277,6 @@ class WanVideoDecode:
         return (to_images(video),)
 
 
-NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoEmptyEmbeds, WanVideoEncode, WanVideoDecode)
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    WanVideoEmptyEmbeds, WanVideoEncode, WanVideoEncodeLatentBatch, WanVideoDecode
+)

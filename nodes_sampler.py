@@ -30,7 +30,8 @@ RIFLEX = (
     "INT",
     {"default": 0, "min": 0, "max": 1000, "step": 1, "tooltip": "RIFLEx: 6 lets videos run longer without repeating"},
 )
-ROPE = (["default", "comfy", "comfy_chunked"], {"default": "comfy", "tooltip": "All run the same kernel; WanVideo RoPE Function scales it"})
+ROPE_TIP = "All run the same kernel here; WanVideo RoPE Function scales positions"
+ROPE = (["default", "comfy", "comfy_chunked"], {"default": "comfy", "tooltip": ROPE_TIP})
 ADD_NOISE = ("BOOLEAN", {"default": False, "tooltip": "For samples that are clean video"})
 # Sockets of the original, in its order: saved graphs count on both. What comes out of them is handled alike.
 ADVANCED = {

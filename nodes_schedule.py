@@ -7,6 +7,7 @@ from torch import Tensor
 from .node_checks import Types, verdict
 from .node_tools import CATEGORY, mappings
 from .wanvideo.schedulers import SCHEDULERS, Schedule, ScheduleSpec, make_schedule
+from .wanvideo.schedulers.comfy_model import FlowModel
 from .wanvideo.windows import FUSE_METHODS, SCHEDULES, ContextOptions
 
 Inputs = dict[str, dict[str, tuple[object, ...]]]
@@ -168,6 +169,52 @@ class WanVideoContextOptions:
         return (options,)
 
 
+class WanVideoSigmaToStep:
+    """Lets a sampler start or end at a noise level in the place of a step."""
+
+    DISPLAY_NAME = "WanVideo Sigma To Step"
+    CATEGORY = CATEGORY
+    FUNCTION = "convert"
+    RETURN_TYPES = ("INT",)
+    RETURN_NAMES = ("step",)
+    DESCRIPTION = "For start_step and end_step of a sampler: the split is at a noise level, whatever the steps are."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        tip = "Noise level from 1 (noise) to 0 (video); 0.9 is where Wan 2.2 image to video changes its model"
+        sigma = {"default": 0.9, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": tip}
+        return {"required": {"sigma": ("FLOAT", sigma)}}
+
+    def convert(self, sigma: float) -> tuple[float]:
+        """The noise level, which samplers tell from a step by its type."""
+        return (float(sigma),)
+
+
+class DummyComfyWanModelObject:
+    """Stands in for a Wan model where ComfyUI makes sigmas."""
+
+    DISPLAY_NAME = "Dummy Comfy Wan Model Object"
+    CATEGORY = CATEGORY
+    FUNCTION = "create"
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    DESCRIPTION = "For ComfyUI's BasicScheduler, whose sigmas a sampler of this pack then takes; no weights are loaded."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        shift = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01, "tooltip": f"Above 0. {SHIFT_TIP}"}
+        return {"required": {"shift": ("FLOAT", shift)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, shift: float = 1.0, input_types: Types | None = None) -> bool | str:
+        """A shift above 0."""
+        return verdict(cls, FlowModel, input_types, shift=shift)
+
+    def create(self, shift: float) -> tuple[FlowModel]:
+        """A MODEL that has noise levels and nothing else."""
+        return (FlowModel(shift),)
+
+
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
-    WanVideoScheduler, WanVideoSchedulerv2, WanVideoContextOptions
+    WanVideoScheduler, WanVideoSchedulerv2, WanVideoContextOptions, WanVideoSigmaToStep, DummyComfyWanModelObject
 )

@@ -60,14 +60,75 @@ class CreateCFGScheduleFloatList:
         unique_id: str | None = None,
     ) -> tuple[list[float]]:
         """The list; the first step stays 1.0 where the range starts later."""
-        first, last = (min(int(steps * percent), steps - 1) for percent in (start_percent, end_percent))
-        values = [1.0] * steps
-        for index in range(first, last + 1):
-            share = EASES[interpolation]((index - first) / (last - first) if last > first else 0.0)
-            values[index] = round(cfg_scale_start + share * (cfg_scale_end - cfg_scale_start), 2)
-        if start_percent > 0:
-            values[0] = 1.0
-        return (values,)
+        ends, part = (cfg_scale_start, cfg_scale_end), (start_percent, end_percent)
+        return (_eased(steps, ends, part, otherwise=1.0, interpolation=interpolation),)
+
+
+def _eased(
+    steps: int, ends: tuple[float, float], part: tuple[float, float], *, otherwise: float, interpolation: str
+) -> list[float]:
+    """A value a step: from end to end within the part (shares of the steps), `otherwise` outside of it.
+
+    The first step is outside wherever the part starts later, also where that share is less than a step.
+    """
+    first, last = (min(int(steps * percent), steps - 1) for percent in part)
+    values = [otherwise] * steps
+    for index in range(first, last + 1):
+        share = EASES[interpolation]((index - first) / (last - first) if last > first else 0.0)
+        values[index] = round(ends[0] + share * (ends[1] - ends[0]), 2)
+    if part[0] > 0:
+        values[0] = otherwise
+    return values
+
+
+class CreateScheduleFloatList:
+    """A value for every step: from start to end inside the range, the default outside it."""
+
+    DISPLAY_NAME = "Create Schedule Float List"
+    CATEGORY = CATEGORY
+    FUNCTION = "process"
+    RETURN_TYPES = ("FLOAT",)
+    RETURN_NAMES = ("float_list",)
+    DESCRIPTION = "Makes a list with one value for each step, for inputs that take one: cfg, or the strength of a LoRA."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        value = {"default": 5.0, "min": 0.0, "max": 100.0, "step": 0.01, "round": 0.01}
+        percent = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.01}
+        outside = {**value, "default": 0.0, "max": 1000.0, "tooltip": "In the steps before and after the range"}
+        return {
+            "required": {
+                "steps": ("INT", {"default": 30, "min": 2, "max": 1000, "step": 1, "tooltip": "Those of the sampler"}),
+                "start_value": ("FLOAT", {**value, "tooltip": "At the first step of the range"}),
+                "end_value": ("FLOAT", {**value, "tooltip": "At the last step of the range"}),
+                "default_value": ("FLOAT", outside),
+                "interpolation": (
+                    list(EASES),
+                    {"default": "linear", "tooltip": "How the value goes from start to end"},
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {"default": 0.0, **percent, "tooltip": "Share of the steps before the range"},
+                ),
+                "end_percent": ("FLOAT", {"default": 1.0, **percent, "tooltip": "Share of the steps when it ends"}),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def process(
+        self,
+        steps: int,
+        start_value: float,
+        end_value: float,
+        default_value: float,
+        interpolation: str,
+        start_percent: float,
+        end_percent: float,
+        unique_id: str | None = None,
+    ) -> tuple[list[float]]:
+        """The list."""
+        ends, part = (start_value, end_value), (start_percent, end_percent)
+        return (_eased(steps, ends, part, otherwise=default_value, interpolation=interpolation),)
 
 
 class WanVideoPassImagesFromSamples:
@@ -96,5 +157,6 @@ class WanVideoPassImagesFromSamples:
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     CreateCFGScheduleFloatList,
+    CreateScheduleFloatList,
     WanVideoPassImagesFromSamples,
 )

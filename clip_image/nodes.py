@@ -72,8 +72,8 @@ class WanVideoClipVisionEncode:
 
         def features(image: Tensor) -> Tensor:
             if tiles < 2:
-                return _clip_features(clip_vision, image, crop)
-            encode = partial(_clip_features, clip_vision, crop=crop)
+                return clip_features(clip_vision, image, crop)
+            encode = partial(clip_features, clip_vision, crop=crop)
             return tiled_features(encode, image, tiles, ratio, crop=crop == "center")
 
         images = [image_1] if image_2 is None else [image_1, image_2]
@@ -92,7 +92,8 @@ class WanVideoClipVisionEncode:
         return (ClipImage(positive=combine(weighted), negative=negative),)
 
 
-def _clip_features(clip_vision: object, image: Tensor, crop: str) -> Tensor:
+def clip_features(clip_vision: object, image: Tensor, crop: str) -> Tensor:
+    """Features [n, 257, channels] of IMAGE, float32 on the CPU. crop: "center" cuts the middle out, else squeezed."""
     encoded = clip_vision.encode_image(image[..., :3], crop=crop == "center")
     return encoded.penultimate_hidden_states.float().cpu()
 

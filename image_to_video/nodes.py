@@ -1,4 +1,4 @@
-"""The node that encodes start and end pictures."""
+"""Nodes that encode start and end pictures, and show what was encoded."""
 
 from __future__ import annotations
 
@@ -136,4 +136,30 @@ class WanVideoImageToVideoEncode:
         return (embeds,)
 
 
-NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoImageToVideoEncode)
+class WanVideoPreviewEmbeds:
+    """The encoded pictures of image embeds, and where they are."""
+
+    DISPLAY_NAME = "WanVideo Preview Embeds"
+    CATEGORY = CATEGORY
+    FUNCTION = "get"
+    RETURN_TYPES = ("LATENT", "MASK")
+    RETURN_NAMES = ("image_embeds", "mask")
+    DESCRIPTION = "What an image-to-video model is given: WanVideo Decode shows the latents, a mask preview the frames."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        tip = "From WanVideo ImageToVideo Encode, or another node that gives pictures to an image-to-video model"
+        return {"required": {"embeds": ("WANVIDIMAGE_EMBEDS", {"tooltip": tip})}}
+
+    def get(self, embeds: ImageEmbeds) -> tuple[Latent, Tensor]:
+        """Condition latents [1, C, F, h, w], and of each latent frame the mask of its first pixel frame [F, h, w]."""
+        condition = next((part for part in embeds.payloads if isinstance(part, ImageCondition)), None)
+        if condition is None:
+            raise ValueError(
+                "These image embeds hold no encoded pictures of an image-to-video model: connect WanVideo ImageToVideo "
+                "Encode."
+            )
+        return {"samples": condition.cond.float()}, condition.mask[0, 0].float()
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoImageToVideoEncode, WanVideoPreviewEmbeds)

@@ -101,7 +101,7 @@ def _video(given: GivenFrames, frame_mask: Tensor) -> Tensor:
     for images, at_end in ((given.start, False), (given.end, True)):
         if images is None:
             continue
-        part = _noised(to_video(images, given.width, given.height), given.noise)
+        part = noised(to_video(images, given.width, given.height), given.noise)
         placed += part.shape[1]
         if placed > given.frames:
             raise ValueError(f"{placed} pictures are given for a video of {given.frames} frames; give fewer.")
@@ -110,7 +110,7 @@ def _video(given: GivenFrames, frame_mask: Tensor) -> Tensor:
     return video
 
 
-def _noised(video: Tensor, strength: float) -> Tensor:
+def noised(video: Tensor, strength: float) -> Tensor:
     """Noise everywhere but in pure black, which stands for padding."""
     if strength <= 0:
         return video

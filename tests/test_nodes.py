@@ -295,6 +295,26 @@ def test_cfg_schedules():
     assert process(10, 4.0, 2.0, "ease_in", 0.2, 0.5)[0] == [1.0, 1.0, 4.0, 3.78, 3.11, 2.0, 1.0, 1.0, 1.0, 1.0]
 
 
+def test_schedules_of_other_values():
+    process = N["CreateScheduleFloatList"]().process
+    assert process(5, 1.0, 0.0, 0.5, "linear", 0.0, 1.0)[0] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert process(8, 0.0, 1.0, 0.25, "ease_out", 0.25, 0.75)[0] == [0.25, 0.25, 0.0, 0.44, 0.75, 0.94, 1.0, 0.25]
+    assert process(4, 3.0, 3.0, 9.0, "linear", 0.01, 0.5)[0] == [9.0, 3.0, 3.0, 9.0]
+
+
+def test_a_batch_is_encoded_picture_by_picture(vae):
+    images = torch.rand(3, 50, 70, 4)
+    tiles = (False, 272, 272, 144, 128)
+    (batch,) = N["WanVideoEncodeLatentBatch"]().encode(vae, images, *tiles)
+    alone = [N["WanVideoEncode"]().encode(vae, image[None], *tiles)[0]["samples"] for image in images]
+    assert batch["samples"].shape == (3, 16, 1, 6, 8)
+    torch.testing.assert_close(batch["samples"], torch.cat(alone))
+    (tiled,) = N["WanVideoEncodeLatentBatch"]().encode(vae, images, True, 64, 64, 32, 32)
+    alone = N["WanVideoEncode"]().encode(vae, images[2:], True, 64, 64, 32, 32)[0]["samples"]
+    torch.testing.assert_close(tiled["samples"][2:], alone)
+    assert "overlap" in N["WanVideoEncodeLatentBatch"].VALIDATE_INPUTS(True, 128, 272, 128, 128)
+
+
 def test_frames_of_the_talking_loop():
     video = torch.rand(3, 8, 8, 3) * 2 - 1
     images, path = N["WanVideoPassImagesFromSamples"]().decode({"video": video, "output_path": "here"})

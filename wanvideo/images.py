@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +35,25 @@ def _lanczos(images: Tensor, width: int, height: int) -> Tensor:
         ]
         frames.append(np.stack([np.asarray(channel) for channel in channels], axis=-1))
     return torch.from_numpy(np.stack(frames)).float().div(255).to(images.device)
+
+
+def centered(images: Tensor, width: int, height: int) -> Tensor:
+    """The largest part in the middle of images [n, H, W, C] that has the proportions of width x height."""
+    rows, columns = images.shape[1:3]
+    ratio, wanted = columns / rows, width / height
+    left = round((columns - columns * wanted / ratio) / 2) if ratio > wanted else 0
+    top = round((rows - rows * ratio / wanted) / 2) if ratio < wanted else 0
+    return images[:, top : rows - top, left : columns - left]
+
+
+def closest_size(aspect: float, area: int, step: int) -> tuple[int, int]:
+    """Width and height of about `area` pixels at height / width = `aspect`, in multiples of `step`, rounded down.
+
+    Source: Wan-Video/Wan2.1 (image2video).
+    """
+    sides = math.sqrt(area / aspect), math.sqrt(area * aspect)
+    width, height = (max(int(side // step), 1) * step for side in sides)
+    return width, height
 
 
 def to_video(images: Tensor, width: int | None = None, height: int | None = None) -> Tensor:
