@@ -17,10 +17,10 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from timing import milliseconds
 from torch import Tensor
 from wanvideo_wrapper.attention import AttentionSpec, resolve
 from wanvideo_wrapper.attention_backends import cudnn as attention_cudnn
+from wanvideo_wrapper.bench.clock import milliseconds
 from wanvideo_wrapper.kernels import norm_rope_fp8 as ops
 from wanvideo_wrapper.kernels.rope import apply_rope
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
@@ -78,7 +78,8 @@ def times(tokens: int) -> dict[str, float]:
             "quantize v": lambda: ops.tensor_fp8(v),
             "expand o": lambda: ops.expand_fp8(values[0], values[1], DTYPE),
             "copy of as many bytes": lambda: copy.copy_(copied),
-        }
+        },
+        DEVICE,
     )
     return short | milliseconds(
         {
@@ -88,7 +89,8 @@ def times(tokens: int) -> dict[str, float]:
             "cudnn_fp8, fused, rows": lambda: backend.fused_rows(*asked, norm, norm, rope),
             "cudnn_fp8, from placed q and k": lambda: backend(placed, placed, v),
             "sdpa bf16": lambda: sdpa(placed, placed, v),
-        }
+        },
+        DEVICE,
     )
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from timing import milliseconds
 from torch import Tensor
+from wanvideo_wrapper.bench.clock import milliseconds
 from wanvideo_wrapper.kernels import fp8_rows, triton_kernels
 from wanvideo_wrapper.kernels import norm_rope_fp8 as rotation
 from wanvideo_wrapper.wanvideo.rope import rope_table
@@ -134,7 +134,7 @@ def measure(kernel: Kernel, tokens: int) -> dict[str, dict[str, float]]:
         name = ", ".join(f"{constant} {value}" for constant, value in zip(kernel.constants, form, strict=True))
         differ[name] = (call(function=few)[0].float() != want).float().mean().item()
         calls[name] = call
-    times = milliseconds(calls)
+    times = milliseconds(calls, DEVICE)
     return {
         name: {"ms": round(ms, 4), "over_copy": round(ms / times["copy"], 3), "differ": differ.get(name, 0.0)}
         for name, ms in times.items()

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bench import cli as bench_command
 from ..demo.quality import command as quality_command
 from ..host import CancelledError, StandaloneHost, set_host
 from ..registry import SYSTEMS
@@ -83,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     assemble.add_argument("--audio", type=Path, metavar="FILE", help="its sound")
     assemble.add_argument("--out", type=Path, metavar="FILE", help="the video (default: FOLDER.mp4)")
     assemble.set_defaults(command=_assemble)
+
+    bench = commands.add_parser("bench", help="measure speed on random weights, beside peers")
+    bench_command.add_arguments(bench)
+    bench.set_defaults(command=bench_command.run)
 
     quality = commands.add_parser("quality", help="measure lip-sync and fidelity of the demo's models by setting")
     quality_command.add_arguments(quality)

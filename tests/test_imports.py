@@ -17,7 +17,7 @@ FLOORS = (
     ("registry",),
     ("NODES", "doctor", "node_checks", "node_tools", "node_tips", "saved_values", "__init__"),
     ("distributed",),
-    ("headless", "demo"),
+    ("headless", "demo", "bench"),
     ("benchmarks",),
 )
 FOLDERS = ast.literal_eval(

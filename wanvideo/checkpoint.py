@@ -118,7 +118,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Keys of a Wan transformer become canonical (key_names.py); those of other models stay as the file has them.
     Raises FileNotFoundError, or ValueError for a pickle, a truncated, ambiguous or unreadable file.
     """
-    files = open_files(path)
+    return checkpoint_of(path, open_files(path))
+
+
+def checkpoint_of(path: Path, files: Sequence[TensorFile]) -> Checkpoint:
+    """The tensors of a file, or of the files of one that was saved in parts. Raises as `open_checkpoint`."""
     file = files[0] if len(files) == 1 else Parts(files)
     naming = naming_of(list(file.tensors), name=path.name)
     entries: dict[str, Entry] = {}

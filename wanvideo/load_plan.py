@@ -77,7 +77,12 @@ class LoadPlan(NamedTuple):
 
 def contents(path: Path, options: LoadOptions, systems: Systems) -> Contents:
     """Read the headers. Raises ValueError for files of another kind, or that do not fit together."""
-    main = with_aliases(open_checkpoint(path), systems)
+    return contents_of(open_checkpoint(path), options, systems)
+
+
+def contents_of(checkpoint: Checkpoint, options: LoadOptions, systems: Systems) -> Contents:
+    """A main file together with the modules and LoRAs of the options. Raises ValueError as `contents` does."""
+    main = with_aliases(checkpoint, systems)
     config = config_of(main, systems)
     weights = take(options.loras, systems)
     for brought in weights.checkpoints:
@@ -90,7 +95,11 @@ def contents(path: Path, options: LoadOptions, systems: Systems) -> Contents:
 
 def planned(path: Path, options: LoadOptions, host: Host, systems: Systems) -> LoadPlan:
     """Read the headers and judge the options. Raises ValueError as `load_wan_model` does."""
-    files = contents(path, options, systems)
+    return options_applied(contents(path, options, systems), options, host)
+
+
+def options_applied(files: Contents, options: LoadOptions, host: Host) -> LoadPlan:
+    """How the options apply to what the files hold. Raises ValueError for an option that cannot run."""
     heads, head_dim = files.config.num_heads, files.config.head_dim
     spec = AttentionSpec(device=host.device(), heads=heads, head_dim=head_dim, dtype=options.base_dtype)
     quantization = plan_of(options.quantization, files.main, device=host.device(), base=options.base_dtype)

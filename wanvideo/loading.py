@@ -27,7 +27,7 @@ from .compilation import compiled
 from .conditioning import Payload
 from .config import WanConfig
 from .families import TRANSFORMER
-from .load_plan import LoadOptions, planned
+from .load_plan import LoadOptions, LoadPlan, planned
 from .lora import LoraFile, MergedLoras, beside, widening
 from .memory import Work, described, usual_work
 from .modules.model import WanModel
@@ -145,7 +145,11 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
 
     Raises ValueError, in one sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
-    plan = planned(path, options, host, systems)
+    return build(planned(path, options, host, systems), options, host)
+
+
+def build(plan: LoadPlan, options: LoadOptions, host: Host) -> WanVideoModel:
+    """Load what was planned. Raises ValueError for an incomplete file."""
     files = plan.contents
     say_what_is_overruled(options.quantization, files.checkpoint)
     with torch.device("meta"):
@@ -166,7 +170,7 @@ def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: System
         transformer=model,
         managed=managed,
         placement=placement,
-        path=path,
+        path=files.main.path,
         options=options,
         report=report,
         attention=plan.attention,
