@@ -64,7 +64,7 @@ def _version(name: str) -> str:
 def check_plot() -> None:
     """Raises ImportError where no chart can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out.")
+        raise ImportError("--plot needs matplotlib, which is missing here: pip install matplotlib, or leave it out.")
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
