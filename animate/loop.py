@@ -6,6 +6,7 @@ Source: Wan-Video/Wan2.2 (wan/animate).
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,14 @@ from torch import Tensor
 from ..multitalk.colormatch import match_colors
 from ..wanvideo import conditioning
 from ..wanvideo.denoise import denoise
+from ..wanvideo.footage import MemoryFootage, check_room
 from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.guidance import Conditions
 from ..wanvideo.images import to_images
 from ..wanvideo.latents import start_noise
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
-from ..wanvideo.window_loop import check_windows, make_windows
+from ..wanvideo.window_loop import check_decoded, check_windows, make_windows
 from .extension import NEEDS, Character
 from .footage import Footage
 
@@ -60,9 +62,20 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     loop: CharacterLoop = request.image.loop
     size = loop.footage.shape(loop.window_frames)[1:]
     log.info("Sampling %d frames in %d windows of %dx%d latents.", loop.frames, loop.windows, size[2], size[1])
+    height, width = loop.footage.reference.shape[2:]
+    check_room(loop.frames, height, width, remedy="ask for fewer frames, or a smaller picture")
     maker = WindowMaker(request, host)
-    windows = make_windows(request, host, maker.frames, count=loop.windows, size=size, vae=loop.footage.vae)
-    result: Latent = {"samples": maker.latents[None], "video": torch.cat(windows)[: loop.frames] * 2 - 1}
+    starts = (index * (loop.window_frames - 1) for index in range(loop.windows))
+    video = make_windows(
+        request,
+        host,
+        maker.frames,
+        spans=[range(start, start + loop.window_frames) for start in starts],
+        size=size,
+        vae=loop.footage.vae,
+        footage=MemoryFootage(loop.frames),
+    )
+    result: Latent = {"samples": maker.latents[None], "video": video}
     return result, dict(result)
 
 
@@ -79,15 +92,16 @@ class WindowMaker:
         self._reference = to_images(self.footage.reference)[0]
         self._last: Tensor | None = None
 
-    def frames(self, index: int, watcher: RunWatcher) -> Tensor:
+    def frames(self, index: int, watcher: RunWatcher) -> Iterator[Tensor]:
         """The new frames [n, H, W, 3] in 0..1 of window `index`."""
         loop, start = self.loop, index * (self.loop.window_frames - 1)
         part = self.footage.part(range(start, start + loop.window_frames), self._last)
         self.latents = self._sample(index, part, watcher)
         video = self.footage.vae.decode(self.latents[:, 1:], tile=self.footage.tile, quiet=True)
+        check_decoded(video, start)
         images = match_colors(to_images(video)[1 if index else 0 :], self._reference, loop.colormatch)
         self._last = images[-1:].movedim(-1, 0) * 2 - 1
-        return images
+        yield images
 
     def _sample(self, index: int, character: Character, watcher: RunWatcher) -> Tensor:
         """The window's latents [z, 1 + F, h, w], the reference's first."""

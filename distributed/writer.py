@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..multitalk.footage import Footage, Reached
+    from ..wanvideo.footage import Footage, Reached
 
 
 class Telling(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..multitalk.footage import write_frame
+from ..wanvideo.footage import write_frame
 from ..wanvideo.safetensors_file import write_tensors
 from .frame_folder import FrameFolder, folder_of
 from .video_file import Video, to_pixels

@@ -26,6 +26,7 @@ from ..wanvideo.latents import Inpainting, add_noise, change_mask, start_noise
 from ..wanvideo.modules.vae import Tile
 from ..wanvideo.request import SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
+from ..wanvideo.window_loop import check_decoded
 from .audio import MultiTalkEmbeds
 from .colormatch import match_colors
 from .motion import KeptMotion, NoisedMotion
@@ -85,11 +86,12 @@ class WindowMaker:
             return StartPictures(self.loop.start_images, self._infinite)
         return SourceFrames(self.request.samples["samples"][0].float(), self.loop, self._infinite)
 
-    def frames(self, window: Window, watcher: RunWatcher) -> Iterator[Tensor]:
-        """The window's new frames [n, H, W, 3] in 0..1, a few at a time.
+    def frames(self, index: int, watcher: RunWatcher) -> Iterator[Tensor]:
+        """The new frames of window `index`, [n, H, W, 3] in 0..1, a few at a time.
 
         Raises NotFiniteError for frames that are NaN, or black where the picture is not.
         """
+        window = self.windows[index]
         self.latents = self._sample(window, watcher)
         picture = None if self._pictures is None else to_images(self._pictures.at(self._pictures.index(window)))[0]
         repeated = 0 if window.index == 0 else self.loop.motion_frames
@@ -107,11 +109,7 @@ class WindowMaker:
 
     def _finished(self, chunk: Tensor, picture: Tensor | None, first: int) -> Tensor:
         """Decoded frames [3, n, H, W] as checked images in 0..1 in the colours of the picture; first: their number."""
-        if not bool(torch.isfinite(chunk).all()):
-            raise NotFiniteError(
-                f"The VAE decoded NaN or infinite values at frame {first}: choose precision bf16 or fp32 in "
-                "WanVideoVAELoader."
-            )
+        check_decoded(chunk, first)
         images = to_images(chunk)
         if picture is None:
             return images
@@ -123,9 +121,9 @@ class WindowMaker:
             )
         return match_colors(images, picture, self.loop.colormatch)
 
-    def hand_over(self, window: Window) -> dict[str, Tensor]:
+    def hand_over(self, index: int) -> dict[str, Tensor]:
         """Encode what the next window needs, and all that it depends on as tensors (see `take_over`)."""
-        following = self.windows[window.index + 1]
+        following = self.windows[index + 1]
         tail, self._tail = self._tail, None
         if self._pictures is None or self._infinite:
             self._handover = Handover(self._encode(tail), None)

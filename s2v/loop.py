@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from ..wanvideo import conditioning
 from ..wanvideo.denoise import denoise
+from ..wanvideo.footage import MemoryFootage, check_room
 from ..wanvideo.frames import VAE_TIME_STRIDE
 from ..wanvideo.guidance import Conditions
+from ..wanvideo.images import to_images
 from ..wanvideo.latents import start_noise
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
-from ..wanvideo.window_loop import check_windows, make_windows
+from ..wanvideo.window_loop import check_decoded, check_windows, make_windows
 from .extension import SpeechToVideo
 
 if TYPE_CHECKING:
@@ -80,9 +83,20 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     _, _, *sides = request.image.latent_shape
     frames = count * loop.window_frames - LOST_FIRST
     log.info("Sampling %d frames in %d windows of %dx%d latents.", frames, count, *reversed(sides))
+    factor = loop.vae.spatial_factor
+    check_room(frames, *(factor * side for side in sides), remedy="make the speech shorter, or the picture smaller")
     maker = WindowMaker(request, host)
-    windows = make_windows(request, host, maker.frames, count=count, size=(loop.latents, *sides), vae=loop.vae)
-    result: Latent = {"samples": maker.latents[None], "video": torch.cat(windows, dim=1).movedim(0, -1)}
+    ends = [0, *(number * loop.window_frames - LOST_FIRST for number in range(1, count + 1))]
+    video = make_windows(
+        request,
+        host,
+        maker.frames,
+        spans=[range(*pair) for pair in pairwise(ends)],
+        size=(loop.latents, *sides),
+        vae=loop.vae,
+        footage=MemoryFootage(frames),
+    )
+    result: Latent = {"samples": maker.latents[None], "video": video}
     return result, dict(result)
 
 
@@ -98,8 +112,8 @@ class WindowMaker:
         factor, (_, _, *sides) = self.loop.vae.spatial_factor, request.image.latent_shape
         self._recent = torch.zeros(3, self.loop.past_frames, *(factor * side for side in sides))
 
-    def frames(self, index: int, watcher: RunWatcher) -> Tensor:
-        """The frames [3, n, H, W] in about -1..1 of window `index`."""
+    def frames(self, index: int, watcher: RunWatcher) -> Iterator[Tensor]:
+        """The frames [n, H, W, 3] in 0..1 of window `index`."""
         loop = self.loop
         if index:
             self._past = loop.vae.encode(self._recent, quiet=True)[None]
@@ -107,9 +121,10 @@ class WindowMaker:
         before = self._past if index else self.speech.reference
         parts = (self.latents,) if before is None else (before[0].float().cpu(), self.latents)
         count = loop.window_frames if index else loop.window_frames - LOST_FIRST
-        frames = loop.vae.decode(torch.cat(parts, dim=1), quiet=True)[:, -count:].clamp(-1, 1)
-        self._recent = torch.cat((self._recent, frames), dim=1)[:, -loop.past_frames :]
-        return frames
+        frames = loop.vae.decode(torch.cat(parts, dim=1), quiet=True)[:, -count:]
+        check_decoded(frames, index * loop.window_frames)
+        self._recent = torch.cat((self._recent, frames.clamp(-1, 1)), dim=1)[:, -loop.past_frames :]
+        yield to_images(frames)
 
     def _sample(self, index: int, watcher: RunWatcher) -> Tensor:
         """The window's latents [z, F, h, w]."""

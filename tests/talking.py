@@ -71,7 +71,7 @@ def killed_at(frame, folder, **options):
     import os
     import signal
 
-    from wanvideo_wrapper.multitalk import footage
+    from wanvideo_wrapper.wanvideo import footage
 
     write = footage.write_frame
 

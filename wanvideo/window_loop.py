@@ -1,18 +1,33 @@
-"""Videos that are made window by window, each from the end of the one before: what such loops have in common."""
+"""Videos that are made window by window, each from the end of the one before: what such loops have in common.
+
+Windows give frames, which go to a footage as they are made, so that a run that cannot go on loses none of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import datetime
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
+from .denoise import NotFiniteError
+from .footage import Footage
 from .request import SampleRequest
 from .sampling import RunWatcher, check_conditions
 
 if TYPE_CHECKING:
     from ..host import Host
     from .modules.vae import WanVAE
+
+log = logging.getLogger("wanvideo")
+
+# Parts of a step that the progress bar can show, for a bar that moves while a window is decoded.
+TICKS = 20
 
 
 def check_windows(request: SampleRequest, *, asked_by: str, remedy: str) -> None:
@@ -35,26 +50,166 @@ def check_windows(request: SampleRequest, *, asked_by: str, remedy: str) -> None
         )
 
 
+def check_decoded(frames: Tensor, first: int) -> None:
+    """Raises NotFiniteError for frames that hold NaN or infinity, which 8 bits would hide. first: their number."""
+    if not bool(torch.isfinite(frames).all()):
+        raise NotFiniteError(
+            f"The VAE decoded NaN or infinite values at frame {first}: choose precision bf16 or fp32 in "
+            "WanVideoVAELoader."
+        )
+
+
+class Relay(Protocol):
+    """What goes from one window to the next, in a form that another process can go on from."""
+
+    def hand_over(self, index: int) -> Mapping[str, Tensor]:
+        """Prepare the window after this one; returns all that it depends on."""
+
+    def take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `hand_over` returned in another process."""
+
+
 def make_windows(
     request: SampleRequest,
     host: Host,
-    frames: Callable[[int, RunWatcher], Tensor],
+    frames: Callable[[int, LoopWatcher], Iterable[Tensor]],
     *,
-    count: int,
+    spans: Sequence[range],
     size: Sequence[int],
     vae: WanVAE,
-) -> list[Tensor]:
-    """What `frames` makes for windows 0 to count - 1, under one progress bar; frees the GPU in the end.
+    footage: Footage,
+    relay: Relay | None = None,
+) -> Tensor:
+    """Make the windows that the footage does not have yet; returns its video. Frees the GPU in the end.
 
-    size: of the latents of a forward (frames, height, width).
+    frames: new frames [n, H, W, 3] in 0..1 of a window by its number, some at a time. spans: the frames that windows
+    sample. size: of the latents of a forward (frames, height, width). relay: for a footage that runs go on from.
     """
     steps = len(request.schedule)
     request.model.try_attention(size, request.guidance.most_passes(steps))
+    footage = request.model.transformer.ranks.writer(footage)
     try:
-        with host.progress(count * steps, "Sampling") as progress:
-            watcher = RunWatcher(host, progress, request.set_step)
-            return [frames(index, watcher) for index in range(count)]
+        done, handover = footage.open()
+        if handover is not None:
+            relay.take_over(handover)
+        with host.progress(len(spans) * (steps + 1) * TICKS, "Sampling") as progress:
+            watcher = LoopWatcher(host, progress, request.set_step, done=done * steps, spans=spans, steps=steps)
+            for index in range(done, len(spans)):
+                watcher.start(index)
+                with _kept(footage, host, watcher.place):
+                    for images in frames(index, watcher):
+                        footage.add(images)
+                        watcher.decoded(len(images))
+                    watcher.finish_window()
+                    if relay is not None and index + 1 < len(spans):
+                        footage.finish_window(index + 1, relay.hand_over(index))
+                log.info("Window %d of %d is finished; %s", index + 1, len(spans), watcher.time_left())
+        footage.finish()
+        return footage.video()
     finally:
+        footage.close()
         vae.managed.release()
         if request.force_offload:
             request.model.managed.release()
+
+
+@contextmanager
+def _kept(footage: Footage, host: Host, place: str) -> Iterator[None]:
+    """Keeps the frames of a run that does not go on, whatever the reason, and says where they are."""
+    try:
+        yield
+    except Exception as error:
+        expected = isinstance(error, (NotFiniteError, torch.OutOfMemoryError))
+        where = _rescued(footage, host)
+        if expected:
+            # What is known of an error is in its type: ComfyUI frees its models where memory was short.
+            raise type(error)(f"{place}: {error} ({where})") from error
+        if footage.frames:
+            # Cancellation has no text of its own that a user would see.
+            log.warning("%s was broken off. %s", place, where)
+        raise
+
+
+def _rescued(footage: Footage, host: Host) -> str:
+    if not footage.frames:
+        return "There are no frames before it."
+    stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
+    try:
+        folder = footage.rescue(host.output_dir() / f"{stamp}_unfinished")
+    except OSError as lost:
+        # What went wrong first must not be hidden by what went wrong in saving.
+        return f"The {footage.frames} frames before could not be saved: {lost}"
+    return f"The {footage.frames} frames before are in {folder}."
+
+
+class LoopWatcher(RunWatcher):
+    """One progress bar over all windows: what is sampled, which window and step, and the time left.
+
+    A step takes TICKS of the bar, and so does decoding a window.
+    """
+
+    def __init__(self, *positional: object, spans: Sequence[range], steps: int, **named: object) -> None:
+        super().__init__(*positional, **named)
+        self._spans = spans
+        self._steps = steps
+        self._index = 0
+        self._frames = 0
+        self._first = self.done
+        self._began = time.monotonic()
+
+    @property
+    def _span(self) -> range:
+        return self._spans[self._index]
+
+    @property
+    def place(self) -> str:
+        """The window, for a sentence."""
+        return f"Window {self._index + 1} of {len(self._spans)} (frames {self._span.start}-{self._span.stop - 1})"
+
+    def start(self, index: int) -> None:
+        """The window that the next steps belong to."""
+        self._index = index
+        self._frames = 0
+        self._tell("step 0 of {}")
+
+    def begin(self, index: int) -> None:
+        """Names the step before it runs."""
+        super().begin(index)
+        self._tell(f"step {index + 1} of {{}}")
+
+    def end(self, index: int, clean: Tensor) -> None:
+        """One step further, with the estimate as preview."""
+        self.done += 1
+        self.progress.update(self._ticks(), note=self.note, preview=clean)
+
+    def decoded(self, frames: int) -> None:
+        """So many frames more of the window have been decoded."""
+        self._frames += frames
+        self._tell(f"{self._frames} frames decoded")
+
+    def finish_window(self) -> None:
+        """All its frames are there."""
+        self._frames = len(self._span)
+        if self._index == len(self._spans) - 1:
+            taken = datetime.timedelta(seconds=round(time.monotonic() - self._began))
+            self.note = f"Finished: {len(self._spans)} windows, {taken}"
+        self.progress.update(self._ticks(), note=self.note)
+
+    def _ticks(self) -> int:
+        """Of the bar, with what is decoded of the window."""
+        return (self.done + self._index) * TICKS + self._frames * TICKS // len(self._span)
+
+    def _tell(self, what: str) -> None:
+        self.note = (
+            f"Sampling frames {self._span.start}-{self._span.stop}, window {self._index + 1} of "
+            f"{len(self._spans)}, {what.format(self._steps)}, {self.time_left()}"
+        )
+        self.progress.update(self._ticks(), note=self.note)
+
+    def time_left(self) -> str:
+        """From the mean time of the steps so far, decoding included."""
+        steps = self.done - self._first
+        if not steps:
+            return "time left unknown"
+        seconds = (time.monotonic() - self._began) / steps * (len(self._spans) * self._steps - self.done)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"

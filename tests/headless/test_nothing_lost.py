@@ -21,7 +21,7 @@ from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.media import Encoding, read_audio, write_video
 from wanvideo_wrapper.headless.runner import Runner
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
-from wanvideo_wrapper.multitalk.footage import MemoryFootage, write_frame
+from wanvideo_wrapper.wanvideo.footage import MemoryFootage, write_frame
 
 FRAMES = torch.rand(5, 32, 48, 3)
 SOUND = {"waveform": torch.rand(1, 2, 8000) - 0.5, "sample_rate": 16000}
@@ -131,7 +131,7 @@ def test_memory_footage_never_writes_into_another_runs_frames(tmp_path, monkeypa
     footage.add(FRAMES[:3])
     folders = {footage.rescue(tmp_path / "out" / "talk") for _ in range(2)}
     assert len(folders) == 2 and all(len(frames_in(folder)) == 3 for folder in folders)
-    monkeypatch.setattr("wanvideo_wrapper.multitalk.footage.tempfile.gettempdir", lambda: str(tmp_path / "temp"))
+    monkeypatch.setattr("wanvideo_wrapper.wanvideo.footage.tempfile.gettempdir", lambda: str(tmp_path / "temp"))
     (tmp_path / "file").write_text("")
     elsewhere = footage.rescue(tmp_path / "file" / "talk")
     assert elsewhere == tmp_path / "temp" / "talk" and len(frames_in(elsewhere)) == 3

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from talking import request, run
 from wanvideo_wrapper.headless.rescue import rescue
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.multitalk import footage as store
-from wanvideo_wrapper.multitalk.footage import FolderFootage, MemoryFootage
+from wanvideo_wrapper.wanvideo import footage as store
+from wanvideo_wrapper.wanvideo.footage import FolderFootage, MemoryFootage
 from wanvideo_wrapper.wanvideo.images import to_unit
 from wanvideo_wrapper.wanvideo.safetensors_file import write_tensors
 from wanvideo_wrapper.wanvideo.sampling import sample
@@ -79,9 +79,9 @@ def test_a_video_that_memory_cannot_hold_is_refused_before_sampling(folder, monk
     monkeypatch.setattr(type(asked.model.transformer), "forward", lambda *_: pytest.fail("it was sampled"))
     with pytest.raises(ValueError, match="42 frames of 32x32 take.*set output_path"):
         run(asked)
-    store.check_room(talking.TOTAL - 1, 32, 32)
+    store.check_room(talking.TOTAL - 1, 32, 32, remedy="")
     monkeypatch.setattr(store, "_main_memory", lambda: None)
-    store.check_room(10**9, 32, 32)
+    store.check_room(10**9, 32, 32, remedy="")
 
 
 def test_latents_that_do_not_fit_are_told_of(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from wanvideo_wrapper.wanvideo.modules.vae import load_vae
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
+from wanvideo_wrapper.wanvideo.window_loop import TICKS
 
 WINDOW, MOTION = 13, 5
 
@@ -175,7 +176,7 @@ def test_cancel_in_the_middle_leaves_whole_windows(parts, tmp_path):
             def counted(done, **options):
                 update(done, **options)
                 # In the second window: the first one's two steps and its decoding are three parts.
-                if done > 3 * talk.TICKS:
+                if done > 3 * TICKS:
                     host.cancel.set()
 
             bar.update = counted

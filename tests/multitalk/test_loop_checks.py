@@ -13,13 +13,13 @@ from talking import MOTION, TOTAL, WINDOW, request, run
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import loop as talk
-from wanvideo_wrapper.multitalk.loop import TICKS
 from wanvideo_wrapper.multitalk.pictures import keyframe
 from wanvideo_wrapper.multitalk.plan import plan_windows
 from wanvideo_wrapper.multitalk.window import WindowMaker
 from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
 from wanvideo_wrapper.wanvideo.sampling import sample
+from wanvideo_wrapper.wanvideo.window_loop import TICKS
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_one_bar_tells_window_step_and_time_left(folder):
     sample(request(folder), host)
     windows = plan_windows(TOTAL, WINDOW, MOTION)
     assert host.bars == [(len(windows) * 3 * TICKS, "Sampling")]
-    pattern = r"Sampling audio indices (\d+)-(\d+), window (\d) of 5, (?:step (\d) of 2|\d+ frames decoded), (.*)"
+    pattern = r"Sampling frames (\d+)-(\d+), window (\d) of 5, (?:step (\d) of 2|\d+ frames decoded), (.*)"
     told = [(done, re.fullmatch(pattern, note)) for done, note in host.told[:-1]]
     rows = [match.groups() for _, match in told]
     for number, window in enumerate(windows):
@@ -144,7 +144,7 @@ def test_out_of_memory_keeps_the_frames(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(type(asked.model.transformer), "forward", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"^Window 3 of 5 .*The GPU ran out.*The 21 frames before are in"):
         sample(asked, StandaloneHost(device="cpu", outputs=tmp_path))
-    assert len(list(tmp_path.glob("*_unfinished_talk/*.png"))) == 21
+    assert len(list(tmp_path.glob("*_unfinished/*.png"))) == 21
 
 
 def test_out_of_memory_between_windows_keeps_the_frames(folder, tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_out_of_memory_between_windows_keeps_the_frames(folder, tmp_path, monkey
     monkeypatch.setattr(WindowMaker, "hand_over", full)
     with pytest.raises(torch.OutOfMemoryError):
         sample(request(folder), StandaloneHost(device="cpu", outputs=tmp_path))
-    assert len(list(tmp_path.glob("*_unfinished_talk/*.png"))) == 13
+    assert len(list(tmp_path.glob("*_unfinished/*.png"))) == 13
 
 
 def test_motion_latents_of_a_first_window_are_those_of_its_condition(folder):

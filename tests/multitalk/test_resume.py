@@ -13,10 +13,10 @@ import pytest
 import talking
 import torch
 from talking import TOTAL, request, run
-from wanvideo_wrapper.multitalk import footage as store
 from wanvideo_wrapper.multitalk import loop as talk
 from wanvideo_wrapper.multitalk.plan import plan_windows
 from wanvideo_wrapper.multitalk.window import WindowMaker
+from wanvideo_wrapper.wanvideo import footage as store
 
 STARTS = [w.frames.start for w in plan_windows(TOTAL, talking.WINDOW, talking.MOTION)]
 

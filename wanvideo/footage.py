@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..wanvideo.safetensors_file import write_tensors
+from .safetensors_file import write_tensors
 
 log = logging.getLogger("wanvideo")
 
@@ -41,14 +41,13 @@ class Reached(NamedTuple):
 BYTES_A_VALUE = 1 + 4
 
 
-def check_room(total: int, height: int, width: int) -> None:
-    """Raises ValueError if so many frames cannot be held by this machine's main memory."""
+def check_room(total: int, height: int, width: int, *, remedy: str) -> None:
+    """Raises ValueError, ending in the remedy, if so many frames cannot be held by this machine's main memory."""
     needed, there = total * height * width * 3 * BYTES_A_VALUE, _main_memory()
     if there is not None and needed > there:
         raise ValueError(
             f"{total} frames of {width}x{height} take {needed / 2**30:.0f} GB of main memory and this machine has "
-            f"{there / 2**30:.0f}: set output_path in WanVideoImageToVideoMultiTalk, and frames go to disk as they are "
-            "made."
+            f"{there / 2**30:.0f}: {remedy}."
         )
 
 
