@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import partial_file
+from ..wanvideo.whole_file import partial_file
 
 log = logging.getLogger("wanvideo")
 

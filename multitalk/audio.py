@@ -6,7 +6,7 @@ Source: MeiGen-AI/InfiniteTalk (feature interpolation, five-frame context, loudn
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,9 +22,13 @@ from .multitalk import AUDIO_WINDOW
 from .wav2vec import SAMPLE_RATE, Wav2Vec
 
 SILENCE_SECONDS = 4
+# Samples of a sound that are worked on at once: five minutes at 16 kHz, in whole steps of loudness blocks.
+PIECE = 300 * SAMPLE_RATE
 LOUDNESS = -23.0
 MARGIN_SECONDS = 1
-LOUDNESS_BLOCK = 0.4
+# ITU-R BS.1770: seconds of a block, blocks that begin in the time of one, LUFS of a mean square of 1, and the gates.
+LOUDNESS_BLOCK, LOUDNESS_HOPS, LOUDNESS_OFFSET = 0.4, 4, -0.691
+SILENT, RELATIVE_GATE = -70.0, -10.0
 NOISE_FLOOR_DB = -45.0
 TRANSIENT_CUTOFF = 3000.0
 NO_AUDIO = frozenset({AUDIO})
@@ -101,31 +105,52 @@ class MultiTalkEmbeds(Payload):
         return found
 
 
-def prepare_sound(audio: dict[str, object], seconds: float, options: AudioOptions) -> NDArray[np.float64]:
+def prepare_sound(audio: dict[str, object], seconds: float, options: AudioOptions) -> NDArray[np.float32]:
     """AUDIO -> the first `seconds` as mono at 16 kHz, prepared as the options say.
 
-    Not brought to unit variance: the encoder's first group norm takes the volume out, up to its epsilon.
-    Raises ValueError if the audio is empty.
+    Not brought to unit variance: the encoder's first group norm takes the volume out, up to its epsilon. An hour has
+    230 MB, and is the only thing here as long as the sound: all is done piece by piece, in float64. Raises ValueError
+    if the audio is empty.
     """
     waveform, rate = audio["waveform"][0], int(audio["sample_rate"])
     # The margin is more than the resampling filter looks ahead.
     waveform = waveform[..., : math.ceil((seconds + MARGIN_SECONDS) * rate)]
-    sound = np.asarray(waveform.float().cpu()).mean(axis=0, dtype=np.float64)
-    if sound.size == 0:
+    if not waveform.shape[-1]:
         raise ValueError("The audio has no samples: choose a file that has sound, or trim less of it.")
+    # Rounded up: with one sample less, the last frame of the time asked for would be lost.
+    sound = _mono(waveform, rate)[: math.ceil(seconds * SAMPLE_RATE - SLACK)]
+    if options.normalize_loudness:
+        sound *= loudness_gain(sound)
+    if options.add_noise_floor:
+        noise = np.random.default_rng(0)
+        _change(sound, lambda part: part + noise.standard_normal(len(part)) * 10 ** (NOISE_FLOOR_DB / 20))
+    if options.smooth_transients:
+        _low_pass(sound)
+    return sound
+
+
+def _mono(waveform: Tensor, rate: int) -> NDArray[np.float32]:
+    """The mean of the channels at 16 kHz."""
+    count = waveform.shape[-1]
+    resampler = None
     if rate != SAMPLE_RATE:
         import soxr
 
-        sound = soxr.resample(sound, rate, SAMPLE_RATE)
-    # Rounded up: with one sample less, the last frame of the time asked for would be lost.
-    sound = sound[: math.ceil(seconds * SAMPLE_RATE - SLACK)]
-    if options.normalize_loudness:
-        sound = normalize_loudness(sound)
-    if options.add_noise_floor:
-        sound = sound + np.random.default_rng(0).standard_normal(len(sound)) * 10 ** (NOISE_FLOOR_DB / 20)
-    if options.smooth_transients:
-        sound = _low_pass(sound)
-    return sound
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float64")
+    sound, filled = np.empty(math.ceil(count * SAMPLE_RATE / rate) + 1, dtype=np.float32), 0
+    for start in range(0, count, PIECE):
+        part = np.asarray(waveform[..., start : start + PIECE].float().cpu()).mean(axis=0, dtype=np.float64)
+        if resampler is not None:
+            part = resampler.resample_chunk(part, last=start + PIECE >= count)[: len(sound) - filled]
+        sound[filled : filled + len(part)] = part
+        filled += len(part)
+    return sound[:filled]
+
+
+def _change(sound: NDArray[np.float32], change: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> None:
+    """Change a sound in its place, by pieces in their order."""
+    for start in range(0, len(sound), PIECE):
+        sound[start : start + PIECE] = change(sound[start : start + PIECE].astype(np.float64))
 
 
 def frame_count(samples: int, fps: float) -> int:
@@ -133,27 +158,72 @@ def frame_count(samples: int, fps: float) -> int:
     return int(samples * fps / SAMPLE_RATE + SLACK)
 
 
-def normalize_loudness(sound: NDArray[np.float64]) -> NDArray[np.float64]:
-    """At -23 LUFS (ITU-R BS.1770). Silence, and sound shorter than a measuring block, stay as they are."""
+def normalize_loudness(sound: NDArray[np.floating]) -> NDArray[np.floating]:
+    """A copy at -23 LUFS."""
+    return sound * loudness_gain(sound)
+
+
+def loudness_gain(sound: NDArray[np.floating]) -> float:
+    """What brings it to -23 LUFS (ITU-R BS.1770); 1 for silence, and for sound shorter than a measuring block."""
     if len(sound) < LOUDNESS_BLOCK * SAMPLE_RATE:
-        return sound
+        return 1.0
+    measured = loudness(sound)
+    return 10 ** ((LOUDNESS - measured) / 20) if math.isfinite(measured) else 1.0
+
+
+def loudness(sound: NDArray[np.floating]) -> float:
+    """Integrated loudness in LUFS. pyloudnorm measures it, which takes several copies; long sound goes by pieces."""
     import pyloudnorm
 
-    loudness = pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(sound)
-    if not math.isfinite(loudness):
-        return sound
-    return sound * 10 ** ((LOUDNESS - loudness) / 20)
+    if len(sound) <= PIECE:
+        return pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(sound.astype(np.float64))
+    hop = round(LOUDNESS_BLOCK * SAMPLE_RATE / LOUDNESS_HOPS)
+    shelf = pyloudnorm.IIRfilter(4.0, 0.5**0.5, 1500.0, SAMPLE_RATE, "high_shelf")
+    weighted = [_filtering(f.b, f.a) for f in (shelf, pyloudnorm.IIRfilter(0.0, 0.5, 38.0, SAMPLE_RATE, "high_pass"))]
+    squares = []
+    for start in range(0, len(sound), PIECE):
+        part = sound[start : start + PIECE].astype(np.float64)
+        for weigh in weighted:
+            part = weigh(part)
+        squares.append(np.square(part[: len(part) // hop * hop]).reshape(-1, hop).mean(axis=1))
+    hops = np.concatenate(squares)
+    power = np.convolve(hops, np.full(LOUDNESS_HOPS, 1 / LOUDNESS_HOPS), mode="valid")
+    # Two gates: what is silent does not count, then what is 10 LU below the mean of the rest.
+    audible = power[power >= _power(SILENT)]
+    if not len(audible):
+        return -math.inf
+    heard = audible[audible > audible.mean() * 10 ** (RELATIVE_GATE / 10)]
+    return LOUDNESS_OFFSET + 10 * math.log10(heard.mean())
 
 
-def _low_pass(sound: NDArray[np.float64]) -> NDArray[np.float64]:
-    from scipy.signal import butter, lfilter
+def _power(level: float) -> float:
+    return 10 ** ((level - LOUDNESS_OFFSET) / 10)
 
-    numerator, denominator = butter(3, TRANSIENT_CUTOFF / (SAMPLE_RATE / 2))
-    return lfilter(numerator, denominator, sound)
+
+def _filtering(
+    numerator: NDArray[np.float64], denominator: NDArray[np.float64]
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """A filter that goes on from one piece of a sound to the next."""
+    from scipy.signal import lfilter
+
+    state = np.zeros(max(len(numerator), len(denominator)) - 1)
+
+    def filtered(part: NDArray[np.float64]) -> NDArray[np.float64]:
+        nonlocal state
+        part, state = lfilter(numerator, denominator, part, zi=state)
+        return part
+
+    return filtered
+
+
+def _low_pass(sound: NDArray[np.float32]) -> None:
+    from scipy.signal import butter
+
+    _change(sound, _filtering(*butter(3, TRANSIENT_CUTOFF / (SAMPLE_RATE / 2))))
 
 
 def encode_speech(
-    wav2vec: Wav2Vec, sounds: Sequence[NDArray[np.float64]], *, fps: float, sequential: bool, longest: int
+    wav2vec: Wav2Vec, sounds: Sequence[NDArray[np.float32]], *, fps: float, sequential: bool, longest: int
 ) -> MultiTalkEmbeds:
     """Features of every speaker, padded with silence to one length.
 
@@ -176,6 +246,9 @@ def encode_speech(
 
 
 def _placed(feature: Tensor, start: int, total: int) -> Tensor:
+    if not start and len(feature) == total:
+        # With the published encoder, an hour has 3.3 GB.
+        return feature
     # Others are mute in zeros, as the model saw it in training; silence is for what follows the end.
     whole = feature.new_zeros(total, *feature.shape[1:])
     inside = feature[: max(total - start, 0)]
@@ -195,17 +268,19 @@ def silent_speech(silence: Tensor, frames: int) -> MultiTalkEmbeds:
     return MultiTalkEmbeds(features=(silence.repeat(repeats, 1, 1)[:frames],), silence=silence)
 
 
-def whole_frames(sound: NDArray[np.float64], fps: float) -> NDArray[np.float64]:
+def whole_frames(sound: NDArray[np.float32], fps: float) -> NDArray[np.float32]:
     """Without the part of a frame at the end, which would put a sound after it behind its picture."""
     return sound[: round(frame_count(len(sound), fps) * SAMPLE_RATE / fps)]
 
 
-def mix(sounds: Sequence[NDArray[np.float64]], *, sequential: bool, seconds: float) -> dict[str, object]:
+def mix(sounds: Sequence[NDArray[np.float32]], *, sequential: bool, seconds: float) -> dict[str, object]:
     """The speakers as one AUDIO of at most so many seconds, one after the other or over each other."""
     if sequential:
         joined = np.concatenate(sounds)[: round(seconds * SAMPLE_RATE)]
+    elif len(sounds) == 1:
+        (joined,) = sounds
     else:
-        joined = np.zeros(max(len(sound) for sound in sounds))
+        joined = np.zeros(max(len(sound) for sound in sounds), dtype=np.float32)
         for sound in sounds:
             joined[: len(sound)] += sound
     return {"waveform": torch.from_numpy(joined).float()[None, None], "sample_rate": SAMPLE_RATE}

@@ -223,7 +223,8 @@ def _loop_embeds(loop: TalkingLoop, clip: Payload | None) -> ImageEmbeds:
 def _output_folder(path: str, mode: str) -> str:
     if not path:
         return ""
-    stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
+    # Runs that start in the same second do not share a folder.
+    stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S_%f")
     return str(get_host().writable_folder(path) / f"{stamp}_{mode}_output")
 
 

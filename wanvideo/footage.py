@@ -7,6 +7,7 @@ the order of writing is frames, tensors, run.json, each renamed into place, so t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,12 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .safetensors_file import write_tensors
+from .fingerprint import digest
+from .safetensors_file import SafetensorsFile, write_tensors
 
 log = logging.getLogger("wanvideo")
 
 UNFINISHED, RECORD, LOCK = ".unfinished", "run.json", "lock"
-FORMAT = 1
+FORMAT = 2
 FOLDER_ENDING = "_output"
 
 
@@ -143,11 +145,9 @@ class FolderFootage:
                 raise ValueError(f"Another process is writing to {self.folder}: wait for it, or choose another folder.")
             self.close()
         for candidate in (self.folder, *self._beside()):
-            record = _record(candidate)
-            if record is None or record["inputs"] != self._inputs or not _whole(candidate, record):
-                continue
-            if self._take(candidate):
-                return self._resumed(record)
+            reached = self._taken(candidate)
+            if reached is not None:
+                return reached
         self._explain(_record(self.folder))
         self._set_aside()
         self._acquire(self.folder)
@@ -161,16 +161,38 @@ class FolderFootage:
             return []
         return sorted((p for p in parent.glob(f"*{FOLDER_ENDING}*") if p != self.folder and p.is_dir()), reverse=True)
 
-    def _take(self, candidate: Path) -> bool:
-        if not self._acquire(candidate):
-            return False
-        if candidate != self.folder:
-            # Windows renames no folder with an open file in it.
+    def _taken(self, candidate: Path) -> Reached | None:
+        """Where to go on if this folder is an equal run's that no process works on; it then has this one's name."""
+        if not _equal(_record(candidate), self._inputs) or not self._acquire(candidate):
+            return None
+        # Its process may have ended, or another one may have taken it, before it was locked.
+        record = _record(candidate)
+        if not _equal(record, self._inputs):
+            self._let_go(candidate, record)
+            return None
+        try:
+            handover = _whole(candidate, record)
+        except (OSError, ValueError) as error:
+            log.warning("The unfinished run in %s is not continued: %s", candidate, error)
             self.close()
+            return None
+        if candidate != self.folder:
             self._set_aside()
+            if os.name == "nt":
+                # Windows renames no folder with an open file in it.
+                self.close()
             candidate.rename(self.folder)
-            self._acquire(self.folder)
-        return True
+            if os.name == "nt" and not self._acquire(self.folder):
+                return None
+        return self._resumed(record, handover)
+
+    def _let_go(self, candidate: Path, record: dict[str, object] | None) -> None:
+        """Leave a folder that has become another's, without the lock that was made there."""
+        self.close()
+        if record is None:
+            shutil.rmtree(candidate / UNFINISHED, ignore_errors=True)
+            with suppress(OSError):
+                candidate.rmdir()
 
     def _acquire(self, folder: Path) -> bool:
         from filelock import FileLock, Timeout
@@ -190,17 +212,13 @@ class FolderFootage:
             self._lock.release()
             self._lock = None
 
-    def _resumed(self, record: dict[str, object]) -> Reached:
-        from safetensors.torch import load_file
-
+    def _resumed(self, record: dict[str, object], handover: Mapping[str, Tensor] | None) -> Reached:
         self.frames = record["frames"]
         for path in (*self.folder.glob("frame_*.png"), *self.folder.glob("frame_*.part")):
-            if path.suffix == ".part" or int(path.stem.removeprefix("frame_")) >= self.frames:
+            number = path.stem.removeprefix("frame_")
+            # Other files with such a name are the user's.
+            if number.isdecimal() and (path.suffix == ".part" or int(number) >= self.frames):
                 path.unlink()
-        handover = None
-        if record["state"] is not None:
-            # Copies: Windows deletes no file that tensors are mapped to.
-            handover = {k: v.clone() for k, v in load_file(self.folder / UNFINISHED / record["state"]).items()}
         log.info("Going on in %s after %d finished windows (%d frames).", self.folder, record["windows"], self.frames)
         return Reached(record["windows"], handover)
 
@@ -209,7 +227,7 @@ class FolderFootage:
             return
         before = record["inputs"]
         changed = [name for name in self._inputs if before.get(name) != self._inputs[name]]
-        why = f"other inputs ({', '.join(changed)})" if changed else "frames missing"
+        why = f"other inputs ({', '.join(changed)})" if changed else "files that are missing or damaged"
         log.info("The unfinished run in %s has %s, so it is not continued.", self.folder, why)
 
     def _set_aside(self) -> None:
@@ -250,10 +268,13 @@ class FolderFootage:
                 old.unlink()
 
     def _save_record(self, windows: int, state: str | None) -> None:
+        inner = self.folder / UNFINISHED
         record = {
             "format": FORMAT, "inputs": self._inputs, "windows": windows, "frames": self.frames, "state": state,
+            "state_digest": None if state is None else _file_digest(inner / state),
         }  # fmt: skip
-        path = self.folder / UNFINISHED / RECORD
+        record["digest"] = digest(record)
+        path = inner / RECORD
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(record, indent=1))
         _flush(partial)
@@ -263,7 +284,8 @@ class FolderFootage:
         """The video is whole: from now on the folder holds nothing but its frames."""
         (self.folder / UNFINISHED / RECORD).unlink()
         self.close()
-        shutil.rmtree(self.folder / UNFINISHED)
+        # An equal run may look for a lock there at this moment; it finds no record, and tidies up.
+        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
         log.info("All %d frames are in %s.", self.frames, self.folder)
 
     def video(self) -> Tensor:
@@ -302,20 +324,46 @@ def write_frame(folder: Path, index: int, frame: Tensor) -> None:
 
 
 def _record(folder: Path) -> dict[str, object] | None:
-    """What run.json says, None where there is none that this version wrote."""
+    """What run.json says, None where there is none that this version wrote as it is."""
     try:
-        record = json.loads((folder / UNFINISHED / RECORD).read_text())
-    except (OSError, ValueError):
+        record = json.loads((folder / UNFINISHED / RECORD).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        return None
+    written = record.pop("digest", None)
+    try:
+        return record if digest(record) == written else None
+    except (TypeError, RecursionError):
+        return None
 
 
-def _whole(folder: Path, record: dict[str, object]) -> bool:
-    """Whether everything that the record counts on is there; a power cut may have emptied files."""
-    needed = [folder / f"frame_{index:05d}.png" for index in range(record["frames"])]
-    if record["state"] is not None:
-        needed.append(folder / UNFINISHED / record["state"])
-    return all(path.is_file() and path.stat().st_size for path in needed)
+def _equal(record: dict[str, object] | None, inputs: Mapping[str, str]) -> bool:
+    return record is not None and record["inputs"] == inputs
+
+
+def _whole(folder: Path, record: dict[str, object]) -> dict[str, Tensor] | None:
+    """What the last finished window hands on. Raises ValueError or OSError if a file is missing, or not as written.
+
+    Of frames, empty ones are seen: a power cut leaves them.
+    """
+    for index in range(record["frames"]):
+        path = folder / f"frame_{index:05d}.png"
+        if not path.stat().st_size:
+            raise ValueError(f"{path.name} is empty.")
+    if record["state"] is None:
+        return None
+    path = folder / UNFINISHED / record["state"]
+    if _file_digest(path) != record["state_digest"]:
+        raise ValueError(f"{path.name} is damaged.")
+    file = SafetensorsFile(path)
+    # Copies: Windows deletes no file that tensors are mapped to.
+    return {name: file.read(name).clone() for name in file.tensors}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -12,13 +12,13 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .tensor_file import StoredTensor, byte_range, check_name, element_count, read_bytes, unreadable
+from .whole_file import partial_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -159,14 +159,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     from safetensors.torch import save
 
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    try:
+    with partial_file(path.parent, path.name) as partial:
         with partial.open("wb") as file:
             file.write(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise

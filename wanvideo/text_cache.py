@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .safetensors_file import SafetensorsFile, write_tensors
@@ -72,9 +73,12 @@ def content_digest(paths: Sequence[Path]) -> str:
 def _embedding(path: Path) -> Tensor:
     file = SafetensorsFile(path)
     stored = file.tensors.get(EMBEDDING)
-    if stored is None or len(stored.shape) != 2:
+    if stored is None or len(stored.shape) != 2 or 0 in stored.shape:
         raise ValueError(f"{path.name} holds no embedding.")
-    return file.read(EMBEDDING)
+    embedding = file.read(EMBEDDING)
+    if not embedding.is_floating_point() or not bool(torch.isfinite(embedding.float()).all()):
+        raise ValueError(f"{path.name} holds no embedding of finite numbers.")
+    return embedding
 
 
 def _digest(text: str) -> str:

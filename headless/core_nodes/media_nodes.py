@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...host import get_host
 from ...wanvideo.images import resize_images
-from ..files import partial_file, publish
+from ...wanvideo.whole_file import partial_file, publish
 from ..media import MediaError, VideoInfo, probe, read_audio, read_frames
 from ..video_file import FORMATS, PRORES_PROFILES, Encoding, Format, Frames, check_frames, encode_video, to_pixels
 from .pictures import fit, next_file

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...host import get_host
 from ...wanvideo.images import METHODS, resize_images
-from ..files import partial_file, publish
+from ...wanvideo.whole_file import partial_file, publish
 from ..picture_file import PLACEHOLDER_MASK, check_picture, read_picture
 from ..video_file import to_pixels
 

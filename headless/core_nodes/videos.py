@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...host import get_host
-from ..files import partial_file, publish
+from ...wanvideo.whole_file import partial_file, publish
 from ..video_file import Encoding, Frames, Video, check_frames, encode_video
 from .pictures import next_file
 

@@ -6,6 +6,7 @@ FUZZ_EXAMPLES sets how many cases each reader gets (default: a short run; `make 
 import io
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from wanvideo_wrapper.headless.picture_file import read_picture
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-SLOWEST = 10.0
+SLOWEST, MOST_MEMORY = 10.0, 300 * 2**20
 WORKFLOWS = sorted(Path(__file__).parents[2].glob("example_workflows/*.json"))
 CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
 run = settings(
@@ -98,9 +99,18 @@ def mutated(draw, seeds):
     return bytes(data)
 
 
+def peak():
+    """The most memory that this process has had, in bytes."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def tried(read, path):
     """The result, None where the file is refused in a sentence."""
-    began = time.monotonic()
+    began, before = time.monotonic(), peak()
     try:
         return read(path)
     except (ValueError, OSError) as error:
@@ -108,6 +118,7 @@ def tried(read, path):
         return None
     finally:
         assert time.monotonic() - began < SLOWEST
+        assert peak() - before <= 2 * path.stat().st_size + MOST_MEMORY
 
 
 @pytest.fixture(scope="module")

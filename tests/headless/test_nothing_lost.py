@@ -14,14 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from wanvideo_wrapper.headless import cli, files, rescue
+from wanvideo_wrapper.headless import cli, rescue
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as NODES
-from wanvideo_wrapper.headless.files import partial_file, publish
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.media import Encoding, read_audio, write_video
 from wanvideo_wrapper.headless.runner import Runner
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.wanvideo import whole_file
 from wanvideo_wrapper.wanvideo.footage import MemoryFootage, write_frame
+from wanvideo_wrapper.wanvideo.whole_file import partial_file, publish
 
 FRAMES = torch.rand(5, 32, 48, 3)
 SOUND = {"waveform": torch.rand(1, 2, 8000) - 0.5, "sample_rate": 16000}
@@ -184,7 +185,7 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
         "    os.kill(os.getpid(), 9)\n"
     )
     # By path: the package would load torch first.
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), files.__file__], check=False)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), whole_file.__file__], check=False)
     (stray,) = tmp_path.iterdir()
     own = stray.with_name(stray.name.replace(stray.name.split(".")[-4], str(os.getpid())))
     own.write_text("being written")

@@ -185,6 +185,24 @@ def test_loudness_is_minus_23_lufs():
     assert pyloudnorm.Meter(16000).integrated_loudness(sound) == pytest.approx(-23, abs=0.01)
 
 
+def test_a_long_sound_is_prepared_as_a_short_one(monkeypatch):
+    """Silence and quiet speech in it, which the gates of loudness leave out."""
+    asked = sound_of(44100 * 12, 44100, 2)
+    asked["waveform"][..., : 44100 * 2] = 0
+    asked["waveform"][..., 44100 * 2 : 44100 * 5] *= 0.01
+    for options in (AudioOptions(), AudioOptions(add_noise_floor=True, smooth_transients=True)):
+        whole = audio.prepare_sound(asked, 11.9, options)
+        with monkeypatch.context() as patch:
+            patch.setattr(audio, "PIECE", 4 * audio.SAMPLE_RATE // 5)
+            pieces = audio.prepare_sound(asked, 11.9, options)
+        assert len(pieces) == len(whole) == 190400
+        level = float(pieces @ whole / (whole @ whole))
+        assert level == pytest.approx(1, abs=2e-3) and np.abs(pieces - level * whole).max() < 2e-5
+    silent = {"waveform": torch.zeros(1, 1, 32000), "sample_rate": 16000}
+    monkeypatch.setattr(audio, "PIECE", 16000)
+    assert not audio.prepare_sound(silent, 2, AudioOptions()).any()
+
+
 @pytest.mark.parametrize("samples", [10, 3000, 32000])
 def test_silence_and_short_sound_do_not_fail(samples):
     silent = {"waveform": torch.zeros(1, 1, samples), "sample_rate": 16000}

@@ -116,6 +116,11 @@ class TextEncoder:
     def _encode_one(self, prompt: str, device: torch.device) -> Tensor:
         plain, weights = parse_weights(prompt)
         ids = self._tokenizer.encode(plain)
+        if max(ids) >= self._model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer of {self.path.name} knows more tokens than its {self._model.config.vocab_size} "
+                "embeddings: use another file of the text encoder, or its own tokenizer."
+            )
         tokens = torch.tensor([ids], device=device)
         hidden = self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0].cpu()
         for words, weight in weights.items():

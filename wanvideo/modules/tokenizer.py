@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from ..checkpoint import Checkpoint
 
 log = logging.getLogger("wanvideo")
@@ -27,6 +30,7 @@ NAMES = ("spiece.model", "tokenizer.json")
 FILES = (*NAMES, *(f"{HUB_NAME}/{name}" for name in NAMES))
 GGUF_FIELDS = "tokenizer.ggml."
 GGUF_BYTE = 6
+TRIAL = "a person talks to the camera, \u4e2d"
 SPACE = "\u2581"
 
 if TYPE_CHECKING:
@@ -60,12 +64,13 @@ class Tokenizer:
 def find_tokenizer(checkpoint: Checkpoint, folders: list[Path]) -> Tokenizer:
     """The tokenizer inside the checkpoint, in one of the folders or in the local cache; else it is fetched.
 
-    Raises FileNotFoundError, saying what to put where, if it cannot be fetched or HF_HUB_OFFLINE is set.
+    Raises FileNotFoundError, saying what to put where, if it cannot be fetched or HF_HUB_OFFLINE is set, and ValueError
+    for one that is damaged.
     """
     if EMBEDDED in checkpoint.shapes:
-        return Tokenizer(_sentencepiece(bytes(checkpoint.tensor(EMBEDDED).tolist())))
+        return _built(checkpoint.path, lambda: _sentencepiece(_bytes(checkpoint.tensor(EMBEDDED))))
     if tokens := checkpoint.array(f"{GGUF_FIELDS}tokens"):
-        return Tokenizer(_from_gguf(checkpoint, tokens))
+        return _built(checkpoint.path, lambda: _from_gguf(checkpoint, tokens))
     beside = next((path for folder in folders for name in FILES if (path := folder / name).is_file()), None)
     path = beside or _cached()
     if path is None:
@@ -77,7 +82,25 @@ def find_tokenizer(checkpoint: Checkpoint, folders: list[Path]) -> Tokenizer:
                 f"({fault or 'no connection'}): put the {' or '.join(NAMES)} of {HUB_NAME} into {folders[0]}, or use a "
                 "text encoder file that contains it."
             )
-    return Tokenizer(_from_file(path))
+    return _built(path, lambda: _from_file(path))
+
+
+def _built(path: Path, build: Callable[[], Encode]) -> Tokenizer:
+    """A tokenizer that has been tried. Raises ValueError, naming the file, for one that its library does not take."""
+    try:
+        tokenizer = Tokenizer(build())
+        tokenizer.encode(TRIAL)
+    except Exception as error:
+        # tokenizers raises Exception itself, sentencepiece RuntimeError.
+        fault = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{path.name} has a damaged tokenizer ({fault}): fetch the file again, or use another one."
+        ) from error
+    return tokenizer
+
+
+def _bytes(stored: Tensor) -> bytes:
+    return bytes(stored.to(torch.uint8).flatten().tolist())
 
 
 def _from_file(path: Path) -> Encode:
@@ -100,16 +123,14 @@ def _sentencepiece(model: bytes) -> Encode:
 
 
 def _from_gguf(checkpoint: Checkpoint, tokens: list[str]) -> Encode:
-    """The unigram model of the header. Raises ValueError for scores of another number, or another kind of model."""
+    """The unigram model of the header. Raises ValueError for scores of another number, and others of the library."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models, normalizers, pre_tokenizers
 
     scores, kinds = (checkpoint.array(GGUF_FIELDS + name) for name in ("scores", "token_type"))
     unknown = checkpoint.metadata.get(f"{GGUF_FIELDS}unknown_token_id", "2")
     if len(scores) != len(tokens) or not unknown.isdigit() or int(unknown) >= len(tokens):
-        raise ValueError(
-            f"{checkpoint.path.name}: the vocabulary in its header is no UMT5's; use another file of the text encoder."
-        )
+        raise ValueError("the vocabulary in its header is no UMT5's")
     vocabulary = [(token, float(score)) for token, score in zip(tokens, scores, strict=True)]
     fast = Fast(models.Unigram(vocabulary, int(unknown), byte_fallback=GGUF_BYTE in kinds))
     rules = [normalizers.Replace(" ", SPACE)]
