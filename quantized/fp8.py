@@ -8,6 +8,7 @@ as tensor cores need. Those give bfloat16, whose rounding is 20 dB below that of
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -65,18 +66,23 @@ class Fp8Linear(QuantizedLinear):
         self.weight = frozen(padded(weight, rows, padded_size(weight.shape[1])))
         self.scale_weight = frozen(F.pad(scale, (0, 0, 0, rows - scale.shape[0])))
 
-    def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight's values; the product with the scale is rounded once."""
-        return _expanded(self.weight, self.scale_weight, dtype)[: self.out_features, : self.in_features]
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.weight, self.scale_weight
+
+    @staticmethod
+    def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
+        weight, scale = stored
+        # FP8 values are exact in every base precision, so that only the multiplication rounds.
+        return weight.to(dtype).mul_(scale)
+
+    @classmethod
+    def fast_kind(cls, device: torch.device) -> type[QuantizedLinear]:
+        return Fp8MatmulLinear
 
     def add(self, difference: Tensor) -> None:
         """The scales become new ones."""
         self._store(*quantize_rows(self.expanded(torch.float32) + difference, self.weight.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
-        check_columns(x, self.in_features)
-        return _weight_only(x, self.weight, self.scale_weight, self.bias, self.out_features)
 
 
 class Fp8MatmulLinear(Fp8Linear):
@@ -132,25 +138,6 @@ def runs_fp8(device: torch.device, dtype: torch.dtype = torch.float8_e4m3fn) -> 
     except Exception as error:
         return f"a first product failed with {type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}"
     return None
-
-
-def _expanded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # FP8 values are exact in every base precision, so that only the multiplication rounds.
-    return weight.to(dtype).mul_(scale)
-
-
-@torch.library.custom_op(op_name("fp8_weight_only"), mutates_args=())
-def _weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    rows = kernel_ready(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
-    wide = _expanded(weight, scale, x.dtype)[:out_features, : x.shape[-1]]
-    bias = None if bias is None else kernel_ready(bias.to(x.dtype))
-    check_entry("fp8_weight_only", x=rows, weight=wide, bias=bias)
-    return F.linear(rows, wide, bias).view(*x.shape[:-1], out_features)
-
-
-@_weight_only.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _multiply(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

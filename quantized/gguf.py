@@ -6,16 +6,18 @@ for 32 values, and a weight of any type is one matrix of bytes [N, bytes of a ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from ..kernels import op_name
 from ..tensor_layout import kernel_ready
 from .gguf_blocks import PLAIN
 from .gguf_grids import GRIDS
-from .linear import QuantizedLinear, check_columns, frozen, product
+from .linear import QuantizedLinear, frozen
 
 TYPES = PLAIN | GRIDS
+_NAMES = tuple(TYPES)
 # Values that are expanded at a time: what float32 and codes need in between stays a few hundred megabytes.
 MOST_VALUES = 2**24
 
@@ -51,20 +53,23 @@ class GgufLinear(QuantizedLinear):
         # int8 for bytes: transformers casts activations to the type of a T5 layer's weight unless that is int8.
         self.weight = frozen(rows.view(torch.int8))
 
-    def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight's values, rounded once."""
-        return dequantize(self.weight, self.form, dtype)
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        return (_NAMES.index(self.form),)
+
+    @staticmethod
+    def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return dequantize(stored[0], _NAMES[settings[0]], dtype)
 
     def add(self, difference: Tensor) -> None:
         """The weight becomes bfloat16, whose rounding is below that of every type of blocks."""
         changed = (self.expanded(torch.float32) + difference).bfloat16()
         self.form, self.weight = "BF16", frozen(changed.view(torch.int8))
         self.label = "GGUF weights with a merged LoRA, kept in bfloat16 (merge_loras off keeps them compressed)"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
-        check_columns(x, self.in_features)
-        return _weight_only(x, self.weight, self.form, self.bias)
 
 
 class GgufEmbedding(nn.Module):
@@ -78,13 +83,3 @@ class GgufEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> [..., K]."""
         return dequantize(self.weight[ids.flatten()], self.form, self.dtype).view(*ids.shape, -1)
-
-
-@torch.library.custom_op(op_name("gguf_weight_only"), mutates_args=())
-def _weight_only(x: Tensor, weight: Tensor, form: str, bias: Tensor | None) -> Tensor:
-    return product("gguf_weight_only", x, dequantize(weight, form, x.dtype), bias)
-
-
-@_weight_only.register_fake
-def _(x: Tensor, weight: Tensor, form: str, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))

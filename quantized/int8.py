@@ -7,18 +7,20 @@ matrix is its own inverse. Source: comfy-kitchen (TensorWiseINT8Layout), ConvRot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Self
 
+import comfy_kitchen
 import torch
 from torch import Tensor
 
-from ..kernels import op_name
 from .fp8 import row_scales
-from .linear import QuantizedLinear, check_columns, frozen, product
+from .linear import QuantizedLinear, frozen
 
 LARGEST = 127
 TINY = 1e-30
+TURING = (7, 5)
 
 
 @cache
@@ -64,36 +66,56 @@ class Int8Linear(QuantizedLinear):
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None, group: int = 0) -> Self:
         """From a weight [N, K] in any precision."""
-        return cls(*_quantized(weight, group), bias, group)
+        return cls(*quantize_rows(weight, group), bias, group)
 
     def _store(self, codes: Tensor, scale: Tensor) -> None:
         self.weight, self.scale_weight = frozen(codes), frozen(scale)
 
-    def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight's values."""
-        return int8_values(self.weight, self.scale_weight, self.group, dtype)
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.weight, self.scale_weight
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        return (self.group,)
+
+    @staticmethod
+    def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return int8_values(*stored, *settings, dtype)
+
+    @classmethod
+    def fast_kind(cls, device: torch.device) -> type[QuantizedLinear]:
+        return Int8MatmulLinear if runs_int8(device) else cls
 
     def add(self, difference: Tensor) -> None:
         """The scales become new ones."""
-        self._store(*_quantized(self.expanded(torch.float32) + difference, self.group))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
-        check_columns(x, self.in_features)
-        return _weight_only(x, self.weight, self.scale_weight, self.group, self.bias)
+        self._store(*quantize_rows(self.expanded(torch.float32) + difference, self.group))
 
 
-def _quantized(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+class Int8MatmulLinear(Int8Linear):
+    """The same storage, times activations in INT8 with a scale a row (W8A8), through comfy-kitchen."""
+
+    label = "INT8 weights and INT8 products"
+
+    @classmethod
+    def multiply(
+        cls, x: Tensor, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        return int8_product(x, *stored, *settings, bias)
+
+
+def int8_product(x: Tensor, codes: Tensor, scale: Tensor, group: int, bias: Tensor | None) -> Tensor:
+    """x [M, K], measured row by row, times codes [N, K] with scales a row, in INT8: [M, N]. group: of `rotated`."""
+    return comfy_kitchen.int8_linear(x, codes, scale, bias, x.dtype, convrot=group > 0, convrot_groupsize=group or 1)
+
+
+def runs_int8(device: torch.device, least: tuple[int, int] = TURING) -> bool:
+    """Whether comfy-kitchen multiplies in INT8 on the device; on a CPU it does, slowly."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= least)
+
+
+def quantize_rows(weight: Tensor, group: int, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
+    """Weight [N, K], rotated -> whole numbers up to `largest`, int8 [N, K], and scales [N, 1]."""
     values = rotated(weight.float(), group)
-    scale = values.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / LARGEST
+    scale = values.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / largest
     return (values / scale).round_().to(torch.int8), scale
-
-
-@torch.library.custom_op(op_name("int8_weight_only"), mutates_args=())
-def _weight_only(x: Tensor, codes: Tensor, scale: Tensor, group: int, bias: Tensor | None) -> Tensor:
-    return product("int8_weight_only", x, int8_values(codes, scale, group, x.dtype), bias)
-
-
-@_weight_only.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, group: int, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))

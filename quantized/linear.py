@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import op_name
 from ..kernels.fp8_rows import Fp8Rows, quantize
 from ..tensor_layout import check_entry, kernel_ready
 
 ROW_MULTIPLE = 16
+BLACKWELL = (10, 0)
 # What files and layers call a layer's scales: ComfyUI and LightX2V, then older FP8 files and the original pack.
 SCALE_NAMES = ("weight_scale", "scale_weight")
 GLOBAL_SCALE_NAMES = ("weight_scale_2", "scale_weight_2")
@@ -25,26 +27,92 @@ INPUT_SCALE_NAMES = ("input_scale", "scale_input")
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with a weight in few bits. takes_rows: whether it reads activations that are FP8 already.
+    """A linear layer with a weight in few bits.
 
-    label: what it stores and how it multiplies, for messages.
+    A class says how it is stored and multiplied: `stored` are the tensors, `settings` the whole numbers that they are
+    read by, `values` what they are worth. label: both in words, for messages. takes_rows: whether it reads activations
+    that are FP8 already.
     """
 
     takes_rows = False
     label: ClassVar[str]
+    settings: tuple[int, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # A class without a label is one of these under another name, such as a layer with a LoRA.
+        if "label" in vars(cls):
+            cls.kind = cls.__name__
+            _kinds[cls.kind] = cls
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = out_features, in_features
         self.bias = None if bias is None else frozen(bias)
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the weight."""
+        raise NotImplementedError
+
+    @staticmethod
+    def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weight's values [N, K], or more rows and columns where it was filled up."""
+        raise NotImplementedError
+
+    @classmethod
+    def multiply(
+        cls, x: Tensor, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        """x [M, K], contiguous, times the weight transposed, plus bias [N] in x's dtype: [M, N]."""
+        wide = cls.values(stored, settings, x.dtype)[:out_features, : x.shape[1]]
+        check_entry(f"product of {cls.__name__}", weight=wide)
+        return F.linear(x, wide, bias)
+
+    @classmethod
+    def fast_kind(cls, device: torch.device) -> type[QuantizedLinear]:
+        """The class of the same storage whose products on `device` are in few bits; this one where it has none."""
+        return cls
+
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight's values [N, K]."""
-        raise NotImplementedError
+        return self.values(self.stored, self.settings, dtype)[: self.out_features, : self.in_features]
 
     def add(self, difference: Tensor) -> None:
         """Change the weight by [N, K] float32 and store it anew."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
+        check_columns(x, self.in_features)
+        return _product(x, self.kind, self.stored, self.settings, self.bias, self.out_features)
+
+
+_kinds: dict[str, type[QuantizedLinear]] = {}
+
+
+@torch.library.custom_op(op_name("quantized_product"), mutates_args=())
+def _product(
+    x: Tensor, kind: str, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
+) -> Tensor:
+    rows = kernel_ready(x.reshape(x.shape[:-1].numel(), x.shape[-1]), strided=False)
+    stored = [kernel_ready(t, strided=False) for t in stored]
+    bias = None if bias is None else kernel_ready(bias.to(x.dtype))
+    check_entry(kind, strided=False, x=rows, bias=bias, **{f"stored[{n}]": t for n, t in enumerate(stored)})
+    if rows.numel():
+        out = _kinds[kind].multiply(rows, stored, settings, bias, out_features)
+    else:
+        # No rows, or no columns: then the bias alone.
+        out = rows.new_zeros(rows.shape[0], out_features)
+        out = out if bias is None else out + bias
+    return out.view(*x.shape[:-1], out_features)
+
+
+@_product.register_fake
+def _(
+    x: Tensor, kind: str, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def frozen(t: Tensor) -> nn.Parameter:
@@ -74,14 +142,6 @@ def check_columns(x: Tensor | Fp8Rows, columns: int) -> None:
     width = x.shape[-1] if isinstance(x, Tensor) else x.features
     if width != columns:
         raise ValueError(f"The layer reads {columns} channels, but its input has {width}: check what is connected.")
-
-
-def product(kernel: str, x: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times an expanded weight [N, K] transposed, plus bias [N]: [..., N]. kernel: its name for checks."""
-    rows = kernel_ready(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
-    bias = None if bias is None else kernel_ready(bias.to(x.dtype))
-    check_entry(kernel, x=rows, weight=wide, bias=bias)
-    return F.linear(rows, wide, bias).view(*x.shape[:-1], wide.shape[0])
 
 
 def weight_shape(layer: nn.Module) -> torch.Size:

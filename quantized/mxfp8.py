@@ -7,6 +7,7 @@ Microscaling Formats 1.0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import comfy_kitchen
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from comfy_kitchen.registry import registry
 from torch import Tensor
 
-from ..kernels import op_name
+from ..kernels.fp8_rows import padded_size
 from ..tensor_layout import kernel_ready
-from .linear import QuantizedLinear, check_columns, frozen, product
+from .linear import BLACKWELL, QuantizedLinear, frozen, padded
 
 BLOCK = 32
 
@@ -45,20 +46,51 @@ class Mxfp8Linear(QuantizedLinear):
         return cls(*_quantized(weight), tuple(weight.shape), bias)
 
     def _store(self, codes: Tensor, block_scale: Tensor) -> None:
-        self.weight, self.weight_scale = frozen(codes), frozen(block_scale.view(torch.uint8))
+        self.weight = frozen(padded(codes, padded_size(codes.shape[0], BLOCK), codes.shape[1]))
+        self.weight_scale = frozen(block_scale.view(torch.uint8))
 
-    def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight's values."""
-        return mxfp8_values(self.weight, self.weight_scale, dtype)[: self.out_features, : self.in_features]
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.weight, self.weight_scale
+
+    @staticmethod
+    def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return mxfp8_values(*stored, dtype)
+
+    @classmethod
+    def fast_kind(cls, device: torch.device) -> type[QuantizedLinear]:
+        return Mxfp8MatmulLinear if runs_mxfp8(device) else cls
 
     def add(self, difference: Tensor) -> None:
         """All scales become new ones."""
         self._store(*_quantized(self.expanded(torch.float32) + difference))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
-        check_columns(x, self.in_features)
-        return _weight_only(x, self.weight, self.weight_scale, self.bias, self.out_features)
+
+class Mxfp8MatmulLinear(Mxfp8Linear):
+    """MXFP8 weight and activations, on Blackwell tensor cores through comfy-kitchen; elsewhere what they compute."""
+
+    label = "MXFP8 weights and MXFP8 products"
+
+    @classmethod
+    def multiply(
+        cls, x: Tensor, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        if bias is not None:
+            bias = F.pad(bias, (0, stored[0].shape[0] - out_features)).to(
+                torch.bfloat16 if runs_mxfp8(x.device) else torch.float32
+            )
+        rows, scale = comfy_kitchen.quantize_mxfp8(x, pad_32x=True)
+        if runs_mxfp8(x.device):
+            weight_scale = stored[1].view(torch.float8_e8m0fnu)
+            product = comfy_kitchen.scaled_mm_mxfp8(rows, stored[0], scale, weight_scale, bias, torch.bfloat16)
+        else:
+            product = F.linear(*(mxfp8_values(*q, torch.float32) for q in ((rows, scale), stored)), bias)
+        return product[: x.shape[0], :out_features].to(x.dtype).contiguous()
+
+
+def runs_mxfp8(device: torch.device) -> bool:
+    """Whether the device has MXFP8 tensor cores (Blackwell)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BLACKWELL
 
 
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,14 +98,3 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     full = kernel_ready(F.pad(weight.float(), (0, columns, 0, rows)), strided=False)
     with registry.use_backend("eager"):
         return comfy_kitchen.quantize_mxfp8(full)
-
-
-@torch.library.custom_op(op_name("mxfp8_weight_only"), mutates_args=())
-def _weight_only(x: Tensor, codes: Tensor, block_scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    wide = mxfp8_values(codes, block_scale, x.dtype)[:out_features, : x.shape[-1]]
-    return product("mxfp8_weight_only", x, wide, bias)
-
-
-@_weight_only.register_fake
-def _(x: Tensor, codes: Tensor, block_scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))

@@ -9,6 +9,7 @@ P, Q: N and K rounded up with zeros, to 16 and 32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import comfy_kitchen
@@ -17,16 +18,14 @@ import torch.nn.functional as F
 from comfy_kitchen.registry import registry
 from torch import Tensor
 
-from ..kernels import op_name
 from ..kernels.fp8_rows import LARGEST, Fp8Rows, padded_size, quantize
 from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, LARGEST_CODE, codes_to_values, expand, unswizzled
 from ..tensor_layout import check_entry, kernel_ready
 from .fp8 import rows_product
-from .linear import ROW_MULTIPLE, QuantizedLinear, activation_scale, check_columns, frozen, padded
+from .linear import BLACKWELL, ROW_MULTIPLE, QuantizedLinear, activation_scale, check_columns, frozen, padded
 
 TINY = 1e-30
 SMALLEST_SCALE = 2**-9
-BLACKWELL = (10, 0)
 # What the CUDA kernel of comfy-kitchen reads; the rounding to bfloat16 is far below that to FP4.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -82,23 +81,29 @@ class Nvfp4Linear(QuantizedLinear):
         self.weight_scale_2 = frozen(q.scale.float().reshape(()))
 
     @property
-    def stored(self) -> Nvfp4:
-        """The weight as it is kept."""
-        return Nvfp4(self.weight, self.weight_scale, self.weight_scale_2)
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.weight, self.weight_scale, self.weight_scale_2
+
+    @staticmethod
+    def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
+        codes, block_scale, scale = stored[:3]
+        # comfy-kitchen's eager form rounds the scale to the type that it is asked for. float16 has nothing below 6e-8,
+        # and scales are a 2,688th of the largest weight: some would become 0.
+        asked = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return comfy_kitchen.dequantize_nvfp4(codes, scale, block_scale, output_type=asked).to(dtype)
+
+    @classmethod
+    def fast_kind(cls, device: torch.device) -> type[QuantizedLinear]:
+        return Nvfp4MatmulLinear if runs_fp4(device) else Nvfp4Fp8Linear
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight's values."""
-        return values_of(self.stored)[: self.out_features, : self.in_features].to(dtype)
+        """The weight's values, in plain PyTorch."""
+        return values_of(Nvfp4(*self.stored[:3]))[: self.out_features, : self.in_features].to(dtype)
 
     def add(self, difference: Tensor) -> None:
         """All scales become new ones."""
         with registry.use_backend("eager"):
             self._store(quantize_nvfp4(self.expanded(torch.float32) + difference))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
-        check_columns(x, self.in_features)
-        return _weight_only(x, *self.stored, self.bias, self.out_features)
 
 
 class Nvfp4Fp8Linear(Nvfp4Linear):
@@ -139,58 +144,19 @@ class Nvfp4MatmulLinear(Nvfp4Linear):
         static = activation_scale(input_scale, weight.codes.device)
         self.input_scale = None if static is None else frozen(static)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype. Raises ValueError for another K."""
-        check_columns(x, self.in_features)
-        return _product(x, *self.stored, self.bias, self.input_scale, self.out_features)
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        # Not super(), whose properties torch.compile cannot read.
+        weight = self.weight, self.weight_scale, self.weight_scale_2
+        return weight if self.input_scale is None else (*weight, self.input_scale)
 
-
-@torch.library.custom_op(op_name("nvfp4_weight_only"), mutates_args=())
-def _weight_only(
-    x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, out_features: int
-) -> Tensor:
-    codes, block_scale, scale = (kernel_ready(t, strided=False) for t in (codes, block_scale, scale))
-    rows = kernel_ready(x.reshape(-1, x.shape[-1]))
-    check_entry("dequantize_nvfp4", strided=False, codes=codes, block_scale=block_scale, scale=scale)
-    # comfy-kitchen's eager form rounds the scale to the type that it is asked for. float16 has nothing below 6e-8, and
-    # scales are a 2,688th of the largest weight: some would become 0.
-    asked = torch.float32 if x.dtype == torch.float16 else x.dtype
-    wide = comfy_kitchen.dequantize_nvfp4(codes, scale, block_scale, output_type=asked).to(x.dtype)
-    wide = wide[:out_features, : x.shape[-1]]
-    bias = None if bias is None else kernel_ready(bias.to(x.dtype))
-    check_entry("nvfp4_weight_only", x=rows, weight=wide, bias=bias)
-    return F.linear(rows, wide, bias).view(*x.shape[:-1], out_features)
-
-
-@_weight_only.register_fake
-def _(x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.custom_op(op_name("nvfp4_product"), mutates_args=())
-def _product(
-    x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    out_features: int,
-) -> Tensor:  # fmt: skip
-    shape = (*x.shape[:-1], out_features)
-    if x.numel() == 0:
-        return x.new_empty(shape)
-    weight = Nvfp4(*(kernel_ready(t, strided=False) for t in (codes, block_scale, scale)))
-    rows = kernel_ready(x.reshape(-1, x.shape[-1]), strided=False)
-    input_scale = None if input_scale is None else kernel_ready(input_scale)
-    if rows.is_cuda and rows.dtype not in KERNEL_DTYPES:
-        rows = rows.bfloat16()
-    check_entry("quantize_nvfp4", strided=False, x=rows, input_scale=input_scale)
-    product = _multiply(quantize_nvfp4(rows, input_scale), weight, bias)
-    return product[: rows.shape[0], :out_features].to(x.dtype).contiguous().view(shape)
-
-
-@_product.register_fake
-def _(
-    x: Tensor, codes: Tensor, block_scale: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    out_features: int,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], out_features))
+    @classmethod
+    def multiply(
+        cls, x: Tensor, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        rows = x.bfloat16() if x.is_cuda and x.dtype not in KERNEL_DTYPES else x
+        product = _multiply(quantize_nvfp4(rows, *stored[3:]), Nvfp4(*stored[:3]), bias)
+        return product[: x.shape[0], :out_features].to(x.dtype).contiguous()
 
 
 def _multiply(rows: Nvfp4, weight: Nvfp4, bias: Tensor | None) -> Tensor:

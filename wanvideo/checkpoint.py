@@ -11,11 +11,12 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ..quantized.linear import QuantizedLinear
 from .gguf_file import GgufFile
 from .key_names import Naming, naming_of
 from .model_file import open_files
 from .stored_formats import Weight, asks_full_precision, weights_of
-from .stored_weights import Stored, read_stored, read_weight
+from .stored_weights import Stored, layer_of, read_stored, read_weight
 from .tensor_file import Parts, TensorFile
 
 
@@ -76,6 +77,13 @@ class Checkpoint:
         """The tensor and its scales as the file holds them."""
         return read_stored(*self._entries[name])
 
+    def layer(
+        self, name: str, shape: Sequence[int], bias: Tensor | None, *, fast: torch.device | None = None
+    ) -> QuantizedLinear:
+        """The layer of a quantized weight; see `stored_weights.layer_of`."""
+        entry = self._entries[name]
+        return layer_of(self.stored(name), entry.weight, shape, bias, fast=fast)
+
     def array(self, name: str) -> list[str | int | float | bool]:
         """An array of a GGUF header, such as a vocabulary; empty where there is none of this name."""
         files = dict.fromkeys(entry.file for entry in self._entries.values())
@@ -83,7 +91,7 @@ class Checkpoint:
 
     def full_precision(self, name: str) -> bool:
         """Whether the file asks that products with this weight are computed in base precision."""
-        return self._entries[name].weight.full_precision
+        return self._entries[name].weight.mark.full_precision
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same tensors under other names."""

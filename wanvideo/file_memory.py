@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .systems import Systems
 
 # Bits of a value with its scales, by what STORED_AS calls it; GGUF types have their own.
-BITS = {"fp8_e4m3fn": 8.0, "fp8_e5m2": 8.0, "nvfp4": 4.5, "mxfp8": 8.25, "int8": 8.0}
+BITS = {
+    "fp8_e4m3fn": 8.0, "fp8_e5m2": 8.0, "nvfp4": 4.5, "mxfp8": 8.25, "int8": 8.0, "int4": 4.0, "w4a8": 4.5, "w6a8": 6.5,
+}  # fmt: skip
 
 
 def config_and_footprint(path: Path, options: LoadOptions, systems: Systems, work: Work) -> tuple[WanConfig, Footprint]:

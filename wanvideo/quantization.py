@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear, runs_fp8
+from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, runs_fp8
 from ..quantized.linear import QuantizedLinear
-from ..quantized.nvfp4 import Nvfp4, Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear, runs_fp4
+from ..quantized.nvfp4 import Nvfp4Linear
 from .checkpoint import Checkpoint
 from .gguf_file import BLOCKS
 from .lora import MergedLoras
-from .stored_weights import expanding_layer
 
 log = logging.getLogger("wanvideo")
 
 NVFP4 = "nvfp4"
 STORED_AS = {
-    "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2", "NVFP4": NVFP4, "MXFP8": "mxfp8", "INT8": "int8", BLOCKS: "gguf",
+    "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2", "NVFP4": NVFP4, "MXFP8": "mxfp8", "INT8": "int8", "INT4": "int4",
+    "W4A8": "w4a8", "W6A8": "w6a8", BLOCKS: "gguf",
 }  # fmt: skip
 # Besides the blocks, the one large layer whose weight no code looks at.
 COMPRESSED = "time_projection."
@@ -96,39 +96,18 @@ class Plan:
         if stored is None or weight in self.anew:
             value = checkpoint.tensor(weight)
             return self._converted(value if difference is None else value.float() + difference, bias, fast)
-        if stored == NVFP4:
-            layer = self._nvfp4_layer(checkpoint, weight, plain, bias, fast)
-        elif stored not in FP8_DTYPES:
-            layer = expanding_layer(checkpoint.stored(weight), form, (plain.out_features, plain.in_features), bias)
-        else:
-            found = checkpoint.stored(weight)
-            scales = (found.scale, bias, found.input_scale) if fast else (found.scale, bias)
-            layer = (Fp8MatmulLinear if fast else Fp8Linear)(found.values, *scales)
+        shape = (plain.out_features, plain.in_features)
+        layer = checkpoint.layer(weight, shape, bias, fast=self.device if fast else None)
         if difference is not None:
             layer.to(self.device).add(difference.to(self.device))
             layer.to("cpu")
         return layer
 
-    def _nvfp4_layer(
-        self, checkpoint: Checkpoint, weight: str, plain: nn.Linear, bias: torch.Tensor | None, fast: bool
-    ) -> QuantizedLinear:
-        found = checkpoint.stored(weight)
-        kept, shape = Nvfp4(found.values, found.scale, found.global_scale), (plain.out_features, plain.in_features)
-        if not fast:
-            return Nvfp4Linear(kept, shape, bias)
-        if runs_fp4(self.device):
-            return Nvfp4MatmulLinear(kept, shape, bias, found.input_scale)
-        return Nvfp4Fp8Linear(kept, shape, bias)
-
     def _converted(self, weight: torch.Tensor, bias: torch.Tensor | None, fast: bool) -> QuantizedLinear:
-        weight, home = weight.to(self.device), weight.device
-        if self.convert != NVFP4:
-            kind = Fp8MatmulLinear if fast else Fp8Linear
-            return kind.quantize(weight, bias, FP8_DTYPES[self.convert]).to(home)
-        kind = Nvfp4Linear
+        kind, form = (Nvfp4Linear, ()) if self.convert == NVFP4 else (Fp8Linear, (FP8_DTYPES[self.convert],))
         if fast:
-            kind = Nvfp4MatmulLinear if runs_fp4(self.device) else Nvfp4Fp8Linear
-        return kind.quantize(weight, bias).to(home)
+            kind = kind.fast_kind(self.device)
+        return kind.quantize(weight.to(self.device), bias, *form).to(weight.device)
 
 
 def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: torch.dtype) -> Plan:
@@ -145,7 +124,11 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
     file = checkpoint.path.name
     if checkpoint.path.suffix.lower() == GGUF_SUFFIX:
         raise ValueError(f"{file} is a GGUF file, whose own quantization is used: choose quantization 'disabled'.")
-    forms = {form for key, form in checkpoint.formats.items() if key.startswith("blocks.")}
+    forms = {
+        form
+        for key, form in checkpoint.formats.items()
+        if key.startswith("blocks.") and len(checkpoint.shapes[key]) == 2
+    }
     held = {STORED_AS[form.split()[0]] for form in forms if form.split()[0] in STORED_AS}
     if NVFP4 in held and option.storage != NVFP4:
         instead = "fp4_scaled_fast" if option.fast else "fp4_scaled"
@@ -156,7 +139,11 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
             f"quantization '{name}' needs a file with scales, and {file} has none: choose "
             f"'{name.replace('_scaled', '')}' or 'disabled'."
         )
-    multiplied = {FP8_DTYPES.get(kind, torch.float8_e4m3fn) for kind in (*held, option.storage)} if option.fast else ()
+    # Integers and MXFP8 have products of their own, which need no FP8 tensor cores.
+    kinds = [kind for kind in held if kind in FP8_DTYPES or kind == NVFP4]
+    if kinds or not held or any(form.split()[0] not in STORED_AS for form in forms):
+        kinds.append(option.storage)
+    multiplied = {FP8_DTYPES.get(kind, torch.float8_e4m3fn) for kind in kinds} if option.fast else ()
     reason = next(filter(None, (runs_fp8(device, dtype) for dtype in multiplied)), None)
     if reason is not None:
         raise ValueError(

@@ -21,6 +21,7 @@ from ..kernels.nvfp4 import BLOCK, CODES_PER_BYTE, SCALE_COLUMNS, SCALE_ROWS
 from ..quantized.linear import GLOBAL_SCALE_NAMES, INPUT_SCALE_NAMES, SCALE_NAMES
 from .gguf_file import BLOCKS
 from .gguf_file import DTYPES as GGUF_DTYPES
+from .key_names import PREFIXES
 from .safetensors_file import DTYPES
 from .tensor_file import TensorFile, parts_of, unreadable
 
@@ -29,24 +30,51 @@ MARKER = "scaled_fp8"
 HEADER_FIELD = "_quantization_metadata"
 LARGEST_MARK = 2**16
 FP8_FORMATS = ("F8_E4M3", "F8_E5M2")
-MARKED_FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise")
-# Formats that ComfyUI marks and this pack does not read, in words that users know them by.
-UNREAD_FORMATS = {"convrot_w4a4": "INT4 (ConvRot W4A4)", "asym_w4a8_int8": "W4A8", "awq_w4a16": "AWQ W4A16"}
+W4A8_FORMATS = ("W4A8", "W6A8")
+# Formats that ComfyUI marks: in the words that users know them by, and the types that their weights are stored in.
+MARKED_FORMATS = {
+    "float8_e4m3fn": ("FP8", (*FP8_FORMATS, "BF16", "F16", "F32")),
+    "float8_e5m2": ("FP8", (*FP8_FORMATS, "BF16", "F16", "F32")),
+    "nvfp4": ("NVFP4", ("U8",)),
+    "mxfp8": ("MXFP8", ("F8_E4M3",)),
+    "int8_tensorwise": ("INT8", ("I8",)),
+    "convrot_w4a4": ("INT4", ("I8",)),
+    "asym_w4a8_int8": ("W4A8", ("I8",)),
+}
+# One that this pack does not read.
+UNREAD_FORMATS = {"awq_w4a16": "AWQ W4A16"}
 MXFP8_BLOCK = 32
 ROTATION_GROUP = 256
+W4A8_GROUP = 16
+INT4_GROUP = 64
+W4A8_NAMES = ("weight_s_rel", "weight_s_channel", "weight_codebook", "weight_correction")
 LIGHTX2V_NAMES = ("alpha", "input_global_scale")
 COMFY, LIGHTX2V, MODELOPT = "ComfyUI", "LightX2V", "ModelOpt"
-AUXILIARY = (*SCALE_NAMES, *GLOBAL_SCALE_NAMES, *INPUT_SCALE_NAMES, *LIGHTX2V_NAMES, MARK)
+AUXILIARY = (*SCALE_NAMES, *GLOBAL_SCALE_NAMES, *INPUT_SCALE_NAMES, *LIGHTX2V_NAMES, *W4A8_NAMES, MARK)
+
+
+class Mark(NamedTuple):
+    """What a file says of a layer, as far as its format asks for it.
+
+    full_precision: products shall be in base precision; rotation: columns of an integer format's rotation, 0 for none;
+    group: columns of a W4A8 scale; four_bits: INT4 weights are multiplied by INT4 activations, not INT8.
+    """
+
+    format: str = ""
+    full_precision: bool = False
+    rotation: int = 0
+    group: int = W4A8_GROUP
+    four_bits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
     """One tensor of a model as a file stores it.
 
-    name: in the file; shape: of the values; format: "BF16", "F8_E4M3 scaled", "INT8", "INT8 rotated", "NVFP4", "MXFP8",
-    "GGUF Q4_K"; dtype: what its expanded form has; scale, global_scale: names of the tensors that multiply it;
-    input_scale: name of the scale of activations; full_precision: the file asks for products in base precision;
-    rotation: columns of an INT8 rotation's group, 0 for none; writer: whose NVFP4 it is.
+    name: in the file; shape: of the values; format: "BF16", "F8_E4M3 scaled", "INT8", "INT8 rotated", "INT4 rotated",
+    "W4A8", "W6A8", "NVFP4", "MXFP8", "GGUF Q4_K"; dtype: what its expanded form has; scale, global_scale: names of the
+    tensors that multiply it; codebook, correction: of W4A8's other two; input_scale: name of the scale of activations;
+    mark: what the file says of it; writer: whose NVFP4 it is.
     """
 
     name: str
@@ -56,22 +84,15 @@ class Weight:
     scale: str | None = None
     global_scale: str | None = None
     input_scale: str | None = None
-    full_precision: bool = False
-    rotation: int = 0
+    codebook: str | None = None
+    correction: str | None = None
+    mark: Mark = Mark()
     writer: str = COMFY
 
     @property
     def quantized(self) -> bool:
         """Whether the values are fewer bits than bfloat16."""
-        return self.format.split()[0] in (*FP8_FORMATS, "INT8", "NVFP4", "MXFP8", BLOCKS)
-
-
-class Mark(NamedTuple):
-    """What a file says of a layer: its format, whether products shall be in base precision, and its rotation."""
-
-    format: str = ""
-    full_precision: bool = False
-    rotation: int = 0
+        return self.format.split()[0] in (*FP8_FORMATS, "INT8", "INT4", *W4A8_FORMATS, "NVFP4", "MXFP8", BLOCKS)
 
 
 def weights_of(file: TensorFile) -> dict[str, Weight]:
@@ -103,16 +124,19 @@ def _weight(file: TensorFile, name: str, marks: Mapping[str, Mark]) -> Weight:
         return plain
     layer = name.removesuffix(".weight")
     mark = marks.get(layer, Mark())
+    if mark.format and form not in MARKED_FORMATS[mark.format][1]:
+        raise _incomplete(file, plain, mark.format, f"is stored as {form}")
     scale = _sibling(file, layer, SCALE_NAMES)
-    plain = replace(
-        plain, scale=scale, input_scale=_sibling(file, layer, INPUT_SCALE_NAMES), full_precision=mark.full_precision
-    )
+    plain = replace(plain, scale=scale, input_scale=_sibling(file, layer, INPUT_SCALE_NAMES), mark=mark)
     if mark.format == "mxfp8":
         return _mxfp8(file, plain)
-    if mark.format == "nvfp4" or form == "U8":
-        return _nvfp4(file, plain, layer, marked=bool(mark.format))
-    if form == "I8":
-        return _int8(file, plain, mark)
+    if mark.format == "asym_w4a8_int8":
+        return _w4a8(file, plain, layer)
+    if form == "U8" or form == "I8":
+        # A mark is what tells rotated codes from plain ones, so that a file which has marks must have this one too.
+        if marks and not mark.format:
+            raise _unmarked(file, plain)
+        return _nvfp4(file, plain, layer) if form == "U8" else _integers(file, plain)
     if scale is None:
         return plain
     _check_scale(file, scale, name)
@@ -129,30 +153,73 @@ def _check_blocks(file: TensorFile, name: str, form: str) -> None:
         )
 
 
-def _int8(file: TensorFile, plain: Weight, mark: Mark) -> Weight:
+def _integers(file: TensorFile, plain: Weight) -> Weight:
+    """INT8 and INT4."""
     if plain.scale is None:
-        raise _unmarked(file, plain)
+        raise _incomplete(file, plain, plain.mark.format) if plain.mark.format else _unmarked(file, plain)
     _check_scale(file, plain.scale, plain.name)
-    group = mark.rotation
-    if group and (
-        len(plain.shape) != 2 or plain.shape[1] % group or group & (group - 1) or group.bit_length() % 2 == 0
-    ):
+    if plain.mark.format == "convrot_w4a4":
+        plain = replace(plain, shape=(*plain.shape[:-1], 2 * plain.shape[-1]), format="INT4")
+    else:
+        plain = replace(plain, format="INT8")
+    if plain.mark.rotation:
+        _check_rotation(file, plain)
+        plain = replace(plain, format=f"{plain.format} rotated")
+    return replace(plain, dtype=torch.float32)
+
+
+def _check_rotation(file: TensorFile, plain: Weight) -> None:
+    group = plain.mark.rotation
+    if len(plain.shape) != 2 or plain.shape[1] % group or group & (group - 1) or group.bit_length() % 2 == 0:
         raise ValueError(
             f"{file.path.name}: '{plain.name}' of {plain.shape} is marked as rotated in groups of {group} columns, "
             "which must be a power of 4 that divides them; use another quantized file of the model."
         )
-    form = "INT8 rotated" if group else "INT8"
-    return replace(plain, format=form, dtype=torch.float32, rotation=group)
+
+
+def _w4a8(file: TensorFile, plain: Weight, layer: str) -> Weight:
+    names = [name if (name := f"{layer}.{leaf}") in file.tensors else None for leaf in W4A8_NAMES]
+    if names[0] is None or names[1] is None:
+        raise _incomplete(file, plain, plain.mark.format)
+    group_scale, group = file.tensors[names[0]], plain.mark.group
+    if len(plain.shape) != 2 or len(group_scale.shape) != 2:
+        raise _incomplete(file, plain, plain.mark.format, "is no matrix")
+    (rows, width), columns = plain.shape, group_scale.shape[1] * group
+    floats = ("BF16", "F16", "F32")
+    wanted = (
+        ((rows, columns // group), ("F8_E4M3", "U8", "F32")), ((rows,), ("F32",)), ((16,), ("F32",)),
+        ((columns // group, rows), floats),
+    )  # fmt: skip
+    for name, (shape, types) in zip(names, wanted, strict=True):
+        stored = None if name is None else file.tensors[name]
+        if stored is not None and (stored.shape != shape or stored.format not in types):
+            raise ValueError(
+                f"{file.path.name}: '{name}' is {stored.format} {stored.shape}, but a W4A8 weight of {(rows, columns)} "
+                f"has {types[0]} {shape}; use a file as ComfyUI writes it."
+            )
+    bits = next((bits for bits in (4, 6) if width * 8 == columns * bits), 0)
+    fits = columns % 16 == 0 and group >= 4 and (group % 16 == 0 or 16 % group == 0)
+    if bits == 6:
+        fits = columns % 32 == 0 and group % 16 == 0 and not any(names[2:])
+    if not bits or not fits:
+        raise ValueError(
+            f"{file.path.name}: '{plain.name}' has {width} bytes a row for {columns} columns in groups of {group}, "
+            "which are no codes of 4 or 6 bits; use a file as ComfyUI writes it."
+        )
+    plain = replace(plain, shape=(rows, columns), format=f"W{bits}A8", dtype=torch.float32)
+    _check_rotation(file, plain)
+    return replace(plain, scale=names[0], global_scale=names[1], codebook=names[2], correction=names[3])
 
 
 def _mxfp8(file: TensorFile, plain: Weight) -> Weight:
-    if plain.scale is None or plain.format != "F8_E4M3":
-        raise _incomplete(file, plain, "MXFP8")
+    if plain.scale is None:
+        raise _incomplete(file, plain, plain.mark.format)
     _check_block_scales(file, plain.scale, plain.shape, MXFP8_BLOCK, ("F8_E8M0", "U8"), "MXFP8")
     return replace(plain, format="MXFP8", dtype=torch.float32)
 
 
-def _nvfp4(file: TensorFile, plain: Weight, layer: str, *, marked: bool) -> Weight:
+def _nvfp4(file: TensorFile, plain: Weight, layer: str) -> Weight:
+    marked = bool(plain.mark.format)
     second = _sibling(file, layer, GLOBAL_SCALE_NAMES)
     absolute, measured = (f"{layer}.{name}" for name in LIGHTX2V_NAMES)
     if absolute in file.tensors and measured in file.tensors:
@@ -162,8 +229,8 @@ def _nvfp4(file: TensorFile, plain: Weight, layer: str, *, marked: bool) -> Weig
         writer = COMFY if marked else MODELOPT
     if not marked and (plain.scale is None or second is None):
         raise _unmarked(file, plain)
-    if plain.scale is None or second is None or plain.format != "U8" or len(plain.shape) != 2:
-        raise _incomplete(file, plain, "NVFP4")
+    if plain.scale is None or second is None or len(plain.shape) != 2:
+        raise _incomplete(file, plain, "nvfp4")
     if f"{layer}.pre_quant_scale" in file.tensors:
         raise ValueError(
             f"{file.path.name}: layer '{layer}' scales each channel of its input (pre_quant_scale), which this version "
@@ -190,11 +257,10 @@ def _unmarked(file: TensorFile, plain: Weight) -> ValueError:
     )
 
 
-def _incomplete(file: TensorFile, plain: Weight, form: str) -> ValueError:
-    fault = "lacks its scales" if plain.format in ("U8", "F8_E4M3") else f"is stored as {plain.format}"
+def _incomplete(file: TensorFile, plain: Weight, form: str, fault: str = "lacks its scales") -> ValueError:
     return ValueError(
-        f"{file.path.name}: layer '{plain.name.removesuffix('.weight')}' is marked as {form} but {fault}; download it "
-        "again, or use another quantized file of the model."
+        f"{file.path.name}: layer '{plain.name.removesuffix('.weight')}' is marked as {MARKED_FORMATS[form][0]} but "
+        f"{fault}; download it again, or use another quantized file of the model."
     )
 
 
@@ -244,7 +310,9 @@ def _marks(file: TensorFile) -> dict[str, Mark]:
     # A model in parts may say in the header of each what that part holds.
     headers = (_json(part.metadata.get(HEADER_FIELD, "{}"), HEADER_FIELD, file) for part in parts_of(file))
     entries = {layer: entry for header in headers for layer, entry in header.get("layers", {}).items()}
-    marks = {layer: _mark(entry, f"{HEADER_FIELD}, layer {layer}", file) for layer, entry in entries.items()}
+    marks = {
+        _layer_of(layer, file): _mark(entry, f"{HEADER_FIELD}, layer {layer}", file) for layer, entry in entries.items()
+    }
     for name in file.tensors:
         if name.endswith(f".{MARK}"):
             marks[name.removesuffix(f".{MARK}")] = _mark(_json(_mark_text(file, name), name, file), name, file)
@@ -255,6 +323,13 @@ def _marks(file: TensorFile) -> dict[str, Mark]:
             f"this version cannot read; use a file in {', '.join(MARKED_FORMATS)}, GGUF or bf16."
         )
     return marks
+
+
+def _layer_of(name: str, file: TensorFile) -> str:
+    """The file's own name of a layer that its header marks with or without the prefix of the model's tensors."""
+    bare = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+    spellings = (name, bare, *(prefix + bare for prefix in PREFIXES))
+    return next((spelling for spelling in spellings if f"{spelling}.weight" in file.tensors), name)
 
 
 def _mark_text(file: TensorFile, name: str) -> bytes:
@@ -279,9 +354,15 @@ def _mark(entry: object, name: str, file: TensorFile) -> Mark:
         entry = {"format": entry}
     if not isinstance(entry, dict) or not str(entry.get("format")).isprintable():
         raise unreadable(file.path, "quantized", ValueError(f"'{name}' is neither a format nor a JSON object"))
-    inner = entry.get("params")
+    form, inner = str(entry.get("format", "")), entry.get("params")
     settings = (inner if isinstance(inner, dict) else {}) | entry
-    group = settings.get("convrot_groupsize", ROTATION_GROUP) if settings.get("convrot") else 0
-    if type(group) is not int or group < 0:
-        raise unreadable(file.path, "quantized", ValueError(f"'{name}' has no whole number as convrot_groupsize"))
-    return Mark(str(entry.get("format", "")), bool(entry.get("full_precision_matrix_mult", False)), group)
+    numbers = {"convrot_groupsize": ROTATION_GROUP, "group_size": W4A8_GROUP, "quant_group_size": INT4_GROUP}
+    rotation, group, scales = (settings.get(key, default) for key, default in numbers.items())
+    if any(type(number) is not int or number <= 0 for number in (rotation, group, scales)):
+        raise unreadable(file.path, "quantized", ValueError(f"'{name}' has no whole numbers as {', '.join(numbers)}"))
+    activations = settings.get("linear_dtype", "int4")
+    if form == "convrot_w4a4" and (scales != INT4_GROUP or activations not in ("int4", "int8")):
+        raise unreadable(file.path, "quantized", ValueError(f"'{name}' asks for {activations} in groups of {scales}"))
+    rotates = form in ("convrot_w4a4", "asym_w4a8_int8") or (form == "int8_tensorwise" and settings.get("convrot"))
+    full_precision = bool(entry.get("full_precision_matrix_mult", False))
+    return Mark(form, full_precision, rotation if rotates else 0, group, activations == "int4")

@@ -5,7 +5,6 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from layouts import relative
-from wanvideo_wrapper import kernels
 from wanvideo_wrapper.quantized import gguf as ours
 from wanvideo_wrapper.quantized.gguf import TYPES, GgufEmbedding, GgufLinear, dequantize
 
@@ -81,12 +80,12 @@ def test_product(form, dtype):
         layer(torch.randn(2, 510))
 
 
-def test_full_graph_and_fake_operator():
+def test_full_graph():
     layer, x = layer_of("Q4_0", torch.randn(40)), torch.randn(2, 5, 512)
+    # All layers share one forward, and only so many compiled forms of a function are kept.
+    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
     assert torch.equal(compiled(x), layer(x))
-    operator = getattr(torch.ops, kernels.NAMESPACE).gguf_weight_only.default
-    torch.library.opcheck(operator, (x, layer.weight.detach(), "Q4_0", None), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("form", QUANTIZED)

@@ -5,24 +5,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfy_kitchen import from_blocked, swap_nibbles
+from comfy_kitchen import from_blocked, quantize_w4a8_int8_weight, swap_nibbles
 from layouts import relative
 from safetensors.torch import load_file, save_file
 from saved_models import quantizable, save_nvfp4
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.quantized.int8 import Int8Linear
+from wanvideo_wrapper.quantized import nvfp4
+from wanvideo_wrapper.quantized.int4 import Int4Linear, Int4MatmulLinear
+from wanvideo_wrapper.quantized.int8 import Int8Linear, Int8MatmulLinear
 from wanvideo_wrapper.quantized.mxfp8 import Mxfp8Linear
 from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Linear, Nvfp4MatmulLinear
+from wanvideo_wrapper.quantized.w4a8 import W4a8, W4a8Linear, W4a8MatmulLinear
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import quantization
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.inspect import describe
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
+from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 HOST = StandaloneHost(device="cpu")
+E4M3 = torch.float8_e4m3fn
 FP32 = LoadOptions(base_dtype=torch.float32)
 
 
@@ -73,12 +78,52 @@ def int8_of_lightx2v(weight):
     return layer, {"weight_scale": layer.scale_weight}
 
 
+def int4(weight, activations="int4"):
+    layer = Int4Linear.quantize(weight, None, 64)
+    settings = {"format": "convrot_w4a4", "convrot_groupsize": 64, "quant_group_size": 64}
+    if activations == "int8":
+        settings = {"format": "convrot_w4a4", "params": {"convrot_groupsize": 64, "linear_dtype": "int8"}}
+    return layer, {"weight_scale": layer.scale_weight.flatten(), "comfy_quant": mark(**settings)}
+
+
+def int4_of_int8_products(weight):
+    return int4(weight, "int8")
+
+
+def w4a8(weight, **options):
+    codes, rel, row, correction, book = quantize_w4a8_int8_weight(weight, 16, 64, **options)
+    layer = W4a8Linear(W4a8(codes, rel, row, book, correction, 16, 64), None)
+    found = {"weight_s_rel": rel, "weight_s_channel": row, "weight_codebook": book, "weight_correction": correction}
+    settings = {"format": "asym_w4a8_int8", "convrot": True, "convrot_groupsize": 64, "group_size": 16}
+    return layer, {name: t for name, t in found.items() if t is not None} | {"comfy_quant": mark(**settings)}
+
+
+def w4a8_of_bytes(weight):
+    layer, beside = w4a8(weight)
+    return layer, beside | {"weight_s_rel": beside["weight_s_rel"].view(torch.uint8)}
+
+
+def w4a8_with_correction(weight):
+    return w4a8(weight, symmetric=False)
+
+
+def w6a8(weight):
+    return w4a8(weight, bits=6)
+
+
+# What a file holds -> how it is made, what `inspect` calls it, its layer under a fast option on a CPU.
 STORAGES = {
-    "mxfp8": (mxfp8, "MXFP8"),
-    "int8": (int8, "INT8"),
-    "int8 of one scale": (int8_of_one_scale, "INT8"),
-    "int8 rotated": (int8_rotated, "INT8 rotated"),
-    "int8 of LightX2V": (int8_of_lightx2v, "INT8"),
+    "mxfp8": (mxfp8, "MXFP8", Mxfp8Linear),
+    "int8": (int8, "INT8", Int8MatmulLinear),
+    "int8 of one scale": (int8_of_one_scale, "INT8", Int8MatmulLinear),
+    "int8 rotated": (int8_rotated, "INT8 rotated", Int8MatmulLinear),
+    "int8 of LightX2V": (int8_of_lightx2v, "INT8", Int8MatmulLinear),
+    "int4": (int4, "INT4 rotated", Int4MatmulLinear),
+    "int4 of int8 products": (int4_of_int8_products, "INT4 rotated", Int4MatmulLinear),
+    "w4a8": (w4a8, "W4A8", W4a8MatmulLinear),
+    "w4a8 of bytes": (w4a8_of_bytes, "W4A8", W4a8MatmulLinear),
+    "w4a8 with correction": (w4a8_with_correction, "W4A8", W4a8MatmulLinear),
+    "w6a8": (w6a8, "W6A8", W4a8MatmulLinear),
 }
 
 
@@ -88,7 +133,9 @@ def save(model, path, make):
     for name, value in model.tensors.items():
         tensors[name] = exact[name] = value.float()
         if quantizable(name, value):
-            layer, beside = make(value.float())
+            if (made := make(value.float())) is None:
+                continue
+            layer, beside = made
             tensors |= {name: layer.weight.detach()}
             tensors |= {f"{name.removesuffix('.weight')}.{leaf}": t.detach() for leaf, t in beside.items()}
             exact[name] = layer.expanded(torch.float32)
@@ -97,16 +144,21 @@ def save(model, path, make):
 
 
 @pytest.mark.parametrize("kind", STORAGES)
-def test_marked_layers_keep_their_bytes(t2v, kind, tmp_path):
-    make, name = STORAGES[kind]
-    save(t2v, tmp_path / "m.safetensors", make).save(tmp_path / "exact.safetensors", torch.float32)
+def test_marked_layers_keep_their_bytes(t2v, kind, tmp_path, caplog):
+    make, name, fast = STORAGES[kind]
+    path = tmp_path / "m.safetensors"
+    save(t2v, path, make).save(tmp_path / "exact.safetensors", torch.float32)
     loaded, exact = (load_wan_model(tmp_path / f"{file}.safetensors", FP32, HOST, SYSTEMS) for file in ("m", "exact"))
-    assert relative(run(loaded), run(exact)) < 1e-5
-    layer = loaded.transformer.blocks[0].ffn[0]
-    assert type(layer) is (Mxfp8Linear if name == "MXFP8" else Int8Linear)
-    stored = load_file(tmp_path / "m.safetensors")["blocks.0.ffn.0.weight"]
-    assert torch.equal(layer.weight.view(torch.uint8), stored.view(torch.uint8))
-    assert f"{name} (" in str(describe(tmp_path / "m.safetensors", SYSTEMS))
+    want, stored = run(exact), load_file(path)["blocks.0.ffn.0.weight"]
+    assert relative(run(loaded), want) < 1e-5
+    with caplog.at_level("INFO", "wanvideo"):
+        quick = load_wan_model(path, replace(FP32, quantization="fp8_e4m3fn_fast"), HOST, SYSTEMS)
+    assert "kept as it is" in caplog.text
+    assert relative(run(quick), want) < (0.2 if kind == "int4" else 0.02)
+    for model, of in ((loaded, fast.__mro__[0] if name == "MXFP8" else fast.__mro__[1]), (quick, fast)):
+        layer = model.transformer.blocks[0].ffn[0]
+        assert type(layer) is of and torch.equal(layer.weight.view(torch.uint8), stored.view(torch.uint8))
+    assert f"{name} (" in str(describe(path, SYSTEMS))
     # Read without a layer, as other models do.
     checkpoint, plain = (open_checkpoint(tmp_path / f"{file}.safetensors") for file in ("m", "exact"))
     for key in checkpoint.quantized:
@@ -115,12 +167,96 @@ def test_marked_layers_keep_their_bytes(t2v, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", STORAGES)
-def test_an_fp8_option_keeps_them_and_says_so(t2v, kind, tmp_path, caplog):
+def test_a_merged_lora_is_added_to_them(t2v, kind, tmp_path):
     save(t2v, tmp_path / "m.safetensors", STORAGES[kind][0])
-    with caplog.at_level("INFO", "wanvideo"):
-        model = load_wan_model(tmp_path / "m.safetensors", replace(FP32, quantization="fp8_e4m3fn"), HOST, SYSTEMS)
-    assert isinstance(model.transformer.blocks[0].ffn[0], Int8Linear | Mxfp8Linear)
-    assert "kept as it is" in caplog.text
+    down, up = torch.randn(4, 128) * 0.1, torch.randn(256, 4) * 0.1
+    pair = {"diffusion_model.blocks.0.ffn.0.lora_A.weight": down, "diffusion_model.blocks.0.ffn.0.lora_B.weight": up}
+    save_file(pair, tmp_path / "l.safetensors")
+    for option in ("disabled", "fp8_e4m3fn_fast"):
+        lora = replace(FP32, quantization=option, loras=(LoraFile(path=tmp_path / "l.safetensors", strength=3.0),))
+        base, changed = (
+            load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS).transformer.blocks[0].ffn[0]
+            for options in (replace(FP32, quantization=option), lora)
+        )
+        assert type(changed) is type(base) and changed.stored[0].shape == base.stored[0].shape
+        want = base.expanded(torch.float64) + 3 * up.double() @ down.double()
+        assert relative(changed.expanded(torch.float64), want) < (0.15 if "4" in kind else 0.04)
+
+
+def test_integers_need_no_fp8_tensor_cores(t2v, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "runs_fp8", lambda device, dtype: "it is old")
+    fast = replace(FP32, quantization="fp8_e4m3fn_fast")
+    save(t2v, tmp_path / "m.safetensors", int8_rotated)
+    model = load_wan_model(tmp_path / "m.safetensors", fast, HOST, SYSTEMS)
+    assert type(model.transformer.blocks[0].ffn[0]) is Int8MatmulLinear
+    save(t2v, tmp_path / "some.safetensors", lambda weight: int8(weight) if len(weight) == 128 else None)
+    t2v.save(tmp_path / "none.safetensors", torch.bfloat16)
+    for name in ("some", "none"):
+        with pytest.raises(ValueError, match=r"which this machine cannot: it is old\. Choose 'fp8_e4m3fn',"):
+            load_wan_model(tmp_path / f"{name}.safetensors", fast, HOST, SYSTEMS)
+
+
+@pytest.mark.parametrize("marked", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_header_names_layers_with_a_prefix_or_without(prefix, marked, tmp_path):
+    weight = torch.randn(8, 128)
+    layer = Int8Linear.quantize(weight, None, 64)
+    name, settings = "blocks.0.ffn.0", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}
+    header = {"_quantization_metadata": json.dumps({"layers": {marked + name: settings}})}
+    tensors = {f"{prefix}{name}.weight": layer.weight.detach(), f"{prefix}{name}.weight_scale": layer.scale_weight}
+    save_file(tensors, tmp_path / "m.safetensors", metadata=header)
+    assert relative(open_checkpoint(tmp_path / "m.safetensors").tensor(f"{name}.weight"), weight) < 0.02
+
+
+W4A8 = {
+    "layer.weight": torch.zeros(8, 128, dtype=torch.int8), "layer.weight_s_rel": torch.ones(8, 16).to(E4M3),
+    "layer.weight_s_channel": torch.ones(8), "layer.comfy_quant": mark(format="asym_w4a8_int8"),
+}  # fmt: skip
+INT8 = {"layer.weight": torch.ones(8, 256, dtype=torch.int8), "layer.weight_scale": torch.ones(8, 1)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        ({"layer.weight_s_rel": None}, "marked as W4A8 but lacks its scales"),
+        ({"layer.weight_s_channel": None}, "marked as W4A8 but lacks its scales"),
+        ({"layer.weight_s_rel": torch.ones(8, 16).bfloat16()}, r"'layer.weight_s_rel' is BF16 \(8, 16\), but a W4A8"),
+        ({"layer.weight_s_rel": torch.ones(16, 16).to(E4M3)}, r"of \(8, 256\) has F8_E4M3 \(8, 16\)"),
+        ({"layer.weight_s_channel": torch.ones(16)}, r"has F32 \(8,\)"),
+        ({"layer.weight_codebook": torch.ones(15)}, r"has F32 \(16,\)"),
+        ({"layer.weight_correction": torch.ones(8, 16)}, r"has BF16 \(16, 8\)"),
+        ({"layer.comfy_quant": mark(format="asym_w4a8_int8", group_size=32)}, "are no codes of 4 or 6 bits"),
+        ({"layer.comfy_quant": mark(format="asym_w4a8_int8", convrot_groupsize=128)}, "groups of 128 columns"),
+        ({"layer.comfy_quant": mark(format="asym_w4a8_int8", group_size=0)}, "no whole numbers as"),
+        (
+            {"layer.weight": torch.zeros(8, 192, dtype=torch.int8), "layer.weight_codebook": torch.ones(16)},
+            "are no codes of 4 or 6 bits",
+        ),
+    ],
+)  # fmt: skip
+def test_w4a8_that_does_not_fit_is_named(tensors, match, tmp_path):
+    save_file({k: v for k, v in (W4A8 | tensors).items() if v is not None}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=match):
+        open_checkpoint(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("marks", "match"),
+    [
+        # One layer's mark got lost: its codes may be rotated, or halves of bytes.
+        ({"other": {"format": "int8_tensorwise"}}, r"quantized in a way .*I8, without a comfy_quant mark"),
+        ({"layer": {"format": "float8_e4m3fn"}}, "marked as FP8 but is stored as I8"),
+        ({"layer": {"format": "nvfp4"}}, "marked as NVFP4 but is stored as I8"),
+        ({"layer": {"format": "convrot_w4a4", "quant_group_size": 32}}, "asks for int4 in groups of 32"),
+        ({"layer": {"format": "convrot_w4a4", "linear_dtype": "fp8"}}, "asks for fp8 in groups of 64"),
+    ],
+)
+def test_marks_that_leave_a_doubt_are_refused(marks, match, tmp_path):
+    header = {"_quantization_metadata": json.dumps({"layers": marks})}
+    save_file(INT8 | {"other.weight": torch.ones(8, 256, dtype=torch.int8), "other.weight_scale": torch.ones(8, 1)},
+              tmp_path / "m.safetensors", metadata=header)  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+        open_checkpoint(tmp_path / "m.safetensors")
 
 
 def test_mxfp8_that_was_filled_up(tmp_path):
@@ -163,7 +299,7 @@ def test_nvfp4_of_other_writers(t2v, rewrite, tmp_path, monkeypatch):
     rewrite(tensors)
     save_file(tensors, tmp_path / "m.safetensors", metadata=t2v.metadata)
     assert "NVFP4 (" in str(describe(tmp_path / "m.safetensors", SYSTEMS))
-    monkeypatch.setattr(quantization, "runs_fp4", lambda device: True)
+    monkeypatch.setattr(nvfp4, "runs_fp4", lambda device: True)
     for option, kind in (("disabled", Nvfp4Linear), ("fp4_scaled_fast", Nvfp4MatmulLinear)):
         got, want = (
             load_wan_model(tmp_path / f"{name}.safetensors", replace(FP32, quantization=option), HOST, SYSTEMS)
@@ -179,17 +315,16 @@ def test_nvfp4_of_other_writers(t2v, rewrite, tmp_path, monkeypatch):
 
 
 ONE = {"layer.weight": torch.randint(0, 255, (32, 32), dtype=torch.uint8)}
-E4M3 = torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
         (ONE, r"quantized in a way .*U8, without"),
-        (ONE | {"layer.comfy_quant": mark(format="convrot_w4a4")}, r"INT4 \(ConvRot W4A4\), which this version"),
-        (ONE | {"layer.comfy_quant": mark(format="asym_w4a8_int8")}, "W4A8, which this version cannot read"),
+        (ONE | {"layer.comfy_quant": mark(format="convrot_w4a4")}, r"'layer' is marked as INT4 but is stored as U8"),
+        (ONE | {"layer.comfy_quant": mark(format="asym_w4a8_int8")}, r"marked as W4A8 but is stored as U8"),
         (ONE | {"layer.comfy_quant": mark(format="awq_w4a16")}, "AWQ W4A16, which"),
-        (ONE | {"layer.comfy_quant": mark(format="mxfp8")}, r"'layer' is marked as MXFP8 but lacks its scales"),
+        (ONE | {"layer.comfy_quant": mark(format="mxfp8")}, r"'layer' is marked as MXFP8 but is stored as U8"),
         (
             ONE | {"layer.weight_scale": torch.ones(32, 8).to(E4M3), "layer.weight_scale_2": torch.ones(())},
             r"unmarked NVFP4 weight of \(32, 64\) is ModelOpt's, with F8_E4M3 scales of \(32, 4\)",
@@ -211,7 +346,7 @@ E4M3 = torch.float8_e4m3fn
         (
             {"layer.weight": torch.ones(8, 96, dtype=torch.int8), "layer.weight_scale": torch.ones(8, 1),
              "layer.comfy_quant": mark(format="int8_tensorwise", convrot=True, convrot_groupsize="64")},
-            "no whole number as convrot_groupsize",
+            "no whole numbers as convrot_groupsize",
         ),
         ({"layer.weight": torch.ones(8, 8, dtype=torch.int8)}, "I8, without"),
         ({"layer.weight": torch.ones(8, 8), "layer.comfy_quant": torch.ones(5)}, "is no text"),

@@ -21,7 +21,6 @@ from ..assign import check, fill, layer_count, read
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..gguf_file import BLOCKS
 from ..model_file import part_paths
-from ..stored_weights import expanding_layer
 from ..text_cache import content_digest
 from .tokenizer import EMBEDDED, Tokenizer, find_tokenizer
 
@@ -187,8 +186,8 @@ def _compressed(layer: nn.Linear, checkpoint: Checkpoint, key: str, fp8: bool) -
     """fp8: whether to store other weights in it. transformers casts activations to the dtype of a `wo` layer's weight,
     so that those stay as they are."""
     form = checkpoint.formats[key]
-    if form.startswith(BLOCKS):
-        return expanding_layer(checkpoint.stored(key), form, (layer.out_features, layer.in_features), None)
+    if form.startswith((BLOCKS, "INT8", "INT4", "W4A8", "W6A8")):
+        return checkpoint.layer(key, layer.weight.shape, None)
     if not fp8:
         return None
     if form.startswith("F8_E4M3"):
