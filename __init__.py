@@ -17,6 +17,7 @@ FAMILIES = (
     ".nodes_model_loading",
     ".nodes_model_options",
     ".nodes_memory",
+    ".nodes_gpus",
     ".nodes_attention",
     ".nodes_schedule",
     ".nodes_sampler",

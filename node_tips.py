@@ -22,6 +22,7 @@ BY_TYPE: Mapping[str, str] = {
     "LATENT": "Latents of a video",
     "LOOPARGS": "Makes a video that can repeat; from WanVideo Loop Args",
     "MASK": "1 where the node acts",
+    "MULTIGPUARGS": "Lets several GPUs make the video; from WanVideo Multi GPU",
     "MULTITALKMODEL": "Speech weights beside the model's; from Multi/InfiniteTalk Model Loader",
     "MULTITALK_EMBEDS": "Speech; from Multi/InfiniteTalk Wav2vec2 Embeds",
     "SAMPLER_ARGS": "From WanVideo Sampler Settings",

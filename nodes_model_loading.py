@@ -14,7 +14,7 @@ from .registry import SYSTEMS
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
 from .wanvideo.load_plan import LoadOptions, module_files, planned
-from .wanvideo.loading import WanVideoModel, load_wan_model
+from .wanvideo.loading import Elsewhere, WanVideoModel, load_wan_model
 from .wanvideo.lora import LoraFile
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
@@ -65,6 +65,7 @@ class WanVideoModelLoader:
                     ["default", "pytorch"],
                     {"default": "default", "tooltip": "Both run the same kernel here"},
                 ),
+                "multi_gpu_args": ("MULTIGPUARGS", {"default": None}),
             },
         }
 
@@ -97,6 +98,7 @@ class WanVideoModelLoader:
         vram_management_args: BlockSwapArgs | None = None,
         lora: Sequence[LoraFile] | None = None,
         rms_norm_function: str = "default",
+        multi_gpu_args: Elsewhere | None = None,
         **sockets: object,
     ) -> tuple[WanVideoModel]:
         """Load it as the widgets say. sockets: module files, by their names.
@@ -118,7 +120,7 @@ class WanVideoModelLoader:
             fp16_accumulation=base_precision == "fp16_fast",
             keep_on_device=load_device == "main_device",
         )
-        return (load_wan_model(find_model(model), options, get_host(), SYSTEMS),)
+        return (load_wan_model(find_model(model), options, get_host(), SYSTEMS, elsewhere=multi_gpu_args),)
 
 
 class WanVideoVAELoader:

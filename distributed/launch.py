@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -34,6 +34,8 @@ LAST_WORDS_SECONDS = 0.5
 COLLECTIVE_MINUTES = 30
 FAILED, CANCELLED = 2, 130
 STOPS = (signal.SIGINT, signal.SIGTERM)
+# NVLink's multicast needs rights that containers often lack, and then hangs.
+NO_MULTICAST = ("NCCL_NVLS_ENABLE", "0")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def devices(device: str, count: int) -> tuple[str, ...]:
     if device == "cpu":
         return ("cpu",) * count
     if device != "cuda":
-        raise ValueError(f"--gpus {count} takes the first {count} GPUs: give --device cuda, not {device}.")
+        raise ValueError(f"Several GPUs are the first {count} of CUDA: give --device cuda, not {device}.")
     have = torch.cuda.device_count()
     if count > have:
-        raise ValueError(f"--gpus {count} was asked for, but torch sees {have}: give a smaller number.")
+        raise ValueError(f"{count} GPUs were asked for, but torch sees {have}: give a smaller number.")
     return tuple(f"cuda:{index}" for index in range(count))
 
 
@@ -68,8 +70,7 @@ def launch(work: Work, *, count: int, device: str = "auto", start_seconds: float
     first rank's reason where one fails, dies or does not start.
     """
     places = devices(device, count)
-    # Its multicast needs rights that containers often lack, and then hangs.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault(*NO_MULTICAST)
     context = start_context()
     with tempfile.TemporaryDirectory(prefix="wanvideo_ranks_") as folder:
         arguments = [(rank, places, folder, work) for rank in range(count)]
@@ -128,11 +129,7 @@ class _Watch:
             return
         late = [rank for rank in range(len(self._processes)) if not _started(self._folder, rank).exists()]
         if late:
-            names = ", ".join(map(str, late))
-            raise RuntimeError(
-                f"Rank {names} of {len(self._processes)} did not start within {self._start_seconds:.0f} seconds: see "
-                "with nvidia-smi whether another process holds its GPU, or use fewer GPUs."
-            )
+            raise RuntimeError(late_start(late, len(self._processes), self._start_seconds))
 
     def _fail(self) -> None:
         if self._end_by is not None:
@@ -140,15 +137,28 @@ class _Watch:
         wait([p.sentinel for p in self._processes if p.exitcode is None], timeout=LAST_WORDS_SECONDS)
         for rank, process in enumerate(self._processes):
             if process.exitcode is not None and process.exitcode < 0:
-                name = signal.Signals(-process.exitcode).name
-                raise RuntimeError(
-                    f"Rank {rank} of {len(self._processes)} died ({name}); the others were ended. Finished windows of "
-                    "a talking video are on disk if it has an output_path: run the same again to go on."
-                )
+                raise RuntimeError(death(rank, len(self._processes), process.exitcode))
         if any(p.exitcode == CANCELLED for p in self._processes):
             raise CancelledError
         words = sorted(self._folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
         raise RuntimeError(words[0].read_text() if words else "A rank ended without a reason; see the lines above.")
+
+
+def late_start(late: Sequence[int], count: int, seconds: float) -> str:
+    """What is said of ranks that do not start."""
+    return (
+        f"Rank {', '.join(map(str, late))} of {count} did not start within {seconds:.0f} seconds: see with nvidia-smi "
+        "whether another process holds its GPU, or use fewer GPUs."
+    )
+
+
+def death(rank: int, count: int, status: int) -> str:
+    """What is said of a rank that ended by a signal, or without a word."""
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return (
+        f"Rank {rank} of {count} died ({how}); the others were ended. Finished windows of a talking video are on disk "
+        "if it has an output_path: run the same again to go on."
+    )
 
 
 def _started(folder: Path, rank: int) -> Path:
@@ -161,7 +171,7 @@ def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     try:
-        ranks = _join(rank, places, folder)
+        ranks = join(rank, places, folder)
         _started(Path(folder), rank).touch()
         work(Rank(places[rank], ranks))
     except CancelledError:
@@ -177,8 +187,8 @@ def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
         sys.exit(FAILED)
 
 
-def _join(rank: int, places: tuple[str, ...], folder: str) -> ProcessRanks:
-    """Meet the other ranks."""
+def join(rank: int, places: Sequence[str], folder: str) -> ProcessRanks:
+    """Meet the other ranks through a folder. places: the device of each."""
     import torch.distributed as dist
 
     device = torch.device(places[rank])

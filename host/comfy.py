@@ -173,6 +173,13 @@ class ComfyHost:
 
         model_management.soft_empty_cache()
 
+    def make_room(self) -> None:
+        """Every model of ComfyUI leaves the GPU; those that are still needed come back by themselves."""
+        from comfy import model_management
+
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
+
     def attention(self) -> HostAttention:
         """ComfyUI's optimized attention, as its command line chose it."""
         from comfy.ldm.modules.attention import optimized_attention

@@ -131,6 +131,9 @@ class Host(Protocol):
     def free_memory(self) -> None:
         """Give cached device memory back."""
 
+    def make_room(self) -> None:
+        """Give as much of the device's memory as can be to other processes that are about to use it."""
+
     def attention(self) -> HostAttention | None:
         """The attention that the host chose by its own options; None where it has none."""
 

@@ -179,6 +179,10 @@ class StandaloneHost:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def make_room(self) -> None:
+        """Nodes release their models themselves; what is left is torch's cache."""
+        self.free_memory()
+
     def reserved_memory(self) -> int:
         """None of it."""
         return 0

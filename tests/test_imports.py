@@ -15,8 +15,8 @@ FLOORS = (
     ("wanvideo",),
     ("SYSTEMS", "cache_methods", "unbuilt"),
     ("registry",),
-    ("NODES", "doctor", "node_checks", "node_tools", "node_tips", "saved_values", "__init__"),
     ("distributed",),
+    ("NODES", "doctor", "node_checks", "node_tools", "node_tips", "saved_values", "__init__"),
     ("headless", "demo", "bench"),
     ("benchmarks",),
 )

@@ -11,14 +11,17 @@ from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 ORIGINAL = json.loads((Path(__file__).parent / "data/node_interfaces.json").read_text())
 NODES = wanvideo_wrapper.NODE_CLASS_MAPPINGS
 # Nodes of this pack alone, which no saved graph of the original has.
-OWN = {"WanVideoDemoInputs", "WanVideoDoctor"}
+OWN = {"WanVideoDemoInputs", "WanVideoDoctor", "WanVideoMultiGPU"}
 FOLDERS = (
     "diffusion_models", "vae", "text_encoders", "clip_vision", "loras", "wav2vec2", "vae_approx", "controlnet",
     "audio_encoders", "nlf", "mmaudio",
 )  # fmt: skip
 LIMITS = ("default", "min", "max", "step", "round", "multiline", "advanced")
 # Inputs that come after the original's, so that saved graphs stay valid.
-APPENDED = {"MultiTalkSilentEmbeds": {"optional": ["wav2vec_model"]}}
+APPENDED = {
+    "MultiTalkSilentEmbeds": {"optional": ["wav2vec_model"]},
+    "WanVideoModelLoader": {"optional": ["multi_gpu_args"]},
+}
 ATTENTION = ["sageattn_3_fp4", "sageattn_3_fp8", "sageattn_varlen", "cudnn_fp8", "sol_attn"]
 APPENDED_OPTIONS = {
     ("WanVideoModelLoader", "quantization"): ["fp4_experimental", "fp4_scaled", "fp4_scaled_fast"],

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -43,11 +43,19 @@ FULL_PRECISION = ("patch_embedding",)
 KEPT_PRECISION = ("modulation", "norm")
 
 
+class Elsewhere(Protocol):
+    """Processes that hold the weights of models, so that this one reads only headers."""
+
+    def run(self, request: object, host: Host) -> tuple[dict[str, object], dict[str, object]]:
+        """As the sampler: LATENT dicts of the result and of the last estimate of the clean latents."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WanVideoModel:
     """A loaded transformer and how to run it (socket WANVIDEOMODEL). Copies share the weights.
 
-    payloads: what nodes between loader and sampler condition every run of this copy on.
+    payloads: what nodes between loader and sampler condition every run of this copy on. elsewhere: who samples with it;
+    None for this process. Otherwise the transformer is on the meta device.
     """
 
     transformer: WanModel
@@ -61,6 +69,7 @@ class WanVideoModel:
     loras: tuple[LoraFile, ...] = ()
     block_swap: BlockSwapArgs | None = None
     payloads: tuple[Payload, ...] = ()
+    elsewhere: Elsewhere | None = None
     _listeners: list[object] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -140,10 +149,13 @@ def _fp16_accumulation(wanted: bool) -> Iterator[None]:
         settings.allow_fp16_accumulation = before
 
 
-def load_wan_model(path: Path, options: LoadOptions, host: Host, systems: Systems) -> WanVideoModel:
+def load_wan_model(
+    path: Path, options: LoadOptions, host: Host, systems: Systems, *, elsewhere: Elsewhere | None = None
+) -> WanVideoModel:
     """Load a Wan transformer with the module files that belong to it. systems: those that it may have.
 
-    Raises ValueError, in one sentence, if a file is of another kind or incomplete, or an option cannot run.
+    elsewhere: who samples with it in the place of this process, which then reads no weights. Raises ValueError, in one
+    sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
     return build(planned(path, options, host, systems), options, host)
 
@@ -154,7 +166,10 @@ def build(plan: LoadPlan, options: LoadOptions, host: Host) -> WanVideoModel:
     say_what_is_overruled(options.quantization, files.checkpoint)
     with torch.device("meta"):
         model = WanModel(files.config, files.extensions)
-    report = _fill(model, files.checkpoint, plan.quantization, [file for file in files.loras if file.merge])
+    if elsewhere is None:
+        report = _fill(model, files.checkpoint, plan.quantization, [file for file in files.loras if file.merge])
+    else:
+        report = check(model, files.checkpoint, _names(model), what=TRANSFORMER)
     if files.channels > files.config.in_dim:
         widening.widen(model.patch_embedding, files.channels)
         model.config = replace(files.config, in_dim=files.channels)
@@ -163,9 +178,10 @@ def build(plan: LoadPlan, options: LoadOptions, host: Host) -> WanVideoModel:
     placement.swap = options.block_swap or _swap_of(host)
     placement.attention = plan.attention.main
     managed = host.manage(model, place=placement, resident=placement.resident_bytes)
-    log.info("%s", described(placement.footprint(), "81 frames of 1280x720"))
-    if options.keep_on_device:
-        managed.acquire()
+    if elsewhere is None:
+        log.info("%s", described(placement.footprint(), "81 frames of 1280x720"))
+        if options.keep_on_device:
+            managed.acquire()
     return WanVideoModel(
         transformer=model,
         managed=managed,
@@ -177,7 +193,12 @@ def build(plan: LoadPlan, options: LoadOptions, host: Host) -> WanVideoModel:
         attention_spec=plan.attention_spec,
         loras=tuple(file for file in files.loras if not file.merge),
         block_swap=placement.swap,
+        elsewhere=elsewhere,
     )
+
+
+def _names(model: WanModel) -> dict[str, str]:
+    return {name: name for name, _ in model.named_parameters()}
 
 
 def _swap_of(host: Host) -> BlockSwapArgs | None:
@@ -190,7 +211,7 @@ def _swap_of(host: Host) -> BlockSwapArgs | None:
 
 
 def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[LoraFile]) -> LoadReport:
-    names = {name: name for name, _ in model.named_parameters()}
+    names = _names(model)
     report = check(model, checkpoint, names, what=TRANSFORMER)
     merged = MergedLoras(loras, model, checkpoint)
     with torch.no_grad():

@@ -68,6 +68,8 @@ def sample(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
 
     Raises ValueError where model, inputs and options do not fit, and the host's exception on cancellation.
     """
+    if request.model.elsewhere is not None:
+        return request.model.elsewhere.run(request, host)
     if request.cache is not None:
         log.info("Steps may be left out by %s.", request.cache.described(request.model))
     own = (modifier for extension in request.model.transformer.extensions for modifier in extension.modifiers())

@@ -57,7 +57,7 @@ def test_a_stop_takes_less_than_two_seconds(tmp_path):
 def test_more_gpus_than_there_are_is_said_before_anything_starts(monkeypatch):
     monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 2)
     assert devices("cuda", 2) == ("cuda:0", "cuda:1")
-    with pytest.raises(ValueError, match="torch sees 2"):
+    with pytest.raises(ValueError, match="4 GPUs were asked for, but torch sees 2"):
         devices("cuda", 4)
     with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
         devices("cuda:1", 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -219,4 +220,6 @@ def load_tiny_vae(path: Path, *, dtype: torch.dtype, host: Host) -> TinyVAE:
     mean, std = (torch.tensor(values) for values in STATISTICS[layout.z_dim])
     raw = RAW_LATENTS in path.name.lower()
     statistics = (mean, std) if raw else (torch.zeros_like(mean), torch.ones_like(std))
-    return TinyVAE(model, layout, statistics, dtype=dtype, host=host)
+    vae = TinyVAE(model, layout, statistics, dtype=dtype, host=host)
+    vae.recipe = partial(load_tiny_vae, path, dtype=dtype)
+    return vae

@@ -79,8 +79,11 @@ class Tile:
 class WanVAE:
     """A loaded Wan VAE under the host's memory management.
 
-    latent_channels: 16 (2.1) or 48 (2.2); spatial_factor: pixels a side behind one latent, 8 or 16.
+    latent_channels: 16 (2.1) or 48 (2.2); spatial_factor: pixels a side behind one latent, 8 or 16. recipe: loads it
+    once more, given a host, and can be pickled; None where it came from no file.
     """
+
+    recipe: Callable[..., WanVAE] | None = None
 
     def __init__(
         self, model: nn.Module, layout: VaeLayout, statistics: tuple[Tensor, Tensor], *, dtype: torch.dtype, host: Host
@@ -292,7 +295,9 @@ def load_vae(path: Path, *, dtype: torch.dtype, host: Host) -> WanVAE:
         model = build_vae(layout)
     assign(model, checkpoint, names, dtype=dtype, what="Wan VAE")
     channels_last(model)
-    return WanVAE(model, layout, statistics, dtype=dtype, host=host)
+    vae = WanVAE(model, layout, statistics, dtype=dtype, host=host)
+    vae.recipe = functools.partial(load_vae, path, dtype=dtype)
+    return vae
 
 
 def build_vae(layout: VaeLayout) -> nn.Module:
