@@ -7,7 +7,7 @@ sequence ("ulysses"). Each step takes the layout that ends first; a tie goes to 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,26 @@ class ProcessRanks(Ranks):
                 dist.broadcast(result, group=group, group_src=place % self._passes)
             results.append(result)
         return results
+
+    def spread(self, parts: Sequence[Callable[[], Iterable[Tensor]]]) -> Iterator[Iterable[Tensor]]:
+        """A part for each rank, then the next ones; each rank sends what it made to all."""
+        for first in range(0, len(parts), self._world):
+            mine = first + self._rank
+            own = list(parts[mine]()) if mine < len(parts) else []
+            for source in range(min(self._world, len(parts) - first)):
+                yield self._sent(own, source)
+
+    def _sent(self, own: list[Tensor], source: int) -> Sequence[Tensor]:
+        """The tensors of a rank, on every rank."""
+        box = [[t.shape for t in own]]
+        dist.broadcast_object_list(box, src=source, device=self._device)
+        sizes = [shape.numel() for shape in box[0]]
+        if source == self._rank:
+            flat = torch.cat([t.flatten() for t in own]).to(self._device)
+        else:
+            flat = torch.empty(sum(sizes), device=self._device)
+        dist.broadcast(flat, src=source)
+        return [part.view(shape) for part, shape in zip(flat.cpu().split(sizes), box[0], strict=True)]
 
     def same(self, t: Tensor) -> Tensor:
         """A broadcast."""

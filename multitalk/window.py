@@ -97,7 +97,8 @@ class WindowMaker:
         repeated = 0 if window.index == 0 else self.loop.motion_frames
         tail: list[Tensor] = []
         done = 0
-        for chunk in self.loop.vae.decode_chunks(self.latents, tile=self.tile, quiet=True):
+        ranks = self.request.model.transformer.ranks
+        for chunk in self.loop.vae.decode_chunks(self.latents, tile=self.tile, quiet=True, ranks=ranks):
             images = self._finished(chunk, picture, window.frames.start + done)
             numbers = torch.arange(done, done + len(images))
             done += len(images)
@@ -142,7 +143,8 @@ class WindowMaker:
         self.generator.set_state(tensors["generator"])
 
     def _encode(self, video: Tensor) -> Tensor:
-        return self.loop.vae.encode(video, tile=self.tile, quiet=True)
+        ranks = self.request.model.transformer.ranks
+        return self.loop.vae.encode(video, tile=self.tile, quiet=True, ranks=ranks)
 
     def _sample(self, window: Window, watcher: RunWatcher) -> Tensor:
         """The window's latents [z, F, h, w]."""

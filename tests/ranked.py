@@ -11,9 +11,11 @@ from talking import request, run  # noqa: E402
 from wanvideo_wrapper.attention import BACKENDS  # noqa: E402
 from wanvideo_wrapper.cache_methods.easycache import EasyCache  # noqa: E402
 from wanvideo_wrapper.distributed.ranks import ProcessRanks  # noqa: E402
+from wanvideo_wrapper.host import StandaloneHost  # noqa: E402
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan  # noqa: E402
 from wanvideo_wrapper.wanvideo.conditioning import Step  # noqa: E402
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance  # noqa: E402
+from wanvideo_wrapper.wanvideo.modules.vae import Tile, load_vae  # noqa: E402
 from wanvideo_wrapper.wanvideo.shard import ALONE  # noqa: E402
 from wanvideo_wrapper.wanvideo.step_cache import StepMemories  # noqa: E402
 
@@ -101,6 +103,26 @@ def guidance_difference(cfgs, cached=False):
     cache = EasyCache(threshold=0.5, start_step=1) if cached else None
     (alone, ran_alone), (shared, ran) = (guided(ranks, cfgs, cache) for ranks in (ALONE, ProcessRanks(CPU)))
     return float((shared - alone).norm() / alone.norm()), ran_alone, ran
+
+
+def tiles(folder):
+    """Whether tiled latents and video equal those of one process, bit for bit, and how many tiles were made here."""
+    vae = load_vae(folder / "vae.safetensors", dtype=torch.float32, host=StandaloneHost(device="cpu"))
+    generator = torch.Generator().manual_seed(6)
+    # Five tiles in a row: no rank has as many as another.
+    tile, latents = Tile(x=32, y=32, stride_x=16, stride_y=16), torch.randn(16, 2, 4, 12, generator=generator)
+    video = torch.randn(3, 5, 32, 96, generator=generator)
+    want = torch.cat(list(vae.decode_chunks(latents, tile=tile)), dim=1), vae.encode(video, tile=tile)
+    made = []
+    for name in ("_decode_chunks", "_encode_chunks"):
+        chunks = getattr(vae, name)
+        setattr(vae, name, lambda *part, chunks=chunks: made.append(1) or chunks(*part))
+    ranks = ProcessRanks(CPU)
+    got = (
+        torch.cat(list(vae.decode_chunks(latents, tile=tile, ranks=ranks)), dim=1),
+        vae.encode(video, tile=tile, ranks=ranks),
+    )
+    return all(map(torch.equal, got, want)) and min(t.std() for t in got) > 0.01, len(made)
 
 
 def talking(folder, output):

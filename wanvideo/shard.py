@@ -8,7 +8,7 @@ Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -95,6 +95,11 @@ class Ranks:
     def each(self, jobs: Sequence[Sequence[Job]], run: Callable[[Sequence[Job]], Tensor]) -> list[Tensor]:
         """The result of each job, [rows of the job, ...], wherever it ran."""
         return [run(job) for job in jobs]
+
+    def spread(self, parts: Sequence[Callable[[], Iterable[Tensor]]]) -> Iterator[Iterable[Tensor]]:
+        """What each part makes, float32 in main memory, in their order; several are made at a time where there are
+        several processes, all of which must ask."""
+        return (part() for part in parts)
 
     def same(self, t: Tensor) -> Tensor:
         """The tensor of the leading process, so that rounding in others cannot lead them apart."""

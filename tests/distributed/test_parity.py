@@ -67,6 +67,11 @@ def test_a_step_cache_leaves_out_the_same_steps(two):
         assert difference < 1e-5 and alone < 12 and here == alone / 2
 
 
+def test_tiles_of_the_vae_are_shared_out_and_the_video_is_the_same(two, tmp_path):
+    save(tmp_path)
+    assert two.run("ranked", "tiles", tmp_path) == [(True, 6), (True, 4)]
+
+
 def test_one_rank_writes_a_long_video_and_the_others_follow(two, tmp_path):
     save(tmp_path)
     run(request(tmp_path, output_path=str(tmp_path / "one"), total=17))

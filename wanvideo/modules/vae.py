@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,14 +24,13 @@ from ...quiet_imports import kernels_hidden
 from ..assign import assign
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..frames import VAE_TIME_STRIDE, latent_frames, round_frames
+from ..shard import ALONE, Ranks
 from .hand_over import to_device, to_host
 from .vae_keys import VaeLayout, file_names, read_layout
 from .vae_stream import VaeStream
 
 if TYPE_CHECKING:
     from ...host import Host
-
-ChunksOf = Callable[[Tensor, torch.device], Iterator[Tensor]]
 
 # Per-channel statistics of the latents (Wan-Video/Wan2.1, Wan-Video/Wan2.2).
 MEAN_21 = (
@@ -105,11 +105,14 @@ class WanVAE:
         """Pixels a side behind one latent."""
         return self.layout.spatial_factor
 
-    def encode(self, video: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Tensor:
+    def encode(
+        self, video: Tensor, *, tile: Tile | None = None, quiet: bool = False, ranks: Ranks = ALONE
+    ) -> Tensor:
         """Video [3, F, H, W] in -1..1 -> normalized latents [z, (F - 1) / 4 + 1, h, w], float32 on the CPU.
 
-        The mean of the posterior, as the models were trained on. quiet: no progress bar. Raises ValueError if F is not
-        4n+1 or a side does not divide by the spatial factor.
+        The mean of the posterior, as the models were trained on. quiet: no progress bar. ranks: processes that all
+        encode this video and share its tiles. Raises ValueError if F is not 4n+1 or a side does not divide by the
+        spatial factor.
         """
         self._check_video(video)
         factor = self.spatial_factor
@@ -117,7 +120,8 @@ class WanVAE:
         sources = [video[:, :, r.rows.cells(factor), r.columns.cells(factor)] for r in regions]
         frames = latent_frames(video.shape[1])
         label = "" if quiet else "VAE encoding"
-        chunks = self._run(self._encode_chunks, regions, sources, count=frames, scale=1, label=label)
+        parts = [partial(self._encode_chunks, source) for source in sources]
+        chunks = self._run(parts, regions, count=frames, scale=1, label=label, ranks=ranks)
         return (torch.cat(list(chunks), dim=1) - self._mean) / self._std
 
     def encode_with_end(self, video: Tensor, *, tile: Tile | None = None) -> Tensor:
@@ -146,8 +150,13 @@ class WanVAE:
             done += chunk.shape[1]
         return video
 
-    def decode_chunks(self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Iterator[Tensor]:
-        """As `decode`, but yields the frames [3, f, H, W] as they are made, and keeps none."""
+    def decode_chunks(
+        self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False, ranks: Ranks = ALONE
+    ) -> Iterator[Tensor]:
+        """As `decode`, but yields the frames [3, f, H, W] as they are made, and keeps none.
+
+        ranks: processes that all decode these latents and share their tiles.
+        """
         self._check_latents(latents)
         factor = self.spatial_factor
         raw = latents.detach().float().cpu() * self._std + self._mean
@@ -155,7 +164,8 @@ class WanVAE:
         sources = [raw[:, :, r.rows.cells(1), r.columns.cells(1)] for r in regions]
         frames = latents.shape[1]
         label = "" if quiet else "VAE decoding"
-        return self._run(self._decode_chunks, regions, sources, count=frames, scale=factor, label=label)
+        parts = [partial(self._decode_chunks, source) for source in sources]
+        return self._run(parts, regions, count=frames, scale=factor, label=label, ranks=ranks)
 
     def _check_video(self, video: Tensor) -> None:
         if video.dim() != 4 or video.shape[0] != 3 or not video.numel():
@@ -183,26 +193,30 @@ class WanVAE:
     @torch.no_grad()
     def _run(
         self,
-        chunks_of: ChunksOf,
+        chunks_of: Sequence[Callable[[torch.device], Iterator[Tensor]]],
         regions: Sequence[_Region],
-        sources: Sequence[Tensor],
         *,
         count: int,
         scale: int,
         label: str,
+        ranks: Ranks,
     ) -> Iterator[Tensor]:
         """The chunks of the whole: as they come for one region, else blended once all regions are through.
 
-        Regions go one after the other, each with all its chunks, so that the device holds one region's cache. An empty
-        label shows no progress.
+        Regions go one after the other, each with all its chunks, so that the device holds one region's cache. They are
+        added up in one order however many ranks made them, so that the sum is the same. An empty label shows no
+        progress.
         """
         device = self.managed.acquire()
         size = (regions[-1].rows.stop * scale, regions[-1].columns.stop * scale)
         blended: list[Tensor] = []
         bar = self._host.progress(len(regions) * count, label) if label else nullcontext()
+        parts = [lambda chunks=chunks: to_host(chunks(device)) for chunks in chunks_of]
+        # A rank that waits for one region would make the same in that time.
+        spread = (ranks if len(regions) > 1 else ALONE).spread(parts)
         with bar as progress:
-            for number, (region, source) in enumerate(zip(regions, sources, strict=True)):
-                for index, chunk in enumerate(to_host(chunks_of(source, device))):
+            for number, (region, chunks) in enumerate(zip(regions, spread, strict=True)):
+                for index, chunk in enumerate(chunks):
                     if progress is not None:
                         progress.update(number * count + index + 1)
                     if len(regions) == 1:
@@ -296,7 +310,7 @@ def load_vae(path: Path, *, dtype: torch.dtype, host: Host) -> WanVAE:
     assign(model, checkpoint, names, dtype=dtype, what="Wan VAE")
     channels_last(model)
     vae = WanVAE(model, layout, statistics, dtype=dtype, host=host)
-    vae.recipe = functools.partial(load_vae, path, dtype=dtype)
+    vae.recipe = partial(load_vae, path, dtype=dtype)
     return vae
 
 
