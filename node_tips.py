@@ -29,7 +29,7 @@ BY_TYPE: Mapping[str, str] = {
     "SIGMAS": "A schedule of noise levels in the place of steps and shift",
     "SLGARGS": "Leaves blocks out of the negative pass; from WanVideo SLG",
     "UNI3C_EMBEDS": "Camera motion; from WanVideo Uni3C Embeds",
-    "UNIANIMATE_POSE": "Not built in this version: leave it empty",
+    "UNIANIMATE_POSE": "Drawn poses; from WanVideo UniAnimate Pose Input",
     "VACEPATH": "A module beside the model; from WanVideo VACE Module Select or WanVideo Extra Model Select",
     "VRAM_MANAGEMENTARGS": "Lets a share of the blocks wait in main memory; from WanVideo VRAM Management",
     "WANCOMPILEARGS": "Compiles the blocks; from WanVideo Torch Compile Settings",

@@ -31,6 +31,7 @@ FOLDERS = (
     "enhance_a_video",
     "uni3c",
     "recammaster",
+    "unianimate",
     "controlnet",
     "phantom",
     "vace",

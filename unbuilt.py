@@ -20,6 +20,5 @@ UNBUILT_KEYS = (
     Unbuilt(r"^patch_embedding_pose\.weight$", "SCAIL"),
     Unbuilt(r"^image_to_cond\.conv_in\.|\.ref_attn_k_img\.", "One-to-All"),
     Unbuilt(r"\.control_blocks_dense\.", "LongVie2"),
-    Unbuilt(r"^(dwpose_embedding|randomref_embedding_pose)\.", "UniAnimate"),
     Unbuilt(r"\.ffn\.w1\.weight$", "LongCat"),
 )

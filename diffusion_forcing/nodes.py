@@ -70,7 +70,7 @@ class WanVideoDiffusionForcingSampler:
                 "slg_args": ("SLGARGS", {"tooltip": "Skip layer guidance"}),
                 "rope_function": (ROPES, {"default": "comfy", "tooltip": "Both run the same kernel here"}),
                 "experimental_args": ("EXPERIMENTALARGS", {"tooltip": "Experimental ways of guidance"}),
-                "unianimate_poses": ("UNIANIMATE_POSE", {"tooltip": "Not available"}),
+                "unianimate_poses": ("UNIANIMATE_POSE", {"tooltip": "Not available in this sampler"}),
             },
         }  # fmt: skip
 
