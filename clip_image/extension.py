@@ -6,7 +6,7 @@ Source: Wan-Video/Wan2.1 (WanI2VCrossAttention, MLPProj).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -28,17 +28,18 @@ IMAGE_KEYS = ("cross_attn.k_img.", "cross_attn.v_img.", "cross_attn.norm_k_img."
 class ClipImage(Payload):
     """CLIP features of the pictures (socket WANVIDIMAGE_CLIPEMBEDS): [B, N, clip channels], 257 tokens an image.
 
-    negative: what passes without the prompt read instead.
+    negative: what passes without the prompt read instead. added: of a second picture, whose projection is added.
     """
 
     positive: Tensor
     negative: Tensor | None = None
+    added: Tensor | None = None
     needs: ClassVar[str] = "This model has no image cross-attention (img_emb), so clip_embeds have no effect."
     optional: ClassVar[bool] = True
 
     def without(self, names: frozenset[str]) -> Self:
         """The negative picture goes with the negative prompt."""
-        return ClipImage(self.negative, self.negative) if "text" in names and self.negative is not None else self
+        return replace(self, positive=self.negative) if "text" in names and self.negative is not None else self
 
 
 class ImageProjection(nn.Module):
@@ -104,7 +105,10 @@ class ClipImageExtension(Extension):
         self, model: WanModel, payload: ClipImage, inputs: ModelInputs, tokens: Tokens
     ) -> tuple[Tokens, ClipCond]:
         """Projects the features; one row of them serves the whole batch."""
-        image = model.img_emb(payload.positive).to(tokens.x.dtype)
+        image = model.img_emb(payload.positive)
+        if payload.added is not None:
+            image = image + model.img_emb(payload.added)
+        image = image.to(tokens.x.dtype)
         return tokens, ClipCond(image.expand(tokens.x.shape[0], -1, -1).contiguous())
 
     def cross_attn(self, block: WanAttentionBlock, heads: Heads, cond: ClipCond) -> tuple[Heads, ClipCond]:
