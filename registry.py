@@ -19,6 +19,7 @@ FOLDERS = (
     "ati",
     "image_to_video",
     "wanmove",
+    "steadydancer",
     "fun_camera",
     "clip_image",
     "multitalk",

@@ -16,7 +16,6 @@ UNBUILT_KEYS = (
     Unbuilt(r"^LQ_proj_in\.", "FlashVSR"),
     Unbuilt(r"^add_conv_in\.weight$", "UniLumos"),
     Unbuilt(r"^text_projection\.0\.weight$", "BindWeave"),
-    Unbuilt(r"^condition_embedding_(align|spatial|temporal)\.|^patch_embedding_fuse\.", "SteadyDancer"),
     Unbuilt(r"^patch_embedding_pose\.weight$", "SCAIL"),
     Unbuilt(r"^image_to_cond\.conv_in\.|\.ref_attn_k_img\.", "One-to-All"),
     Unbuilt(r"\.control_blocks_dense\.", "LongVie2"),

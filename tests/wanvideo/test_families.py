@@ -38,15 +38,16 @@ BASE = {
     "skyreels_v2_df_1_3B": (1536, 30, 12, 16, ("FrameRateEmbedding",)),
     "skyreels_v2_df_14B": (5120, 40, 40, 16, ("FrameRateEmbedding",)),
     "mtvcrafter_14B_merged": (5120, 40, 40, 16, ("MtvCrafter",)),
+    "steadydancer_14B": (5120, 40, 40, 36, ("SteadyDancer", "ClipImageExtension")),
     "recammaster_1_3B": (1536, 30, 12, 16, ("ReCamMaster",)),
     "ovi_11B": (3072, 30, 24, 48, ("Ovi",)),
 }
 WITH_WEIGHTS = (
     "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "Animate", "VaceExtension",
-    "MtvCrafter", "FrameRateEmbedding", "ReCamMaster", "Ovi",
+    "MtvCrafter", "FrameRateEmbedding", "ReCamMaster", "SteadyDancer",
+    "Ovi",
 )  # fmt: skip
 REFUSED = {
-    "steadydancer_14B": "SteadyDancer",
 }
 
 
