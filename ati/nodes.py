@@ -9,7 +9,6 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from ..node_checks import Types, verdict
 from ..node_tools import CATEGORY, Inputs, mappings
 from ..wanvideo.loading import WanVideoModel
 from .drawing import draw_tracks
@@ -60,11 +59,6 @@ class WanVideoATITracks:
                 "end_percent": ("FLOAT", {"default": 1.0, **PERCENT, "tooltip": "Part of the steps up to which"}),
             }
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, tracks: Tracks = "", input_types: Types | None = None) -> bool | str:
-        """Tracks."""
-        return verdict(cls, lambda tracks: parse_tracks(tracks), input_types, tracks=tracks)
 
     def patchmodel(
         self,
