@@ -17,7 +17,7 @@ TILES = {"tile_x": 128, "tile_y": 272, "tile_stride_x": 128, "tile_stride_y": 12
 REFUSALS = [
     ("WanVideoSampler", {"model": "WANVIDEOMODEL"}, {}, "no prompt"),
     ("WanVideoSamplerv2", {"model": "WANVIDEOMODEL"}, {}, "no prompt"),
-    ("WanVideoSampler", SAMPLER, {"scheduler": "flowmatch_pusa"}, "not available; choose one of: unipc"),
+    ("WanVideoSampler", SAMPLER, {"scheduler": "vibt_unipc"}, "not available; choose one of: unipc"),
     ("WanVideoSampler", SAMPLER, {"scheduler": "nonsense"}, "'scheduler' has no choice 'nonsense'"),
     ("WanVideoSampler", SAMPLER, {"start_step": 5, "end_step": 5}, "No steps are left"),
     ("WanVideoSampler", SAMPLER, {"shift": 0.0}, "shift must be above 0"),

@@ -6,7 +6,7 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -48,18 +48,19 @@ def denoise(
     generator: torch.Generator,
     hooks: Sequence[LatentHook] = (),
     modifiers: Sequence[Modifier] = (),
-    clean_frames: Sequence[int] = (),
+    frame_times: Mapping[int, float] | None = None,
     watcher: Watcher | None = None,
 ) -> Denoised:
     """Run every step of a fresh `schedule` on `latents` [C, F, H, W].
 
     generator: CPU generator for solvers that draw noise. hooks run in order. modifiers: around the velocity, the first
-    outermost. clean_frames: latent frames that the model sees at timestep 0 (given images, 5B). The result is on the
-    denoiser's device.
+    outermost. frame_times: the part of the timestep at which the model sees a latent frame, where it is not all of
+    it; 0 for frames that are given and stay (images of the 5B). The result is on the denoiser's device.
     Raises NotFiniteError if the model's output is not finite.
     """
     latents = latents.to(denoiser.device, torch.float32)
-    clean = latents
+    clean, parts = latents, dict(frame_times or {})
+    still = [frame for frame, part in parts.items() if part == 0]
     tripwire = _Tripwire(schedule)
     velocity_of: Velocity = denoiser
     for modifier in reversed(modifiers):
@@ -69,10 +70,10 @@ def denoise(
             watcher.begin(index)
         for hook in hooks:
             latents = hook.before(latents, index)
-        given, timesteps = latents, _frame_timesteps(timestep, latents, clean_frames)
+        given, timesteps = latents, _frame_timesteps(timestep, latents.shape[1], parts)
         velocity = velocity_of(given, timesteps, step)
         clean = latents - schedule.sigmas[index] * velocity
-        clean[:, list(clean_frames)] = latents[:, list(clean_frames)]
+        clean[:, still] = latents[:, still]
         latents = schedule.step(velocity, index, latents, generator)
         for hook in hooks:
             latents = hook.after(latents, index)
@@ -91,11 +92,12 @@ def _origin(denoiser: Denoiser | WindowedDenoiser, latents: Tensor, timesteps: T
         return origin(denoiser.model, lambda: denoiser(latents, timesteps, step))
 
 
-def _frame_timesteps(timestep: Tensor, latents: Tensor, clean_frames: Sequence[int]) -> Tensor:
-    if not clean_frames:
+def _frame_timesteps(timestep: Tensor, frames: int, parts: Mapping[int, float]) -> Tensor:
+    if not parts:
         return timestep
-    timesteps = timestep.repeat(latents.shape[1])
-    timesteps[list(clean_frames)] = 0.0
+    timesteps = timestep.repeat(frames)
+    for frame, part in parts.items():
+        timesteps[frame] *= part
     return timesteps
 
 

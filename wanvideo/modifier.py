@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Generator, Tensor
@@ -33,14 +34,14 @@ class LatentHook(Protocol):
 class Start(NamedTuple):
     """What a run starts from; latents are [C, F, H, W] float32.
 
-    latents to begin with; noise: what was drawn for all frames; hooks around every step, in order; clean_frames: latent
-    frames that the model sees at timestep 0; original: the video under a mask.
+    latents to begin with; noise: what was drawn for all frames; hooks around every step, in order; frame_times: as in
+    `denoise`; original: the video under a mask.
     """
 
     latents: Tensor
     noise: Tensor
     hooks: tuple[LatentHook, ...] = ()
-    clean_frames: tuple[int, ...] = ()
+    frame_times: Mapping[int, float] = MappingProxyType({})
     original: Tensor | None = None
 
 

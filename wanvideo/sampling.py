@@ -111,7 +111,7 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
                 generator=generator,
                 hooks=start.hooks,
                 modifiers=request.modifiers,
-                clean_frames=start.clean_frames,
+                frame_times=start.frame_times,
                 watcher=RunWatcher(host, progress, request.set_step),
             )
     finally:
@@ -187,16 +187,16 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
             original = samples.get("original_image")
             original = given if original is None else original
             hooks.append(Inpainting(original, noise, change_mask(samples["noise_mask"], shape), schedule))
-    clean_frames: tuple[int, ...] = ()
+    frame_times: dict[int, float] = {}
     if request.image.given_latents:
         held = GivenLatents.placed(request.image.given_latents, shape)
         if schedule.first_index == 0:
             latents = held.before(latents, 0)
-        if request.model.config.out_dim == CHANNELS_2_2:
-            clean_frames = held.frames
-        if clean_frames or any(payload.holds_given for payload in request.all_payloads):
+        if request.model.config.out_dim == CHANNELS_2_2 or schedule.times_frames:
+            frame_times = dict.fromkeys(held.frames, 0.0)
+        if frame_times or any(payload.holds_given for payload in request.all_payloads):
             hooks.append(held)
-    start = Start(latents, noise, tuple(hooks), clean_frames, original)
+    start = Start(latents, noise, tuple(hooks), frame_times, original)
     for modifier in reversed(request.modifiers):
         start = modifier.begin(start, schedule, generator)
     return start

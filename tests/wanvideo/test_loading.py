@@ -158,7 +158,8 @@ def test_lora_merged_and_beside_equal_the_formula(t2v, tmp_path):
     t2v.save(tmp_path / "m.safetensors", torch.float32)
     want = reference(merged_by_hand(t2v, tiny.lora(t2v), 0.7))
     merged = load_wan_model(
-        tmp_path / "m.safetensors", replace(FP32, loras=lora_files(t2v, tmp_path, strength=0.7)), HOST, SYSTEMS)
+        tmp_path / "m.safetensors", replace(FP32, loras=lora_files(t2v, tmp_path, strength=0.7)), HOST, SYSTEMS
+    )
     assert relative(run(merged), want) < 1e-5
     plain = load_wan_model(tmp_path / "m.safetensors", FP32, HOST, SYSTEMS)
     beside = with_loras(plain, lora_files(t2v, tmp_path, strength=0.7, merge=False))
@@ -186,7 +187,8 @@ def test_lora_on_fp8(t2v, tmp_path):
     base = load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
     beside = with_loras(base, lora_files(t2v, tmp_path, strength=3.0, merge=False))
     merged = load_wan_model(
-        tmp_path / "m.safetensors", replace(options, loras=lora_files(t2v, tmp_path, strength=3.0)), HOST, SYSTEMS)
+        tmp_path / "m.safetensors", replace(options, loras=lora_files(t2v, tmp_path, strength=3.0)), HOST, SYSTEMS
+    )
     want = reference(merged_by_hand(t2v, tiny.lora(t2v), 3.0))
     for model in (beside, merged):
         assert relative(run(model), want) < 0.06

@@ -31,9 +31,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     with torch.device("meta"):
-        return WanModel(
-            WanConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=3, in_dim=16, text_dim=tiny.TEXT_DIM)
-        )
+        return WanModel(WanConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=3, in_dim=16, text_dim=tiny.TEXT_DIM))
 
 
 @pytest.mark.parametrize("kind", KINDS)

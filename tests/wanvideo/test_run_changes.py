@@ -79,6 +79,19 @@ def test_noise_is_told_from_samples():
     assert torch.equal(got, noise)
 
 
+@dataclass(frozen=True)
+class Slowed(Modifier):
+    def begin(self, start, schedule, generator):
+        return start._replace(frame_times={1: 0.25})
+
+
+def test_a_frame_may_have_a_part_of_the_time():
+    model = FakeModel()
+    sample(request(model, modifiers=(Slowed(),)), FakeHost())
+    for call, timestep in zip(model.transformer.calls, schedule().timesteps, strict=True):
+        torch.testing.assert_close(call.timestep, torch.stack((timestep, timestep / 4, timestep))[None])
+
+
 def test_a_loop_has_no_start_to_change():
     embeds = ImageEmbeds(latent_shape=SHAPE, num_frames=9, modifiers=(FromTwice(),), loop=SimpleNamespace(run=None))
     with pytest.raises(ValueError, match="loop of windows"):

@@ -209,7 +209,7 @@ def test_empty_embeds_fit_the_5b():
     assert latents_of(sample(request(FakeModel(transformer), image=image), FakeHost())).shape == (48, 3, 4, 6)
 
 
-def test_given_frames_of_other_models_only_start_the_noise():
+def test_given_frames_of_other_models_only_start_the_noise_unless_the_scheduler_times_frames():
     last = rand(1, 16, 1, 4, 6, seed=5)
     image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, given_latents=((-1, last),))
     asked = request(image=image)
@@ -217,6 +217,10 @@ def test_given_frames_of_other_models_only_start_the_noise():
     calls = asked.model.transformer.calls
     torch.testing.assert_close(calls[0].latents[0][:, -1:], last[0])
     assert calls[0].timestep.shape == (1,) and (found[:, -1:] - last[0]).abs().max() > 0.1
+    asked = request(image=image, schedule=schedule("flowmatch_pusa"))
+    torch.testing.assert_close(latents_of(sample(asked, FakeHost()))[:, -1:], last[0])
+    for call, timestep in zip(asked.model.transformer.calls, asked.schedule.timesteps, strict=True):
+        torch.testing.assert_close(call.timestep, torch.tensor([[timestep, timestep, 0.0]]))
     with pytest.raises(ValueError, match="extra latents"):
         sample(request(image=replace(image, given_latents=((0, rand(16, 1, 8, 6)),))), FakeHost())
 

@@ -13,10 +13,12 @@ from wanvideo_wrapper.wanvideo.schedulers import SCHEDULERS, ScheduleSpec, avail
 
 BUILT = {
     "unipc", "unipc/beta", "dpm++", "dpm++/beta", "dpm++_sde", "dpm++_sde/beta", "euler", "euler/beta", "deis", "lcm",
-    "lcm/beta", "flowmatch_distill", "multitalk",
+    "lcm/beta", "flowmatch_distill", "flowmatch_pusa", "multitalk",
 }  # fmt: skip
-DETERMINISTIC = ["unipc", "unipc/beta", "dpm++", "dpm++/beta", "euler", "euler/beta", "deis", "multitalk"]
-FIRST_ORDER = ["euler", "euler/beta", "multitalk", "lcm", "lcm/beta"]
+DETERMINISTIC = [
+    "unipc", "unipc/beta", "dpm++", "dpm++/beta", "euler", "euler/beta", "deis", "flowmatch_pusa", "multitalk",
+]  # fmt: skip
+FIRST_ORDER = ["euler", "euler/beta", "flowmatch_pusa", "multitalk", "lcm", "lcm/beta"]
 
 
 def spec(name: str, steps: int = 8, **options) -> ScheduleSpec:
@@ -32,7 +34,7 @@ def expected(name: str, steps: int, shift: float) -> list[float]:
     """Scalar float64 forms, written from the published definitions."""
     if name in ("unipc", "deis"):
         return [shift_of(0.999 * (1 - i / steps), shift) for i in range(steps)]
-    if name.startswith("dpm++"):
+    if name.startswith("dpm++") or name == "flowmatch_pusa":
         return [shift_of(1 - i / steps, shift) for i in range(steps)]
     if name == "multitalk":
         return [shift_of((1000 - 999 * i / max(steps - 1, 1)) / 1000, shift) for i in range(steps)]

@@ -28,7 +28,7 @@ def unipc_grid(steps: int, shift: float) -> Grid:
 
 
 def dpm_grid(steps: int, shift: float) -> Grid:
-    """Wan's DPM-Solver++: uniform from 1, then shifted."""
+    """Wan's DPM-Solver++, and Pusa: uniform from 1, then shifted."""
     return shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
 
 

@@ -85,6 +85,7 @@ class Method:
     limits: range that the solver's sigmas are clamped to, where its log-SNR must stay finite.
     noisy: the solver draws noise at every step. steps: the only step count, None for any.
     fixed_grid: custom sigmas are refused. for_loops: only for videos that are made in a loop of windows.
+    times_frames: frames that are given before sampling stay as they are, and the model sees them at time 0.
     """
 
     grid: Callable[[int, float], Grid]
@@ -95,6 +96,7 @@ class Method:
     steps: int | None = None
     fixed_grid: bool = False
     for_loops: bool = False
+    times_frames: bool = False
 
     def solver_for(self, sigmas: Tensor, timesteps: Tensor, first: int) -> Solver:
         """A fresh solver over the whole schedule (sigmas [n + 1], timesteps [n]) that starts at step `first`."""
@@ -131,6 +133,7 @@ def _method_rows() -> dict[str, Method]:
     for name, row in bases.items():
         rows[f"{name}/beta"] = replace(row, grid=_beta(row.grid))
     rows["deis"] = Method(grid=grids.unipc_grid, solver=_deis, whole_timesteps=True, limits=(1e-6, below_one))
+    rows["flowmatch_pusa"] = Method(grid=grids.dpm_grid, solver=_euler, times_frames=True)
     rows["multitalk"] = Method(grid=grids.multitalk_grid, solver=_euler, for_loops=True)
     rows["flowmatch_distill"] = Method(grid=grids.distill_grid, solver=_euler, steps=4, fixed_grid=True)
     return rows

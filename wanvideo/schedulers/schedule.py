@@ -64,6 +64,11 @@ class Schedule:
         return self._method.for_loops
 
     @property
+    def times_frames(self) -> bool:
+        """Whether frames that are given before sampling have a time of their own."""
+        return self._method.times_frames
+
+    @property
     def all_sigmas(self) -> Tensor:
         """Sigmas of the whole schedule [total + 1]."""
         return self._all_sigmas
