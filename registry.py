@@ -40,6 +40,7 @@ FOLDERS = (
     "lynx",
     "slg",
     "freeinit",
+    "pusa",
     "video_loop",
     "experimental",
     "ovi",
