@@ -41,6 +41,7 @@ FOLDERS = (
     "slg",
     "freeinit",
     "pusa",
+    "time_to_move",
     "video_loop",
     "experimental",
     "ovi",
