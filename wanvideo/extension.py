@@ -142,6 +142,10 @@ class Extension:
         """Eager: blocks of `stacks` that block `index` of the model runs itself, so that they must be there with it."""
         return ()
 
+    def beside_block(self, model: Transformer, index: int, x: Tensor, inputs: BlockInputs, state: object) -> Tensor:
+        """Eager: as `after_block` and before it, while the block is on the device: for modules put into the block."""
+        return x
+
     def after_block(self, model: Transformer, index: int, x: Tensor, inputs: BlockInputs, state: object) -> Tensor:
         """Eager: the tokens [B, L, C] behind block `index`, changed or not. Not called for a skipped block."""
         return x

@@ -1,5 +1,6 @@
 """One toy system a hook, whose effect on the velocity is known in closed form: no hook's call can vanish unnoticed."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -164,6 +165,36 @@ def test_after_block_changes_what_the_next_block_reads(index):
         model.blocks[index] = Added(model.blocks[index])
 
     run(After(), VECTOR, change)
+
+
+def test_beside_block_runs_while_its_block_is_on_the_device_and_before_what_is_behind_it():
+    visited = []
+
+    @contextlib.contextmanager
+    def visit(block):
+        visited.append(block)
+        yield
+        visited.remove(block)
+
+    @dataclass(frozen=True)
+    class Beside(ToyExtension):
+        def beside_block(self, model, at, x, inputs, state):
+            assert visited == [model.blocks[at]] and inputs.grid == (3, 2, 2)
+            return x + state.value if at == 1 else x
+
+        def after_block(self, model, at, x, inputs, state):
+            assert not visited
+            return 2 * x if at == 1 else x
+
+    @dataclass(frozen=True)
+    class After(ToyExtension):
+        def after_block(self, model, at, x, inputs, state):
+            return 2 * (x + state.value) if at == 1 else x
+
+    got, want = (build(extension)[1] for extension in (Beside(), After()))
+    got.visit = visit
+    given = inputs(Toy(VECTOR))
+    assert torch.equal(got(given), want(given)) and not torch.equal(got(given), got(inputs()))
 
 
 @pytest.mark.parametrize("weightless", [True, False])

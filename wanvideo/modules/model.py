@@ -241,6 +241,8 @@ class WanModel(nn.Module):
                 for module in (self.blocks[index], *self._companions(index, active)):
                     stack.enter_context(self.visit(module))
                 x = self.blocks[index](x, inputs, conds)
+                for entry in active:
+                    x = entry.extension.beside_block(self, index, x, inputs, entry.state)
             shared = (c if e.weightless else None for e, c in zip(self.extensions, conds, strict=True))
             inputs = inputs._replace(conds=tuple(shared))
             for entry in active:
