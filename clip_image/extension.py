@@ -5,6 +5,7 @@ Source: Wan-Video/Wan2.1 (WanI2VCrossAttention, MLPProj).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
@@ -21,7 +22,8 @@ from ..wanvideo.tokens import Heads, ModelInputs, Tokens
 
 PROJECTION = "img_emb.proj.1.weight"
 POSITIONS = "img_emb.emb_pos"
-IMAGE_KEYS = ("cross_attn.k_img.", "cross_attn.v_img.", "cross_attn.norm_k_img.")
+# Of the model's own blocks: what other systems put into these may read pictures, too.
+IMAGE_KEYS = re.compile(r"^blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class ClipImageExtension(Extension):
 
     def owns(self, key: str) -> bool:
         """img_emb and the image keys and values of every block."""
-        return key.startswith("img_emb.") or any(part in key for part in IMAGE_KEYS)
+        return key.startswith("img_emb.") or IMAGE_KEYS.match(key) is not None
 
     def build(self, model: WanModel) -> None:
         """Adds img_emb and turns every cross-attention into its image form."""

@@ -299,3 +299,9 @@ def test_two_extensions_that_claim_one_key_are_both_named():
 
     with pytest.raises(ValueError, match="ClipImageExtension and Rival"):
         Systems(extensions=(ClipImageExtension, Rival)).detect({"img_emb.proj.1.weight": (16, 16)})
+
+
+def test_a_block_of_another_system_inside_a_block_may_read_pictures_with_weights_of_its_own():
+    extension = ClipImageExtension(clip_dim=4)
+    assert extension.owns("blocks.3.cross_attn.k_img.weight") and extension.owns("img_emb.proj.1.weight")
+    assert not extension.owns("blocks.3.own.cross_attn.k_img.weight")
