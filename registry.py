@@ -44,6 +44,7 @@ FOLDERS = (
     "time_to_move",
     "video_loop",
     "experimental",
+    "longvie2",
     "ovi",
 )
 

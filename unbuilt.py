@@ -18,6 +18,5 @@ UNBUILT_KEYS = (
     Unbuilt(r"^text_projection\.0\.weight$", "BindWeave"),
     Unbuilt(r"^patch_embedding_pose\.weight$", "SCAIL"),
     Unbuilt(r"^image_to_cond\.conv_in\.|\.ref_attn_k_img\.", "One-to-All"),
-    Unbuilt(r"\.control_blocks_dense\.", "LongVie2"),
     Unbuilt(r"\.ffn\.w1\.weight$", "LongCat"),
 )

@@ -106,6 +106,7 @@ def test_base_families(name, prefix, tmp_path):
         ("fantasyportrait", "wan21_i2v_14B"),
         ("recammaster_blocks", "wan21_t2v_1_3B"),
         ("ovi_audio_5B", "ovi_video_5B"),
+        ("longvie2_extra", "wan21_i2v_14B"),
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
