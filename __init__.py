@@ -13,6 +13,7 @@ log = logging.getLogger("wanvideo")
 
 FAMILIES = (
     ".nodes",
+    ".nodes_prompt",
     ".nodes_text",
     ".nodes_model_loading",
     ".nodes_model_options",

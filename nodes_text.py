@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .host import get_host
 from .node_checks import Types, check_loadable, verdict
-from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, files, find_text_encoder, mappings, reject
+from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, files, find_text_encoder, mappings
+from .nodes_prompt import PromptExtension
 from .registry import PROMPT_FORMS
 from .wanvideo.conditioning import Payload
 from .wanvideo.loading import WanVideoModel
@@ -21,8 +22,7 @@ Inputs = dict[str, dict[str, tuple[object, ...]]]
 PROMPT = ("STRING", {"default": "", "multiline": True, "tooltip": "What to show"})
 NEGATIVE = ("STRING", {"default": "", "multiline": True, "tooltip": "What to avoid; unused where cfg is 1"})
 ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu", "tooltip": "The cpu is slower and leaves the GPU alone"})
-
-
+EXTENDER_TIP = "A language model that extends the positive prompt; from Wan Video Prompt Extender Select"
 NOT_CACHED = "The prompt is not in the cache on disk: connect a text encoder to 't5'."
 
 
@@ -214,7 +214,7 @@ class WanVideoTextEncodeCached:
                 "use_disk_cache": ("BOOLEAN", {"default": True, "tooltip": "Keep embeddings on disk"}),
                 "device": ENCODE_DEVICES,
             },
-            "optional": {"extender_args": ("WANVIDEOPROMPTEXTENDER_ARGS", {"tooltip": "Not available"})},
+            "optional": {"extender_args": ("WANVIDEOPROMPTEXTENDER_ARGS", {"tooltip": EXTENDER_TIP})},
         }
 
     @classmethod
@@ -235,10 +235,11 @@ class WanVideoTextEncodeCached:
         quantization: str = "disabled",
         use_disk_cache: bool = True,
         device: str = "gpu",
-        extender_args: object = None,
+        extender_args: PromptExtension | None = None,
     ) -> tuple[TextEmbeds, TextEmbeds, str]:
-        """Both embeds, the negative ones alone, and the prompt."""
-        reject("WanVideo TextEncode Cached", {"extender_args": extender_args})
+        """Both embeds, the negative ones alone, and the prompt as it was encoded."""
+        if extender_args is not None:
+            positive_prompt = extender_args.extended(positive_prompt, precision=precision, device=device)
         host = get_host()
         path = find_text_encoder(model_name)
 

@@ -26,8 +26,8 @@ Outputs = tuple[object, ...]
 
 # What loaders give, which later runs of the same process can take as it is.
 LOADED = {
-    "CLIP_VISION", "MULTITALKMODEL", "WANTEXTENCODER", "WANVAE", "WANVIDEOCONTROLNET", "WANVIDEOMODEL", "WAV2VECMODEL",
-    "WHISPERMODEL",
+    "CLIP_VISION", "MULTITALKMODEL", "QWENMODEL", "WANTEXTENCODER", "WANVAE", "WANVIDEOCONTROLNET", "WANVIDEOMODEL",
+    "WAV2VECMODEL", "WHISPERMODEL",
 }  # fmt: skip
 
 

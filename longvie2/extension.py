@@ -25,8 +25,10 @@ from ..wanvideo.config import WanConfig
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.latents import add_noise
+from ..wanvideo.modifier import Modifier, Start
 from ..wanvideo.modules.attention import WanI2VCrossAttention
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.schedulers import Schedule
 from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Text, Tokens, video_tokens
 
@@ -42,16 +44,14 @@ class DualControl(Payload):
     """What WanVideoAddDualControlEmbeds emits.
 
     dense, sparse [1, 2 z + 4, F, h, w]: an encoded control video, the mask and the encoding of its first frame alone;
-    None where it is not connected. history [1, z, P, h, w]: an encoded earlier clip. noise_level: how much of the
-    noise the first frame begins with where the rest is the last frame of the history. strength 0-d; start, end: the
-    part of the steps (0..1) in which the videos control.
+    None where it is not connected. history [1, z, P, h, w]: an encoded earlier clip. strength 0-d; start, end: the part
+    of the steps (0..1) in which the videos control.
     """
 
     strength: Tensor
     dense: Tensor | None = None
     sparse: Tensor | None = None
     history: Tensor | None = None
-    noise_level: float = 1.0
     start: float = 0.0
     end: float = 1.0
     needs: ClassVar[str] = (
@@ -69,24 +69,34 @@ class DualControl(Payload):
         begins = 0 in window.video
         return replace(self, history=self.history if begins else None, **parts)
 
-    def started(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The first frame goes on from the last one of the history.
-
-        Raises ValueError where the history is of another size.
-        """
-        if self.history is None:
-            return latents
-        last = self.history[0, :, -1:].to(latents)
-        if last.shape != latents[:, :1].shape:
-            raise ValueError(
-                f"prev_images have latents {tuple(last.shape)} a frame but the video has "
-                f"{tuple(latents[:, :1].shape)}: give frames of the video's width and height."
-            )
-        return torch.cat((add_noise(last, noise[:, :1], self.noise_level), latents[:, 1:]), dim=1)
-
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Latents stay in float32 until the patch embedding reads them."""
         return super().to(device, torch.float32)
+
+
+@dataclass(frozen=True)
+class Continuation(Modifier):
+    """The first frame begins as the last one of the history with a share of noise.
+
+    history [1, z, P, height, width]: latents of an earlier clip; noise_level: 1 is noise alone.
+    """
+
+    history: Tensor
+    noise_level: float
+
+    def begin(self, start: Start, schedule: Schedule, generator: torch.Generator) -> Start:
+        """Raises ValueError where the history is of another size."""
+        if schedule.first_index:
+            return start
+        first = start.latents[:, :1]
+        last = self.history[0, :, -1:].to(first)
+        if last.shape != first.shape:
+            raise ValueError(
+                f"prev_images have latents {tuple(last.shape)} a frame but the video has {tuple(first.shape)}: give "
+                "frames of the video's width and height."
+            )
+        noisy = add_noise(last, start.noise[:, :1], self.noise_level)
+        return start._replace(latents=torch.cat((noisy, start.latents[:, 1:]), dim=1))
 
 
 class Controls(NamedTuple):

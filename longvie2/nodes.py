@@ -13,7 +13,7 @@ from ..wanvideo.frames import round_frames
 from ..wanvideo.images import to_video
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.request import ImageEmbeds
-from .extension import DualControl
+from .extension import Continuation, DualControl
 
 PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
@@ -81,14 +81,16 @@ class WanVideoAddDualControlEmbeds:
                 dense=None if dense is None else _encoded(vae, 1 - dense[..., :3]),
                 sparse=None if sparse is None else _encoded(vae, sparse),
                 history=None if prev_images is None else _history(vae, prev_images),
-                noise_level=first_frame_noise_level,
                 start=start_percent,
                 end=end_percent,
             )
         finally:
             vae.managed.release()
         others = tuple(payload for payload in embeds.payloads if not isinstance(payload, DualControl))
-        return (replace(embeds, payloads=(*others, control)),)
+        modifiers = tuple(modifier for modifier in embeds.modifiers if not isinstance(modifier, Continuation))
+        if control.history is not None:
+            modifiers += (Continuation(control.history, first_frame_noise_level),)
+        return (replace(embeds, payloads=(*others, control), modifiers=modifiers),)
 
 
 def _encoded(vae: WanVAE, images: Tensor) -> Tensor:

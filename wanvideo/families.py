@@ -66,6 +66,11 @@ OTHER_KINDS = (
         "Whisper Model Loader",
         (r"^(model\.)?encoder\.embed_positions\.weight$", r"encoder\.conv1\.weight$"),
     ),
+    Kind(
+        "Qwen2.5 language model",
+        "Qwen Loader",
+        (r"^model\.embed_tokens\.weight$", r"^model\.layers\.0\.self_attn\.q_proj\.bias$"),
+    ),
     Kind("Stable Diffusion checkpoint", "", (r"(^|\.)input_blocks\.0\.0\.weight$",)),
     Kind("Flux or Hunyuan transformer", "", (r"(^|\.)double_blocks\.0\.",)),
     Kind("MMDiT transformer (SD3 or the like)", "", (r"(^|\.)joint_blocks\.0\.",)),

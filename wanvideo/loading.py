@@ -157,11 +157,13 @@ def load_wan_model(
     elsewhere: who samples with it in the place of this process, which then reads no weights. Raises ValueError, in one
     sentence, if a file is of another kind or incomplete, or an option cannot run.
     """
-    return build(planned(path, options, host, systems), options, host)
+    return build(planned(path, options, host, systems), options, host, elsewhere=elsewhere)
 
 
-def build(plan: LoadPlan, options: LoadOptions, host: Host) -> WanVideoModel:
-    """Load what was planned. Raises ValueError for an incomplete file."""
+def build(
+    plan: LoadPlan, options: LoadOptions, host: Host, *, elsewhere: Elsewhere | None = None
+) -> WanVideoModel:
+    """Load what was planned. elsewhere: see `load_wan_model`. Raises ValueError for an incomplete file."""
     files = plan.contents
     say_what_is_overruled(options.quantization, files.checkpoint)
     with torch.device("meta"):

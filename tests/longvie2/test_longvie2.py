@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from float64_wan import Exact, relative
 from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
-from wanvideo_wrapper.longvie2.extension import DualControl, LongVie2
+from wanvideo_wrapper.longvie2.extension import Continuation, DualControl, LongVie2
 from wanvideo_wrapper.wanvideo.conditioning import Step, Window
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.loading import quantizable
+from wanvideo_wrapper.wanvideo.modifier import Start
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.sampling import whole_window
+from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 LAYERS, CONTROLLED, DIM, IN_DIM, TEXT, CLIP = 4, 2, 24, 36, 10, 6
@@ -178,12 +180,14 @@ def test_windows_see_their_frames_and_only_the_first_has_history():
 
 def test_the_first_frame_begins_as_a_blend_of_the_last_one_before_and_noise():
     noise, latents = random(16, FRAMES, HEIGHT, WIDTH, seed=8), random(16, FRAMES, HEIGHT, WIDTH, seed=9)
-    started = control("dense", history=EARLIER, noise_level=0.9).started(latents, noise)
+    start, generator = Start(latents, noise), torch.Generator()
+    first, later = (make_schedule(ScheduleSpec(name="euler", steps=4, start_step=step)) for step in (0, 2))
+    started = Continuation(EARLIER, 0.9).begin(start, first, generator).latents
     torch.testing.assert_close(started[:, 0], 0.1 * EARLIER[0, :, -1] + 0.9 * noise[:, 0])
     assert torch.equal(started[:, 1:], latents[:, 1:])
-    assert control("dense").started(latents, noise) is latents
+    assert Continuation(EARLIER, 0.9).begin(start, later, generator) is start
     with pytest.raises(ValueError, match="prev_images have latents"):
-        control("dense", history=EARLIER[..., :2]).started(latents, noise)
+        Continuation(EARLIER[..., :2], 0.9).begin(start, first, generator)
 
 
 def test_the_authors_names_are_read():

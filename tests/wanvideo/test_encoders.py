@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear
 from wanvideo_wrapper.wanvideo.families import kind_of
-from wanvideo_wrapper.wanvideo.modules import clip, t5, tokenizer
+from wanvideo_wrapper.wanvideo.modules import clip, t5
 from wanvideo_wrapper.wanvideo.modules.tokenizer import MAX_TOKENS, clean
 
 FACTS = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -141,8 +142,9 @@ def test_tokenizer_is_found_beside_the_file_or_missed_by_name(host, tmp_path, mo
     path = tmp_path / "text_encoders" / "t5.safetensors"
     model.save(path, torch.float32)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(tokenizer, "_cached", lambda: None)
-    monkeypatch.setattr(tokenizer, "_fetched", lambda: pytest.fail("fetched although HF_HUB_OFFLINE is set"))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name, revision: None)
+    fetched = "fetched although HF_HUB_OFFLINE is set"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *name, revision: pytest.fail(fetched))
     with pytest.raises(FileNotFoundError, match=r"\(HF_HUB_OFFLINE is set\): put the spiece\.model or tokenizer\.json"):
         t5.load_text_encoder(path, dtype=torch.float32, host=host)
     (tmp_path / "text_encoders" / "spiece.model").write_bytes(spiece)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
+from .hub import hub_file
 
 log = logging.getLogger("wanvideo")
 
@@ -72,16 +72,13 @@ def find_tokenizer(checkpoint: Checkpoint, folders: list[Path]) -> Tokenizer:
     if tokens := checkpoint.array(f"{GGUF_FIELDS}tokens"):
         return _built(checkpoint.path, lambda: _from_gguf(checkpoint, tokens))
     beside = next((path for folder in folders for name in FILES if (path := folder / name).is_file()), None)
-    path = beside or _cached()
-    if path is None:
-        fault = "HF_HUB_OFFLINE is set" if _offline() else None
-        path = None if fault else _fetched()
-        if path is None:
-            raise FileNotFoundError(
-                f"There is no tokenizer for {checkpoint.path.name}, and it could not be fetched "
-                f"({fault or 'no connection'}): put the {' or '.join(NAMES)} of {HUB_NAME} into {folders[0]}, or use a "
-                "text encoder file that contains it."
-            )
+    try:
+        path = beside or hub_file(HUB_NAME, NAMES, revision=REVISION, note="4 MB, once: the text encoder has none")
+    except FileNotFoundError as fault:
+        raise FileNotFoundError(
+            f"There is no tokenizer for {checkpoint.path.name}, and it could not be fetched ({fault}): put the "
+            f"{' or '.join(NAMES)} of {HUB_NAME} into {folders[0]}, or use a text encoder file that contains it."
+        ) from fault
     return _built(path, lambda: _from_file(path))
 
 
@@ -139,33 +136,3 @@ def _from_gguf(checkpoint: Checkpoint, tokens: list[str]) -> Encode:
     fast.normalizer = normalizers.Sequence(rules)
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=False)
     return _fast(fast)
-
-
-def _cached() -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in NAMES:
-        for revision in (REVISION, "main"):
-            found = try_to_load_from_cache(HUB_NAME, name, revision=revision)
-            if isinstance(found, str):
-                return Path(found)
-    return None
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    # The constant is what the environment was when the library was imported.
-    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
-
-
-def _fetched() -> Path | None:
-    from huggingface_hub import hf_hub_download
-
-    name = NAMES[0]
-    log.info("Fetching %s of %s (4 MB, once): the text encoder file has no tokenizer.", name, HUB_NAME)
-    try:
-        return Path(hf_hub_download(HUB_NAME, name, revision=REVISION))
-    except (OSError, ValueError) as error:
-        log.warning("It could not be fetched: %s", str(error).splitlines()[0])
-        return None
