@@ -45,6 +45,8 @@ def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]
 
     Raises GraphError with everything that is wrong.
     """
+    for node in prompt.nodes.values():
+        _drop_unused(node, classes)
     outputs = [node for node in prompt.nodes.values() if is_output(node, classes)]
     if not outputs:
         raise GraphError([_no_output(prompt, classes)])
@@ -58,6 +60,13 @@ def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]
     if problems:
         raise GraphError(problems)
     return needed
+
+
+def _drop_unused(node: Node, classes: Mapping[str, type]) -> None:
+    """Take out inputs that the node will not ask for (UNUSED_INPUTS), so that nothing runs for them."""
+    unused = getattr(classes.get(node.type), "UNUSED_INPUTS", None)
+    for name in () if unused is None else unused(node.inputs):
+        node.inputs.pop(name, None)
 
 
 def is_output(node: Node, classes: Mapping[str, type]) -> bool:

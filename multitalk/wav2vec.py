@@ -35,6 +35,8 @@ CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 HOP = 320
 RECEPTIVE_FIELD = 400
 PREFIX = "wav2vec2."
+# Of large models alone: a norm behind every convolution, instead of one behind the first.
+LARGE = "feature_extractor.conv_layers.1.layer_norm.weight"
 WHOLE_SECONDS, PIECE_SECONDS, CONTEXT_SECONDS = 300, 120, 15
 # Convolution frames, 50 a second, that are computed at once.
 CONV_PIECE = 1500
@@ -166,6 +168,14 @@ def load_wav2vec(path: Path, *, dtype: torch.dtype, host: Host) -> Wav2Vec:
     Raises ValueError for another kind of file.
     """
     checkpoint = open_checkpoint(path)
+    if any(key.removeprefix(PREFIX) == LARGE for key in checkpoint.shapes):
+        raise ValueError(f"{path.name} is a large Wav2Vec2; the audio layers need a base model.")
+    return Wav2Vec(read_encoder(checkpoint, dtype=dtype), dtype=dtype, host=host)
+
+
+def read_encoder(checkpoint: Checkpoint, *, dtype: torch.dtype) -> nn.Module:
+    """transformers' Wav2Vec2Model of a file, base or large. Raises ValueError for another kind of file."""
+    path = checkpoint.path
     prefix = PREFIX if any(key.startswith(PREFIX) for key in checkpoint.shapes) else ""
     if f"{prefix}feature_extractor.conv_layers.0.conv.weight" not in checkpoint.shapes:
         raise ValueError(f"{path.name} is no Wav2Vec2 encoder: choose chinese-wav2vec2-base or wav2vec2-base-960h.")
@@ -176,7 +186,7 @@ def load_wav2vec(path: Path, *, dtype: torch.dtype, host: Host) -> Wav2Vec:
         # It only matters in training, and some exports leave it out.
         del model.masked_spec_embed
     assign(model, checkpoint, names, dtype=dtype, what="Wav2Vec2 encoder")
-    return Wav2Vec(model, dtype=dtype, host=host)
+    return model
 
 
 def _stored_name(name: str, checkpoint: Checkpoint, prefix: str) -> str:
@@ -192,8 +202,7 @@ def _build(checkpoint: Checkpoint, prefix: str) -> nn.Module:
         from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     shapes = {k.removeprefix(prefix): v for k, v in checkpoint.shapes.items() if k.startswith(prefix)}
-    if "feature_extractor.conv_layers.1.layer_norm.weight" in shapes:
-        raise ValueError(f"{checkpoint.path.name} is a large Wav2Vec2; the audio layers need a base model.")
+    large = LARGE in shapes
     convs = [shapes[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(len(CONV_STRIDES))]
     width = shapes["feature_projection.projection.weight"][0]
     kernel = next(v for k, v in shapes.items() if "pos_conv_embed.conv" in k and len(v) == 3 and v[0] == width)
@@ -207,7 +216,8 @@ def _build(checkpoint: Checkpoint, prefix: str) -> nn.Module:
         conv_stride=CONV_STRIDES,
         num_conv_pos_embeddings=kernel[2],
         num_conv_pos_embedding_groups=width // kernel[1],
-        feat_extract_norm="group",
-        do_stable_layer_norm=False,
+        conv_bias="feature_extractor.conv_layers.1.conv.bias" in shapes,
+        feat_extract_norm="layer" if large else "group",
+        do_stable_layer_norm=large,
     )
     return Wav2Vec2Model(config)

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from . import batches, calculation, labels, loaders, masks, media_nodes, pictures, values, videos
+from . import (
+    batches,
+    calculation,
+    choices,
+    colors,
+    labels,
+    latents,
+    loaders,
+    masks,
+    media_nodes,
+    pictures,
+    sounds,
+    subjects,
+    values,
+    videos,
+)
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     **values.NODE_CLASS_MAPPINGS,
@@ -13,5 +28,10 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     **videos.NODE_CLASS_MAPPINGS,
     **calculation.NODE_CLASS_MAPPINGS,
     **loaders.NODE_CLASS_MAPPINGS,
+    **choices.NODE_CLASS_MAPPINGS,
+    **colors.NODE_CLASS_MAPPINGS,
+    **latents.NODE_CLASS_MAPPINGS,
+    **sounds.NODE_CLASS_MAPPINGS,
+    **subjects.NODE_CLASS_MAPPINGS,
     **labels.NODE_CLASS_MAPPINGS,
 }

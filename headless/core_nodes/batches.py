@@ -11,6 +11,7 @@ from .pictures import LARGEST, ImageConcatMulti, fit
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 
 MANY = 4096
+FOREVER = 2**53 - 1
 BLENDS = {"cut": None, "linear_blend": lambda a: a, "ease_in_out": lambda a: a * a * (3 - 2 * a)}
 
 
@@ -135,6 +136,68 @@ def _numbers(text: str) -> list[int]:
     if not numbers:
         raise ValueError(f"'{text:.80}' are no indexes; write whole numbers between commas, such as '0, 1, 2'.")
     return numbers
+
+
+class ImageBatchRepeatInterleaving:
+    """Each picture several times in a row, and masks that are 1 for the first of each."""
+
+    FUNCTION = "repeat"
+    RETURN_TYPES = ("IMAGE", "MASK")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        repeats = {"default": 1, "min": 1, "max": MANY}
+        return {"required": {"images": ("IMAGE",), "repeats": ("INT", repeats)}, "optional": {"mask": ("MASK",)}}
+
+    def repeat(self, images: Tensor, repeats: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[n * repeats, H, W, C]; given masks are repeated like pictures."""
+        repeated = images.repeat_interleave(repeats, dim=0)
+        if mask is not None:
+            return repeated, mask.repeat_interleave(repeats, dim=0)
+        masks = torch.zeros(repeated.shape[:3])
+        masks[::repeats] = 1
+        return repeated, masks
+
+
+class SplitImages:
+    """A batch in two; a negative index counts from the end (VHS_SplitImages)."""
+
+    FUNCTION = "split_images"
+    RETURN_TYPES = ("IMAGE", "INT", "IMAGE", "INT")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        index = {"default": 0, "step": 1, "min": -FOREVER, "max": FOREVER}
+        return {"required": {"images": ("IMAGE",), "split_index": ("INT", index)}}
+
+    def split_images(self, images: Tensor, split_index: int) -> tuple[Tensor, int, Tensor, int]:
+        """Both parts with their numbers; one of them may be empty."""
+        first, second = images[:split_index], images[split_index:]
+        return first, len(first), second, len(second)
+
+
+class SelectEveryNthImage:
+    """Every nth picture (VHS_SelectEveryNthImage)."""
+
+    FUNCTION = "select_images"
+    RETURN_TYPES = ("IMAGE", "INT")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "images": ("IMAGE",),
+                "select_every_nth": ("INT", {"default": 1, "min": 1, "max": FOREVER, "step": 1}),
+                "skip_first_images": ("INT", {"default": 0, "min": 0, "max": FOREVER, "step": 1}),
+            }
+        }
+
+    def select_images(self, images: Tensor, select_every_nth: int, skip_first_images: int) -> tuple[Tensor, int]:
+        """The pictures and their number."""
+        chosen = images[skip_first_images::select_every_nth]
+        if not len(chosen):
+            raise ValueError(f"skip_first_images {skip_first_images} leaves none of {len(images)} pictures.")
+        return chosen, len(chosen)
 
 
 class ImageConcanate:
@@ -295,6 +358,9 @@ NODE_CLASS_MAPPINGS = {
     "ImageBatch": ImageBatch,
     "ImageBatchMulti": ImageBatchMulti,
     "GetImagesFromBatchIndexed": GetImagesFromBatchIndexed,
+    "ImageBatchRepeatInterleaving": ImageBatchRepeatInterleaving,
+    "VHS_SplitImages": SplitImages,
+    "VHS_SelectEveryNthImage": SelectEveryNthImage,
     "ImageConcanate": ImageConcanate,
     "ImageResizeKJ": ImageResizeKJ,
     "ImageBatchExtendWithOverlap": ImageBatchExtendWithOverlap,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...host import get_host
 from ...wanvideo.whole_file import partial_file, publish
-from ..video_file import Encoding, Frames, Video, check_frames, encode_video
+from ..video_file import FORMATS, Encoding, Frames, Video, check_frames, encode_video
 from .pictures import next_file
 
 log = logging.getLogger("wanvideo")
@@ -94,6 +94,37 @@ class SaveVideo:
             encode_video(unfinished, video.images, encoding, sound)
             path = publish(unfinished, next_name)
         return {"ui": {"videos": [str(path)]}}
+
+
+class PreviewAnimation:
+    """Writes pictures, masks, or masks upon pictures, to the temporary folder as an animated WebP."""
+
+    FUNCTION = "preview"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {"fps": ("FLOAT", {"default": 8.0, "min": 0.01, "max": 1000.0, "step": 0.01})},
+            "optional": {"images": ("IMAGE",), "masks": ("MASK",)},
+        }
+
+    def preview(self, fps: float, images: Tensor | None = None, masks: Tensor | None = None) -> dict[str, object]:
+        """The path of the file; masks upon pictures are white, as many as there are of both."""
+        if images is None and masks is None:
+            raise ValueError("PreviewAnimation has nothing to show: connect images or masks.")
+        white = None if masks is None else masks[..., None]
+        shown = white.expand(-1, -1, -1, 3) if images is None else images[..., :3]
+        if images is not None and white is not None:
+            count = min(len(images), len(white))
+            shown = torch.lerp(shown[:count], torch.ones(()), white[:count])
+        next_name = partial(next_file, get_host().temp_dir(), "AnimPreview", "_.webp")
+        encoding = Encoding(fps=fps, format=FORMATS["image/webp"])
+        with partial_file(next_name().parent, "preview.webp") as unfinished:
+            encode_video(unfinished, shown, encoding)
+            path = publish(unfinished, next_name)
+        return {"ui": {"images": [str(path)]}}
 
 
 class TrimAudioDuration:
@@ -192,6 +223,7 @@ class LoadLatent:
 NODE_CLASS_MAPPINGS = {
     "CreateVideo": CreateVideo,
     "SaveVideo": SaveVideo,
+    "PreviewAnimation": PreviewAnimation,
     "TrimAudioDuration": TrimAudioDuration,
     "MelBandRoFormerModelLoader": MelBandRoFormerModelLoader,
     "MelBandRoFormerSampler": MelBandRoFormerSampler,
