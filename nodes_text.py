@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +20,30 @@ from .wanvideo.modules.t5 import TextEncoder, encoder_name, load_text_encoder
 from .wanvideo.request import TextEmbeds
 from .wanvideo.text_cache import TextCache
 
+log = logging.getLogger("wanvideo")
+
 Inputs = dict[str, dict[str, tuple[object, ...]]]
 PROMPT = ("STRING", {"default": "", "multiline": True, "tooltip": "What to show"})
 NEGATIVE = ("STRING", {"default": "", "multiline": True, "tooltip": "What to avoid; unused where cfg is 1"})
 ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu", "tooltip": "The cpu is slower and leaves the GPU alone"})
 EXTENDER_TIP = "A language model that extends the positive prompt; from Wan Video Prompt Extender Select"
+# How Qwen2.5-VL was trained to be asked about a picture.
+SEEING = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 NOT_CACHED = "The prompt is not in the cache on disk: connect a text encoder to 't5'."
+
+
+class VisionClip(Protocol):
+    """What is used of ComfyUI's CLIP, or of its stand-in."""
+
+    def tokenize(self, text: str, *, images: list[Tensor], llama_template: str | None) -> object:
+        """The text in its template (None: the model's own), with pictures in the place of their marks."""
+
+    def encode_from_tokens_scheduled(self, tokens: object) -> list[list[object]]:
+        """CONDITIONING."""
 
 
 def _encode_prompts(
@@ -279,6 +299,37 @@ class WanVideoTextEmbedBridge:
         return (TextEmbeds(positive=tensors[0], negative=tensors[1] or ()),)
 
 
+class TextImageEncodeQwenVL:
+    """Encodes a prompt, and a picture that it speaks of, with Qwen2.5-VL."""
+
+    DISPLAY_NAME = "TextImageEncodeQwenVL"
+    CATEGORY = CATEGORY
+    FUNCTION = "add"
+    RETURN_TYPES = ("QWENVL_EMBEDS",)
+    RETURN_NAMES = ("qwenvl_embeds",)
+    DESCRIPTION = "What Qwen2.5-VL makes of a prompt and a picture, for BindWeave."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        clip = "Qwen2.5-VL 7B, from ComfyUI's Load CLIP with type qwen_image"
+        return {
+            "required": {"clip": ("CLIP", {"tooltip": clip}), "prompt": PROMPT},
+            "optional": {"image": ("IMAGE", {"tooltip": "One picture, which the model reads with the prompt"})},
+        }
+
+    def add(self, clip: VisionClip, prompt: str, image: Tensor | None = None) -> tuple[Tensor]:
+        """[1, tokens, channels]: from the prompt on without a picture, from the picture on with one."""
+        if image is not None and len(image) > 1:
+            log.warning("Qwen2.5-VL reads the first of %d pictures.", len(image))
+        images = [] if image is None else [image[:1, ..., :3]]
+        tokens = clip.tokenize(prompt, images=images, llama_template=SEEING if images else None)
+        return (clip.encode_from_tokens_scheduled(tokens)[0][0],)
+
+
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
-    WanVideoTextEncode, WanVideoTextEncodeSingle, WanVideoTextEncodeCached, WanVideoTextEmbedBridge
+    WanVideoTextEncode,
+    WanVideoTextEncodeSingle,
+    WanVideoTextEncodeCached,
+    WanVideoTextEmbedBridge,
+    TextImageEncodeQwenVL,
 )
