@@ -36,7 +36,8 @@ def loaded(tmp_path_factory):
     model.visual.load_state_dict(visual)
     model.language_model.load_state_dict({k.removeprefix("model."): v for k, v in words.items()})
     tensors = {**words, **{f"visual.{k}": v for k, v in visual.items()}}
-    tiny.Tiny(tensors, {"wanvideo.num_heads": str(HEADS)}).save(folder / "text_encoders/vl.safetensors", torch.float32)
+    file = tiny.Tiny(tensors=tensors, metadata={"wanvideo.num_heads": str(HEADS)})
+    file.save(folder / "text_encoders/vl.safetensors", torch.float32)
     tiny.text_encoder().save(folder / "text_encoders/t5.safetensors", torch.float32)
     before = get_host()
     set_host(StandaloneHost(models=folder, device="cpu"))
