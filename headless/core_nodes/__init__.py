@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     batches,
     calculation,
+    cameras,
     choices,
     colors,
     labels,
@@ -28,6 +29,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     **videos.NODE_CLASS_MAPPINGS,
     **calculation.NODE_CLASS_MAPPINGS,
     **loaders.NODE_CLASS_MAPPINGS,
+    **cameras.NODE_CLASS_MAPPINGS,
     **choices.NODE_CLASS_MAPPINGS,
     **colors.NODE_CLASS_MAPPINGS,
     **latents.NODE_CLASS_MAPPINGS,
