@@ -19,6 +19,7 @@ FOLDERS = (
     "ati",
     "image_to_video",
     "wanmove",
+    "svi",
     "steadydancer",
     "fun_camera",
     "clip_image",
