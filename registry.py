@@ -21,6 +21,7 @@ FOLDERS = (
     "wanmove",
     "svi",
     "steadydancer",
+    "story_mem",
     "fun_camera",
     "clip_image",
     "multitalk",
