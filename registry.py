@@ -22,6 +22,7 @@ FOLDERS = (
     "svi",
     "steadydancer",
     "story_mem",
+    "lucy_edit",
     "fun_camera",
     "clip_image",
     "multitalk",
