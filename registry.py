@@ -14,6 +14,7 @@ FOLDERS = (
     "diffusion_forcing",
     "echoshot",
     "prompt_segments",
+    "bindweave",
     "nag",
     "fun_control",
     "ati",
