@@ -44,6 +44,16 @@ class ImageCondition(Payload):
         return super().to(device, torch.float32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AddedCondition(Payload):
+    """What another node gives to the one that encodes pictures (socket ADD_COND_LATENTS).
+
+    empty [1, C, 1, H, W]: an encoded empty picture at the video's size, which that node fills in.
+    """
+
+    empty: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class ImageToVideo(Extension):
     """Present where the patch embedding reads more channels than the head gives."""

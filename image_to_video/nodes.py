@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from ..node_tools import (
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.modules.vae import Tile, WanVAE
 from ..wanvideo.request import ImageEmbeds, payloads_of
-from .extension import ImageCondition
+from .extension import AddedCondition, ImageCondition
 from .pictures import GivenFrames, encode_given
 
 NO_VAE = "Pictures are encoded by the VAE: connect WanVideoVAELoader to 'vae'."
@@ -63,7 +65,10 @@ class WanVideoImageToVideoEncode:
                 "temporal_mask": ("MASK", {"tooltip": "1 where a frame is given"}),
                 "extra_latents": ("LATENT", {"tooltip": "Reference latents in front"}),
                 "tiled_vae": ("BOOLEAN", {"default": False, "tooltip": TILE_TIP}),
-                "add_cond_latents": ("ADD_COND_LATENTS", {"advanced": True, "tooltip": "Not available"}),
+                "add_cond_latents": (
+                    "ADD_COND_LATENTS",
+                    {"advanced": True, "tooltip": "From WanVideo RealisDance Latents"},
+                ),
                 "augment_empty_frames": (
                     "FLOAT",
                     {"default": 0.0, "min": 0.0, "max": 10.0, "step": 0.01, "tooltip": "More motion, experimental"},
@@ -95,7 +100,7 @@ class WanVideoImageToVideoEncode:
         temporal_mask: Tensor | None = None,
         extra_latents: Latent | None = None,
         tiled_vae: bool = False,
-        add_cond_latents: Payload | None = None,
+        add_cond_latents: AddedCondition | None = None,
         augment_empty_frames: float = 0.0,
         empty_frame_pad_image: Tensor | None = None,
     ) -> tuple[ImageEmbeds]:
@@ -124,6 +129,9 @@ class WanVideoImageToVideoEncode:
             leading = reference.shape[1]
             cond = torch.cat((reference, cond), dim=1)
             mask = torch.cat((torch.ones_like(mask[:, :1]).expand(-1, leading, -1, -1), mask), dim=1)
+        if add_cond_latents is not None:
+            empty = vae.encode(torch.zeros(3, 1, height, width), quiet=True)
+            add_cond_latents = replace(add_cond_latents, empty=empty[None])
         if force_offload:
             vae.managed.release()
         embeds = ImageEmbeds(
