@@ -24,6 +24,7 @@ FOLDERS = (
     "steadydancer",
     "story_mem",
     "lucy_edit",
+    "realisdance",
     "fun_camera",
     "clip_image",
     "multitalk",
