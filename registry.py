@@ -22,7 +22,6 @@ FOLDERS = (
     "wanmove",
     "svi",
     "steadydancer",
-    "story_mem",
     "lucy_edit",
     "realisdance",
     "fun_camera",
@@ -50,6 +49,7 @@ FOLDERS = (
     "video_loop",
     "experimental",
     "longvie2",
+    "story_mem",
     "ovi",
 )
 

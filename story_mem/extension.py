@@ -48,14 +48,22 @@ class StoryMem(Extension):
     def prepare(
         self, model: WanModel, payload: MemoryPositions, inputs: ModelInputs, tokens: Tokens
     ) -> tuple[Tokens, None]:
-        """Memory at negative times, the video from 0 on."""
+        """Memory at negative times, the video from 0 on: frames turn by as much as they move in time.
+
+        So positions that another system gave to the video move along.
+        """
         frames, height, width = tokens.grid
         count, stride = payload.count, payload.stride
+        moves = [-(count - place) * stride - place for place in range(count)] + [-count] * (frames - count)
+        span = -min(moves)
         how = {"riflex_index": inputs.riflex_index, "riflex_frames": frames, "device": tokens.x.device}
-        before = model.rope((count * stride, height, width), start=(-count * stride, 0, 0), **how)
-        memory = before.unflatten(0, (count, stride, height * width))[:, 0].flatten(0, 1)
-        video = model.rope((frames - count, height, width), **how)
-        rope = torch.cat((memory, video, tokens.rope[video_tokens(tokens.grid) :]))
+        turns = model.rope((span + 1, 1, 1), start=(-span, 0, 0), **how)[[span + move for move in moves]]
+        video = tokens.rope[: video_tokens(tokens.grid)].unflatten(0, (frames, height * width))
+        cosine, sine = turns[:, None].unbind(-1)
+        turned = torch.stack(
+            (video[..., 0] * cosine - video[..., 1] * sine, video[..., 0] * sine + video[..., 1] * cosine), dim=-1
+        )
+        rope = torch.cat((turned.flatten(0, 1), tokens.rope[video_tokens(tokens.grid) :]))
         return tokens._replace(rope=rope), None
 
 
