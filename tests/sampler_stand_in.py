@@ -79,6 +79,7 @@ class GaussianTransformer:
 
 class FakeModel:
     payloads = ()
+    elsewhere = None
 
     def __init__(self, transformer=None, loras=()):
         self.transformer = transformer or GaussianTransformer(config())
