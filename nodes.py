@@ -8,13 +8,15 @@ from torch import Tensor
 from .host import get_host
 from .node_checks import Types, verdict
 from .node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, TILE_TIP, Inputs, Latent, mappings, round_size, whole_frames
-from .wanvideo.frames import latent_frames
+from .wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from .wanvideo.images import to_images, to_unit, to_video
 from .wanvideo.modules.vae import Tile, WanVAE
 from .wanvideo.request import ImageEmbeds, payloads_of
 
 LATENT_CHANNELS = 16
 LATENT_FACTOR = 8
+# Latents of a ring that are decoded anew, behind so many of its end: the original's.
+LOOP_START, LOOP_LEAD = 2, 3
 STRIDE_TIP = "Pixels from a tile to the next one {}; less than its {}, so that they overlap"
 
 
@@ -194,6 +196,19 @@ def _check_tiles(
         raise ValueError("tile_x and tile_y must be larger than their strides, so that tiles overlap.")
 
 
+def _closed(vae: WanVAE, latents: Tensor, video: Tensor, tile: Tile | None) -> Tensor:
+    """The video [3, 4 F, H, W] of a ring of latents [z, F, h, w], whose end leads to its start without a seam.
+
+    The VAE is causal, so that the first latents, decoded as a start, know nothing of the end and are one frame short of
+    a stride: they are decoded again behind the last ones.
+    """
+    before, start = latents[:, -LOOP_LEAD:], latents[:, :LOOP_START]
+    joined = vae.decode(torch.cat((before, start), dim=1), tile=tile)
+    skipped = VAE_TIME_STRIDE * (before.shape[1] - 1) + 1
+    decoded_anew = VAE_TIME_STRIDE * (start.shape[1] - 1) + 1
+    return torch.cat((joined[:, skipped:], video[:, decoded_anew:]), dim=1)
+
+
 class WanVideoDecode:
     """Decodes latents to pictures, frame by frame."""
 
@@ -250,7 +265,7 @@ class WanVideoDecode:
         tile_stride_y: int,
         normalization: str = "default",
     ) -> tuple[Tensor]:
-        """IMAGE of all frames; a video that the talking loop decoded already passes through."""
+        """IMAGE of all frames, a ring closed; a video that the talking loop decoded already passes through."""
         if samples.get("video") is not None:
             return (to_unit(samples["video"]),)
         latents = samples["samples"][0].float()
@@ -261,6 +276,8 @@ class WanVideoDecode:
         tile = Tile(x=tile_x, y=tile_y, stride_x=tile_stride_x, stride_y=tile_stride_y) if enable_vae_tiling else None
         try:
             video = vae.decode(latents, tile=tile)
+            if samples.get("looped"):
+                video = _closed(vae, latents, video, tile)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 "The GPU has too little memory to decode frames of this size: turn on enable_vae_tiling; the samples "

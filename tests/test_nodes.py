@@ -336,3 +336,28 @@ def test_pictures_keep_flat_colours_when_resized(method):
 def test_pictures_and_video_are_each_others_inverse():
     images = torch.rand(2, 4, 6, 4)
     torch.testing.assert_close(to_images(to_video(images)), images[..., :3])
+
+
+class Causal:
+    """A VAE whose frames show their latent and a tenth of the one before; the first of a video has none before it."""
+
+    managed = SimpleNamespace(release=lambda: None)
+
+    def decode(self, latents, *, tile=None):
+        colour = latents[0, :, 0, 0]
+        seen = colour + 0.1 * torch.cat((torch.zeros(1), colour[:-1]))
+        counts = torch.tensor([1] + [4] * (len(colour) - 1))
+        return seen.repeat_interleave(counts)[None, :, None, None].expand(3, -1, 2, 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_looped_video_is_decoded_as_a_ring(count):
+    """Four frames of every latent, each with the one before it, the last one before the first."""
+    colour = torch.rand(count, generator=torch.Generator().manual_seed(count)) * 0.5 - 0.25
+    samples = {"samples": colour[None, None, :, None, None].expand(1, 16, -1, 2, 2)}
+    decode = N["WanVideoDecode"]().decode
+    (ring,) = decode(Causal(), {**samples, "looped": True}, False, 272, 272, 144, 128)
+    want = (colour + 0.1 * colour.roll(1) + 1) / 2
+    torch.testing.assert_close(ring[:, 0, 0, 0], want.repeat_interleave(4))
+    (line,) = decode(Causal(), {**samples, "looped": False}, False, 272, 272, 144, 128)
+    assert len(line) == 4 * (count - 1) + 1

@@ -117,7 +117,7 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     finally:
         if request.force_offload:
             request.model.managed.release()
-    flags = _flags(request, generator, start.original)
+    flags = _flags(request, generator, start.original, frames - _references(request))
     return _latent(result.latents, flags), _latent(result.clean, flags)
 
 
@@ -285,12 +285,13 @@ def _references(request: SampleRequest) -> int:
     return request.image.leading_latents + request.image.trailing_latents
 
 
-def _flags(request: SampleRequest, generator: torch.Generator, original: Tensor | None) -> Latent:
+def _flags(request: SampleRequest, generator: torch.Generator, original: Tensor | None, frames: int) -> Latent:
     flags: Latent = {
         "generator_state": generator.get_state(),
         "extra_end_frame": request.image.extra_end_frame,
         "has_ref": request.image.leading_latents,
         "trailing_latents": request.image.trailing_latents,
+        "looped": request.context is not None and request.context.looped and request.context.apply_to(frames),
     }
     if original is not None:
         flags["original_image"] = original

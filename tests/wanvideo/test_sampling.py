@@ -36,6 +36,7 @@ from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, TextEmbeds
 from wanvideo_wrapper.wanvideo.sampling import prepare_start, sample
 from wanvideo_wrapper.wanvideo.schedulers import available
+from wanvideo_wrapper.wanvideo.windows import ContextOptions
 
 SPEECH = MultiTalk(features=6, intermediate_dim=8, context_tokens=2, output_dim=4, voiced=(0,))
 
@@ -387,3 +388,14 @@ def test_start_draws_the_noise_before_it_restores_the_generator():
     start = prepare_start(request(samples=samples, schedule=plan), plan, generator)
     torch.testing.assert_close(start.latents, samples["samples"][0])
     assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize(("context", "looped"), [
+    (None, False),
+    (ContextOptions(schedule="uniform_looped", size=5, stride=4, overlap=4), True),
+    (ContextOptions(schedule="uniform_looped", size=9, stride=4, overlap=4), False),
+    (ContextOptions(schedule="uniform_standard", size=5, stride=4, overlap=4), False),
+])  # fmt: skip
+def test_samples_say_whether_their_end_leads_to_their_start(context, looped):
+    for result in sample(request(context=context), FakeHost()):
+        assert result["looped"] is looped
