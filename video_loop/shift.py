@@ -6,11 +6,16 @@ Source: Mobius (Bi et al. 2025; YisuiTT/Mobius), latent shift.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..wanvideo.conditioning import Step
-from ..wanvideo.modifier import Modifier, Velocity
+from ..wanvideo.modifier import Modifier, Run, Velocity
+from ..wanvideo.request import Latent, SampleRequest
+
+if TYPE_CHECKING:
+    from ..host import Host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,15 @@ class LatentShift(Modifier):
         first = step.index - step.in_run
         before = (Step(index=index, total=step.total) for index in range(first, step.index))
         return self.skip * sum(self._acts(earlier) for earlier in before)
+
+    def around_run(self, run: Run) -> Run:
+        """The run, whose results say that they are a ring, for the decoder to close."""
+
+        def marked(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
+            result, clean = run(request, host)
+            return {**result, "looped": True}, {**clean, "looped": True}
+
+        return marked
 
     def around_velocity(self, velocity: Velocity) -> Velocity:
         """The velocity of the turned video, turned back. Timesteps of single frames turn with their frames."""

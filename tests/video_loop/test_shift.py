@@ -55,3 +55,11 @@ def test_a_run_of_the_sampler(tmp_path):
         assert torch.equal(runs.sample(loop_args=LatentShift(skip=3)), plain), "three latent frames turn to themselves"
         last = LatentShift(skip=1, start_percent=(STEPS - 1) / STEPS)
         assert torch.equal(runs.sample(loop_args=last), plain), "the first step of the range is not turned"
+
+
+def test_results_say_that_they_are_a_ring():
+    def run(request, host):
+        return {"samples": request}, {"samples": host}
+
+    results = LatentShift().around_run(run)(1, 2)
+    assert results == ({"samples": 1, "looped": True}, {"samples": 2, "looped": True})
