@@ -48,6 +48,7 @@ FOLDERS = (
     "time_to_move",
     "video_loop",
     "experimental",
+    "flashvsr",
     "longvie2",
     "story_mem",
     "ovi",

@@ -107,6 +107,7 @@ def test_base_families(name, prefix, tmp_path):
         ("recammaster_blocks", "wan21_t2v_1_3B"),
         ("ovi_audio_5B", "ovi_video_5B"),
         ("longvie2_extra", "wan21_i2v_14B"),
+        ("flashvsr_extra", "wan21_t2v_1_3B"),
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
@@ -114,7 +115,7 @@ def test_module_joins_its_base(module, base, tmp_path):
     part = with_aliases(open_checkpoint(sparse_file(tmp_path / "part.safetensors", keys_of(module))), SYSTEMS)
     kind = SYSTEMS.kind_of(part.shapes)
     part = part.chosen(lambda key: not key.startswith(kind.own))
-    assert len(part.shapes) >= 40
+    assert len(part.shapes) >= 8
     whole = with_aliases(base, SYSTEMS).joined([part])
     with torch.device("meta"):
         model = WanModel(config_of(base, SYSTEMS), SYSTEMS.detect(whole.shapes))

@@ -1,0 +1,54 @@
+"""The node that gives FlashVSR the video that it restores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..node_tools import CATEGORY, Inputs, mappings
+from ..wanvideo.frames import VAE_TIME_STRIDE
+from ..wanvideo.images import to_video
+from ..wanvideo.request import ImageEmbeds
+from .extension import LowQuality
+
+
+class WanVideoAddFlashVSRInput:
+    """The same embeds with a video that FlashVSR restores."""
+
+    DISPLAY_NAME = "WanVideo Add FlashVSR Input"
+    DESCRIPTION = "The video that FlashVSR restores, enlarged to the size of the result."
+    CATEGORY = CATEGORY
+    FUNCTION = "add"
+    RETURN_TYPES = ("WANVIDIMAGE_EMBEDS",)
+    RETURN_NAMES = ("image_embeds",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        strength = {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.01}
+        return {
+            "required": {
+                "embeds": ("WANVIDIMAGE_EMBEDS", {"tooltip": "Size and length of the result (WanVideoEmptyEmbeds)"}),
+                "images": ("IMAGE", {"tooltip": "The frames to restore, enlarged to that size"}),
+                "strength": ("FLOAT", {**strength, "tooltip": "How strongly they steer the result"}),
+            }
+        }
+
+    def add(self, embeds: ImageEmbeds, images: Tensor, strength: float) -> tuple[ImageEmbeds]:
+        """Embeds with the frames, in the place of earlier ones; those beyond the video's length are left out.
+
+        Raises ValueError if there are fewer than the video has.
+        """
+        count = embeds.num_frames
+        if images.shape[0] < count:
+            raise ValueError(
+                f"The FlashVSR images are {images.shape[0]} but the video has {count} frames: lower num_frames."
+            )
+        video = to_video(images[:count])
+        frames = torch.cat((video, video[:, -1:].expand(-1, VAE_TIME_STRIDE - 1, -1, -1)), dim=1)[None]
+        others = tuple(payload for payload in embeds.payloads if not isinstance(payload, LowQuality))
+        return (replace(embeds, payloads=(*others, LowQuality(frames, torch.tensor(strength)))),)
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoAddFlashVSRInput)
