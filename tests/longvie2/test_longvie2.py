@@ -181,7 +181,7 @@ def test_windows_see_their_frames_and_only_the_first_has_history():
 def test_the_first_frame_begins_as_a_blend_of_the_last_one_before_and_noise():
     noise, latents = random(16, FRAMES, HEIGHT, WIDTH, seed=8), random(16, FRAMES, HEIGHT, WIDTH, seed=9)
     start, generator = Start(latents, noise), torch.Generator()
-    first, later = (make_schedule(ScheduleSpec(name="euler", steps=4, start_step=step)) for step in (0, 2))
+    first, later = (make_schedule(ScheduleSpec(name="euler", steps=4, shift=5.0, start_step=step)) for step in (0, 2))
     started = Continuation(EARLIER, 0.9).begin(start, first, generator).latents
     torch.testing.assert_close(started[:, 0], 0.1 * EARLIER[0, :, -1] + 0.9 * noise[:, 0])
     assert torch.equal(started[:, 1:], latents[:, 1:])
