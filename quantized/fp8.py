@@ -27,9 +27,10 @@ LEAST_CAPABILITY = (8, 9)
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight [N, K] -> FP8 [N, K] and float32 scales [N, 1] that map each row's largest value to the format's."""
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / torch.finfo(dtype).max
-    return (wide / scale).to(dtype), scale
+    # No second weight in float32 but the quotient: this runs at load, for the largest layer too.
+    largest = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True)).float()
+    scale = largest.clamp(min=TINY) / torch.finfo(dtype).max
+    return (weight / scale).to(dtype), scale
 
 
 def row_scales(scale: Tensor | None, rows: int, device: torch.device) -> Tensor:

@@ -75,18 +75,19 @@ def check(
 
 def fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], *, dtype_of: DtypeOf) -> None:
     """The second half of `assign`: read the tensors of all parameters that are still on the meta device."""
-    state = {
-        name: kernel_ready(read(checkpoint, names[name], parameter.shape).to(dtype_of(name)), strided=False)
-        for name, parameter in model.named_parameters()
-        if parameter.is_meta
-    }
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            dtype, key = dtype_of(name), names[name]
+            value = read(checkpoint, key, parameter.shape, mapped=checkpoint.dtypes[key] != dtype)
+            state[name] = kernel_ready(value.to(dtype), strided=False)
     model.load_state_dict(state, assign=True, strict=False)
     model.eval().requires_grad_(False)
 
 
-def read(checkpoint: Checkpoint, name: str, shape: torch.Size) -> Tensor:
-    """The tensor `name` in the model's shape, which `check` has found to fit."""
-    value = checkpoint.tensor(name)
+def read(checkpoint: Checkpoint, name: str, shape: torch.Size, *, mapped: bool = False) -> Tensor:
+    """The tensor `name` in the model's shape, which `check` has found to fit. mapped: see `TensorFile.read`."""
+    value = checkpoint.tensor(name, mapped=mapped)
     if value.numel() != shape.numel():
         value = value[: shape[0], : shape[1]]
     return value.reshape(shape)

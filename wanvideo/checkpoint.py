@@ -68,10 +68,13 @@ class Checkpoint:
         """Number of values in all tensors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor `name` on the CPU, in aligned storage of its own, quantized forms expanded to float32."""
+    def tensor(self, name: str, *, mapped: bool = False) -> Tensor:
+        """The tensor `name` on the CPU, in aligned storage of its own, quantized forms expanded to float32.
+
+        mapped: see `TensorFile.read`.
+        """
         entry = self._entries[name]
-        return read_weight(entry.file, entry.weight)
+        return read_weight(entry.file, entry.weight, mapped=mapped)
 
     def stored(self, name: str) -> Stored:
         """The tensor and its scales as the file holds them."""

@@ -93,14 +93,13 @@ class GgufFile:
         with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _values(_Cursor(data, field.place), field)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
         """The tensor on the CPU: values as they are, blocks as bytes, uint8 [rows, bytes of a row]."""
         tensor = self._tensors[name]
-        if tensor.stored.format in DTYPES:
-            dtype = DTYPES[tensor.stored.format]
-            return read_bytes(self.path, self._start + tensor.offset, tensor.stored.shape, dtype)
-        shape = (tensor.size // tensor.row if tensor.row else 0, tensor.row)
-        return read_bytes(self.path, self._start + tensor.offset, shape, torch.uint8)
+        shape, dtype = tensor.stored.shape, DTYPES.get(tensor.stored.format)
+        if dtype is None:
+            shape, dtype = (tensor.size // tensor.row if tensor.row else 0, tensor.row), torch.uint8
+        return read_bytes(self.path, self._start + tensor.offset, shape, dtype, mapped=mapped)
 
     def _alignment(self) -> int:
         return self._fields.get(ALIGNMENT_FIELD, 32)

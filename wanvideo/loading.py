@@ -9,6 +9,7 @@ import logging
 import math
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ..attention import AttentionSpec
+from ..quantized.linear import QuantizedLinear
 from ..tensor_layout import watch
 from .assign import LoadReport, check, fill
 from .attention_plan import AttentionPlan
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanvideo")
 
+# Layers that are made at the same time: one is copied to the device, one from it. More would cost memory on both.
+AT_ONCE = 2
 FULL_PRECISION = ("patch_embedding",)
 KEPT_PRECISION = ("modulation", "norm")
 
@@ -217,10 +221,7 @@ def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[L
     report = check(model, checkpoint, names, what=TRANSFORMER)
     merged = MergedLoras(loras, model, checkpoint)
     with torch.no_grad():
-        for name, plain in list(model.named_modules()):
-            if not isinstance(plain, nn.Linear):
-                continue
-            layer = plan.layer(checkpoint, name, plain, merged, in_block=quantizable(model, name))
+        for name, layer in _layers(model, checkpoint, plan, merged):
             if layer is not None:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)
@@ -228,6 +229,24 @@ def _fill(model: WanModel, checkpoint: Checkpoint, plan: Plan, loras: Sequence[L
         merged.add_to_others(model)
     describe(model)
     return report
+
+
+def _layers(
+    model: WanModel, checkpoint: Checkpoint, plan: Plan, merged: MergedLoras
+) -> Iterator[tuple[str, QuantizedLinear | None]]:
+    """What replaces each linear layer. For a GPU the next ones are read while one is converted or copied back."""
+    plain = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+
+    @torch.no_grad()
+    def made(name: str) -> QuantizedLinear | None:
+        return plan.layer(checkpoint, name, plain[name], merged, in_block=quantizable(model, name))
+
+    if plan.device.type != "cuda":
+        yield from zip(plain, map(made, plain), strict=True)
+        return
+    at_work = torch.cuda.current_device()
+    with ThreadPoolExecutor(AT_ONCE, initializer=torch.cuda.set_device, initargs=(at_work,)) as pool:
+        yield from zip(plain, pool.map(made, plain), strict=True)
 
 
 def quantizable(model: WanModel, name: str) -> bool:

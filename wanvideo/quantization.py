@@ -94,7 +94,7 @@ class Plan:
         fast = self.fast and not checkpoint.full_precision(weight)
         difference = merged.weight(name)
         if stored is None or weight in self.anew:
-            value = checkpoint.tensor(weight)
+            value = checkpoint.tensor(weight, mapped=True)
             return self._converted(value if difference is None else value.float() + difference, bias, fast)
         shape = (plain.out_features, plain.in_features)
         layer = checkpoint.layer(weight, shape, bias, fast=self.device if fast else None)

@@ -2,8 +2,8 @@
 
 Source: the format's specification (huggingface/safetensors): eight bytes of header length, a JSON header, the data.
 The header is at least as strict as the reference library's: tensors fill the file without gaps or overlap. They are
-packed back to back, so views of a mapped file start at any byte; each is read into fresh memory instead, which torch
-aligns, and a file larger than main memory can still be inspected.
+packed back to back, so views of a mapped file start at any byte; what is kept is read into fresh memory instead, which
+torch aligns, and a file larger than main memory can still be inspected.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SafetensorsFile:
         except (ValueError, OSError) as error:
             raise unreadable(path, "safetensors", error) from error
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
         """The stored tensor, on the CPU, in its stored type."""
         stored = self.tensors[name]
         if stored.format not in DTYPES:
@@ -74,7 +74,8 @@ class SafetensorsFile:
                 f"{self.path.name}: tensor '{name}' has the type {stored.format}; use a file whose tensors are "
                 f"{', '.join(DTYPES)}."
             )
-        return read_bytes(self.path, self._start + self._places[name][0], stored.shape, DTYPES[stored.format])
+        begin = self._start + self._places[name][0]
+        return read_bytes(self.path, begin, stored.shape, DTYPES[stored.format], mapped=mapped)
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, object], int]:

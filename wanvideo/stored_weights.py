@@ -41,13 +41,13 @@ class Stored(NamedTuple):
     correction: Tensor | None = None
 
 
-def read_weight(file: TensorFile, weight: Weight) -> Tensor:
-    """The values: as stored where nothing scales them, else float32."""
+def read_weight(file: TensorFile, weight: Weight, *, mapped: bool = False) -> Tensor:
+    """The values: as stored where nothing scales them, else float32. mapped: see `TensorFile.read`."""
     form, _, blocks = weight.format.partition(" ")
     if form == BLOCKS:
-        return dequantize(file.read(weight.name), blocks, torch.float32).reshape(weight.shape)
+        return dequantize(file.read(weight.name, mapped=True), blocks, torch.float32).reshape(weight.shape)
     if weight.scale is None:
-        return file.read(weight.name)
+        return file.read(weight.name, mapped=mapped)
     stored = read_stored(file, weight)
     if form not in FP8_FORMATS and weight.quantized and len(weight.shape) == 2:
         return layer_of(stored, weight, weight.shape, None).expanded(torch.float32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +38,12 @@ class TensorFile(Protocol):
     def tensors(self) -> Mapping[str, StoredTensor]:
         """The header."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in aligned storage of its own; GGUF blocks as bytes, uint8 [rows, bytes of a row]."""
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """One tensor in aligned storage of its own; GGUF blocks as bytes, uint8 [rows, bytes of a row].
+
+        mapped: a view of the file instead, for what is converted at once and let go; it takes no memory that the
+        system could not take back.
+        """
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> ValueError:
@@ -75,20 +82,38 @@ def byte_range(name: str, offsets: object) -> tuple[int, int]:
     return begin, end
 
 
-def read_bytes(path: Path, begin: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor whose bytes start at `begin`, read into fresh memory.
+def read_bytes(path: Path, begin: int, shape: Sequence[int], dtype: torch.dtype, *, mapped: bool = False) -> Tensor:
+    """A tensor whose bytes start at `begin`, read into fresh memory, or mapped where it lies at a whole address.
 
     Raises ValueError where the file has become shorter since its header was checked.
     """
+    size = math.prod(shape) * dtype.itemsize
+    if mapped and size and begin % dtype.itemsize == 0:
+        return _mapped(path, begin, size, dtype).view(tuple(shape))
     value = torch.empty(tuple(shape), dtype=dtype)
-    if not value.nbytes:
+    if not size:
         return value
     with path.open("rb") as file:
         file.seek(begin)
         got = file.readinto(value.reshape(-1).view(torch.uint8).numpy())
-    if got != value.nbytes:
-        raise ValueError(f"{path.name} became shorter while it was read; download it again.")
+    if got != size:
+        raise _shorter(path)
     return value
+
+
+def _mapped(path: Path, begin: int, size: int, dtype: torch.dtype) -> Tensor:
+    # Of this stretch alone, so that what was read of the file does not count as this process's memory.
+    start = begin - begin % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < begin + size:
+            raise _shorter(path)
+        # A private copy of what is written, though nobody writes: torch warns of memory that it could not write to.
+        memory = mmap.mmap(file.fileno(), begin + size - start, access=mmap.ACCESS_COPY, offset=start)
+    return torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize, offset=begin - start)
+
+
+def _shorter(path: Path) -> ValueError:
+    return ValueError(f"{path.name} became shorter while it was read; download it again.")
 
 
 class Parts:
@@ -110,9 +135,9 @@ class Parts:
             self._places |= dict.fromkeys(file.tensors, file)
         self.tensors: Mapping[str, StoredTensor] = {name: file.tensors[name] for name, file in self._places.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
         """One tensor, from the part that has it."""
-        return self._places[name].read(name)
+        return self._places[name].read(name, mapped=mapped)
 
 
 def parts_of(file: TensorFile) -> tuple[TensorFile, ...]:

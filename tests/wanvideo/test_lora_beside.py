@@ -7,11 +7,17 @@ import weakref
 import lora_files
 import pytest
 import torch
+from gguf import GGMLQuantizationType, quants
 from lora_files import KINDS, randn, save, spelled
 from torch import nn
 from wanvideo_wrapper.kernels.fp8_rows import quantize
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
+from wanvideo_wrapper.quantized.gguf import GgufLinear
+from wanvideo_wrapper.quantized.int4 import Int4Linear
+from wanvideo_wrapper.quantized.int8 import Int8MatmulLinear
+from wanvideo_wrapper.quantized.mxfp8 import Mxfp8MatmulLinear
 from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear
+from wanvideo_wrapper.quantized.w4a8 import W4a8MatmulLinear
 from wanvideo_wrapper.wanvideo.lora import LoraFile, beside
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 
@@ -27,6 +33,11 @@ STORAGES = {
     "NVFP4": (torch.bfloat16, Nvfp4Linear.quantize, 1e-2),
     "NVFP4 in FP8 products": (torch.bfloat16, Nvfp4Fp8Linear.quantize, 1e-2),
     "NVFP4 products": (torch.bfloat16, Nvfp4MatmulLinear.quantize, 1e-2),
+    "GGUF": (torch.bfloat16, lambda w, b: blocks(w, b), 1e-2),
+    "MXFP8 products": (torch.bfloat16, Mxfp8MatmulLinear.quantize, 1e-2),
+    "INT8 products": (torch.bfloat16, lambda w, b: Int8MatmulLinear.quantize(w, b, 64), 1e-2),
+    "INT4": (torch.float32, lambda w, b: Int4Linear.quantize(w, b, 64), 1e-5),
+    "W4A8 products": (torch.bfloat16, lambda w, b: W4a8MatmulLinear.quantize(w, b, 16, 64), 1e-2),
 }
 
 
@@ -47,6 +58,11 @@ def static(weight, bias):
     from wanvideo_wrapper.quantized.fp8 import quantize_rows
 
     return Fp8MatmulLinear(*quantize_rows(weight, torch.float8_e4m3fn), bias, torch.tensor(0.01))
+
+
+def blocks(weight, bias):
+    rows = quants.quantize(weight.numpy(), GGMLQuantizationType.Q4_0)
+    return GgufLinear(torch.from_numpy(rows), "Q4_0", bias)
 
 
 class Block(nn.Module):
@@ -177,7 +193,10 @@ def compile_blocks(model, compiler):
 # -: none, A, B: one of two of other ranks, +: both.
 ORDERS = [
     *((order, storage) for order in ("-A-B+", "A-B+A", "B+-A", "+AB-A") for storage in ("float32", "FP8 products")),
-    *(("-A-B+A", storage) for storage in ("bfloat16", "FP8", "NVFP4", "NVFP4 in FP8 products")),
+    *(
+        ("-A-B+A", storage)
+        for storage in ("bfloat16", "FP8", "NVFP4", "NVFP4 in FP8 products", "GGUF", "INT8 products", "W4A8 products")
+    ),
 ]
 
 

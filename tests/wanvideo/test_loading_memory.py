@@ -1,0 +1,137 @@
+"""Loading takes the memory of what is kept and of one layer, and reads what is converted from the mapped file."""
+
+import resource
+import threading
+
+import pytest
+import torch
+from memory_count import LiveBytes
+from safetensors.torch import save_file
+from saved_models import quantizable
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantize_rows
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo import loading
+from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
+from wanvideo_wrapper.wanvideo.lora import LoraFile
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+
+HOST = StandaloneHost(device="cpu")
+DIM, FFN = 512, 2048
+LARGEST = DIM * FFN * 4
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A model of 50 MB in bfloat16, with layers of 2 MB, and the same in FP8."""
+    with torch.device("meta"):
+        config = WanConfig(dim=DIM, ffn_dim=FFN, num_heads=4, num_layers=6, in_dim=16, text_dim=tiny.TEXT_DIM)
+        shapes = {name: p.shape for name, p in WanModel(config).named_parameters()}
+    tensors = {name: torch.randn(shape, dtype=BF16) * 0.02 for name, shape in shapes.items()}
+    folder, metadata = tmp_path_factory.mktemp("large"), {"wanvideo.num_heads": "4"}
+    save_file(tensors, folder / "bf16.safetensors", metadata=metadata)
+    for name in [name for name, value in tensors.items() if quantizable(name, value)]:
+        tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensors[name], torch.float8_e4m3fn)
+    save_file(tensors, folder / "fp8.safetensors", metadata=metadata)
+    return folder
+
+
+def held(model):
+    return sum({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "base"),
+    [
+        ("bf16", "disabled", BF16), ("bf16", "disabled", torch.float32), ("bf16", "fp8_e4m3fn", BF16),
+        ("bf16", "fp4_scaled", BF16), ("fp8", "disabled", BF16), ("fp8", "fp8_e4m3fn_scaled_fast", BF16),
+        ("fp8", "fp4_scaled", BF16),
+    ],
+)  # fmt: skip
+def test_no_second_copy_of_a_model(file, name, option, base):
+    with LiveBytes() as live:
+        model = load_wan_model(
+            file / f"{name}.safetensors", LoadOptions(base_dtype=base, quantization=option), HOST, SYSTEMS
+        )
+    kept = held(model.transformer)
+    assert kept > 12e6 and kept <= live.now
+    # NVFP4 is made in float32, in several steps.
+    assert live.peak - kept < (10 if option == "fp4_scaled" else 2.5) * LARGEST
+
+
+def test_no_second_copy_where_a_lora_is_merged(file, tmp_path):
+    pairs = {
+        f"diffusion_model.blocks.{block}.ffn.{layer}.lora_{half}.weight": torch.randn(shape) * 0.02
+        for block in range(6)
+        for layer, (rows, columns) in ((0, (FFN, DIM)), (2, (DIM, FFN)))
+        for half, shape in (("A", (4, columns)), ("B", (rows, 4)))
+    }
+    save_file(pairs, tmp_path / "l.safetensors")
+    options = LoadOptions(
+        base_dtype=BF16, quantization="fp8_e4m3fn", loras=(LoraFile(path=tmp_path / "l.safetensors"),)
+    )
+    with LiveBytes() as live:
+        model = load_wan_model(file / "bf16.safetensors", options, HOST, SYSTEMS)
+    assert live.peak - held(model.transformer) < 6 * LARGEST
+
+
+def test_what_is_mapped_is_given_back(file):
+    checkpoint = open_checkpoint(file / "bf16.safetensors")
+    names = [name for name in checkpoint.shapes if name.endswith("ffn.0.weight")]
+    checkpoint.tensor(names[0], mapped=True).sum()
+    before = resident()
+    total = sum(float(checkpoint.tensor(name, mapped=True).float().sum()) for name in names)
+    assert resident() - before < 1.5 * LARGEST
+    assert total == sum(float(checkpoint.tensor(name).float().sum()) for name in names)
+
+
+def resident():
+    """Bytes of this process that are in memory, those of mapped files included."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_a_file_that_became_shorter_is_named(file, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.randn(9, 7).bfloat16(), "b": torch.randn(64, 64).bfloat16()}, path)
+    checkpoint = open_checkpoint(path)
+    want = {name: checkpoint.tensor(name) for name in ("a", "b")}
+    assert all(torch.equal(checkpoint.tensor(name, mapped=True), value) for name, value in want.items())
+    path.write_bytes(path.read_bytes()[:-1])
+    for mapped in (True, False):
+        with pytest.raises(ValueError, match=r"^m\.safetensors became shorter while it was read; download it again\.$"):
+            [checkpoint.tensor(name, mapped=mapped) for name in want]
+
+
+def test_layers_are_made_ahead_for_a_gpu(file, monkeypatch):
+    """In order, by threads that use the loader's GPU; a fault of one is the loader's."""
+    used, threads = [], set()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+
+    class Plan:
+        device = torch.device("cuda")
+        fault = None
+
+        def layer(self, checkpoint, name, plain, merged, *, in_block):
+            threads.add(threading.get_ident())
+            if name == self.fault:
+                raise ValueError(f"{name} is broken.")
+            return Fp8Linear.quantize(torch.randn(4, 32), None, torch.float8_e4m3fn) if in_block else None
+
+    with torch.device("meta"):
+        config = WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=2, in_dim=16, text_dim=tiny.TEXT_DIM)
+        model = WanModel(config)
+    plan, names = Plan(), [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    made = list(loading._layers(model, None, plan, None))
+    assert [name for name, _ in made] == names and threading.get_ident() not in threads
+    assert all((layer is not None) == loading.quantizable(model, name) for name, layer in made)
+    assert set(used) == {3} and len(used) <= loading.AT_ONCE
+    plan.fault = names[-2]
+    with pytest.raises(ValueError, match="is broken"):
+        list(loading._layers(model, None, plan, None))
