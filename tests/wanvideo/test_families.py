@@ -1,6 +1,7 @@
 """Every published key and shape of the base families is what the model is built with; other systems are named."""
 
 import json
+import math
 import struct
 
 import pytest
@@ -9,12 +10,16 @@ from published_keys import keys_of
 from wanvideo_wrapper import NODE_DISPLAY_NAME_MAPPINGS
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.architecture import config_of
+from wanvideo_wrapper.wanvideo.assign import check
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
-from wanvideo_wrapper.wanvideo.families import LORA_KIND, OTHER_KINDS, TRANSFORMER_KIND
+from wanvideo_wrapper.wanvideo.families import LORA_KIND, OTHER_KINDS, TRANSFORMER, TRANSFORMER_KIND
 from wanvideo_wrapper.wanvideo.inspect import describe
-from wanvideo_wrapper.wanvideo.load_plan import with_aliases
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, contents, with_aliases
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.quantization import plan_of
+from wanvideo_wrapper.wanvideo.safetensors_file import BITS
 
+BF16 = LoadOptions(base_dtype=torch.bfloat16)
 BASE = {
     "wan21_t2v_1_3B": (1536, 30, 12, 16, ()),
     "wan21_t2v_14B": (5120, 40, 40, 16, ()),
@@ -51,12 +56,13 @@ REFUSED = {
 }
 
 
-def sparse_file(path, shapes, metadata=None):
-    """A safetensors file of the right length whose tensors are holes in the file."""
+def sparse_file(path, shapes, metadata=None, types=None):
+    """A safetensors file of the right length whose tensors are holes in the file. types: of those that are not BF16."""
     header, offset = {"__metadata__": metadata} if metadata else {}, 0
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        form = (types or {}).get(name, "BF16")
+        size = torch.Size(shape).numel() * BITS[form] // 8
+        header[name] = {"dtype": form, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -90,6 +96,99 @@ def test_base_families(name, prefix, tmp_path):
         key.removeprefix("video_model."): shape for key, shape in published.items() if not key.startswith("model_type.")
     }
     assert built == published
+
+
+# The others are as this one, and take longer.
+QUICK = ("wan21_t2v_1_3B", "wan21_fun_inp_1_3B")
+
+
+def tiles(rows, columns, block):
+    """Shape of block scales in cuBLAS' order."""
+    return -(-rows // 128) * 128, -(-columns // block // 4) * 4
+
+
+# Storage -> what a linear layer's weight of N x K becomes in a file: leaf -> type and shape; and its mark.
+STORED = {
+    "F8_E4M3 scaled": (lambda n, k: {"weight": ("F8_E4M3", (n, k)), "scale_weight": ("F32", ())}, None),
+    "NVFP4": (
+        lambda n, k: {"weight": ("U8", (n, k // 2)), "weight_scale": ("F8_E4M3", tiles(n, k, 16)),
+                      "weight_scale_2": ("F32", ())},
+        {"format": "nvfp4"},
+    ),
+    "MXFP8": (
+        lambda n, k: {"weight": ("F8_E4M3", (n, k)), "weight_scale": ("F8_E8M0", tiles(n, k, 32))}, {"format": "mxfp8"}
+    ),
+    "INT8": (
+        lambda n, k: {"weight": ("I8", (n, k)), "weight_scale": ("F32", (n, 1))}, {"format": "int8_tensorwise"}
+    ),
+    "INT4 rotated": (
+        lambda n, k: {"weight": ("I8", (n, k // 2)), "weight_scale": ("F32", (n,))}, {"format": "convrot_w4a4"}
+    ),
+    "W4A8": (
+        lambda n, k: {"weight": ("I8", (n, k // 2)), "weight_s_rel": ("F8_E4M3", (n, k // 16)),
+                      "weight_s_channel": ("F32", (n,)), "weight_codebook": ("F32", (16,))},
+        {"format": "asym_w4a8_int8"},
+    ),
+}  # fmt: skip
+
+
+def stored_file(path, shapes, storage):
+    """The file with its large linear layers in this storage, as ComfyUI and Kijai write it."""
+    make, mark = STORED[storage]
+    tensors, marks = {}, {}
+    for name, shape in shapes.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "weight" or "blocks." not in name or len(shape) != 2 or shape[1] % 256:
+            tensors[name] = ("BF16", shape)
+            continue
+        marks[layer] = mark
+        tensors |= {f"{layer}.{part}": stored for part, stored in make(*shape).items()}
+    metadata = {"_quantization_metadata": json.dumps({"layers": marks})} if mark else None
+    types = {name: form for name, (form, _) in tensors.items()}
+    return sparse_file(path, {name: shape for name, (_, shape) in tensors.items()}, metadata, types)
+
+
+def gguf_file(path, shapes):
+    """Large linear layers in Q4_K; five dimensions as city96's converter writes them."""
+    fields, infos, offset = b"", b"", 0
+    large = {name: shape for name, shape in shapes.items() if len(shape) > 4}
+    for name, shape in large.items():
+        key = b"comfy.gguf.orig_shape." + name.encode()
+        fields += struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 5, len(shape))
+        fields += struct.pack(f"<{len(shape)}i", *shape)
+    for name, shape in shapes.items():
+        quantized = name.endswith(".weight") and "blocks." in name and len(shape) == 2 and shape[1] % 256 == 0
+        dims, count = (math.prod(shape),) if name in large else shape[::-1], math.prod(shape)
+        infos += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(dims))
+        infos += struct.pack(f"<{len(dims)}QIQ", *dims, 12 if quantized else 1, offset)
+        size = count // 256 * 144 if quantized else 2 * count
+        offset += -(-size // 32) * 32
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(large)) + fields + infos
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(-(-len(head) // 32) * 32 + offset)
+    return path
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BASE])
+def test_every_family_in_every_storage(name, tmp_path):
+    shapes = {key: shape for key, shape in keys_of(name).items() if not key.startswith("model_type.")}
+    plain = contents(sparse_file(tmp_path / f"{name}.safetensors", shapes), BF16, SYSTEMS)
+    with torch.device("meta"):
+        model = WanModel(plain.config, plain.extensions)
+    names = {key: key for key, _ in model.named_parameters()}
+    files = {"GGUF Q4_K": gguf_file(tmp_path / f"{name}.gguf", shapes)}
+    for storage in STORED:
+        files[storage] = stored_file(tmp_path / f"{name} {storage}.safetensors", shapes, storage)
+    for storage, path in files.items():
+        found = contents(path, BF16, SYSTEMS)
+        assert found.config == plain.config
+        assert [type(e) for e in found.extensions] == [type(e) for e in plain.extensions]
+        check(model, found.checkpoint, names, what=TRANSFORMER)
+        assert found.checkpoint.shapes == plain.checkpoint.shapes
+        assert found.checkpoint.formats["blocks.1.self_attn.q.weight"] == storage
+        # The loader takes it as it is, or says what to choose.
+        plan_of("disabled", found.main, device=torch.device("cpu"), base=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
