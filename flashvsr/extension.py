@@ -1,7 +1,7 @@
 """FlashVSR (Zhuang et al. 2025): a video of low quality, enlarged, steers its restoration.
 
-Convolutions make one feature map of every four frames, on the grid of the tokens, and linear layers what is added to the
-tokens before the first blocks.
+Convolutions make one feature map of every four frames, on the grid of the tokens, and linear layers what is added to
+the tokens before the first blocks.
 
 Source: OpenImagingLab/FlashVSR (Buffer_LQ4x_Proj). Shapes: B batch, F latent frames, H, W pixels, h, w tokens a side.
 """

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import qwen_files
 import torch
 from safetensors.torch import save_file
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
@@ -76,6 +77,8 @@ FILES = {
     "LoadWanVideoClipTextEncoder": {"model_name": "clip.safetensors"},
     "Wav2VecModelLoader": {"model": "w.safetensors"},
     "WanVideoLoraSelectByName": {"lora_name": "distill"},
+    "QwenLoader": {"model": "qwen.safetensors"},
+    "WanVideoPromptExtenderSelect": {"model": "qwen.safetensors"},
 }
 
 
@@ -89,6 +92,7 @@ def host(tmp_path_factory):
     (models / "vae_approx").mkdir()
     save_file(TinyAutoencoder(layout).state_dict(), models / "vae_approx/tae.safetensors")
     tiny.text_encoder().save(models / "text_encoders/t5.safetensors")
+    qwen_files.language_model().save(models / "text_encoders/qwen.safetensors")
     tiny.clip_vision().save(models / "clip_vision/clip.safetensors")
     tiny.wav2vec().save(models / "wav2vec2/w.safetensors")
     vae = (models / "vae/vae.safetensors").read_bytes()
