@@ -87,8 +87,8 @@ class RandomFile:
         self.tensors = {key: StoredTensor(shape=shape, format="BF16") for key, shape in shapes.items()}
         self._pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(SPREAD).bfloat16()
 
-    def read(self, name: str) -> Tensor:
-        """A new tensor."""
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """A new tensor in any case."""
         shape = self.tensors[name].shape
         count = math.prod(shape)
         values = self._pool.repeat(-(-count // POOL))[:count].clone().reshape(shape)

@@ -107,6 +107,7 @@ class _Plain:
         self._checkpoint, self._source = checkpoint, source
         self.shapes = {name: self._shape(*entry) for name, entry in source.items()}
         self.formats = {name: checkpoint.formats[key] for name, (key, _) in source.items()}
+        self.dtypes = {name: checkpoint.dtypes[key] for name, (key, _) in source.items()}
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Plain:
@@ -127,10 +128,10 @@ class _Plain:
         shape = self._checkpoint.shapes[key]
         return shape if part is None else (shape[0] // len(FUSED), *shape[1:])
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor; a third of the fused one for q, k and v."""
+    def tensor(self, name: str, *, mapped: bool = False) -> Tensor:
+        """The tensor; a third of the fused one for q, k and v. mapped: see `TensorFile.read`."""
         key, part = self._source[name]
-        value = self._checkpoint.tensor(key)
+        value = self._checkpoint.tensor(key, mapped=mapped)
         return value if part is None else value.chunk(len(FUSED))[part].clone()
 
 
