@@ -16,8 +16,8 @@ REQUIRED = (
     "head.head.weight",
     "time_embedding.0.weight",
     "blocks.0.ffn.0.weight",
-    "text_embedding.0.weight",
 )
+TEXT, TEXT_READER = "text_embedding.0.weight", "blocks.0.cross_attn.q.weight"
 
 
 def config_of(checkpoint: Checkpoint, systems: Systems) -> WanConfig:
@@ -32,7 +32,8 @@ def config_of(checkpoint: Checkpoint, systems: Systems) -> WanConfig:
         found = "an unknown kind of file" if kind is None else f"a {kind.name}"
         loader = f"; load it with '{kind.loader}'" if kind is not None and kind.loader and kind.name != LORA else ""
         raise ValueError(f"{name} is {found}, not a Wan transformer{loader or '; choose another file'}.")
-    missing = [key for key in REQUIRED if key not in shapes]
+    required = (*REQUIRED, TEXT, TEXT_READER) if TEXT in shapes or TEXT_READER in shapes else REQUIRED
+    missing = [key for key in required if key not in shapes]
     if missing:
         raise ValueError(f"{name} lacks '{missing[0]}', so it is no complete Wan transformer; download it again.")
     for system, key in systems.missing(shapes).items():
@@ -44,7 +45,7 @@ def _config(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Wa
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     if tuple(patch) != PATCH_SIZE:
         raise ValueError(f"{checkpoint.path.name} has patches of {tuple(patch)}; only {PATCH_SIZE} can be run.")
-    text_dim = shapes["text_embedding.0.weight"][1]
+    text_dim = shapes[TEXT][1] if TEXT in shapes else 0
     return WanConfig(
         dim=dim,
         # NVFP4 fills weights up to whole blocks, but never their bias.

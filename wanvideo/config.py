@@ -21,7 +21,8 @@ class WanConfig:
 
     dim: channel width; ffn_dim: feed-forward width; num_heads, num_layers: counts.
     in_dim: latent channels at the patch embedding, condition channels included; out_dim: channels predicted.
-    text_dim: width of the text encoder's output; text_len: tokens that the text is padded to.
+    text_dim: width of the text encoder's output, 0 for a model that reads no text; text_len: tokens that the text is
+    padded to.
     """
 
     dim: int

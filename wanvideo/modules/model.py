@@ -53,8 +53,10 @@ class WanAttentionBlock(nn.Module):
         self.extensions: tuple[Extension, ...] = ()
         self.norm1 = WanLayerNorm(config.dim, config.eps)
         self.self_attn = WanSelfAttention(config, attention)
-        self.norm3 = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
-        self.cross_attn = WanT2VCrossAttention(config, sdpa())
+        self.reads_text = config.text_dim > 0
+        if self.reads_text:
+            self.norm3 = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
+            self.cross_attn = WanT2VCrossAttention(config, sdpa())
         self.norm2 = WanLayerNorm(config.dim, config.eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
@@ -96,7 +98,8 @@ class WanAttentionBlock(nn.Module):
 
     def read(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> Tensor:
         """The second half: text cross-attention and feed-forward, each added to x."""
-        x, hooks = self._read_text(x, inputs, hooks)
+        if self.reads_text:
+            x, hooks = self._read_text(x, inputs, hooks)
         x, _ = run_hooks("after_cross_attn", self, x, hooks)
         return self._feed_forward(x, inputs, rows)
 
@@ -157,9 +160,10 @@ class WanModel(nn.Module):
         self.tokens_at_once = 0
         self.rope_scales = UNSCALED
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        if config.text_dim:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanAttentionBlock(config, attention or sdpa()) for _ in range(config.num_layers))
@@ -182,8 +186,8 @@ class WanModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the residual stream: that of the text embedding, which is never quantized."""
-        return self.text_embedding[0].weight.dtype
+        """Dtype of the residual stream: that of an embedding, which is never quantized."""
+        return (self.text_embedding if self.config.text_dim else self.time_embedding)[0].weight.dtype
 
     def forward(self, inputs: ModelInputs, memory: StepMemory | None = None) -> Tensor:
         """Velocity [B, out_dim, F, H, W] float32. memory: of a step cache, which may leave blocks out.
@@ -326,7 +330,12 @@ class WanModel(nn.Module):
         )
 
     def embed_text(self, text: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Prompts [tokens, text_dim] each -> [B, T, C] in `dtype`, padded to the model's text length."""
+        """Prompts [tokens, text_dim] each -> [B, T, C] in `dtype`, padded to the model's text length.
+
+        T is 0 where the model reads no text.
+        """
+        if not self.config.text_dim:
+            return torch.zeros(len(text), 0, self.config.dim, dtype=dtype, device=self.time_embedding[0].weight.device)
         length = max(self.config.text_len, *(t.shape[0] for t in text))
         padded = torch.stack([F.pad(t, (0, 0, 0, length - t.shape[0])) for t in text])
         return self.text_embedding(padded.to(self.compute_dtype)).to(dtype)
