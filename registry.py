@@ -24,6 +24,7 @@ FOLDERS = (
     "steadydancer",
     "lucy_edit",
     "realisdance",
+    "minimax_remover",
     "fun_camera",
     "clip_image",
     "multitalk",

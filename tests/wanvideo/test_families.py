@@ -46,11 +46,13 @@ BASE = {
     "steadydancer_14B": (5120, 40, 40, 36, ("SteadyDancer", "ClipImageExtension")),
     "recammaster_1_3B": (1536, 30, 12, 16, ("ReCamMaster",)),
     "ovi_11B": (3072, 30, 24, 48, ("Ovi",)),
+    "minimaxremover_1_3B": (1536, 30, 12, 48, ("FunControl", "MiniMaxRemover")),
 }
 WITH_WEIGHTS = (
     "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "Animate", "VaceExtension",
     "MtvCrafter", "FrameRateEmbedding", "ReCamMaster", "SteadyDancer",
     "Ovi",
+    "MiniMaxRemover",
 )  # fmt: skip
 REFUSED = {
 }
