@@ -1,5 +1,5 @@
 # make demo: install into .venv and make the demo video.   make test: install and run all tests that this machine can.
-# make fuzz: 10,000 mutated inputs for each reader.
+# make fuzz: 10,000 mutated inputs for each reader.   make kills: 100 runs that are killed, 40 at once in one folder.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 # An interpreter with what ComfyUI needs and this pack; comfy-cli makes it beside ComfyUI or inside.
 COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(COMFYUI_PATH)/../venv/bin/python) $(BIN)/python)
 
-.PHONY: demo cluster-demo test fuzz lint docs comfyui-test gpu-test gpu-memcheck clean
+.PHONY: demo cluster-demo test fuzz kills lint docs comfyui-test gpu-test gpu-memcheck clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/wanvideo demo
@@ -27,6 +27,9 @@ test: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz tests/wanvideo/test_headers.py tests/wanvideo/test_lora_generated.py
+
+kills: $(VENV)/.installed
+	@KILLS=100 PAIRS=20 $(BIN)/python -m pytest tests/headless/test_kills.py
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
