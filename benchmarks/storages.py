@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from forward import DEVICE, DTYPE, milliseconds, randomise
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from wanvideo_wrapper.bench.clock import seconds
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear
 from wanvideo_wrapper.quantized.gguf import GgufLinear
@@ -36,6 +36,7 @@ from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 E4M3 = torch.float8_e4m3fn
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 STORAGES: dict[str, Callable[[Tensor, Tensor], QuantizedLinear]] = {
     "fp8": lambda weight, bias: Fp8Linear.quantize(weight, bias, E4M3),
     "fp8_fast": lambda weight, bias: Fp8Linear.fast_kind(DEVICE).quantize(weight, bias, E4M3),
@@ -65,7 +66,9 @@ def model_of(layers: int, storage: str) -> WanModel:
     """A stack of blocks of 14B with random weights."""
     with torch.device("meta"):
         model = WanModel(WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=layers))
-    model = randomise(model)
+    model = model.to_empty(device=DEVICE).to(DTYPE).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and name.startswith("blocks.") and not keeps_precision(name):
             parent, _, leaf = name.rpartition(".")
@@ -100,7 +103,7 @@ def per_block(storage: str, inputs: ModelInputs, options: argparse.Namespace, fo
         lora = lora_of(folder / f"{layers}.safetensors", layers, options.rank)
         for name, found in times.items():
             with nullcontext() if name == "alone" else beside(model, (lora,), DEVICE, DTYPE):
-                found.append(milliseconds(partial(model, inputs)))
+                found.append(1000 * seconds({"": partial(model, inputs)}, DEVICE)[""])
         del model
         torch._dynamo.reset()
         torch.cuda.empty_cache()
