@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from ..distributed.crew import Crew, End, LocalCrew
+from ..distributed.crew import Crew, End, LocalCrew, Work
 from .job import Edits, Folders, Job
+from .results import Delivering, Results
 from .session import Session, in_folder
 
 log = logging.getLogger("wanvideo")
@@ -39,12 +40,8 @@ class Entry:
     name: str
     job: Job
     digest: str
+    results: Results
     tries: int = 0
-
-    @property
-    def folder(self) -> Path:
-        """Of its results."""
-        return self.job.folders.outputs
 
     @property
     def models(self) -> tuple[object, ...]:
@@ -54,21 +51,27 @@ class Entry:
     def done(self) -> dict[str, object] | None:
         """What result.json says, if it is of this job and its files are there."""
         try:
-            result = json.loads((self.folder / RESULT).read_text())
-            fine = result["digest"] == self.digest and all((self.folder / name).is_file() for name in result["files"])
+            result = json.loads(self.results.read(f"{self.name}/{RESULT}"))
+            fine = result["digest"] == self.digest and set(result["files"]) <= set(self.results.files(self.name))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return result if fine else None
 
+    def finish(self, seconds: float) -> None:
+        """Write result.json."""
+        names = [name for name in self.results.files(self.name) if name != RESULT]
+        text = json.dumps({"digest": self.digest, "seconds": seconds, "files": names}, indent=1)
+        self.results.write(f"{self.name}/{RESULT}", text)
 
-def entries(path: Path, out: Path, folders: Folders) -> list[Entry]:
+
+def entries(path: Path, results: Results, folders: Folders) -> list[Entry]:
     """The jobs of the file. Raises ValueError, naming the line, for what is no job."""
     found: dict[str, Entry] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            entry = _entry(json.loads(line), path.parent, out, folders)
+            entry = _entry(json.loads(line), path.parent, results, folders)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
         if entry.name in found:
@@ -79,7 +82,7 @@ def entries(path: Path, out: Path, folders: Folders) -> list[Entry]:
     return list(found.values())
 
 
-def _entry(values: object, base: Path, out: Path, folders: Folders) -> Entry:
+def _entry(values: object, base: Path, results: Results, folders: Folders) -> Entry:
     if not isinstance(values, dict) or not isinstance(values.get("workflow"), str) or set(values) - KEYS:
         raise ValueError(f"a job is an object with a 'workflow' and no keys but {', '.join(sorted(KEYS))}.")
     changes = values.get("set", {})
@@ -93,7 +96,8 @@ def _entry(values: object, base: Path, out: Path, folders: Folders) -> Entry:
     name = str(values.get("id", f"{workflow.stem}_{digest}"))
     if not NAME.fullmatch(name) or name.startswith("."):
         raise ValueError(f"the id '{name}' cannot be a folder's name: use letters, digits, '_', '-' and '.'.")
-    return Entry(name, in_folder(Job(workflow=workflow, folders=folders, edits=edits), out / name), digest)
+    job = in_folder(Job(workflow=workflow, folders=folders, edits=edits), results.folder / name)
+    return Entry(name, job, digest, results)
 
 
 def _text(value: object) -> str:
@@ -122,7 +126,7 @@ class Batch:
         entry = next((e for e in self.waiting if e.models == self.has.get(worker)), self.waiting[0])
         self.waiting.remove(entry)
         entry.tries += 1
-        entry.folder.mkdir(parents=True, exist_ok=True)
+        entry.job.folders.outputs.mkdir(parents=True, exist_ok=True)
         self.running[worker], self.has[worker] = (entry, time.time()), entry.models
         log.info("Worker %d begins '%s'.", worker, entry.name)
         self.crew.begin(worker, entry.job)
@@ -131,7 +135,7 @@ class Batch:
         entry, began = self.running.pop(end.worker)
         if end.failure is None:
             seconds = round(time.time() - began, 1)
-            _write_result(entry, seconds)
+            entry.finish(seconds)
             log.info("'%s' is done after %.1f seconds.", entry.name, seconds)
             return
         self.has.pop(end.worker)
@@ -141,18 +145,6 @@ class Batch:
             return
         log.error("'%s' failed: %s", entry.name, end.failure)
         self.failed.append((entry, end.failure))
-
-
-def _write_result(entry: Entry, seconds: float) -> None:
-    files = (path.relative_to(entry.folder) for path in entry.folder.rglob("*") if path.is_file())
-    names = sorted(path.as_posix() for path in files if path.parts[0] != "temp" and path.name != RESULT)
-    _replace(entry.folder / RESULT, json.dumps({"digest": entry.digest, "seconds": seconds, "files": names}, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".part")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def run_jobs(jobs: Sequence[Entry], crew: Crew) -> None:
@@ -165,22 +157,22 @@ def run_jobs(jobs: Sequence[Entry], crew: Crew) -> None:
         raise RuntimeError(f"{len(batch.failed)} of {len(jobs)} jobs failed; run the same again to try them.{reasons}")
 
 
-def write_manifest(jobs: Iterable[Entry], out: Path) -> Path:
-    """A line a job: its id, whether it is done, its files from the folder on. Returns the path."""
+def write_manifest(jobs: Iterable[Entry], results: Results) -> None:
+    """A line a job: its id, whether it is done, its files from the folder on."""
     rows = []
     for entry in jobs:
         result = entry.done()
         files = [] if result is None else [f"{entry.name}/{name}" for name in result["files"]]
         rows.append({"id": entry.name, "done": result is not None, "digest": entry.digest, "files": files})
-    path = out / MANIFEST
-    _replace(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-    return path
+    results.write(MANIFEST, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def _crew(options: argparse.Namespace, out: Path) -> Crew:
+def _crew(options: argparse.Namespace, results: Results) -> Crew:
     gpu = options.device != "cpu" and (options.ray is not None or torch.cuda.is_available())
     device = options.device if options.device != "auto" else "cuda" if gpu else "cpu"
-    session = Session(device, options.gpus_per_job, out / "cache")
+    session: Work = Session(device, options.gpus_per_job, results.folder / "cache")
+    if results.is_url:
+        session = Delivering(session, results)
     if options.ray is not None:
         from ..distributed.ray_crew import RayCrew
 
@@ -204,24 +196,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="jobs at a time (default: as many as there is room)")
     parser.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
     parser.add_argument("--input", type=Path, help="folder of pictures and sounds (default: ./input)")
+    parser.add_argument("--out", default="output", help="folder or fsspec URL for results (default: ./output)")
 
 
 def run(options: argparse.Namespace) -> None:
     """The command. Raises ValueError for what is no job, RuntimeError where jobs failed."""
     if options.gpus_per_job < 1 or (options.workers is not None and options.workers < 1):
         raise ValueError("--gpus-per-job and --workers are 1 or more.")
-    out = (options.out or Path("output")).absolute()
+    results = Results(options.out)
     folders = Folders(
         models=None if options.models is None else options.models.absolute(),
         inputs=None if options.input is None else options.input.absolute(),
     )
-    jobs = entries(options.jobs, out, folders)
-    out.mkdir(parents=True, exist_ok=True)
-    crew = _crew(options, out) if any(entry.done() is None for entry in jobs) else None
+    jobs = entries(options.jobs, results, folders)
+    crew = _crew(options, results) if any(entry.done() is None for entry in jobs) else None
     try:
         if crew is not None:
             run_jobs(jobs, crew)
     finally:
         if crew is not None:
             crew.close()
-        log.info("The manifest is %s.", write_manifest(jobs, out))
+        write_manifest(jobs, results)
+        log.info("The manifest is %s/%s.", results.place.rstrip("/"), MANIFEST)

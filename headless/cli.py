@@ -95,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, demo, batch, quality):
         # Only where it is given, so that it does not undo one before the command's name.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        command.add_argument("--out", type=Path, help="folder for results (default: ./output)")
+        if command is not batch:
+            command.add_argument("--out", type=Path, help="folder for results (default: ./output)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
     models = commands.add_parser("models", help="list the model files that a workflow needs")

@@ -1,6 +1,7 @@
 """Many jobs: the file, the crew, what is kept and what is done again. Workers here are processes, not Ray's actors."""
 
 import json
+import shutil
 
 import pytest
 from crewed import Echo
@@ -8,6 +9,7 @@ from wanvideo_wrapper.distributed.crew import LocalCrew
 from wanvideo_wrapper.headless import batch
 from wanvideo_wrapper.headless.batch import TRIES, entries, run_jobs, write_manifest
 from wanvideo_wrapper.headless.job import Folders
+from wanvideo_wrapper.headless.results import Delivering, Results
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +19,11 @@ def crew(tmp_path_factory):
     crew.close()
 
 
-def jobs(folder, *lines, out="out"):
+def jobs(folder, *lines, out=""):
     (folder / "graph.json").write_text("{}")
     rows = ({"workflow": "graph.json", **line} for line in lines)
     (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return entries(folder / "jobs.jsonl", folder / out, Folders())
+    return entries(folder / "jobs.jsonl", Results(out or str(folder / "out")), Folders())
 
 
 def test_a_second_call_does_only_what_is_missing(tmp_path, crew):
@@ -35,7 +37,8 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, crew):
     assert (tmp_path / "out/one/result.json").stat().st_mtime_ns == before
     changed = jobs(tmp_path, {"id": "one", "set": {"A.seed": 3}}, {"id": "two", "set": {"A.seed": 2}})
     assert [entry.done() is None for entry in changed] == [True, False]
-    rows = [json.loads(line) for line in write_manifest(changed, tmp_path / "out").read_text().splitlines()]
+    write_manifest(changed, changed[0].results)
+    rows = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
     assert [(row["id"], row["done"], row["files"]) for row in rows] == [
         ("one", False, []), ("two", True, ["two/video.txt"]),
     ]  # fmt: skip
@@ -44,6 +47,51 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, crew):
 def test_a_job_whose_worker_dies_is_done_again(tmp_path, crew):
     run_jobs(jobs(tmp_path, {"id": "die"}), crew)
     assert (tmp_path / "out/die/video.txt").exists()
+
+
+def test_results_go_to_a_url(tmp_path):
+    """By the worker, which alone sees the job's folder; the folder of a job that fails stays, as its frames may."""
+    url = f"{(tmp_path / 'bucket').as_uri()}/videos"
+    found = jobs(tmp_path, {"id": "one", "set": {"A.seed": 1}}, {"id": "bad"}, out=url)
+    crew = LocalCrew(Delivering(Echo(tmp_path), found[0].results), [{}])
+    try:
+        with pytest.raises(RuntimeError, match="1 of 2 jobs failed"):
+            run_jobs(found, crew)
+        kept = tmp_path / "bucket/videos"
+        assert (kept / "one/video.txt").read_text() == "A.seed=1"
+        assert json.loads((kept / "one/result.json").read_text())["files"] == ["video.txt"]
+        local = found[0].results.folder
+        assert not (local / "one").exists() and (local / "bad").is_dir() and not (kept / "bad").exists()
+        write_manifest(found, found[0].results)
+        rows = [json.loads(line) for line in (kept / "manifest.jsonl").read_text().splitlines()]
+        assert [(row["id"], row["files"]) for row in rows] == [("one", ["one/video.txt"]), ("bad", [])]
+        assert [entry.done() is None for entry in found] == [False, True]
+        (kept / "one/video.txt").unlink()
+        assert found[0].done() is None
+    finally:
+        crew.close()
+        shutil.rmtree(found[0].results.folder)
+
+
+def test_a_url_of_a_kind_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="not known: floppy"):
+        Results("floppy://videos")
+
+
+def test_results_in_an_object_store(tmp_path):
+    """A store without folders: whole objects under names."""
+    results = Results("memory://videos")
+    (results.folder / "one/sub").mkdir(parents=True)
+    (results.folder / "one/sub/video.txt").write_text("frames")
+    (results.folder / "one/temp").mkdir()
+    (results.folder / "one/temp/x").touch()
+    results.take("one")
+    results.write("one/result.json", "{}")
+    assert results.files("one") == ["result.json", "sub/video.txt"]
+    assert results.read("one/sub/video.txt") == "frames" and not (results.folder / "one").exists()
+    with pytest.raises(OSError):
+        results.read("two/result.json")
+    results.folder.rmdir()
 
 
 def test_what_is_wrong_with_a_job_stays_wrong_and_the_others_end(tmp_path, crew, monkeypatch):
