@@ -93,7 +93,7 @@ def option_of(kind: object, value: object) -> object:
 
 def _current(kind: object, name: str, value: object, node: str) -> object:
     option = option_of(kind, value)
-    if option is value or option == value:
+    if option is value:
         return value
     log.info("%s: '%s' was saved as '%s'; '%s' is taken.", node, name, value, option)
     return option
