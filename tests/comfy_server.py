@@ -21,8 +21,6 @@ from saved_models import ROOT
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 START_SECONDS, RUN_SECONDS = 300, 400
-FOREIGN = ("VHS_VideoCombine", "VHS_LoadVideo", "ImageResizeKJv2", "INTConstant", "FloatConstant")
-FOREIGN += ("GetImageSizeAndCount", "GetImageRangeFromBatch", "ImageConcatMulti")
 
 BROWSER = """
 import shutil
@@ -33,16 +31,23 @@ with sync_playwright() as p:
         "no Chromium"
 """
 
-# A copy of the package of its own, with the server's folders.
+# A copy of the package of its own, with the server's folders. ComfyUI keeps its own nodes where names are the same.
 STAND_IN_PACK = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {packages!r})
-from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as ALL
+from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.host import set_host
 from wanvideo_wrapper.host import StandaloneHost
 set_host(StandaloneHost(inputs=Path({base!r}) / "input", outputs=Path({base!r}) / "output", device="cpu"))
-NODE_CLASS_MAPPINGS = {{name: ALL[name] for name in {names!r}}}
+"""
+# What the saved graphs of systems need besides.
+SYSTEM_NODES = """
+sys.path.append({tests!r})
+from system_graphs import all_cases, fixed_name
+for name, case in all_cases().items():
+    sys.modules.update((module, make()) for module, make in case.modules.items())
+    NODE_CLASS_MAPPINGS.update((fixed_name(name, node), kind) for node, kind in case.nodes.items())
 """
 
 
@@ -73,6 +78,12 @@ class Server:
     def get(self, path):
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return json.load(answer)
+
+    def forget(self):
+        """Let the server drop its models and what nodes gave."""
+        body = json.dumps({"unload_models": True, "free_memory": True}).encode()
+        request = urllib.request.Request(f"{self.url}/free", body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=30).close()
 
     def queue(self, prompt, workflow=None):
         """Post a prompt; returns its id. Raises RefusedError."""
@@ -105,15 +116,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(base):
-    """A server with this pack and the stand-ins of others, whose folders lie below `base`."""
+def serving(base, more=""):
+    """A server with this pack and the stand-ins of others; its folders lie below `base`. more: lines of their file."""
     for folder in ("custom_nodes", "input", "models", "output", "temp", "user"):
         (base / folder).mkdir()
     (base / "custom_nodes" / "ComfyUI-WanVideoWrapper-Aligned").symlink_to(ROOT)
     (base / "custom_nodes" / "stand_ins").mkdir()
     (base / "packages").mkdir()
     (base / "packages" / "wanvideo_wrapper").symlink_to(ROOT)
-    pack = STAND_IN_PACK.format(packages=str(base / "packages"), base=str(base), names=FOREIGN)
+    pack = (STAND_IN_PACK + more).format(packages=str(base / "packages"), base=str(base), tests=str(ROOT / "tests"))
     (base / "custom_nodes" / "stand_ins" / "__init__.py").write_text(pack)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import torch
@@ -114,11 +115,21 @@ class Session:
         return [*scores, *boxes]
 
 
-def stand_in_detector(monkeypatch, folder, providers=("CUDAExecutionProvider", "CPUExecutionProvider")):
-    """An onnxruntime of fixed answers, and files for it in models/detection."""
+def fixed_onnxruntime(providers=("CUDAExecutionProvider", "CPUExecutionProvider")):
+    """An onnxruntime of fixed answers."""
+    package = types.ModuleType("onnxruntime")
+    package.__spec__ = ModuleSpec("onnxruntime", None)
+    package.InferenceSession, package.get_available_providers = Session, lambda: list(providers)
+    return package
+
+
+def name_detector(folder):
+    """Files for it in models/detection."""
     (folder / "detection").mkdir(exist_ok=True)
     for name in ("face_det.onnx", "face_landmark.onnx"):
         (folder / "detection" / name).touch()
-    package = types.ModuleType("onnxruntime")
-    package.InferenceSession, package.get_available_providers = Session, lambda: list(providers)
-    monkeypatch.setitem(sys.modules, "onnxruntime", package)
+
+
+def stand_in_detector(monkeypatch, folder, **options):
+    name_detector(folder)
+    monkeypatch.setitem(sys.modules, "onnxruntime", fixed_onnxruntime(**options))

@@ -3,6 +3,7 @@
 import av
 import numpy as np
 from PIL import Image
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.demo import INPUT
 from wanvideo_wrapper.headless import core_nodes
 from wanvideo_wrapper.headless.cli import main
@@ -26,24 +27,21 @@ def foreign(returns, make):
     return Foreign
 
 
-def run_graph(graph, folder, monkeypatch, *, nodes, edits=(), bypassed=(), muted=()):
-    """The lengths of the videos that the graph writes, by file name; `folder` has models/ and input/."""
-    for name, node in nodes.items():
-        monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, name, node)
-    arguments = ["run", graph, "--models", folder / "models", "--input", folder / "input", "--out", folder / "output"]
-    arguments += ["--device", "cpu", *(part for edit in edits for part in ("--set", edit))]
-    arguments += [part for node in bypassed for part in ("--bypass", node)]
-    arguments += [part for node in muted for part in ("--mute", node)]
+def run_graph(case, folder, monkeypatch):
+    """The videos that the graph of a case writes; `folder` has models/ and input/."""
+    for name, node in case.nodes.items():
+        nodes = NODE_CLASS_MAPPINGS if name in NODE_CLASS_MAPPINGS else core_nodes.NODE_CLASS_MAPPINGS
+        monkeypatch.setitem(nodes, name, node)
+    arguments = ["run", case.path, "--models", folder / "models", "--input", folder / "input"]
+    arguments += ["--out", folder / "output", "--device", "cpu"]
+    for option, values in (("--set", case.edits), ("--bypass", case.bypassed), ("--mute", case.muted)):
+        arguments += [part for value in values for part in (option, value)]
     before = get_host()
     try:
         assert main([str(argument) for argument in arguments]) == 0
     finally:
         set_host(before)
-    videos = {}
-    for video in (folder / "output").rglob("*.mp4"):
-        with av.open(str(video)) as container:
-            videos[video.name] = sum(1 for _ in container.decode(container.streams.video[0]))
-    return videos
+    return list((folder / "output").rglob("*.mp4"))
 
 
 def save_talking_clip(path, frames, rate=16):

@@ -31,6 +31,14 @@ def filled_server(server):
     return server
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """(file, width) of a CLIP vision encoder that ComfyUI's own loader takes."""
+    file = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+    save_clip(file)
+    return file, CLIP_DIM
+
+
 def save_clip(path):
     """ViT-H at full size, the only one that ComfyUI's own loader takes, with random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModel

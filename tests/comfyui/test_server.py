@@ -2,55 +2,14 @@
 
 import json
 
-import av
 import pytest
-import wanvideo_wrapper
 from comfy_server import RefusedError
+from posted_graphs import api_prompt
 from saved_models import GRAPH_RUNS, GRAPHS, ROOT
+from system_graphs import frames_of
 from wanvideo_wrapper.demo import WORKFLOW
-from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
-from wanvideo_wrapper.headless.graph import Link, as_api, load
-from wanvideo_wrapper.headless.widgets import checked, inputs_of
-from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
-
-
-def api_prompt(path, base, edits, bypassed):
-    """The graph as the editor would post it: edited, and without nodes that no output needs."""
-    before = get_host()
-    set_host(StandaloneHost(models=base / "models", inputs=base / "input", device="cpu"))
-    try:
-        classes = {**STAND_INS, **wanvideo_wrapper.NODE_CLASS_MAPPINGS}
-        prompt = load(path, classes, bypass=bypassed)
-        for edit in edits:
-            prompt.set(edit, classes)
-        needed = set()
-
-        def need(key):
-            if key not in needed:
-                needed.add(key)
-                for value in prompt.nodes[key].inputs.values():
-                    if isinstance(value, Link):
-                        need(value.node)
-
-        for node in prompt.nodes.values():
-            if getattr(classes.get(node.type), "OUTPUT_NODE", False):
-                need(node.id)
-        prompt.nodes = {key: node for key, node in prompt.nodes.items() if key in needed}
-        for node in prompt.nodes.values():
-            for entry in inputs_of(classes[node.type]):
-                value = node.inputs.get(entry.name)
-                if entry.is_widget and not isinstance(value, Link) and entry.name in node.inputs:
-                    node.inputs[entry.name] = checked(entry, value, node.label)
-        return as_api(prompt), prompt.workflow
-    finally:
-        set_host(before)
-
-
-def frames_of(path):
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(container.streams.video[0]))
 
 
 def videos(files):
