@@ -65,7 +65,7 @@ def fill(files):
 CASES = {
     name: GraphCase(
         graph=f"wanvideo_WanAnimate_{graph}.json", fill=fill, edits=EDITS, nodes=NODES,
-        muted=("WanVideoTorchCompileSettings",), videos=videos,
+        muted=("WanVideoTorchCompileSettings",), videos=videos, sound=17 / 16,
     )
     # Poses, faces and masks are videos, too.
     for name, graph, videos in (
