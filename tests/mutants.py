@@ -22,7 +22,8 @@ PACKAGE = "wanvideo_wrapper"
 MODULES = ("extension", "guidance", "windows", "sampling", "conditioning", "tokens", "modules.model")
 TESTS = (
     "wanvideo/test_hooks.py", "wanvideo/test_conditioning.py", "wanvideo/test_guidance.py", "wanvideo/test_sampling.py",
-    "wanvideo/test_model.py", "wanvideo/test_windows.py", "prompt_segments", "multitalk/test_multitalk.py",
+    "wanvideo/test_model.py", "wanvideo/test_windows.py", "wanvideo/test_checked_inputs.py",
+    "wanvideo/test_run_changes.py", "freeinit", "prompt_segments", "multitalk/test_multitalk.py",
 )  # fmt: skip
 SECONDS = 180
 COMPARE = {

@@ -14,7 +14,7 @@ from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Row, Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance, per_step, present
+from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance, per_step, prediction_name, present
 from wanvideo_wrapper.wanvideo.modifier import Modifier
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.shard import ALONE
@@ -135,6 +135,27 @@ def test_equal_passes_are_joined():
     assert present((Row(2.0), Row(-3.0, text), Row(1.0), Row(1.5, text), Row(0.0, frozenset({"x"})))) == (
         Row(3.0), Row(-1.5, text),
     )  # fmt: skip
+    # Weights that cancel do so up to rounding.
+    assert present((Row(1.0), Row(0.1, text), Row(0.2, text), Row(-0.3, text))) == (Row(1.0),)
+
+
+def test_a_forward_is_named_by_what_it_goes_without():
+    assert prediction_name((Row(1.0), Row(1.0, frozenset({"text", "audio"})))) == (
+        "with everything and without audio and text"
+    )
+
+
+def test_what_a_step_cache_remembers_is_forgotten():
+    class Memories:
+        cleared = 0
+
+        def clear(self):
+            self.cleared += 1
+
+    memories, conditions = Memories(), Conditions(positive=rand(3, 4))
+    guidance = Guidance(cfg=(1.0,))
+    Denoiser(LinearModel(), conditions, guidance=guidance, device=CPU, dtype=torch.float32, memories=memories).forget()
+    assert memories.cleared == 1
 
 
 def test_two_systems_that_guide_are_both_named():
@@ -176,6 +197,19 @@ def test_how_many_passes_may_share_a_forward():
     assert guidance_of([1.0, 6.0], batched=True).most_passes(3) == 2
     assert guidance_of(6.0, [1.0, 1.0, 4.0], batched=True).most_passes(3) == 3
     assert guidance_of(6.0, [1.0, 1.0, 4.0], batched=True).most_passes(2) == 2
+
+
+def test_a_step_in_the_run_is_one_of_the_schedule_for_those_that_count_by_it():
+    """What guides in a part of the schedule is asked about the steps that there are."""
+    asked = []
+
+    class Watching(MultiTalkEmbeds):
+        def guidance(self, text_scale, step):
+            asked.append((step.index, step.total, step.in_run))
+
+    payload = Watching(features=(rand(9, 2, 3),))
+    Guidance(cfg=(1.0,), payloads=(payload,), batched=True).most_passes(3)
+    assert asked == [(0, 3, 0), (1, 3, 1), (2, 3, 2)]
 
 
 def test_missing_negative_prompt_is_named():
