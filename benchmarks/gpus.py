@@ -2,7 +2,7 @@
 
     NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py [--gpus 2] [--option fp8_e4m3fn_fast:cudnn_fp8] [--blocks 40]
 
-Random weights of the published shapes of InfiniteTalk 14B, one copy a rank. Cases: 832x480 without and with CFG, and
+Random weights in the shapes of InfiniteTalk 14B, the same on every rank. Cases: 832x480 without and with CFG, and
 768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case.
 """
 
@@ -23,47 +23,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from wanvideo_wrapper.bench.random_model import Case, load
 from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.distributed.host import RankHost
 from wanvideo_wrapper.distributed.ranks import ProcessRanks
 from wanvideo_wrapper.host import set_host
 from wanvideo_wrapper.image_to_video.extension import ImageCondition
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
-from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo import checkpoint
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Step
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance
-from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
-from wanvideo_wrapper.wanvideo.loading import WanVideoModel, load_wan_model
+from wanvideo_wrapper.wanvideo.loading import WanVideoModel
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.shard import ALONE
-from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from infinitetalk import SPREAD, published_shapes  # noqa: E402
 
 FRAMES, GIGABYTE, TOTAL = 81, 2**30, 8
-
-
-class DrawnFile:
-    """A checkpoint of published names and shapes whose values are drawn on the GPU: a copy a rank costs no reading."""
-
-    metadata: dict[str, str] = {}
-
-    def __init__(self, path: Path, blocks: int, device: torch.device) -> None:
-        self.path, self._device = path, device
-        self.tensors = {
-            name: StoredTensor(shape=shape, format="BF16") for name, shape in published_shapes(blocks).items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        """Norm weights near 1, all else near 0; the same on every rank."""
-        seed = sum(name.encode())
-        generator = torch.Generator(self._device).manual_seed(seed)
-        shape = self.tensors[name].shape
-        values = torch.randn(shape, generator=generator, device=self._device, dtype=torch.bfloat16).mul_(SPREAD).cpu()
-        return values + 1 if "norm" in name and name.endswith("weight") else values
 
 
 def payloads(height: int, width: int, spoken: bool) -> tuple[Payload, ...]:
@@ -114,14 +87,11 @@ CASES = {
 }
 
 
-def load(options: argparse.Namespace, host: RankHost) -> WanVideoModel:
-    """The random model, on this rank's card."""
+def load_on(host: RankHost, options: argparse.Namespace) -> WanVideoModel:
+    """The random model for this rank's card."""
     quantization, attention = options.option.split(":")
-    checkpoint.open_files = lambda path: (DrawnFile(path, options.blocks, host.device()),)
-    wanted = LoadOptions(
-        base_dtype=torch.bfloat16, quantization=quantization, attention_mode=attention, keep_on_device=True
-    )
-    return load_wan_model(Path("random_InfiniteTalk.safetensors"), wanted, host, SYSTEMS)
+    case = Case(model="14B", size=(832, 480, FRAMES), speakers=1, quantization=quantization, attention=attention)
+    return load(case, options.blocks, host)
 
 
 @contextlib.contextmanager
@@ -147,7 +117,7 @@ def rank_main(rank: int, folder: str, options: argparse.Namespace) -> None:
     host.ranks = ProcessRanks(device)
     set_host(host)
     began = time.perf_counter()
-    model = load(options, host)
+    model = load_on(host, options)
     loaded = time.perf_counter() - began
     for name in options.cases or CASES:
         case = CASES[name]
