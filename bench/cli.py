@@ -20,6 +20,7 @@ KINDS = {
     "linear": "its linear layers, by quantization",
     "attention": "its self-attention, by option",
     "vae": "decoding and encoding with the VAE",
+    "load": "loading a file",
     "swap": "forwards with blocks in main memory",
     "run": "a whole video",
 }

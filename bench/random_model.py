@@ -97,16 +97,20 @@ class RandomFile:
 
 def load(case: Case, blocks: int, host: Host, swap: BlockSwapArgs | None = None) -> WanVideoModel:
     """The first `blocks` blocks of it. Raises ValueError for an option that cannot run here."""
-    config = replace(case.config, num_layers=blocks)
-    with torch.device("meta"):
-        model = WanModel(config, _extensions(config) if case.speakers else ())
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    file = RandomFile(shapes, case.model)
+    file = RandomFile(shapes_of(case, blocks), case.model)
     options = LoadOptions(
         base_dtype=DTYPE, quantization=case.quantization, attention_mode=case.attention, block_swap=swap
     )
     files = contents_of(checkpoint_of(file.path, (file,)), options, SYSTEMS)
     return build(options_applied(files, options, host), options, host)
+
+
+def shapes_of(case: Case, blocks: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a file with the first `blocks` blocks."""
+    config = replace(case.config, num_layers=blocks)
+    with torch.device("meta"):
+        model = WanModel(config, _extensions(config) if case.speakers else ())
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def _extensions(config: WanConfig) -> tuple[object, ...]:

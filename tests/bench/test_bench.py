@@ -29,7 +29,7 @@ def bench(tmp_path, kind, *options):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "attention"])
 def test_every_kind_measures(kind, tmp_path, capsys):
-    rows = bench(tmp_path, kind, "--steps", "2")
+    rows = bench(tmp_path, kind, "--steps", "2", "--quantization", "fp8_e4m3fn")
     for row in rows.values():
         values = [value for unit, value in row.items() if unit != "name"]
         assert values and all(math.isfinite(value) for value in values)
