@@ -12,11 +12,11 @@ from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from ..attention import GridAttention
 from ..host import Host
+from ..quiet_imports import kernels_hidden
 from ..wanvideo.compilation import CompileArgs, compiled
 from ..wanvideo.loading import WanVideoModel
 from ..wanvideo.quantization import QUANTIZATIONS
@@ -59,6 +59,9 @@ def _ours(case: Case, blocks: int, compile: bool, host: Host, stack: ExitStack) 
 
 
 def _diffusers(case: Case, blocks: int, compile: bool, host: Host, stack: ExitStack) -> Call:
+    with kernels_hidden("diffusers"):
+        from diffusers import WanTransformer3DModel
+
     config, device = case.config, host.device()
     with torch.device("meta"):
         model = WanTransformer3DModel(

@@ -117,8 +117,7 @@ class ReCamMaster(Extension):
         )
         batch, before, count = tokens.x.shape[0], tokens.x.shape[1], video_tokens(tokens.grid)
         # Where frames differ in time, as with given first frames, the source is as noisy as the last one.
-        mod = None if tokens.rows is None else tokens.mod[:, -1:]
-        tokens = tokens.appended(patches.expand(batch, -1, -1), rope, mod)
+        tokens = tokens.appended(patches.expand(batch, -1, -1), rope, tokens.last_frame_mod)
         own = torch.arange(frames, device=rope.device).repeat_interleave(size[0] * size[1])
         others = own.new_full((before - count,), frames)
         places = torch.cat((own, others, own))

@@ -126,9 +126,8 @@ class SteadyDancer(Extension):
             device=tokens.x.device,
         )
         # Where frames differ in time, as with given first frames, the two are as noisy as the last one.
-        mod = None if tokens.rows is None else tokens.mod[:, -1:]
         tokens = tokens._replace(x=torch.cat((video, tokens.x[:, count:]), dim=1))
-        return tokens.appended(frames, rope, mod), None
+        return tokens.appended(frames, rope, tokens.last_frame_mod), None
 
 
 def _read(model: WanModel, payload: DancePoses, poses: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

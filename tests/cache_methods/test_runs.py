@@ -15,7 +15,7 @@ from wanvideo_wrapper.cache_methods.published import MODELS, variant_of
 from wanvideo_wrapper.cache_methods.teacache import TeaCache
 from wanvideo_wrapper.clip_image.extension import ClipImageExtension
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.multitalk import footage as store
+from wanvideo_wrapper.wanvideo import footage as store
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
