@@ -133,8 +133,13 @@ class _Team:
         try:
             return pipe.recv()
         except (EOFError, ConnectionResetError):
-            # It closed its pipe and has yet to end.
-            self._processes[self._pipes.index(pipe)].wait()
+            # It closed its pipe and has yet to end; one that hangs in the driver never does.
+            process = self._processes[self._pipes.index(pipe)]
+            try:
+                process.wait(LAST_WORDS_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(LAST_WORDS_SECONDS)
             self._raise_death(0)
             raise
 

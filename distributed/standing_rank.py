@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -160,6 +161,8 @@ def _run(order: Order, host: StandingHost) -> None:
 
 def _send_error(pipe: Connection, error: Exception) -> None:
     try:
-        pipe.send(Ended(error))
+        # An error with arguments of its own may be written and not be read.
+        pickle.loads(pickle.dumps(error))
     except Exception:
-        pipe.send(Ended(RuntimeError(f"{type(error).__name__}: {error}")))
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    pipe.send(Ended(error))

@@ -78,6 +78,11 @@ def _check(request: SampleRequest) -> None:
             "FreeInit makes one video anew from better noise, but these image embeds make theirs in a loop of windows: "
             "disconnect freeinit_args."
         )
+    if any(modifier.replaces_start for modifier in request.modifiers):
+        raise ValueError(
+            "FreeInit makes a run's noise better, but something connected begins the run in a way of its own (Time-to-"
+            "move, or frames of an earlier clip): disconnect freeinit_args or that."
+        )
     if request.schedule.first_index > 0 or request.schedule.spec.denoise_strength < 1:
         raise ValueError(
             "FreeInit begins every run from noise, but start_step or denoise_strength lets this sampler begin later: "

@@ -81,6 +81,7 @@ class Continuation(Modifier):
     history [1, z, P, height, width]: latents of an earlier clip; noise_level: 1 is noise alone.
     """
 
+    replaces_start: ClassVar[bool] = True
     history: Tensor
     noise_level: float
 

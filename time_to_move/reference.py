@@ -6,7 +6,7 @@ Source: time-to-move/TTM (pipelines/wan_pipeline.py); Time-to-Move (Singer et al
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Generator, Tensor
 
@@ -58,6 +58,7 @@ class TimeToMove(Modifier):
     start_step, end_step: of the whole schedule. Sampling begins at start_step, from the noised reference.
     """
 
+    replaces_start: ClassVar[bool] = True
     reference: Tensor
     mask: Tensor
     start_step: int

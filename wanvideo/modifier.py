@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from torch import Generator, Tensor
 
@@ -48,8 +48,11 @@ class Start(NamedTuple):
 class Modifier:
     """Base of what a node connects to the sampler to change a run. Subclasses override what they need.
 
-    Several nest: the first in the request is the outermost.
+    Several nest: the first in the request is the outermost. replaces_start: `begin` puts other latents in the place of
+    those that it is given, so that what refines a run's start has no effect.
     """
+
+    replaces_start: ClassVar[bool] = False
 
     def around_run(self, run: Run) -> Run:
         """A run in the place of `run`, which it may call any number of times with changed requests."""

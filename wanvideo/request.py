@@ -132,7 +132,16 @@ class SampleRequest:
 
 
 def payloads_of(*values: Payload | ImageEmbeds | None) -> tuple[Payload, ...]:
-    """The payloads of what is connected to a node: embeds bring theirs, None brings nothing."""
+    """The payloads of what is connected to a node: embeds bring theirs, None brings nothing.
+
+    Raises ValueError for embeds with more than that, which the node's own would go without.
+    """
+    for value in values:
+        if isinstance(value, ImageEmbeds) and (value.modifiers or value.given_latents or value.loop is not None):
+            raise ValueError(
+                "Embeds that also change how a video begins or is made are connected to a node that takes only their "
+                "conditions: connect the nodes that add the rest behind this one."
+            )
     parts = ((v.payloads if isinstance(v, ImageEmbeds) else (v,)) for v in values if v is not None)
     return tuple(payload for part in parts for payload in part)
 

@@ -146,10 +146,20 @@ def check_conditions(request: SampleRequest) -> None:
         check_finite("The extra latents hold", latents)
     for payload in request.all_payloads:
         for part in fields(payload) if is_dataclass(payload) else ():
-            value = getattr(payload, part.name)
-            for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, Tensor):
-                    check_finite(f"What is connected as {type(payload).__name__} ({part.name}) holds", tensor)
+            for tensor in _tensors(getattr(payload, part.name)):
+                check_finite(f"What is connected as {type(payload).__name__} ({part.name}) holds", tensor)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All in it, in tuples and dataclasses of any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
 
 
 @contextmanager

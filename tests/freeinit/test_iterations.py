@@ -10,6 +10,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.freeinit.frequencies import low_pass, mixed
 from wanvideo_wrapper.freeinit.iterations import FreeInit
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.modifier import Modifier
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from wanvideo_wrapper.wanvideo.sampling import prepare_start
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
@@ -32,6 +33,10 @@ def request(**changes):
 def solve(latents, generator):
     """Stands for a schedule whose solver draws noise."""
     return 0.3 * latents + 0.1 * torch.randn(latents.shape, generator=generator)
+
+
+class FromElsewhere(Modifier):
+    replaces_start = True
 
 
 class Sampler:
@@ -112,6 +117,7 @@ def test_what_does_not_begin_with_noise_is_refused_before_any_run():
     for asked, said in (
         (request(start_step=2), "begins every run from noise"),
         (request(denoise_strength=0.5), "begins every run from noise"),
+        (request(modifiers=(FromElsewhere(),)), "begins the run in a way of its own"),
         (request(image=loop), "a loop of windows: disconnect freeinit_args"),
     ):
         run = Sampler()

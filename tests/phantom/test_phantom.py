@@ -9,6 +9,7 @@ from wanvideo_wrapper.phantom.extension import Phantom, SubjectReferences
 from wanvideo_wrapper.phantom.nodes import WanVideoPhantomEmbeds
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Step, Window
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance
+from wanvideo_wrapper.wanvideo.modifier import Modifier
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.rope import rope_table
@@ -171,3 +172,6 @@ def test_node_with_control_of_the_same_video():
     assert embeds.payloads[1] is control and embeds.latent_shape == other.latent_shape and embeds.leading_latents == 1
     with pytest.raises(ValueError, match="same width, height and num_frames"):
         process(77, latent(), 5.0, 0.0, 1.0, vace_embeds=other)
+    for more in ({"modifiers": (Modifier(),)}, {"given_latents": ((0, latent()["samples"][0]),)}):
+        with pytest.raises(ValueError, match="takes only their conditions"):
+            process(81, latent(), 5.0, 0.0, 1.0, vace_embeds=replace(other, **more))

@@ -1,8 +1,9 @@
 """What is connected to the sampler is looked at before the model: prompts for every step, NaN, sizes of the 5B."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sampler_stand_in import (
 )
 from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.node_tools import round_size
+from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.finite import check_finite, is_finite
 from wanvideo_wrapper.wanvideo.images import to_video
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, TextEmbeds
@@ -46,6 +48,21 @@ def test_pictures_with_nan_never_reach_a_vae():
     for size in ((), (16, 16)):
         with pytest.raises(ValueError, match="first in frame 3"):
             to_video(images, *size)
+
+
+def test_nan_is_seen_at_any_depth():
+    inner = ClipImage(positive=spoiled(rand(1, 2, 3)))
+
+    @dataclass(frozen=True)
+    class Several(Payload):
+        parts: tuple[tuple[ClipImage, ...], ...]
+        needs: ClassVar[str] = "none"
+
+        def to(self, device, dtype):
+            return self
+
+    with pytest.raises(ValueError, match=r"connected as Several \(parts\) holds NaN"):
+        sample(request(payloads=(Several(((inner,),)),)), FakeHost())
 
 
 def spoiled(tensor):
