@@ -8,10 +8,9 @@ Shapes: B batch, L tokens, C channels, H heads, D head size, T text tokens, R ro
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -154,7 +153,7 @@ class WanModel(nn.Module):
         dim = config.dim
         self.config = config
         self.extensions = tuple(extensions)
-        self.visit: Visit = contextlib.nullcontext
+        self.visit: Visit = nullcontext
         self.ranks: Ranks = ALONE
         self.attention_plan: AttentionPlan | None = None
         self.tokens_at_once = 0
@@ -241,7 +240,7 @@ class WanModel(nn.Module):
             read = (tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid)
             inputs = BlockInputs(*read, backend, parts=parts, shard=shard)
             conds = self._conds(index, active)
-            with contextlib.ExitStack() as stack:
+            with ExitStack() as stack:
                 for module in (self.blocks[index], *self._companions(index, active)):
                     stack.enter_context(self.visit(module))
                 x = self.blocks[index](x, inputs, conds)
@@ -345,44 +344,33 @@ class WanModel(nn.Module):
         count = len(self.blocks)
         return (None,) * count if self.attention_plan is None else self.attention_plan.at(step, grid, count)
 
-    @contextlib.contextmanager
-    def attending(self, plan: AttentionPlan) -> Iterator[None]:
+    def attending(self, plan: AttentionPlan) -> AbstractContextManager[None]:
         """Inside, self-attention runs by this plan."""
-        before, self.attention_plan = self.attention_plan, plan
-        try:
-            yield
-        finally:
-            self.attention_plan = before
+        return self._having("attention_plan", plan)
 
-    @contextlib.contextmanager
-    def shared_by(self, ranks: Ranks) -> Iterator[None]:
+    def shared_by(self, ranks: Ranks) -> AbstractContextManager[None]:
         """Inside, these processes share the forwards."""
-        before, self.ranks = self.ranks, ranks
-        try:
-            yield
-        finally:
-            self.ranks = before
+        return self._having("ranks", ranks)
 
-    @contextlib.contextmanager
-    def sparing(self, tokens_at_once: int) -> Iterator[None]:
+    def sparing(self, tokens_at_once: int) -> AbstractContextManager[None]:
         """Inside, layers that compute every token alone take so many tokens at once; 0 stands for all.
 
         Equal to the bit where a product's kernel does not depend on how many rows it has, which cuBLAS never promised.
         """
-        before, self.tokens_at_once = self.tokens_at_once, tokens_at_once
-        try:
-            yield
-        finally:
-            self.tokens_at_once = before
+        return self._having("tokens_at_once", tokens_at_once)
 
-    @contextlib.contextmanager
-    def turning(self, base_scales: tuple[float, float, float]) -> Iterator[None]:
+    def turning(self, base_scales: tuple[float, float, float]) -> AbstractContextManager[None]:
         """Inside, positions turn by bases scaled as in `rope_table`."""
-        before, self.rope_scales = self.rope_scales, base_scales
+        return self._having("rope_scales", base_scales)
+
+    @contextmanager
+    def _having(self, name: str, value: object) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
         try:
             yield
         finally:
-            self.rope_scales = before
+            setattr(self, name, before)
 
     def _readers(self, payloads: Sequence[Payload]) -> list[tuple[int, Extension, Payload]]:
         """(place, extension, payload) of every extension that has a payload, in registry order."""
