@@ -114,7 +114,8 @@ class SteadyDancer(Extension):
             )
         dtype = model.patch_embedding_fuse.weight.dtype
         poses, latents = payload.positive.to(dtype).expand(tokens.x.shape[0], -1, -1, -1, -1), tokens.latents.to(dtype)
-        video = model.patch_embedding_fuse(torch.cat((latents, *_read(model, payload, poses, inputs.latents)), dim=1))
+        read = (part.to(dtype) for part in _read(model, payload, poses, inputs.latents))
+        video = model.patch_embedding_fuse(torch.cat((latents, *read), dim=1))
         frames = torch.cat((model.patch_embedding(_picture(latents)), model.patch_embedding_ref_c(poses[:, :, :1])), 2)
         video, frames = (x.flatten(2).mT.contiguous().to(tokens.x.dtype) for x in (video, frames))
         grid, count = tokens.grid, video_tokens(tokens.grid)
@@ -132,6 +133,8 @@ class SteadyDancer(Extension):
 
 def _read(model: WanModel, payload: DancePoses, poses: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The poses with their structure and motion, and what the noise takes of that: [B, 16, F, H, W] each."""
+    # Patch embeddings are in float32 at any base precision, the encoders are not.
+    poses = poses.to(next(model.condition_embedding_temporal.parameters()).dtype)
     motion = model.condition_embedding_temporal(poses)
     structure = _by_frame(model.condition_embedding_spatial, poses)
     fused = poses + motion * payload.temporal + structure * payload.spatial

@@ -13,7 +13,7 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import Extension
-from wanvideo_wrapper.wanvideo.loading import quantizable
+from wanvideo_wrapper.wanvideo.loading import FULL_PRECISION, quantizable
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.systems import Systems
 from wanvideo_wrapper.wanvideo.tokens import video_tokens
@@ -129,6 +129,27 @@ def test_pieces_of_the_tokens_equal_all_at_once(case):
         with model.sparing(at_once):
             torch.testing.assert_close(model(given), want, rtol=1e-6, atol=1e-6)
     assert model.tokens_at_once == 0
+
+
+@every_case
+def test_frames_that_share_a_time_equal_one_time(case):
+    """Times by frame, as of given first frames, bring rows of modulation."""
+    _, model = built(case)
+    given = inputs(case.payload)
+    by_frame = replace(given, timestep=given.timestep[:, None].expand(-1, 3))
+    torch.testing.assert_close(model(by_frame), model(given), rtol=1e-4, atol=1e-5)
+
+
+@every_case
+def test_layers_in_bfloat16_get_what_they_can_multiply(case):
+    """As a model is loaded: patch embeddings in float32, the rest in base precision."""
+    _, model = built(case)
+    want = model(inputs(case.payload))
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in FULL_PRECISION):
+            parameter.data = parameter.data.bfloat16()
+    got = model(inputs(case.payload.to(torch.device("cpu"), torch.bfloat16)))
+    assert (got - want).norm() < 0.1 * want.norm()
 
 
 @every_case
