@@ -143,6 +143,16 @@ class Active(NamedTuple):
     state: object
 
 
+@contextmanager
+def _having(model: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(model, name)
+    setattr(model, name, value)
+    try:
+        yield
+    finally:
+        setattr(model, name, before)
+
+
 class WanModel(nn.Module):
     """Wan transformer of any published size. Build it on the meta device; parameters come from a checkpoint."""
 
@@ -346,31 +356,22 @@ class WanModel(nn.Module):
 
     def attending(self, plan: AttentionPlan) -> AbstractContextManager[None]:
         """Inside, self-attention runs by this plan."""
-        return self._having("attention_plan", plan)
+        return _having(self, "attention_plan", plan)
 
     def shared_by(self, ranks: Ranks) -> AbstractContextManager[None]:
         """Inside, these processes share the forwards."""
-        return self._having("ranks", ranks)
+        return _having(self, "ranks", ranks)
 
     def sparing(self, tokens_at_once: int) -> AbstractContextManager[None]:
         """Inside, layers that compute every token alone take so many tokens at once; 0 stands for all.
 
         Equal to the bit where a product's kernel does not depend on how many rows it has, which cuBLAS never promised.
         """
-        return self._having("tokens_at_once", tokens_at_once)
+        return _having(self, "tokens_at_once", tokens_at_once)
 
     def turning(self, base_scales: tuple[float, float, float]) -> AbstractContextManager[None]:
         """Inside, positions turn by bases scaled as in `rope_table`."""
-        return self._having("rope_scales", base_scales)
-
-    @contextmanager
-    def _having(self, name: str, value: object) -> Iterator[None]:
-        before = getattr(self, name)
-        setattr(self, name, value)
-        try:
-            yield
-        finally:
-            setattr(self, name, before)
+        return _having(self, "rope_scales", base_scales)
 
     def _readers(self, payloads: Sequence[Payload]) -> list[tuple[int, Extension, Payload]]:
         """(place, extension, payload) of every extension that has a payload, in registry order."""
