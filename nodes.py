@@ -61,7 +61,25 @@ class WanVideoEmptyEmbeds:
         return (ImageEmbeds(latent_shape=shape, num_frames=frames, payloads=payloads, given_latents=given),)
 
 
-class WanVideoEncode:
+class Tiled:
+    """A node with the inputs of VAE tiles."""
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        enable_vae_tiling: bool = False,
+        tile_x: int = 272,
+        tile_y: int = 272,
+        tile_stride_x: int = 144,
+        tile_stride_y: int = 128,
+        input_types: Types | None = None,
+    ) -> bool | str:
+        """Tiles must overlap."""
+        tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
+        return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)
+
+
+class WanVideoEncode(Tiled):
     """Encodes pictures as latents."""
 
     DISPLAY_NAME = "WanVideo Encode"
@@ -92,20 +110,6 @@ class WanVideoEncode:
             },
         }
 
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls,
-        enable_vae_tiling: bool = False,
-        tile_x: int = 272,
-        tile_y: int = 272,
-        tile_stride_x: int = 144,
-        tile_stride_y: int = 128,
-        input_types: Types | None = None,
-    ) -> bool | str:
-        """Tiles must overlap."""
-        tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
-        return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)
-
     def encode(
         self,
         vae: WanVAE,
@@ -131,7 +135,7 @@ class WanVideoEncode:
         return ({"samples": latents[None], "noise_mask": mask},)
 
 
-class WanVideoEncodeLatentBatch:
+class WanVideoEncodeLatentBatch(Tiled):
     """Encodes every picture on its own, as videos of one frame."""
 
     DISPLAY_NAME = "WanVideo Encode Latent Batch"
@@ -149,20 +153,6 @@ class WanVideoEncodeLatentBatch:
         vae, _, *tiles = WanVideoEncode.INPUT_TYPES()["required"].items()
         images = ("IMAGE", {"tooltip": "Pictures, none of which becomes a frame of another's video"})
         return {"required": dict((vae, ("images", images), *tiles))}
-
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls,
-        enable_vae_tiling: bool = False,
-        tile_x: int = 272,
-        tile_y: int = 272,
-        tile_stride_x: int = 144,
-        tile_stride_y: int = 128,
-        input_types: Types | None = None,
-    ) -> bool | str:
-        """Tiles must overlap."""
-        tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
-        return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)
 
     def encode(
         self,
@@ -209,7 +199,7 @@ def _closed(vae: WanVAE, latents: Tensor, video: Tensor, tile: Tile | None) -> T
     return torch.cat((joined[:, skipped:], video[:, decoded_anew:]), dim=1)
 
 
-class WanVideoDecode:
+class WanVideoDecode(Tiled):
     """Decodes latents to pictures, frame by frame."""
 
     DISPLAY_NAME = "WanVideo Decode"
@@ -239,20 +229,6 @@ class WanVideoDecode:
                 )
             },
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls,
-        enable_vae_tiling: bool = False,
-        tile_x: int = 272,
-        tile_y: int = 272,
-        tile_stride_x: int = 144,
-        tile_stride_y: int = 128,
-        input_types: Types | None = None,
-    ) -> bool | str:
-        """Tiles must overlap."""
-        tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
-        return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)
 
     def decode(
         self,

@@ -18,6 +18,15 @@ EASES: dict[str, Callable[[float], float]] = {
 }
 
 
+PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.01}
+STEPS = ("INT", {"default": 30, "min": 2, "max": 1000, "step": 1, "tooltip": "Those of the sampler"})
+RANGE = {
+    "interpolation": (list(EASES), {"default": "linear", "tooltip": "How the value goes from start to end"}),
+    "start_percent": ("FLOAT", {"default": 0.0, **PERCENT, "tooltip": "Share of the steps before the range"}),
+    "end_percent": ("FLOAT", {"default": 1.0, **PERCENT, "tooltip": "Share of the steps when it ends"}),
+}
+
+
 class CreateCFGScheduleFloatList:
     """A cfg value for every step: from start to end inside the range, 1.0 outside it."""
 
@@ -30,21 +39,12 @@ class CreateCFGScheduleFloatList:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         scale = {"default": 5.0, "min": 0.0, "max": 30.0, "step": 0.01, "round": 0.01}
-        percent = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.01}
         return {
             "required": {
-                "steps": ("INT", {"default": 30, "min": 2, "max": 1000, "step": 1, "tooltip": "Those of the sampler"}),
+                "steps": STEPS,
                 "cfg_scale_start": ("FLOAT", {**scale, "tooltip": "At the first step of the range"}),
                 "cfg_scale_end": ("FLOAT", {**scale, "tooltip": "At the last step of the range"}),
-                "interpolation": (
-                    list(EASES),
-                    {"default": "linear", "tooltip": "How the value goes from start to end"},
-                ),
-                "start_percent": (
-                    "FLOAT",
-                    {"default": 0.0, **percent, "tooltip": "Share of the steps before the range"},
-                ),
-                "end_percent": ("FLOAT", {"default": 1.0, **percent, "tooltip": "Share of the steps when it ends"}),
+                **RANGE,
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -94,23 +94,14 @@ class CreateScheduleFloatList:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         value = {"default": 5.0, "min": 0.0, "max": 100.0, "step": 0.01, "round": 0.01}
-        percent = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.01}
         outside = {**value, "default": 0.0, "max": 1000.0, "tooltip": "In the steps before and after the range"}
         return {
             "required": {
-                "steps": ("INT", {"default": 30, "min": 2, "max": 1000, "step": 1, "tooltip": "Those of the sampler"}),
+                "steps": STEPS,
                 "start_value": ("FLOAT", {**value, "tooltip": "At the first step of the range"}),
                 "end_value": ("FLOAT", {**value, "tooltip": "At the last step of the range"}),
                 "default_value": ("FLOAT", outside),
-                "interpolation": (
-                    list(EASES),
-                    {"default": "linear", "tooltip": "How the value goes from start to end"},
-                ),
-                "start_percent": (
-                    "FLOAT",
-                    {"default": 0.0, **percent, "tooltip": "Share of the steps before the range"},
-                ),
-                "end_percent": ("FLOAT", {"default": 1.0, **percent, "tooltip": "Share of the steps when it ends"}),
+                **RANGE,
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }

@@ -20,7 +20,7 @@ from ..wanvideo.block_swap import BlockSwapArgs
 from ..wanvideo.checkpoint import checkpoint_of
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.config import CHANNELS_2_2, WanConfig
-from ..wanvideo.frames import latent_frames
+from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.load_plan import LoadOptions, contents_of, options_applied
 from ..wanvideo.loading import WanVideoModel, build
 from ..wanvideo.modules.model import WanModel
@@ -63,6 +63,8 @@ class Case:
         side = self.config.token_side
         if width % side or height % side:
             raise ValueError(f"{width}x{height} is no size of {self.model}: give multiples of {side}.")
+        if frames < 1 or frames % VAE_TIME_STRIDE != 1:
+            raise ValueError(f"{frames} frames are no video of {self.model}: give 4n+1, such as 81.")
         return latent_frames(frames), height * 2 // side, width * 2 // side
 
     @property

@@ -13,7 +13,7 @@ from ..wanvideo.guidance import per_step
 from ..wanvideo.images import to_video
 from ..wanvideo.load_plan import ModuleFile
 from ..wanvideo.modules.vae import Tile, WanVAE
-from ..wanvideo.request import ImageEmbeds
+from ..wanvideo.request import ImageEmbeds, payloads_of
 from .encoding import encode_context, reference_frame, resize_masks
 from .extension import LATENT_CHANNELS, Vace, VaceContext, VaceExtension
 from .start_to_end import Placed
@@ -128,7 +128,7 @@ def _video_and_mask(images: Tensor | None, masks: Tensor | None, size: tuple[int
 
 def _contexts(embeds: ImageEmbeds, size: tuple[int, int, int, int]) -> tuple[VaceContext, ...]:
     """The contexts of earlier embeds. Raises ValueError if there are none, or they are of another size."""
-    contexts = next((payload.contexts for payload in embeds.payloads if isinstance(payload, Vace)), None)
+    contexts = next((payload.contexts for payload in payloads_of(embeds) if isinstance(payload, Vace)), None)
     if contexts is None:
         raise ValueError("prev_vace_embeds are no VACE embeds: connect another WanVideoVACEEncode, or nothing.")
     channels, frames, *sides = embeds.latent_shape

@@ -21,7 +21,7 @@ from .request import SampleRequest
 from .sampling import RunWatcher, check_conditions
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..host import Host, Progress
     from .modules.vae import WanVAE
 
 log = logging.getLogger("wanvideo")
@@ -148,8 +148,17 @@ class LoopWatcher(RunWatcher):
     A step takes TICKS of the bar, and so does decoding a window.
     """
 
-    def __init__(self, *positional: object, spans: Sequence[range], steps: int, **named: object) -> None:
-        super().__init__(*positional, **named)
+    def __init__(
+        self,
+        host: Host,
+        progress: Progress,
+        set_step: Callable[[int], None],
+        *,
+        done: int,
+        spans: Sequence[range],
+        steps: int,
+    ) -> None:
+        super().__init__(host, progress, set_step, done)
         self._spans = spans
         self._steps = steps
         self._index = 0

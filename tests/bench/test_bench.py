@@ -29,7 +29,9 @@ def bench(tmp_path, kind, *options):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "attention"])
 def test_every_kind_measures(kind, tmp_path, capsys):
-    rows = bench(tmp_path, kind, "--steps", "2", "--quantization", "fp8_e4m3fn")
+    chosen = {"steps": "2", "quantization": "fp8_e4m3fn"}
+    options = [part for name in KINDS[kind].reads if name in chosen for part in (f"--{name}", chosen[name])]
+    rows = bench(tmp_path, kind, *options)
     for row in rows.values():
         values = [value for unit, value in row.items() if unit != "name"]
         assert values and all(math.isfinite(value) for value in values)
@@ -75,6 +77,10 @@ def test_random_weights_are_drawn_by_kind():
     ("options", "message"),
     [
         (("step", "--size", "40x32x5"), "40x32 is no size of tiny: give multiples of 16"),
+        (("step", "--size", "32x32x8"), "8 frames are no video of tiny: give 4n+1"),
+        (("linear", "--attention", "sageattn", "--swap", "3"), "does not read --attention, --swap: leave it out"),
+        (("step", "--speakers", "9"), "--speakers must be between 0 and 6"),
+        (("step", "--json", "no folder/x.json"), "There is no folder"),
         (("run", "--steps", "1"), "--steps must be at least 2"),
         (("step", "--attention", "sageattn"), "sageattn"),
     ],
