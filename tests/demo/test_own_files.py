@@ -15,7 +15,7 @@ def speech(tmp_path):
     path = tmp_path / "my sounds" / "voice.flac"
     path.parent.mkdir()
     time = np.arange(int(RATE * SECONDS)) / RATE
-    sound = np.random.default_rng().normal(size=time.size) * np.abs(np.sin(9 * time)) * 0.1
+    sound = np.random.default_rng(np.random.randint(2**31)).normal(size=time.size) * np.abs(np.sin(9 * time)) * 0.1
     with av.open(str(path), "w") as container:
         stream = container.add_stream("flac", rate=RATE, layout="stereo")
         samples = (np.repeat(sound, 2).clip(-1, 1) * 32767).astype(np.int16)[None]

@@ -23,7 +23,7 @@ from wanvideo_wrapper.wanvideo.modules.vae import MEAN_21, STD_21, build_vae, lo
 class Take:
     """Stands in for a stretch of speech: what a mouth does."""
 
-    mouth = np.random.default_rng().random(400)
+    mouth = np.random.default_rng(np.random.randint(2**31)).random(400)
 
 
 class CornersOfPictures(Pictures):

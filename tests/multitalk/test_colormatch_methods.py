@@ -15,7 +15,7 @@ def colours(generator, shape=(48, 40, 3), low=0.25, high=0.75):
 
 @pytest.fixture
 def pair():
-    generator = np.random.default_rng()
+    generator = np.random.default_rng(np.random.randint(2**31))
     return colours(generator), colours(generator, (30, 44, 3), 0.3, 0.6)
 
 

@@ -86,8 +86,8 @@ def test_files_that_do_not_fit_are_named(folder):
 
 def test_a_lora_changes_vace_blocks(folder):
     plain = run(load(folder, "merged"))
-    into = load(folder, "merged", loras=(LoraFile(path=folder / "lora.safetensors"),))
-    beside = load(folder, "merged", loras=(LoraFile(path=folder / "lora.safetensors", merge=False),))
+    into = load(folder, "merged", loras=(LoraFile(path=folder / "lora.safetensors", strength=10),))
+    beside = load(folder, "merged", loras=(LoraFile(path=folder / "lora.safetensors", strength=10, merge=False),))
     assert relative(run(into), plain) > 1e-3
     assert relative(run(beside), run(into)) < 1e-5
 
