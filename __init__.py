@@ -17,6 +17,7 @@ FAMILIES = (
     ".nodes_text",
     ".nodes_model_loading",
     ".nodes_model_options",
+    ".nodes_lora",
     ".nodes_memory",
     ".nodes_gpus",
     ".nodes_attention",

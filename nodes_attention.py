@@ -8,11 +8,10 @@ from typing import ClassVar
 
 from .attention import ATTENTION_MODES
 from .node_checks import Types, verdict
-from .node_tools import CATEGORY, mappings
+from .node_tools import CATEGORY, Inputs, mappings
 from .wanvideo.attention_plan import RadialSettings, Rule, plan_for, with_radial, with_ultravico
 from .wanvideo.loading import WanVideoModel
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 MODEL_TIP = "A loaded model; what else it is connected to keeps it as it was"
 DENSE_MODES = ["sdpa", "flash_attn_2", "flash_attn_3", "sageattn", "sparse_sage_attention"]
 

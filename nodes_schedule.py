@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .node_checks import Types, verdict
-from .node_tools import CATEGORY, mappings
+from .node_tools import CATEGORY, Inputs, mappings
 from .wanvideo.schedulers import SCHEDULERS, Schedule, ScheduleSpec, make_schedule
 from .wanvideo.schedulers.comfy_model import FlowModel
 from .wanvideo.windows import FUSE_METHODS, SCHEDULES, ContextOptions
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
 
 SCHEDULER = (list(SCHEDULERS), {"default": "unipc", "tooltip": "Distilled models name theirs; unipc suits the others"})

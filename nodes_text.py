@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .host import get_host
 from .node_checks import Types, check_loadable, verdict
-from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, files, find_text_encoder, mappings
+from .node_tools import CATEGORY, DTYPES, TEXT_ENCODERS, Inputs, files, find_text_encoder, mappings
 from .nodes_prompt import PromptExtension
 from .registry import PROMPT_FORMS
 from .wanvideo.conditioning import Payload
@@ -22,7 +22,6 @@ from .wanvideo.text_cache import TextCache
 
 log = logging.getLogger("wanvideo")
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 PROMPT = ("STRING", {"default": "", "multiline": True, "tooltip": "What to show"})
 NEGATIVE = ("STRING", {"default": "", "multiline": True, "tooltip": "What to avoid; unused where cfg is 1"})
 ENCODE_DEVICES = (["gpu", "cpu"], {"default": "gpu", "tooltip": "The cpu is slower and leaves the GPU alone"})

@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .node_tools import CATEGORY, mappings
+from .node_tools import CATEGORY, Inputs, mappings
 from .wanvideo.images import to_unit
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 
 EASES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,

@@ -151,14 +151,20 @@ class WanVideoATI_comfy:  # noqa: N801 - the name that saved graphs have
     def patchcond(
         self, model: ComfyModel, width: int, height: int, tracks: Tracks, temperature: float, topk: int
     ) -> tuple[ComfyModel]:
-        """A copy of the model whose picture condition has the tracks in it."""
+        """A copy of the model whose picture condition has the tracks in it.
+
+        Sampling raises ValueError for a model without such a condition, and for a video of another length.
+        """
         starts, points = _of_latents(tracks, width, height)
         patched, condition_of = model.clone(), model.get_model_object("concat_cond")
 
-        def condition(**inputs: object) -> Tensor | None:
+        def condition(**inputs: object) -> Tensor:
             cond = condition_of(**inputs)
             if cond is None or cond.shape[1] != CONDITION:
-                return cond
+                raise ValueError(
+                    "ATI tracks move what a start picture shows, but this model reads no picture of "
+                    f"{CONDITION} channels: load the ATI model and connect WanImageToVideo to the sampler."
+                )
             if cond.shape[2] != points.shape[1]:
                 raise ValueError(
                     f"ATI tracks are for {4 * LATENTS - 3} frames, {LATENTS} in latents, but the video has "

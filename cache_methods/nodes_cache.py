@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from ..node_tools import CATEGORY, mappings
+from ..node_tools import CATEGORY, Inputs, mappings
 from ..wanvideo.step_cache import CACHE_DEVICES, StepCache
 from .easycache import EasyCache
 from .magcache import MagCache
 from .teacache import MODES, TeaCache
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 
 
 def _widgets(start_step: int) -> dict[str, tuple[object, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..host import get_host
 from ..node_checks import Types, check_loadable, need_link, verdict
-from ..node_tools import CATEGORY, DTYPES, files, mappings
+from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
 from ..wanvideo.finite import check_finite
 from .audio import (
     AudioOptions,
@@ -27,8 +27,6 @@ from .speakers import check_masks, check_painted
 from .wav2vec import Wav2Vec, load_wav2vec
 
 log = logging.getLogger("wanvideo")
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 
 # Repository -> the revision that holds the weights as safetensors.
 SPEECH_MODELS = {"TencentGameMate/chinese-wav2vec2-base": "refs/pr/1", "facebook/wav2vec2-base-960h": "main"}

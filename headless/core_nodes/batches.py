@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...node_tools import Inputs
 from ...wanvideo.images import resize_images
 from .pictures import LARGEST, ImageConcatMulti, fit
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 
 MANY = 4096
 FOREVER = 2**53 - 1

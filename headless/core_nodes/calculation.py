@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Collection, Mapping
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
+from ...node_tools import Inputs
 
 OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,

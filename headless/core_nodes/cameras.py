@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
+from ...node_tools import Inputs
+
 Poses = list[list[float]]
 
 # Angles and shift in FRAMES frames at speed 1.

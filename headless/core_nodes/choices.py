@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...node_tools import Inputs
 from .values import ANY
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Point = dict[str, float]
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...multitalk.colormatch import match_colors
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
+from ...node_tools import Inputs
 
 METHODS = ["mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
 

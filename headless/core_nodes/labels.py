@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
+from ...node_tools import Inputs
 
 LARGEST = 4096
 DIRECTIONS = ["up", "down", "left", "right", "overlay"]

@@ -7,9 +7,10 @@ import logging
 import torch
 from torch import Tensor
 
+from ...node_tools import Inputs
+
 log = logging.getLogger("wanvideo")
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Latent = dict[str, object]
 
 MANY, LARGEST = 4096, 16384

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...host import get_host
-from ...node_tools import files
+from ...node_tools import Inputs, files
 from ...wanvideo.modules.clip import ClipVision, load_clip_vision
 from ...wanvideo.modules.qwen_vl import QwenVision, load_qwen_vl
 from ...wanvideo.modules.t5 import TextEncoder, load_text_encoder
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 TEXT_LENGTH = 512
 QWEN_VL = "qwen_image"
 

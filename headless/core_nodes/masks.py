@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...node_tools import Inputs
 from .pictures import LARGEST, to_color
-
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 
 CHANNELS = ["red", "green", "blue", "alpha"]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...host import get_host
+from ...node_tools import Inputs
 from ...wanvideo.images import resize_images
 from ...wanvideo.whole_file import partial_file, publish
 from ..media import MediaError, VideoInfo, probe, read_audio, read_frames
@@ -22,7 +23,6 @@ from .pictures import fit, next_file
 
 log = logging.getLogger("wanvideo")
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Audio = dict[str, object]
 
 LARGEST = 8192

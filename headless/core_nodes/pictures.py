@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...host import get_host
+from ...node_tools import Inputs
 from ...wanvideo.images import METHODS, resize_images
 from ...wanvideo.whole_file import partial_file, publish
 from ..picture_file import PLACEHOLDER_MASK, check_picture, read_picture
 from ..video_file import to_pixels
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Shown = dict[str, object]
 
 LARGEST = 16384

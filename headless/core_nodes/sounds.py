@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ...host import Managed, get_host
 from ...multitalk.wav2vec import SAMPLE_RATE, read_encoder
-from ...node_tools import files
+from ...node_tools import Inputs, files
 from ...wanvideo.checkpoint import open_checkpoint
 from ...wanvideo.whole_file import partial_file, publish
 from ..media import probe, read_audio
 from .pictures import next_file
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Audio = dict[str, object]
 
 INPUT_FOLDER = "input/"

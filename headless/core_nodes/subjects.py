@@ -8,11 +8,11 @@ from PIL import Image, ImageColor, ImageFilter
 from torch import Tensor
 from torch.nn import functional
 
+from ...node_tools import Inputs
 from ...wanvideo.images import resize_images
 from .masks import GrowMask
 from .pictures import LARGEST, PreviewImage
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Box = tuple[int, int, int, int]
 
 DEVICES = (["cpu", "gpu"], {"default": "cpu"})

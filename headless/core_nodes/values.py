@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ...node_tools import Inputs
+
 LIMIT = 0xFFFFFFFFFFFFFFFF
 ANY = "*"
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Shown = dict[str, dict[str, list[str]]]
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...host import get_host
+from ...node_tools import Inputs
 from ...wanvideo.whole_file import partial_file, publish
 from ..video_file import FORMATS, Encoding, Frames, Video, check_frames, encode_video
 from .pictures import next_file
 
 log = logging.getLogger("wanvideo")
 
-Inputs = dict[str, dict[str, tuple[object, ...]]]
 Audio = dict[str, object]
 Latent = dict[str, object]
 
