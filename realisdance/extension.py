@@ -68,15 +68,8 @@ class RealisDance(Extension):
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
-        """By both convolutions.
-
-        UniLumos has layers of the same names, but reads two more videos beside the noise.
-        """
-        patches, head = shapes.get("patch_embedding.weight"), shapes.get("head.head.weight")
-        if patches is None or head is None or not {POSES, REFERENCE} <= shapes.keys():
-            return None
-        predicts = head[0] // (patches[2] * patches[3] * patches[4])
-        if patches[1] == 3 * predicts:
+        """By both convolutions."""
+        if not {POSES, REFERENCE} <= shapes.keys():
             return None
         return cls(shapes[POSES][1], shapes[REFERENCE][1])
 
