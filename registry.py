@@ -17,6 +17,7 @@ FOLDERS = (
     "bindweave",
     "nag",
     "fun_control",
+    "unilumos",
     "ati",
     "image_to_video",
     "wanmove",

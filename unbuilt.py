@@ -13,7 +13,6 @@ UNBUILT_FILES: tuple[Kind, ...] = ()
 # Files with these keys are Wan transformers whose extra weights would be ignored, so that they would run wrongly.
 UNBUILT_KEYS = (
     Unbuilt(r"\.cross_attn\.emo_k_proj\.weight$|ip_adapter_single_stream", "FlashPortrait"),
-    Unbuilt(r"^add_conv_in\.weight$", "UniLumos"),
     Unbuilt(r"^patch_embedding_pose\.weight$", "SCAIL"),
     Unbuilt(r"^image_to_cond\.conv_in\.|\.ref_attn_k_img\.", "One-to-All"),
     Unbuilt(r"\.ffn\.w1\.weight$", "LongCat"),
