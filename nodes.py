@@ -244,7 +244,7 @@ class WanVideoDecode(Tiled):
         """IMAGE of all frames, a ring closed; a video that the talking loop decoded already passes through."""
         if samples.get("video") is not None:
             return (to_unit(samples["video"]),)
-        latents = samples["samples"][0].float()
+        latents = vae.latents_of(samples)
         last = latents.shape[1] - int(samples.get("trailing_latents") or 0)
         latents = latents[:, int(samples.get("has_ref") or 0) : last]
         if samples.get("extra_end_frame"):

@@ -12,6 +12,7 @@ from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.image_to_video.pictures import GivenFrames, encode_given, fold_mask
 from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.images import resize_images, to_images, to_video
+from wanvideo_wrapper.wanvideo.modules.vae import WanVAE
 from wanvideo_wrapper.wanvideo.request import TextEmbeds
 
 
@@ -143,11 +144,27 @@ def test_text_to_video_and_what_decoding_gives(vae):
     assert "overlap" in N["WanVideoDecode"].VALIDATE_INPUTS(True, 128, 272, 128, 128)
 
 
+class WithoutModel(WanVAE):
+    def __init__(self):
+        self.managed = SimpleNamespace(release=lambda: None)
+
+
+def test_a_vae_may_read_more_of_samples_than_latents():
+    class Shaded(WithoutModel):
+        def latents_of(self, samples):
+            return torch.cat((samples["shade"][0], samples["samples"][0]))
+
+        def decode(self, latents, *, tile=None):
+            return latents[:3]
+
+    samples = {"samples": torch.rand(1, 16, 3, 4, 4), "shade": torch.rand(1, 3, 3, 4, 4), "has_ref": 1}
+    (images,) = N["WanVideoDecode"]().decode(Shaded(), samples, False, 272, 272, 144, 128)
+    torch.testing.assert_close(images, (samples["shade"][0, :, 1:].movedim(0, -1) + 1) / 2)
+
+
 @pytest.mark.parametrize("shade", [-1.0, 0.25])
 def test_a_video_of_one_colour_has_no_range_to_stretch(shade):
-    class OneColour:
-        managed = SimpleNamespace(release=lambda: None)
-
+    class OneColour(WithoutModel):
         def decode(self, latents, *, tile=None):
             return torch.full((3, 5, 8, 8), shade)
 
@@ -338,10 +355,8 @@ def test_pictures_and_video_are_each_others_inverse():
     torch.testing.assert_close(to_images(to_video(images)), images[..., :3])
 
 
-class Causal:
+class Causal(WithoutModel):
     """A VAE whose frames show their latent and a tenth of the one before; the first of a video has none before it."""
-
-    managed = SimpleNamespace(release=lambda: None)
 
     def decode(self, latents, *, tile=None):
         colour = latents[0, :, 0, 0]

@@ -10,7 +10,7 @@ which are trained on latents that are not normalized).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -60,7 +60,7 @@ class Remembering(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        first, *others = (_conv(inputs, width) for inputs in (2 * width, width, width))
+        first, *others = (conv(inputs, width) for inputs in (2 * width, width, width))
         self.conv = nn.Sequential(first, nn.ReLU(), others[0], nn.ReLU(), others[1])
 
     def forward(self, frames: Tensor, before: Tensor) -> Tensor:
@@ -108,22 +108,31 @@ class TinyAutoencoder(nn.Module):
     def __init__(self, layout: TinyLayout) -> None:
         super().__init__()
         pixel, width = 3 * layout.patch**2, layout.width
-        encoder: list[nn.Module] = [_conv(pixel, width), nn.ReLU()]
+        encoder: list[nn.Module] = [conv(pixel, width), nn.ReLU()]
         for stride in layout.pools:
             halved = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
             encoder += [Pool(width, stride), halved, *(Remembering(width) for _ in range(BLOCKS))]
-        encoder.append(_conv(width, layout.z_dim))
+        encoder.append(conv(width, layout.z_dim))
         first, *_, last = layout.decoder_widths
-        decoder: list[nn.Module] = [Bound(), _conv(layout.z_dim, first), nn.ReLU()]
-        for stride, wide, narrow in zip(layout.grows, layout.decoder_widths, layout.decoder_widths[1:], strict=False):
-            blocks = (Remembering(wide) for _ in range(BLOCKS))
-            grown = (nn.Upsample(scale_factor=2), Grow(wide, stride), _conv(wide, narrow, bias=False))
-            decoder += [*blocks, *grown]
-        decoder += [nn.ReLU(), _conv(last, pixel)]
+        grown = growing_layers(layout.decoder_widths, layout.grows)
+        decoder = (Bound(), conv(layout.z_dim, first), nn.ReLU(), *grown, nn.ReLU(), conv(last, pixel))
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
-def _conv(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+def growing_layers(widths: Sequence[int], strides: Sequence[int]) -> list[nn.Module]:
+    """The stages of a decoder, each of which doubles both sides and makes `stride` frames of one.
+
+    widths: channels before the first stage and behind each.
+    """
+    layers: list[nn.Module] = []
+    for stride, wide, narrow in zip(strides, widths, widths[1:], strict=False):
+        layers += [Remembering(wide) for _ in range(BLOCKS)]
+        layers += [nn.Upsample(scale_factor=2), Grow(wide, stride), conv(wide, narrow, bias=False)]
+    return layers
+
+
+def conv(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+    """Three by three, at the size of its input."""
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -134,6 +134,13 @@ class WanVAE:
                 f"The VAE encodes 4n+1 frames and an end image but got {video.shape[1]} frames; give one of 4n+2."
             )
         return torch.cat((self.encode(video[:, :-1], tile=tile), self.encode(video[:, -1:], tile=tile)), dim=1)
+
+    def latents_of(self, samples: Mapping[str, object]) -> Tensor:
+        """What `decode` reads of a LATENT: [z, F, h, w] float32. What a VAE reads beside latents, it reads as channels.
+
+        Raises ValueError where it is not there.
+        """
+        return samples["samples"][0].float()
 
     def decode(self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Tensor:
         """Normalized latents [z, F, h, w] -> video [3, 4 (F - 1) + 1, H, W] in about -1..1, float32 on the CPU.
