@@ -41,6 +41,7 @@ FOLDERS = (
     "unianimate",
     "controlnet",
     "phantom",
+    "mocha",
     "vace",
     "stand_in",
     "lynx",
