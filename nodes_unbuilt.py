@@ -10,12 +10,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .host import get_host
 from .node_tips import with_tips
 
 TABLE = Path(__file__).with_name("nodes_unbuilt.json")
 UNUSED = "Kept as it was saved: the node is not built in this version"
-FILES_OF = "<files:"
 
 Interface = Mapping[str, object]
 
@@ -40,7 +38,7 @@ class UnbuiltNode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, object]]:
         sections: dict[str, dict[str, object]] = {
-            section: {name: (_choices(kind), *options) for name, kind, *options in cls.interface.get(section, ())}
+            section: {name: (kind, *options) for name, kind, *options in cls.interface.get(section, ())}
             for section in ("required", "optional")
         }
         return with_tips(sections, UNUSED) | {"hidden": dict(cls.interface.get("hidden", {}))}
@@ -83,10 +81,3 @@ def _refusal(interface: Interface) -> str:
     title = interface["display_name"]
     instead = f", and {interface['instead']}" if "instead" in interface else ""
     return f"'{title}' is not built in this version: disconnect or bypass it{instead}."
-
-
-def _choices(kind: object) -> object:
-    """The type of an input; "<files:A>" becomes the host's files of that kind."""
-    if not isinstance(kind, str) or not kind.startswith(FILES_OF):
-        return kind
-    return get_host().list_files(kind.removeprefix(FILES_OF).removesuffix(">"))

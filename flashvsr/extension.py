@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,15 @@ from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.frames import VAE_TIME_STRIDE
+from ..wanvideo.modifier import Modifier, Run
 from ..wanvideo.modules.model import WanModel
+from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens
+from .decoder import LOW_QUALITY
+
+if TYPE_CHECKING:
+    from ..host import Host
 
 TOKEN_SIDE = 16
 # Frames of a group that its convolutions read a second time, in front of it.
@@ -56,6 +62,19 @@ class LowQuality(Payload):
             )
         places = [VAE_TIME_STRIDE * place + behind for place in window.video for behind in range(VAE_TIME_STRIDE)]
         return replace(self, frames=self.frames[:, :, places])
+
+
+class ForDecoding(Modifier):
+    """The results of a run with the frames that FlashVSR's decoder reads beside the latents."""
+
+    def around_run(self, run: Run) -> Run:
+        """Both results; those of a run without such frames stay as they are."""
+
+        def handing_on(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
+            seen, results = request.find(LowQuality), run(request, host)
+            return results if seen is None else tuple({**latent, LOW_QUALITY: seen.frames} for latent in results)
+
+        return handing_on
 
 
 class GroupConv(nn.Conv3d):
@@ -135,6 +154,10 @@ class FlashVsr(Extension):
     def build(self, model: WanModel) -> None:
         """Adds LQ_proj_in."""
         model.LQ_proj_in = FrameProjection(self.hidden, model.config.dim, self.layers)
+
+    def modifiers(self) -> tuple[Modifier, ...]:
+        """Frames for the decoder go with the latents."""
+        return (ForDecoding(),)
 
     def prepare(
         self, model: WanModel, payload: LowQuality, inputs: ModelInputs, tokens: Tokens

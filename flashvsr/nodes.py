@@ -1,4 +1,4 @@
-"""The node that gives FlashVSR the video that it restores."""
+"""The nodes of FlashVSR: the video that it restores, and its decoder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..node_tools import CATEGORY, Inputs, mappings
+from ..host import get_host
+from ..node_checks import Types, check_loadable, verdict
+from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
 from ..wanvideo.frames import VAE_TIME_STRIDE
 from ..wanvideo.images import to_video
 from ..wanvideo.request import ImageEmbeds
+from .decoder import LOADER, FlashVsrVAE, load_decoder
 from .extension import LowQuality
 
 
@@ -51,4 +54,40 @@ class WanVideoAddFlashVSRInput:
         return (replace(embeds, payloads=(*others, LowQuality(frames, torch.tensor(strength)))),)
 
 
-NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoAddFlashVSRInput)
+class WanVideoFlashVSRDecoderLoader:
+    """Loads FlashVSR's decoder from models/vae."""
+
+    DISPLAY_NAME = LOADER
+    DESCRIPTION = (
+        "FlashVSR's own decoder, small and fast, which sees the video of low quality beside the latents. It decodes "
+        "what a sampler made with WanVideoAddFlashVSRInput."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "loadmodel"
+    RETURN_TYPES = ("WANVAE",)
+    RETURN_NAMES = ("vae",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        precision = {"default": "bf16", "tooltip": "What it computes in"}
+        return {
+            "required": {"model_name": (files("vae"), {"tooltip": "FlashVSR's TC decoder in models/vae"})},
+            "optional": {"precision": (["fp16", "fp32", "bf16"], precision)},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+        """The decoder, by its header."""
+
+        def check(model_name: str) -> None:
+            check_loadable(get_host().find_file("vae", model_name), cls.DISPLAY_NAME)
+
+        return verdict(cls, check, input_types, model_name=model_name)
+
+    def loadmodel(self, model_name: str, precision: str = "bf16") -> tuple[FlashVsrVAE]:
+        """Load it."""
+        host = get_host()
+        return (load_decoder(host.find_file("vae", model_name), dtype=DTYPES[precision], host=host),)
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoAddFlashVSRInput, WanVideoFlashVSRDecoderLoader)

@@ -20,6 +20,7 @@ ENDINGS = (".safetensors", ".sft", ".gguf")
 # The folder that a loader reads, by the start of its class name; the first that fits.
 FOLDERS = (
     ("WanVideoVAELoader", "vae"),
+    ("WanVideoFlashVSRDecoderLoader", "vae"),
     ("LoadWanVideoT5TextEncoder", "text_encoders"),
     ("WanVideoTextEncodeCached", "text_encoders"),
     ("CLIPLoader", "text_encoders"),

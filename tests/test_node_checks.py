@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.flashvsr.decoder import DecoderLayout, FlashVsrDecoder
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.nodes_unbuilt import UnbuiltNode
 from wanvideo_wrapper.wanvideo.modules.tiny_vae import TinyAutoencoder, TinyLayout
@@ -72,6 +73,7 @@ FILES = {
     "WanVideoModelLoader": {"model": "t2v.safetensors"},
     "WanVideoVAELoader": {"model_name": "vae.safetensors"},
     "WanVideoTinyVAELoader": {"model_name": "tae.safetensors"},
+    "WanVideoFlashVSRDecoderLoader": {"model_name": "tc.safetensors"},
     "LoadWanVideoT5TextEncoder": {"model_name": "t5.safetensors"},
     "WanVideoTextEncodeCached": {"model_name": "t5.safetensors"},
     "LoadWanVideoClipTextEncoder": {"model_name": "clip.safetensors"},
@@ -91,6 +93,8 @@ def host(tmp_path_factory):
     layout = TinyLayout(16, 1, 4, (8, 4, 4, 4), (2, 2, 1), (1, 2, 2))
     (models / "vae_approx").mkdir()
     save_file(TinyAutoencoder(layout).state_dict(), models / "vae_approx/tae.safetensors")
+    decoder = FlashVsrDecoder(DecoderLayout((4, 4, 4, 4), (1, 2, 2)))
+    save_file(decoder.state_dict(), models / "vae/tc.safetensors")
     tiny.text_encoder().save(models / "text_encoders/t5.safetensors")
     qwen_files.language_model().save(models / "text_encoders/qwen.safetensors")
     tiny.clip_vision().save(models / "clip_vision/clip.safetensors")

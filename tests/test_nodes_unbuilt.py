@@ -13,7 +13,7 @@ from wanvideo_wrapper import nodes_unbuilt
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.runner import Runner
-from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.host import get_host
 from wanvideo_wrapper.nodes_unbuilt import unbuilt
 
 ORIGINAL = json.loads((Path(__file__).parent / "data/node_interfaces.json").read_text())
@@ -45,19 +45,6 @@ def test_advice_names_nodes_that_are_built():
     for node in CLASSES.values():
         named = set(re.findall(r"(?<!\w)'([^']+)'", node.interface.get("instead", "")))
         assert named <= titles | core
-
-
-def test_dropdowns_of_files_follow_the_host(tmp_path):
-    (tmp_path / "vae").mkdir()
-    before = get_host()
-    set_host(StandaloneHost(models=tmp_path, device="cpu"))
-    try:
-        names = CLASSES["WanVideoFlashVSRDecoderLoader"].INPUT_TYPES
-        assert names()["required"]["model_name"][0] == []
-        (tmp_path / "vae" / "tile.safetensors").touch()
-        assert names()["required"]["model_name"][0] == ["tile.safetensors"]
-    finally:
-        set_host(before)
 
 
 class Value:

@@ -235,6 +235,7 @@ def test_systems_that_are_not_built_are_named(name, system, tmp_path):
     ("name", "kind"),
     [
         ("wan21_vae", "Wan VAE"),
+        ("flashvsr_tcdecoder", "FlashVSR decoder"),
         ("umt5_xxl_encoder_wan", "UMT5 text encoder"),
         ("umt5_xxl_encoder_hf", "UMT5 text encoder"),
         ("clip_xlm_roberta_vit_h_14_visual", "CLIP vision encoder"),
