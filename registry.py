@@ -53,6 +53,7 @@ FOLDERS = (
     "experimental",
     "flashvsr",
     "longvie2",
+    "one_to_all",
     "story_mem",
     "ovi",
 )

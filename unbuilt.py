@@ -14,6 +14,5 @@ UNBUILT_FILES: tuple[Kind, ...] = ()
 UNBUILT_KEYS = (
     Unbuilt(r"\.cross_attn\.emo_k_proj\.weight$|ip_adapter_single_stream", "FlashPortrait"),
     Unbuilt(r"^patch_embedding_pose\.weight$", "SCAIL"),
-    Unbuilt(r"^image_to_cond\.conv_in\.|\.ref_attn_k_img\.", "One-to-All"),
     Unbuilt(r"\.ffn\.w1\.weight$", "LongCat"),
 )

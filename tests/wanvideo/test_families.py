@@ -209,6 +209,7 @@ def test_every_family_in_every_storage(name, tmp_path):
         ("ovi_audio_5B", "ovi_video_5B"),
         ("longvie2_extra", "wan21_i2v_14B"),
         ("flashvsr_extra", "wan21_t2v_1_3B"),
+        ("onetoall_extra_14B", "wan21_t2v_14B"),
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
