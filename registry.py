@@ -16,6 +16,7 @@ FOLDERS = (
     "prompt_segments",
     "bindweave",
     "nag",
+    "scail",
     "fun_control",
     "unilumos",
     "ati",
