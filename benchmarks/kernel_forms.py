@@ -1,10 +1,11 @@
-"""Forms of the fused FP8 kernels at the sizes of Wan 14B (40 heads of 128), beside a device copy in the same run.
+"""Forms of the fused kernels at the sizes of Wan 14B (40 heads of 128), beside a device copy in the same run.
 
     python benchmarks/kernel_forms.py [--tokens 32760] [--only norm_rope_fp8]
 
 A form is a set of constants of a kernel's module; the first of each list is the default. Each is compared with eager
-PyTorch first: `differ` is the share of FP8 values that are not equal. Times are medians in milliseconds; `over_copy` is
-relative to a copy that moves as many bytes. norm_rope_fp8 is timed for q and k together. Prints one JSON line a kernel.
+PyTorch first: `differ` is the share of values that are not equal. Times are medians in milliseconds; `over_copy` is
+relative to a copy that moves as many bytes. norm_rope_fp8 is timed for q and k together; rms_norm and rope_heads beside
+the eager form in whose place they are. Prints one JSON line a kernel.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from torch import Tensor
 from wanvideo_wrapper.bench.clock import milliseconds
 from wanvideo_wrapper.kernels import fp8_rows, triton_kernels
 from wanvideo_wrapper.kernels import norm_rope_fp8 as rotation
+from wanvideo_wrapper.kernels.modulated_norm import rms_norm, rms_norm_eager
+from wanvideo_wrapper.kernels.rope import apply_rope
+from wanvideo_wrapper.wanvideo.modules.layers import WIDE_TOKENS
+from wanvideo_wrapper.wanvideo.modules.stretches import parts_of, stretched
 from wanvideo_wrapper.wanvideo.rope import rope_table
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
@@ -30,18 +35,22 @@ CHANNELS = HEADS * SIZE
 GRIDS = {32760: (21, 30, 52), 48384: (21, 48, 48)}
 FEW = 777
 
-Result = tuple[Tensor, Tensor]
+Result = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's constants and their forms; what runs it and its eager oracle, for so many tokens; bytes a token."""
+    """A kernel's constants and their forms; what runs it and its eager oracle, for so many tokens; bytes a token.
+
+    replaces: whether the eager form is what ran before there was the kernel, and so is timed, too.
+    """
 
     module: str
     constants: tuple[str, ...]
     forms: tuple[tuple[int | None, ...], ...]
     calls: Callable[[int], tuple[Callable[[], Result], Callable[[], Result]]]
     bytes_a_token: int
+    replaces: bool = False
 
 
 def placed(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
@@ -84,6 +93,25 @@ def normed(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
     )
 
 
+def rms_normed(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
+    """The queries of cross-attention, and how they were normalized: some tokens at a time in float32."""
+    x = torch.randn(1, tokens, CHANNELS, device=DEVICE, dtype=DTYPE) * 3
+    weight = (torch.rand(CHANNELS, device=DEVICE) + 0.5).to(DTYPE)
+
+    def eager() -> Result:
+        parts = parts_of(tokens, WIDE_TOKENS)
+        return (stretched(lambda part: rms_norm_eager(x[:, part], weight, EPS), tokens, parts),)
+
+    return lambda: (rms_norm(x, weight, EPS),), eager
+
+
+def turned(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
+    """The queries of speech at the positions of their speakers."""
+    x = torch.randn(1, tokens, HEADS, SIZE, device=DEVICE, dtype=DTYPE)
+    rope = rope_table((1, 1, tokens), SIZE, device=DEVICE)
+    return lambda: (rotation.rope_heads(x, rope),), lambda: (apply_rope(x, rope),)
+
+
 QUANTISE = ("fp8_rows_triton", ("WARP_COLUMNS", "MOST_PIECES"), ((256, 7), (256, 10), (256, 20), (128, 5), (512, 3)))
 KERNELS = {
     "norm_rope_fp8": Kernel(
@@ -102,7 +130,19 @@ KERNELS = {
         normed,
         3 * CHANNELS,
     ),
-}
+    "rms_norm": Kernel(
+        "fp8_rows_triton",
+        ("NORM_WARP_COLUMNS", "NORM_MOST_PIECES", "SHARED_ROWS"),
+        ((256, 5, 8), (256, 5, 16), (256, 3, 8), (128, 5, 8), (512, 5, 8)),
+        rms_normed,
+        4 * CHANNELS,
+        replaces=True,
+    ),
+    "rope_heads": Kernel(
+        "norm_rope_fp8_triton", ("MOST_HEADS", "ROW_WARPS"), ((8, 8), (8, 4), (4, 4), (8, 2)), turned, 4 * CHANNELS,
+        replaces=True,
+    ),
+}  # fmt: skip
 
 
 @contextmanager
@@ -121,10 +161,10 @@ def chosen(module: ModuleType, constants: tuple[str, ...], form: tuple[int | Non
 def measure(kernel: Kernel, tokens: int) -> dict[str, dict[str, float]]:
     """Every form's share of differing values and time."""
     module = triton_kernels(kernel.module)
-    (few, eager), (many, _) = kernel.calls(FEW), kernel.calls(tokens)
+    (few, eager), (many, before) = kernel.calls(FEW), kernel.calls(tokens)
     source = torch.randint(256, (kernel.bytes_a_token * tokens // 2,), device=DEVICE, dtype=torch.uint8)
     target, want = torch.empty_like(source), eager()[0].float()
-    differ, calls = {}, {"copy": lambda: target.copy_(source)}
+    differ, calls = {}, {"copy": lambda: target.copy_(source)} | ({"eager": before} if kernel.replaces else {})
     for form in kernel.forms:
 
         def call(form: tuple[int | None, ...] = form, function: Callable[[], object] = many) -> object:

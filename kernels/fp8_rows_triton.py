@@ -95,25 +95,33 @@ def _quantize(x, static, values, scales, pitch, columns, columns_out, GELU: tl.c
 
 
 @triton.jit
-def _normed(pieces, gains, shifts, columns, eps, PIECE: tl.constexpr, FULL: tl.constexpr):
-    mean = _sum(pieces) / columns
+def _normed(pieces, gains, shifts, columns, eps, RMS: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr):
     centred, squares = (), ()
-    for i in tl.static_range(len(pieces)):
-        y = pieces[i].to(tl.float32) - mean
-        if i >= FULL:
-            y = tl.where(i * PIECE + tl.arange(0, PIECE) < columns, y, 0.0)
-        centred, squares = centred + (y,), squares + (y * y,)
+    if RMS:
+        for i in tl.static_range(len(pieces)):
+            y = pieces[i].to(tl.float32)
+            centred, squares = centred + (y,), squares + (y * y,)
+    else:
+        mean = _sum(pieces) / columns
+        for i in tl.static_range(len(pieces)):
+            y = pieces[i].to(tl.float32) - mean
+            if i >= FULL:
+                y = tl.where(i * PIECE + tl.arange(0, PIECE) < columns, y, 0.0)
+            centred, squares = centred + (y,), squares + (y * y,)
     factor = tl.rsqrt(_sum(squares) / columns + eps)
     normed = ()
     for i in tl.static_range(len(pieces)):
-        normed += (centred[i] * factor * gains[i] + shifts[i],)
+        y = centred[i] * factor * gains[i].to(tl.float32)
+        if not RMS:
+            y += shifts[i]
+        normed += (y,)
     return normed
 
 
 @triton.jit
 def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_token, gain_batch, gain_token,
-          shift_batch, shift_token, eps, QUANTISE: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
-          PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+          shift_batch, shift_token, eps, QUANTISE: tl.constexpr, RMS: tl.constexpr, SHARED: tl.constexpr,
+          ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64)
     x += batch * x_batch
@@ -121,7 +129,10 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
     shift += batch * shift_batch
     if SHARED:
         g = _load_row(gain, True, columns, PIECE, PIECES, FULL)
-        s = _load_row(shift, True, columns, PIECE, PIECES, FULL)
+        # An RMS norm has no shift, and this name is then never read.
+        s = g
+        if not RMS:
+            s = _load_row(shift, True, columns, PIECE, PIECES, FULL)
     ahead = _load_row(x + token * x_token, True, columns, PIECE, PIECES, FULL)
     for _ in range(ROWS):
         pieces = ahead
@@ -130,7 +141,7 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
         if not SHARED:
             g = _load_row(gain + token * gain_token, token < tokens, columns, PIECE, PIECES, FULL)
             s = _load_row(shift + token * shift_token, token < tokens, columns, PIECE, PIECES, FULL)
-        y = _normed(pieces, g, s, columns, eps, PIECE, FULL)
+        y = _normed(pieces, g, s, columns, eps, RMS, PIECE, FULL)
         if token < tokens:
             row = batch * tokens + token
             if QUANTISE:
@@ -173,11 +184,17 @@ def norm_modulate(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, *, eps: f
     _launch_norm(x, gain, shift, out, None, eps)
 
 
-def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, scale: Tensor | None, eps: float) -> None:
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """RMSNorm(x [B, L, C]) * weight [C] into `out` [B, L, C], contiguous."""
+    _launch_norm(x, weight, None, out, None, eps)
+
+
+def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor | None, out: Tensor, scale: Tensor | None, eps: float) -> None:
+    """shift: None of an RMS norm, whose gain all tokens share."""
     batch, tokens, columns = x.shape
     if x.numel() == 0:
         return
-    operands = (x, gain.expand(x.shape), shift.expand(x.shape))
+    operands = (x, gain.expand(x.shape), (gain if shift is None else shift).expand(x.shape))
     strides = [t.stride(dim) for t in operands for dim in (0, 1)]
     # A modulation that all tokens share weighs more than a row: it is read once for several.
     shared = _shared(*operands[1:])
@@ -185,7 +202,7 @@ def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor, out: Tensor, scale: Ten
     with torch.cuda.device_of(x):
         _norm[(triton.cdiv(tokens, rows), batch)](
             *operands, out, out if scale is None else scale, columns, out.shape[-1], tokens, *strides, eps,
-            QUANTISE=scale is not None, SHARED=shared, ROWS=rows,
+            QUANTISE=scale is not None, RMS=shift is None, SHARED=shared, ROWS=rows,
             **_options(columns, out.shape[-1], NORM_WARP_COLUMNS, NORM_MOST_PIECES),
         )  # fmt: skip
 

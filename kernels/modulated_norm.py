@@ -1,7 +1,7 @@
-"""LayerNorm with modulation in one kernel, for layers that read it in base precision.
+"""LayerNorm with modulation, and RMS norm, in one kernel each, for layers that read them in base precision.
 
 The modulation is float32 whatever the activation's type: comfy-kitchen's `adaln` reads both in the activation's type,
-so it cannot be used here. On the CPU, and where Triton does not run, the operator is the eager PyTorch beside it.
+so it cannot be used here. On the CPU, and where Triton does not run, an operator is the eager PyTorch beside it.
 """
 
 from __future__ import annotations
@@ -41,4 +41,31 @@ def _norm_modulate_op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Ten
 
 @_norm_modulate_op.register_fake
 def _(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x [B, L, C]) * weight [C], rounded once, to x's dtype (Zhang and Sennrich 2019)."""
+    return _rms_norm_op(x, weight, eps)
+
+
+def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What the kernel must equal, for x [..., C]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+
+
+@torch.library.custom_op(op_name("rms_norm"), mutates_args=())
+def _rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not x.is_cuda or x.dtype == torch.float64 or not triton_runs(x.device):
+        return rms_norm_eager(x, weight, eps)
+    x, weight = kernel_ready(x), kernel_ready(weight)
+    check_entry("rms_norm", x=x, weight=weight)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    triton_kernels("fp8_rows_triton").rms_norm(x, weight, out, eps=eps)
+    return out
+
+
+@_rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)

@@ -80,9 +80,11 @@ def _turns(rope, row, rows, factor, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _placed(x, pitch, row, rows, first, weight, cos, sin, PART: tl.constexpr, SIZE: tl.constexpr):
+def _placed(x, pitch, row, rows, first, weight, cos, sin, NORM: tl.constexpr, PART: tl.constexpr, SIZE: tl.constexpr):
     part = _load(x, pitch, row, rows, first, PART, SIZE, False)
-    even, odd = _pairs(part * _of_channels(weight, first, PART, SIZE))
+    if NORM:
+        part *= _of_channels(weight, first, PART, SIZE)
+    even, odd = _pairs(part)
     return even * cos - odd * sin, even * sin + odd * cos
 
 
@@ -205,18 +207,20 @@ def _prepare(bounds, shift, prepared, fit, scale, reach, COUNT: tl.constexpr, CH
 
 
 @triton.jit
-def _norm_rope(x, weight, rope, out, tokens, count, x_batch, x_token, rope_batch, eps, HEADS: tl.constexpr,
-               PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+def _norm_rope(x, weight, rope, out, tokens, count, x_batch, x_token, rope_batch, eps, NORM: tl.constexpr,
+               HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     # All tokens, or `count` of them, evenly spaced.
     row = line * tokens // count
     x += batch * x_batch
     out += batch * count * HEADS * SIZE
-    factor = _inverse_rms(x, x_token, row, tokens, eps, HEADS, PART, SIZE)
+    factor = tl.full([ROWS], 1.0, tl.float32)
+    if NORM:
+        factor = _inverse_rms(x, x_token, row, tokens, eps, HEADS, PART, SIZE)
     cos, sin = _turns(rope + batch * rope_batch, row, tokens, factor, SIZE)
     for first in range(0, HEADS, PART):
-        even, odd = _placed(x, x_token, row, tokens, first, weight, cos, sin, PART, SIZE)
+        even, odd = _placed(x, x_token, row, tokens, first, weight, cos, sin, NORM, PART, SIZE)
         placed = tl.reshape(tl.join(even, odd), [PART, ROWS, SIZE]).to(out.dtype.element_ty)
         tl.store(_heads(out, HEADS * SIZE, line, first, PART, SIZE), placed, mask=(line < count)[None, :, None])
 
@@ -266,13 +270,24 @@ def _batch_stride(rope: Tensor) -> int:
 
 def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, out: Tensor, *, eps: float) -> None:
     """x [B, L, C], last dimension dense, -> out [B, N, H, D], contiguous: all tokens, or N of them, evenly spaced."""
+    _launch_rope(x, weight, rope, out, eps)
+
+
+def rope_heads(x: Tensor, turns: Tensor, out: Tensor) -> None:
+    """x [B, L, C], last dimension dense, turned by `turns` [L or (B, L), D/2, 2] -> out [B, L, H, D], contiguous."""
+    _launch_rope(x, None, turns, out, 0.0)
+
+
+def _launch_rope(x: Tensor, weight: Tensor | None, turns: Tensor, out: Tensor, eps: float) -> None:
+    """weight: None where nothing is normalized."""
     if out.numel() == 0:
         return
     batch, count, heads, size = out.shape
     with torch.cuda.device_of(x):
         _norm_rope[(count, batch)](
-            x, weight, rope, out, x.shape[1], count, x.stride(0), x.stride(1), _batch_stride(rope), eps, HEADS=heads,
-            PART=min(heads & -heads, MOST_HEADS), ROWS=1, SIZE=size, num_warps=ROW_WARPS,
+            x, x if weight is None else weight, turns, out, x.shape[1], count, x.stride(0), x.stride(1),
+            _batch_stride(turns), eps, NORM=weight is not None, HEADS=heads, PART=min(heads & -heads, MOST_HEADS),
+            ROWS=1, SIZE=size, num_warps=ROW_WARPS,
         )  # fmt: skip
 
 

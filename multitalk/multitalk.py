@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import sdpa
-from ..kernels.rope import apply_rope
-from ..wanvideo.modules.layers import WanLayerNorm
+from ..wanvideo.modules.layers import WanLayerNorm, turned_heads
 from ..wanvideo.shard import WHOLE, Shard
 from .speakers import key_positions, query_positions, rotation
 
@@ -103,7 +102,7 @@ class SingleStreamAttention(nn.Module):
         spoken = x[:, :voiced].reshape(batch * frames, places, -1).contiguous()
         q = self.q_linear(spoken).unflatten(-1, self.heads).contiguous()
         if rope is not None:
-            q = apply_rope(q, rope[:, :voiced].reshape(batch * frames, places, *rope.shape[2:]))
+            q = turned_heads(q, rope[:, :voiced].reshape(batch * frames, places, *rope.shape[2:]))
         out = self.proj(self.attention(q, k, v).flatten(2).contiguous())
         out = out.view(batch, voiced, -1)
         if voiced == count:
@@ -120,7 +119,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
         if speakers == 1:
             return k, v
         positions = key_positions(speakers, k.shape[1] // speakers, k.device)
-        return apply_rope(k, rotation(positions, self.heads[1])), v
+        return turned_heads(k, rotation(positions, self.heads[1])), v
 
     def query_rope(self, scores: Tensor, shard: Shard = WHOLE) -> Tensor:
         """Speaker scores [B, L, P + 1] of this part of the tokens -> rope [B, L, D / 2, 2] of the queries."""

@@ -169,7 +169,7 @@ class Extension:
         return call, cond
 
     def reads_heads(self, cond: NamedTuple) -> bool:
-        """Whether `self_attn` does anything: it costs q and k, which a fused kernel keeps to itself."""
+        """Whether `self_attn` does anything: it costs q and k, which a fused kernel keeps to itself, once more."""
         return True
 
     def self_attn(self, block: Block, heads: Heads, cond: NamedTuple) -> tuple[Heads, NamedTuple]:

@@ -1,14 +1,18 @@
-"""The fused norm equals float64 for every type of activation, with float32 modulation of every shape."""
+"""The fused norms equal float64 for every type of activation, with float32 modulation of every shape."""
 
 import types
 
 import interpreted
 import pytest
 import torch
-from layouts import relative
-from wanvideo_wrapper import kernels
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import DTYPES, SETTINGS, bits, layouts, relative
+from wanvideo_wrapper import kernels, tensor_layout
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantize_eager, norm_quantize, norm_quantize_eager, quantize_eager
-from wanvideo_wrapper.kernels.modulated_norm import norm_modulate, norm_modulate_eager
+from wanvideo_wrapper.kernels.modulated_norm import norm_modulate, norm_modulate_eager, rms_norm
+from wanvideo_wrapper.wanvideo.modules import layers
+from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -24,6 +28,48 @@ def test_equals_float64(columns, dtype, device):
         got = norm_modulate(x, gain, shift, 1e-6)
         want = torch.nn.functional.layer_norm(x.double(), (columns,), eps=1e-6) * gain.double() + shift.double()
         assert got.dtype == dtype and relative(got, want) < TOLERANCES[dtype]
+
+
+def rms_float64(x, weight):
+    wide = x.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("columns", [7, 1536, 5120])
+def test_rms_norm_equals_float64(columns, dtype, device):
+    x = (torch.randn(2, 5, columns, device=device) * 3 + 1).to(dtype)
+    for kind in (dtype, torch.float32):
+        weight = (torch.rand(columns, device=device) + 0.5).to(kind)
+        got = rms_norm(x, weight, 1e-6)
+        assert got.dtype == dtype and relative(got, rms_float64(x, weight)) < TOLERANCES[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+def test_rms_norm_takes_any_layout(device, monkeypatch):
+    monkeypatch.setattr(tensor_layout, "CHECKING", True)
+
+    @SETTINGS
+    @given(layouts(), layouts().filter(lambda layout: layout.kind != "expanded"), st.sampled_from(DTYPES))
+    def check(layout, other, dtype):
+        x, weight = layout.build((2, 6, 96), dtype, device), torch.rand(96, device=device) + 0.5
+        before = bits(x)
+        got = rms_norm(x, other.place(weight.to(dtype)), 1e-6)
+        assert torch.equal(bits(x), before) and relative(got, rms_float64(x, weight.to(dtype))) < TOLERANCES[dtype]
+
+    check()
+
+
+@torch.no_grad()
+@pytest.mark.cuda
+def test_the_models_rms_norm_is_the_kernel_on_a_gpu(monkeypatch):
+    norm, x = WanRMSNorm(5120, 1e-6).cuda(), torch.randn(1, 9, 5120, device="cuda").bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    got = norm(x)
+    monkeypatch.setattr(layers, "_runs_fused", lambda x: False)
+    assert relative(got, norm(x)) < 1e-3
 
 
 @pytest.mark.cuda
@@ -53,6 +99,8 @@ def test_operator_is_well_formed(device):
     arguments = (x, torch.rand(40, device=device), torch.rand(2, 1, 40, device=device), 1e-6)
     operator = getattr(torch.ops, kernels.NAMESPACE).norm_modulate.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    operator = getattr(torch.ops, kernels.NAMESPACE).rms_norm.default
+    torch.library.opcheck(operator, (x, arguments[1], 1e-6), test_utils=("test_schema", "test_faketensor"))
 
 
 @interpreted.needed
@@ -69,6 +117,11 @@ def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
         out = torch.full((batch, tokens, columns), float("nan"), dtype=dtype)
         kernel.norm_modulate(x, gain, shift, out, eps=1e-6)
         assert relative(out, norm_modulate_eager(x, gain, shift, 1e-6)) < TOLERANCES[dtype]
+        if gain.dim() == 1:
+            weight = gain.to(dtype)
+            out.fill_(float("nan"))
+            kernel.rms_norm(x, weight, out, eps=1e-6)
+            assert relative(out, rms_float64(x, weight)) < TOLERANCES[dtype]
         want, want_scale = norm_quantize_eager(x, gain, shift, 1e-6)
         values, scale = torch.empty_like(want), torch.full_like(want_scale, float("nan"))
         kernel.norm_quantize(x, gain, shift, values, scale, eps=1e-6)

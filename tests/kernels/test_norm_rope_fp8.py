@@ -34,8 +34,13 @@ def placed(x, weight, rope, heads):
     """Norm and rotary position in float64, by complex numbers: [B, L, H, D]."""
     wide = x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    return turned(normed.unflatten(-1, (heads, -1)), rope)
+
+
+def turned(x, rope):
+    """Rotary position in float64, by complex numbers: x [B, L, H, D]."""
     turn = torch.view_as_complex(rope.double().contiguous()).unsqueeze(-2)
-    pairs = torch.view_as_complex(normed.unflatten(-1, (heads, -1, 2)).contiguous())
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
@@ -67,6 +72,9 @@ def test_equals_float64(sizes, dtype, riflex, device):
     heads, size = sizes[:2]
     x, weight, rope = inputs(*sizes, dtype=dtype, device=device, riflex=riflex)
     want = placed(x.cpu(), weight.cpu(), rope.cpu(), heads)
+    only = ops.rope_heads(x.unflatten(-1, (heads, size)), rope)
+    want_only = turned(x.cpu().unflatten(-1, (heads, size)), rope.cpu())
+    assert only.dtype == dtype and relative(only.cpu(), want_only) < 2 * torch.finfo(dtype).eps
     plain = ops.norm_rope(x, weight, rope, EPS, heads)
     assert plain.dtype == dtype and relative(plain.cpu(), want) < 2 * torch.finfo(dtype).eps
     mean = ops.norm_rope_mean(x, weight, rope, EPS, heads)
@@ -101,6 +109,8 @@ def test_positions_of_a_batch_may_differ(device):
     ropes = torch.stack((rope, rope.roll(7, 0)))
     got = ops.norm_rope_fp8(x, weight, ropes, None, EPS, 3)
     assert_rounded(*got, placed(x.cpu(), weight.cpu(), ropes.cpu(), 3) @ rotation(64))
+    only = ops.rope_heads(x.unflatten(-1, (3, 64)), ropes)
+    assert relative(only.cpu(), turned(x.cpu().unflatten(-1, (3, 64)), ropes.cpu())) < 2 * torch.finfo(x.dtype).eps
     assert ops.norm_rope_mean(x, weight, ropes, EPS, 3)[1].equal(ops.norm_rope_mean(x, weight, ropes[1], EPS, 3)[1])
 
 
@@ -192,6 +202,13 @@ def compare_kernels(triton, sizes, dtype, device):
     # The second half of a wider projection: strides that are not the shape's.
     x = torch.cat((x, x.flip(-1)), dim=-1)[..., x.shape[-1] :]
     mean = ops.mean_eager(x, weight, rope, EPS, heads)
+    ropes = torch.stack([rope.roll(3 * i, 0) for i in range(x.shape[0])])
+    for turns in (rope, ropes):
+        out = torch.full((*x.shape[:2], heads, size), float("nan"), dtype=dtype, device=device)
+        triton.rope_heads(x, turns, out)
+        assert (
+            relative(out.cpu(), turned(x.cpu().unflatten(-1, (heads, size)), turns.cpu())) < 2 * torch.finfo(dtype).eps
+        )
     for count in (x.shape[1], max(x.shape[1] // 2, 1)):
         for kind in (torch.float32, dtype):
             out = torch.empty(x.shape[0], count, heads, size, dtype=kind, device=device)
@@ -248,7 +265,7 @@ def test_kernels(sizes, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "entry", ["norm_rope", "norm_rope_mean", "norm_rope_fp8", "rotate_fp8", "tensor_fp8", "expand_fp8"]
+    "entry", ["norm_rope", "rope_heads", "norm_rope_mean", "norm_rope_fp8", "rotate_fp8", "tensor_fp8", "expand_fp8"]
 )
 def test_any_layout(entry, device, monkeypatch):
     monkeypatch.setattr(tensor_layout, "CHECKING", True)
@@ -260,6 +277,7 @@ def test_any_layout(entry, device, monkeypatch):
         gain, turns = place(weight.to(x.dtype)), place(rope)
         return {
             "norm_rope": lambda: ops.norm_rope(x, gain, turns, EPS, heads),
+            "rope_heads": lambda: ops.rope_heads(x.unflatten(-1, (heads, size)), turns),
             "norm_rope_mean": lambda: ops.norm_rope_mean(x, gain, turns, EPS, heads),
             "norm_rope_fp8": lambda: ops.norm_rope_fp8(x, gain, turns, shift, EPS, heads)[0].float(),
             "rotate_fp8": lambda: ops.rotate_fp8(x.unflatten(-1, (heads, size)), shift)[0].float(),
@@ -300,6 +318,7 @@ def test_operators_are_well_formed(device):
     values, scale = ops.tensor_fp8(heads)
     calls = {
         "norm_rope": (x, weight, rope, EPS, 3),
+        "rope_heads": (heads, rope),
         "norm_rope_mean": (x, weight, rope, EPS, 3),
         "norm_rope_fp8": (x, weight, rope, shift, EPS, 3),
         "rotate_fp8": (heads, None),

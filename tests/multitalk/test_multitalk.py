@@ -159,6 +159,18 @@ def test_several_speakers(speakers):
 
 
 @torch.no_grad()
+@pytest.mark.cuda
+def test_several_speakers_on_a_gpu():
+    # In one pass there, in several on the CPU.
+    module, places = randomise(SingleStreamMultiAttention(256, OUT, 2)), 24
+    x, audio = torch.randn(1, 4 * places, 256), torch.randn(3, 2 * TOKENS, OUT)
+    scores = torch.rand(1, 4 * places, 3)
+    want = module.double()(x.double(), audio.double(), (4, 4, 6), scores.double(), 2)
+    got = module.float().cuda()(x.cuda(), audio.cuda(), (4, 4, 6), scores.cuda(), 2)
+    assert relative(got.cpu(), want) < 1e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("speakers", [1, 2, 4])
 def test_the_map_is_one_attention_call_and_none_for_one_speaker(speakers, monkeypatch):
     calls = []

@@ -16,6 +16,7 @@ from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule, plan_for
 from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.fingerprint import digest
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
@@ -210,6 +211,38 @@ def test_raw_projections_reach_a_fused_backend():
     with model.attending(AttentionPlan(main=raw)):
         torch.testing.assert_close(model(inputs), want)
     assert (raw.fused_calls, raw.plain_calls) == (2, 0) and model.attention_plan is None
+
+
+class Reader(Extension):
+    """Notes the heads that it is shown."""
+
+    def __init__(self):
+        self.heads = None
+
+    def self_attn(self, block, heads, cond):
+        self.heads = heads
+        return heads, cond
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fast", [False, True])
+def test_who_reads_the_heads_does_not_cost_the_fused_kernel(fast):
+    config = WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=6)
+    attention, raw, reader = WanModel(config).blocks[0].self_attn, Raw(), Reader()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if fast:
+        attention.o = Fp8MatmulLinear.quantize(attention.o.weight, attention.o.bias, torch.float8_e4m3fn)
+    x, rope = torch.randn(1, 8, 64), rope_table(GRID, 32, device=torch.device("cpu"))
+    inputs, hooks = BlockInputs(None, None, rope, None, GRID, raw), ((reader, (None,)),)
+    got, _ = attention(x, inputs, hooks, None)
+    seen = reader.heads
+    assert (raw.fused_calls, raw.plain_calls) == (1, 0) and not hasattr(raw, "rows")
+    want, _ = attention(x, inputs._replace(attention=sdpa()), hooks, None)
+    torch.testing.assert_close(got, want)
+    for mine, plain in zip(seen, reader.heads, strict=True):
+        assert mine.shape == (1, 8, 2, 32)
+        torch.testing.assert_close(mine, plain)
 
 
 @torch.no_grad()

@@ -61,9 +61,15 @@ class WanSelfAttention(nn.Module):
         attention = inputs.attention or self.attention
         (q, k, v), hooks = self._projections(x, hooks, block)
         read, changed = hooked("self_attn", hooks), hooked("attend", hooks)
-        fused = None if read or changed else self._fused(attention, inputs.shard)
+        fused = None if changed else self._fused(attention, inputs.shard, whole=read)
         if fused is not None:
-            return Heads(None, None, fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)), hooks
+            seen: dict[str, Tensor] = {}
+            if read:
+                # Placed once more for the hook, while the projection is there: less than giving up the kernel's form.
+                q = self._seen("q", q, self.norm_q, inputs.rope, seen)
+                k = self._seen("k", k, self.norm_k, inputs.rope, seen)
+            out = fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)
+            return Heads(seen.get("q"), seen.get("k"), out), hooks
         shard, in_order = inputs.shard, changed or isinstance(attention, GridAttention)
         # v goes first: where processes share the heads, it is on its way while q and k are made.
         all_v = shard.heads(self.split(v()), in_order=in_order)
@@ -86,12 +92,27 @@ class WanSelfAttention(nn.Module):
         made, hooks = run_hooks("projected", block, made, hooks)
         return ((lambda: made.q), (lambda: made.k), (lambda: made.v)), hooks
 
-    def _fused(self, attention: Attention, shard: Shard) -> Callable[..., Tensor | Fp8Rows] | None:
-        """The backend's form that takes projections as they are, if it has one: in rows where `o` reads rows."""
+    def _seen(
+        self, name: str, projection: Projection, norm: WanRMSNorm, rope: Tensor, seen: dict[str, Tensor]
+    ) -> Projection:
+        """The same projection, whose heads at their positions are noted in `seen` when it is made."""
+
+        def made() -> Tensor:
+            x = projection()
+            seen[name] = placed_heads(norm, x, rope, self.heads)
+            return x
+
+        return made
+
+    def _fused(self, attention: Attention, shard: Shard, *, whole: bool) -> Callable[..., Tensor | Fp8Rows] | None:
+        """The backend's form that takes projections as they are, if it has one.
+
+        In rows where `o` reads rows, unless a hook reads the heads, which are `whole` then.
+        """
         backend = shard.fused(attention)
         if backend is None:
             return None
-        return backend.fused_rows if all_take_rows((self.o,)) else backend.fused
+        return backend.fused_rows if all_take_rows((self.o,)) and not whole else backend.fused
 
 
 class WanT2VCrossAttention(WanSelfAttention):

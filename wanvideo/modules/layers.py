@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import triton_runs
 from ...kernels.fp8_rows import Fp8Rows, gelu_quantize, norm_quantize
-from ...kernels.modulated_norm import norm_modulate
-from ...kernels.norm_rope_fp8 import norm_rope
+from ...kernels.modulated_norm import norm_modulate, rms_norm, rms_norm_eager
+from ...kernels.norm_rope_fp8 import norm_rope, rope_heads
 from ...kernels.rope import apply_rope
 from ...quantized.linear import all_take_rows
 from ...tensor_layout import dense
@@ -31,11 +32,9 @@ class WanRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] in x's dtype."""
-        return _in_stretches(self._normalized, x)
-
-    def _normalized(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        if x.dim() == 3 and x.is_cuda and _runs_fused(x) and triton_runs(x.device):
+            return rms_norm(x, self.weight, self.eps)
+        return _in_stretches(lambda part: rms_norm_eager(part, self.weight, self.eps), x)
 
 
 def placed_heads(norm: WanRMSNorm, x: Tensor, rope: Tensor, heads: tuple[int, int]) -> Tensor:
@@ -43,6 +42,11 @@ def placed_heads(norm: WanRMSNorm, x: Tensor, rope: Tensor, heads: tuple[int, in
     if _runs_fused(x):
         return norm_rope(x, norm.weight, rope, norm.eps, heads[0])
     return apply_rope(dense(norm(x)).unflatten(-1, heads), rope)
+
+
+def turned_heads(x: Tensor, rope: Tensor) -> Tensor:
+    """Heads x [B, L, H, D] at the positions of rope [L or (B, L), D/2, 2]."""
+    return rope_heads(x, rope) if _runs_fused(x) else apply_rope(x, rope)
 
 
 class WanLayerNorm(nn.LayerNorm):
