@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from .. import attention
 from ..attention import Attention, AttentionSpec, GridAttention
@@ -70,14 +71,15 @@ class AttentionPlan:
         """Every backend that may run."""
         return self.main, *(backend for rule in self.rules for backend in rule.plan.backends())
 
-    def try_out(self, spec: AttentionSpec, tokens: int, batch: int = 1) -> None:
+    def try_out(self, spec: AttentionSpec, tokens: int, batch: int = 1, *, kept: Path | None = None) -> None:
         """Try every third-party kernel of the plan on so many videos of so many tokens, in processes of their own.
 
-        Raises ValueError that says what went wrong with the first that fails.
+        kept: the file of what ran before, which is not tried again. Raises ValueError that says what went wrong with
+        the first that fails.
         """
         kernels = [backend for backend in self.backends() if isinstance(backend, ThirdParty)]
         for backend in dict.fromkeys(kernels):
-            why = probe.verdict(backend.kernel, spec, tokens, batch)
+            why = probe.verdict(backend.kernel, spec, tokens, batch, kept=kept)
             if why is not None:
                 raise ValueError(
                     f"attention_mode '{backend.name}' cannot run on {tokens} tokens: {why}. Choose another "

@@ -6,6 +6,7 @@ float32.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -22,6 +23,13 @@ from .shard import ALONE
 from .windows import WindowedDenoiser
 
 
+class Pace(NamedTuple):
+    """Seconds that the first step of a schedule took, and each of the others on average; None where there are none."""
+
+    first: float
+    later: float | None
+
+
 class Watcher(Protocol):
     """Told about every step: cancellation, progress, preview. May raise to stop the run."""
 
@@ -30,6 +38,9 @@ class Watcher(Protocol):
 
     def end(self, index: int, clean: Tensor) -> None:
         """After the step; clean: the estimate of the finished latents [C, F, H, W]."""
+
+    def finish(self, pace: Pace) -> None:
+        """After the last step."""
 
 
 class Denoised(NamedTuple):
@@ -65,6 +76,8 @@ def denoise(
     velocity_of: Velocity = denoiser
     for modifier in reversed(modifiers):
         velocity_of = modifier.around_velocity(velocity_of)
+    # The device is done with what is timed: the tripwire asks it after the first and the last step.
+    began = first = time.perf_counter()
     for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.places(), strict=True)):
         if watcher is not None:
             watcher.begin(index)
@@ -78,9 +91,13 @@ def denoise(
         for hook in hooks:
             latents = hook.after(latents, index)
         tripwire.look(velocity, latents, partial(_origin, denoiser, given, timesteps, step))
+        first = time.perf_counter() if index == 0 else first
         if watcher is not None:
             watcher.end(index, clean)
     denoiser.report()
+    if watcher is not None:
+        others = len(schedule) - 1
+        watcher.finish(Pace(first - began, (time.perf_counter() - first) / others if others else None))
     return Denoised(latents, clean)
 
 

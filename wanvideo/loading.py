@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,9 @@ log = logging.getLogger("wanvideo")
 AT_ONCE = 2
 FULL_PRECISION = ("patch_embedding",)
 KEPT_PRECISION = ("modulation", "norm")
+# Seconds that the log mentions: a model that is there already takes less.
+WORTH_TELLING = 0.2
+TRIALS = "attention_kernels.json"
 
 
 class Elsewhere(Protocol):
@@ -59,7 +63,8 @@ class WanVideoModel:
     """A loaded transformer and how to run it (socket WANVIDEOMODEL). Copies share the weights.
 
     payloads: what nodes between loader and sampler condition every run of this copy on. elsewhere: who samples with it;
-    None for this process. Otherwise the transformer is on the meta device.
+    None for this process. Otherwise the transformer is on the meta device. trials: the file of attention kernels that
+    were tried and run.
     """
 
     transformer: WanModel
@@ -74,6 +79,7 @@ class WanVideoModel:
     block_swap: BlockSwapArgs | None = None
     payloads: tuple[Payload, ...] = ()
     elsewhere: Elsewhere | None = None
+    trials: Path | None = field(default=None, compare=False)
     _listeners: list[object] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -91,7 +97,7 @@ class WanVideoModel:
 
         batch: how many passes share a forward. Raises ValueError where one fails.
         """
-        self.attention.try_out(self.attention_spec, self.work(latent_size, batch).tokens, batch)
+        self.attention.try_out(self.attention_spec, self.work(latent_size, batch).tokens, batch, kept=self.trials)
 
     def set_step(self, index: int, *, filled: bool = True) -> None:
         """Strengths of LoRAs beside the weights for the step that comes, counted from 0 in the run.
@@ -116,7 +122,11 @@ class WanVideoModel:
         self.placement.swap, self.placement.work = self.block_swap, work or usual_work(self.config)
         self.placement.attention = self.attention.main
         try:
+            began = time.perf_counter()
             device = self.managed.acquire(self.placement.working_bytes())
+            taken = time.perf_counter() - began
+            if taken > WORTH_TELLING:
+                log.info("Bringing the transformer to %s took %.1f s.", device, taken)
             with self._running(device):
                 yield self.transformer
         except torch.OutOfMemoryError as error:
@@ -200,6 +210,7 @@ def build(
         loras=tuple(file for file in files.loras if not file.merge),
         block_swap=placement.swap,
         elsewhere=elsewhere,
+        trials=host.cache_dir() / TRIALS,
     )
 
 

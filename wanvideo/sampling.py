@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .conditioning import Payload, Window
-from .denoise import denoise
+from .denoise import Pace, denoise
 from .finite import check_finite
 from .frames import VAE_TIME_STRIDE
 from .guidance import Conditions, Denoiser
@@ -43,7 +43,8 @@ log = logging.getLogger("wanvideo")
 class RunWatcher:
     """Watcher that asks the host about cancellation, shows progress and follows per-step LoRA strengths.
 
-    done counts on over several runs (windows) with one progress bar; note says which one is on.
+    done counts on over several runs (windows) with one progress bar; note says which one is on. pace: of the first of
+    them, which kernels are made and tuned in; the log tells it.
     """
 
     host: Host
@@ -51,6 +52,7 @@ class RunWatcher:
     set_step: Callable[[int], None]
     done: int = 0
     note: str = ""
+    pace: Pace | None = None
 
     def begin(self, index: int) -> None:
         """Stops here if the user cancelled."""
@@ -61,6 +63,14 @@ class RunWatcher:
         """One step further, with the estimate as preview."""
         self.done += 1
         self.progress.update(self.done, note=self.note, preview=clean)
+
+    def finish(self, pace: Pace) -> None:
+        """Tells what the first step cost, once a run."""
+        if self.pace is not None:
+            return
+        self.pace = pace
+        if pace.later is not None:
+            log.info("The first step took %.1f s, the others %.1f s each.", *pace)
 
 
 def sample(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:

@@ -1,5 +1,6 @@
 """SageAttention 3 without Blackwell: the wrapper against a strict stand-in, and the stand-in against 4-bit errors."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -172,6 +173,45 @@ def test_a_verdict_is_kept_by_shape(blackwell, monkeypatch):  # noqa: F811
     for tokens in (100, 100, 200):
         plan.try_out(SPEC, tokens)
     assert seen == [(n, t) for t in (100, 200) for n in ("sageattn_3_fp4", "sageattn")]
+
+
+def test_the_next_process_knows_what_ran(blackwell, monkeypatch, tmp_path):  # noqa: F811
+    seen, kept, bad = [], tmp_path / "cache" / "kernels.json", {"sageattn": "noise"}
+
+    def tried(kernel, spec, tokens, batch):
+        seen.append((kernel.name, tokens))
+        return bad.get(kernel.name)
+
+    def process(tokens):
+        monkeypatch.setattr(probe, "_verdicts", {})
+        with contextlib.suppress(ValueError):
+            plan_for("sageattn_3", SPEC).try_out(SPEC, tokens, kept=kept)
+
+    monkeypatch.setattr(probe, "_try", tried)
+    process(100)
+    process(100)
+    # What failed is tried again, as is another shape, or another driver.
+    assert seen == [("sageattn_3_fp4", 100), ("sageattn", 100), ("sageattn", 100)]
+    bad.clear()
+    process(100)
+    process(100)
+    process(200)
+    assert seen[3:] == [("sageattn", 100), ("sageattn_3_fp4", 200), ("sageattn", 200)]
+    monkeypatch.setattr(probe, "_machine", lambda device: ("another driver",))
+    process(100)
+    assert len(seen) == 8
+    for damaged in ("[", "3", ""):
+        kept.write_text(damaged)
+        process(100)
+    assert len(seen) == 14 and not list(kept.parent.glob("*.part"))
+
+
+def test_a_full_disk_costs_trials_alone(blackwell, monkeypatch, tmp_path, caplog):  # noqa: F811
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    monkeypatch.setattr(probe, "_verdicts", {})
+    monkeypatch.setattr(probe, "_try", lambda *_: None)
+    assert probe.verdict(sage3.KERNEL, SPEC, 100, kept=tmp_path / "cache" / "kernels.json") is None
+    assert "is not kept in" in caplog.text
 
 
 def test_a_trial_without_memory_is_made_again(blackwell, monkeypatch):  # noqa: F811

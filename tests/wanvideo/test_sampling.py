@@ -16,6 +16,7 @@ from sampler_stand_in import (
     CancelledError,
     FakeHost,
     FakeModel,
+    FakeProgress,
     GaussianTransformer,
     config,
     latents_of,
@@ -29,12 +30,13 @@ from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVid
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.prompt_segments.extension import PromptSegmentsExtension, segments
+from wanvideo_wrapper.wanvideo import denoise
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Row, Step
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.latents import Inpainting, change_mask
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, TextEmbeds
-from wanvideo_wrapper.wanvideo.sampling import prepare_start, sample
+from wanvideo_wrapper.wanvideo.sampling import RunWatcher, prepare_start, sample
 from wanvideo_wrapper.wanvideo.schedulers import available
 from wanvideo_wrapper.wanvideo.windows import ContextOptions
 
@@ -71,6 +73,37 @@ def test_host_is_told_every_step_and_the_model_released():
     model = FakeModel()
     sample(request(model, force_offload=False), FakeHost())
     assert model.events[-1] == "leave"
+
+
+class Clock:
+    """Stands while nothing is asked of the model, whose first answer takes 5 s and others 0.5 s."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def perf_counter(self):
+        calls = len(self.model.transformer.calls)
+        return 4.5 + 0.5 * calls if calls else 0.0
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_log_tells_what_the_first_step_cost(steps, monkeypatch, caplog):
+    model = FakeModel()
+    monkeypatch.setattr(denoise, "time", Clock(model))
+    caplog.set_level("INFO", logger="wanvideo")
+    sample(request(model, schedule=schedule(steps=steps)), FakeHost())
+    told = [record.message for record in caplog.records if "first step took" in record.message]
+    assert told == (["The first step took 5.0 s, the others 0.5 s each."] if steps > 1 else [])
+
+
+def test_only_the_first_window_tells(caplog):
+    caplog.set_level("INFO", logger="wanvideo")
+    watcher = RunWatcher(FakeHost(), FakeProgress([]), lambda index: None)
+    for pace in (denoise.Pace(7.0, 2.0), denoise.Pace(2.0, 2.0)):
+        watcher.finish(pace)
+    assert watcher.pace == (7.0, 2.0) and [r.message for r in caplog.records] == [
+        "The first step took 7.0 s, the others 2.0 s each."
+    ]
 
 
 def test_what_the_model_brings_conditions_the_run():
