@@ -1,5 +1,8 @@
 """A whole video at the model's full depth: the steps of the sampler, and the decoding of what they made.
 
+What comes before the second step is told apart: moving weights, and what the first step takes above a later one, which
+is making kernels and graphs. A second run of the command finds on disk what Triton and torch.compile keep there.
+
 A talking video with --speakers. Prompt and picture are random numbers, so that no encoder is needed; what it would add
 is a matter of seconds a video. The whole model is drawn first: 14B takes a minute and 28 GB of main memory.
 """
@@ -9,12 +12,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from ..host import Host, StandaloneHost
+from ..host import Host, Managed, StandaloneHost
 from ..wanvideo.block_swap import BlockSwapArgs
 from ..wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
 from ..wanvideo.sampling import sample
@@ -32,8 +36,12 @@ def measure(case: Case, options: argparse.Namespace, host: Host) -> list[Row]:
     if options.steps < 2:
         raise ValueError(f"--steps must be at least 2, not {options.steps}: the first is told by itself.")
     device, clock = host.device(), StepHost(host.device())
+    if options.limit is not None:
+        _limit(options.limit, device)
     swap = None if options.swap is None else BlockSwapArgs(blocks_to_swap=options.swap)
     model = load(case, case.config.num_layers, clock, swap)
+    moving = TimedMoves(model.managed)
+    model = replace(model, managed=moving)
     vae = random_vae(case, clock)
     inputs = inputs_of(case, device)
     request = SampleRequest(
@@ -54,15 +62,44 @@ def measure(case: Case, options: argparse.Namespace, host: Host) -> list[Row]:
     vae.decode(latents[0], quiet=True)
     end = time.perf_counter()
     ends = clock.ends
-    later = [after - before for before, after in zip(ends[1:], ends[2:], strict=False)]
+    later = statistics.median(after - before for before, after in zip(ends[1:], ends[2:], strict=False))
     rows = {
         "until the first step is done": ends[1] - start,
-        "a later step": statistics.median(later),
+        "of it, moving weights": moving.seconds,
+        "of it, above a later step": ends[1] - start - moving.seconds - later,
+        "a later step": later,
         "decoding": end - sampled,
         "all": end - start,
     }
     peak = {"GiB at the peak": torch.cuda.max_memory_allocated(device) / GIB} if device.type == "cuda" else {}
     return [Row(name, {"s": taken} | (peak if name == "all" else {})) for name, taken in rows.items()]
+
+
+def _limit(gib: float, device: torch.device) -> None:
+    """Let torch run out of memory as on a smaller card. Raises ValueError where there is no GPU, or less on it."""
+    have = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0
+    if not 0 < gib <= have:
+        raise ValueError(f"--limit must be above 0 and at most the {have:.0f} GiB of the GPU, not {gib:g}.")
+    torch.cuda.set_per_process_memory_fraction(gib / have, device)
+
+
+class TimedMoves:
+    """A model under the host's memory management, and the `seconds` that bringing it to the device took."""
+
+    def __init__(self, managed: Managed) -> None:
+        self.managed, self.module, self.seconds = managed, managed.module, 0.0
+
+    def acquire(self, working: int = 0) -> torch.device:
+        """As the host does."""
+        began = time.perf_counter()
+        device = self.managed.acquire(working)
+        wait_for(device)
+        self.seconds += time.perf_counter() - began
+        return device
+
+    def release(self) -> None:
+        """As the host does."""
+        self.managed.release()
 
 
 class StepHost(StandaloneHost):

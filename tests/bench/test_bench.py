@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from wanvideo_wrapper.bench.cli import KINDS
 from wanvideo_wrapper.bench.random_model import Case, RandomFile, inputs_of, load
 from wanvideo_wrapper.headless.cli import main
 from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.host.standalone import ModuleOnDevice
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs
 
 TINY = ("--model", "tiny", "--size", "32x32x5", "--device", "cpu")
@@ -53,6 +55,16 @@ def test_peers_are_of_the_same_case(tmp_path):
     assert set(bench(tmp_path, "step", "--speakers", "2")) == {"this project", "sum of the best primitives"}
 
 
+def test_what_the_first_step_costs_is_told_apart(tmp_path, monkeypatch):
+    inner = ModuleOnDevice.acquire
+    monkeypatch.setattr(ModuleOnDevice, "acquire", lambda self, working=0: (time.sleep(0.05), inner(self, working))[1])
+    rows = {name: row["s"] for name, row in bench(tmp_path, "run", "--steps", "2").items()}
+    moving, above = rows["of it, moving weights"], rows["of it, above a later step"]
+    # Once for sampling; the VAE's move is not the model's.
+    assert 0.05 <= moving < rows["until the first step is done"]
+    assert moving + above + rows["a later step"] == pytest.approx(rows["until the first step is done"])
+
+
 def test_swapped_blocks_give_the_same_numbers(tmp_path):
     assert bench(tmp_path, "swap")["4 blocks swapped"]["equal to the bit"] == 1
 
@@ -82,6 +94,7 @@ def test_random_weights_are_drawn_by_kind():
         (("step", "--speakers", "9"), "--speakers must be between 0 and 6"),
         (("step", "--json", "no folder/x.json"), "There is no folder"),
         (("run", "--steps", "1"), "--steps must be at least 2"),
+        (("run", "--limit", "8"), "--limit must be above 0 and at most the 0 GiB of the GPU, not 8."),
         (("step", "--attention", "sageattn"), "sageattn"),
     ],
 )
