@@ -29,12 +29,13 @@ CACHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a row of the bench compares: precision, quantization, attention and step cache of the transformer."""
+    """What a row of the bench compares: precision, quantization, attention and step cache of the transformer, steps."""
 
     precision: str = "bf16"
     quantization: str = "disabled"
     attention: str = "sdpa"
     cache: str = ""
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -59,6 +60,7 @@ class Talker:
             attention_mode=setting.attention,
             multitalk_model=module,
         )
+        self.steps = setting.steps
         self.cache = {}
         if setting.cache:
             node, widgets = CACHES[setting.cache]
@@ -124,7 +126,7 @@ class Talker:
             image_embeds=picture,
             text_embeds=text,
             multitalk_embeds=speech,
-            steps=STEPS,
+            steps=self.steps,
             cfg=1.0,
             shift=SHIFT,
             seed=seed,
