@@ -4,11 +4,9 @@ FUZZ_EXAMPLES sets how many cases each reader gets (default: a short run; `make 
 """
 
 import io
-import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import av
 import numpy as np
@@ -17,24 +15,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from wanvideo_wrapper import NODE_CLASS_MAPPINGS
-from wanvideo_wrapper.headless.check import check
-from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
-from wanvideo_wrapper.headless.graph import as_api, load
 from wanvideo_wrapper.headless.media import read_audio, read_frames
 from wanvideo_wrapper.headless.picture_file import read_picture
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 SLOWEST, MOST_MEMORY = 10.0, 300 * 2**20
-WORKFLOWS = sorted(Path(__file__).parents[2].glob("example_workflows/*.json"))
-CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
 run = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-# To make a graph takes longer than to read it; the long run has them all.
-run_graphs = settings(run, max_examples=EXAMPLES if EXAMPLES >= 1000 else EXAMPLES // 3)
 
 
 def encoded(form, codec, kind):
@@ -164,57 +154,3 @@ def test_videos(data, folder):
 
     result = tried(read, path)
     assert result is None or all(frame.dtype == np.uint8 and frame.ndim == 3 for frame in result[1])
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1", ""]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["__value__", "a"]), inner, max_size=2),
-    max_leaves=6,
-)
-NAMES = st.sampled_from(["images", "image", "self", "format", "frame_rate", "source", "any", "crf", "filename_prefix"])
-LINKS = st.tuples(st.sampled_from(["1", "2", "3"]), st.integers(-1, 2) | st.just(0.0)).map(list)
-TYPES = ["LoadImage", "PreviewAny", "VHS_VideoCombine", "EmptyImage", "SaveImage", "Gone", "SimpleMath+"]
-KINDS = st.sampled_from(TYPES)
-API_NODES = st.fixed_dictionaries(
-    {"class_type": KINDS | VALUES, "inputs": st.dictionaries(NAMES, LINKS | VALUES, max_size=5) | VALUES},
-    optional={"_meta": VALUES},
-)
-SLOTS = st.fixed_dictionaries({"name": NAMES | VALUES}, optional={"link": st.integers(1, 4) | VALUES, "type": VALUES})
-UI_NODES = st.fixed_dictionaries(
-    {"id": st.integers(0, 4) | VALUES, "type": KINDS | st.sampled_from(["Reroute", "GetNode", "g", "h"])},
-    optional={"inputs": st.lists(SLOTS, max_size=3), "widgets_values": VALUES, "mode": st.sampled_from([0, 2, 4]),
-              "properties": VALUES, "title": VALUES, "outputs": VALUES},
-)  # fmt: skip
-ENDS = st.lists(st.integers(-20, 4) | st.floats(), min_size=4, max_size=6)
-LEVEL = {"nodes": st.lists(UI_NODES, max_size=4), "links": st.lists(ENDS, max_size=4) | VALUES}
-SUBGRAPHS = st.lists(st.fixed_dictionaries({"id": st.sampled_from(["g", "h"]), **LEVEL}), max_size=2)
-GRAPHS = st.dictionaries(st.sampled_from(["1", "2", "3"]), API_NODES | VALUES, min_size=1) | st.fixed_dictionaries(
-    LEVEL, optional={"definitions": st.fixed_dictionaries({"subgraphs": SUBGRAPHS}) | VALUES}
-)
-
-
-@run_graphs
-@given(graph=GRAPHS)
-def test_graphs(graph, folder):
-    path = folder / "graph.json"
-    path.write_text(json.dumps(graph))
-    began = time.monotonic()
-    try:
-        prompt = load(path, CLASSES)
-        nodes = check(prompt, CLASSES, get_host())
-        json.dumps(as_api(prompt))
-        assert nodes
-    except ValueError as error:
-        assert str(error)
-    assert time.monotonic() - began < SLOWEST
-
-
-@run
-@given(data=mutated([file.read_bytes() for file in WORKFLOWS]))
-def test_damaged_workflow_files(data, folder):
-    path = folder / "graph.json"
-    path.write_bytes(data)
-    try:
-        check(load(path, CLASSES), CLASSES, get_host())
-    except ValueError as error:
-        assert str(error)
