@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..wanvideo.advice import warn_of_drift
 from ..wanvideo.fingerprint import digest
 from ..wanvideo.footage import FolderFootage, Footage, MemoryFootage, check_room
 from ..wanvideo.frames import latent_frames
@@ -56,6 +57,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     loop = loop_settings(request.image.loop, talk_kind(request.model))
     request = replace(request, image=replace(request.image, loop=loop))
     total = request.find(MultiTalkEmbeds).num_frames
+    warn_of_drift(request.model, total)
     windows = plan_windows(total, loop.window_frames, loop.motion_frames, loop.drop_frames)
     log.info("Sampling %d frames in %d windows of %dx%d.", total, len(windows), loop.width, loop.height)
     sides = (side // loop.vae.spatial_factor for side in (loop.height, loop.width))

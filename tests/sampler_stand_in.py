@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+from pathlib import Path
 
 import torch
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.memory import Work
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds, SampleRequest, TextEmbeds
@@ -85,6 +87,7 @@ class FakeModel:
         self.transformer = transformer or GaussianTransformer(config())
         self.config, self.base_dtype, self.loras = self.transformer.config, torch.float32, loras
         self.managed, self.events = self, []
+        self.path, self.options = Path("wan2.1_t2v.safetensors"), LoadOptions()
 
     def try_attention(self, latent_size, batch):
         self.tried = tuple(latent_size)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .advice import warn_of_settings
 from .conditioning import Payload, Window
 from .denoise import Pace, denoise
 from .finite import check_finite
@@ -80,6 +81,7 @@ def sample(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     """
     if request.model.elsewhere is not None:
         return request.model.elsewhere.run(request, host)
+    warn_of_settings(request)
     if request.cache is not None:
         log.info("Steps may be left out by %s.", request.cache.described(request.model))
     own = (modifier for extension in request.model.transformer.extensions for modifier in extension.modifiers())

@@ -1,6 +1,7 @@
 """The window loop on a tiny model: what windows cover, what they hand on, what the user gets."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from wanvideo_wrapper.multitalk import plan
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.loop import TalkingLoop
 from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo import advice
 from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
@@ -195,6 +197,15 @@ def test_modes_and_colour_match(parts, mode, colormatch):
     assert video.shape[0] == 20 and video.isfinite().all()
     infinite = sample(request(parts, 20, colormatch=colormatch), parts[2])[0]["video"]
     assert torch.equal(video, infinite) == (mode != "multitalk")
+
+
+def test_drift_of_a_long_video_is_said(parts, caplog, monkeypatch):
+    monkeypatch.setattr(advice, "LONG", 19)
+    base = request(parts, 20)
+    sample(base, parts[2])
+    assert "drift" not in caplog.text
+    sample(replace(base, model=replace(base.model, path=Path("FusionX_I2V.safetensors"))), parts[2])
+    assert "FusionX_I2V.safetensors lets colours and the face drift" in caplog.text
 
 
 def test_two_speakers(parts):

@@ -333,6 +333,21 @@ def test_as_many_blocks_wait_as_free_memory_asks_for(staying, ahead):
         placement(CPU)
 
 
+def test_what_is_reserved_for_others_is_left_alone():
+    _, model = build(config=WanConfig(**{**SIZES, "num_layers": 8}))
+    work, reserved = Work(40_000), 10**9
+    plain = Placement(model, CPU)
+    plain.work = work
+    free = plain.footprint().peak(3, 2)
+    there = free + reserved
+    for kept, left, waiting in ((reserved, there, 3), (reserved, there - 1, 4), (0, there, 0)):
+        placement = Placement(model, CPU, reserved=kept, copies_for=lambda device, left=left: CountedCopies(free=left))
+        placement.work, placement.swap = work, BlockSwapArgs(blocks_to_swap=AUTOMATIC, prefetch_blocks=1)
+        placement(DEVICE)
+        assert len(placement.waiting_blocks()) == waiting
+        placement(CPU)
+
+
 @pytest.mark.parametrize(("share", "waiting"), [(0.0, 0), (0.01, 2), (0.5, 3), (0.6, 4), (1.0, 5)])
 def test_a_share_is_of_every_list_and_the_whole_of_the_embeddings_too(share, waiting):
     _, model = build(OwnBlocks())

@@ -1,0 +1,31 @@
+"""docs/known_problems.md: every problem has a test, and every test that it names exists."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY = re.compile(r"`(tests/[\w/]+\.py): (test_\w+)`")
+ROWS = re.findall(r"^\| ([A-H]?\d+) \|(.*)$", (ROOT / "docs/known_problems.md").read_text("utf-8"), re.MULTILINE)
+
+
+@cache
+def in_file(path):
+    return {node.name for node in ast.parse((ROOT / path).read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(("number", "row"), ROWS, ids=[number for number, _ in ROWS])
+def test_the_tests_exist(number, row):
+    entries = ENTRY.findall(row)
+    # What is in code quotes and looks like a test is one.
+    assert entries and len(entries) == row.count("`tests/")
+    assert not [f"{path}: {name}" for path, name in entries if name not in in_file(path)]
+
+
+def test_no_number_is_left_out():
+    numbers = [number for number, _ in ROWS]
+    assert numbers[:26] == [str(n) for n in range(1, 27)] and len(set(numbers)) == len(numbers)
+    assert {number[0] for number in numbers[26:]} == set("ABCDEFGH")

@@ -1,0 +1,76 @@
+"""Warnings about settings that run without an error and seldom give what is wanted.
+
+Source: the model cards of LightX2V, CausVid and FusionX (few steps, no guidance), MeiGen-AI/InfiniteTalk's README
+(FusionX and long videos), and the papers of the step caches, which measure 40 to 50 steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .guidance import per_step
+
+if TYPE_CHECKING:
+    from .loading import WanVideoModel
+    from .request import SampleRequest
+
+log = logging.getLogger("wanvideo")
+
+# Nothing in such files says how they were trained; their published names do.
+DISTILLED = re.compile(
+    r"lightx2v|lightning|causvid|fusion_?i?x|fastwan|turbo|distill|[248]_?steps?(?![a-z])|(?<![a-z])(rcm|dmd|lcm)(?![a-z])",
+    re.IGNORECASE,
+)
+DRIFTING = re.compile(r"fusion_?i?x", re.IGNORECASE)
+# Weaker ones help a model that keeps its own steps and guidance.
+AT_WORK = 0.5
+MOST_DISTILLED_STEPS, FEWEST_CACHED_STEPS = 12, 9
+# A minute at the 25 frames a second of talking models.
+LONG = 1500
+
+
+def warn_of_settings(request: SampleRequest) -> None:
+    """Log what in the steps, the guidance and the step cache of a run does not suit its model and LoRAs."""
+    steps = request.schedule.total
+    if request.cache is not None and steps < FEWEST_CACHED_STEPS:
+        log.warning(
+            "%s leaves out steps that differ little from the one before, and of %d steps none does: it brings nothing, "
+            "or harms the video. Disconnect cache_args.",
+            request.cache.label, steps,
+        )  # fmt: skip
+    name = _named(request.model, DISTILLED)
+    if name is None:
+        return
+    least = min(per_step(request.cfg)[: len(request.schedule)])
+    if least > 1:
+        log.warning(
+            "%s is distilled to work without guidance: cfg %g makes each step take twice as long and burns colours. "
+            "Set cfg to 1.",
+            name, least,
+        )  # fmt: skip
+    if steps > MOST_DISTILLED_STEPS:
+        log.warning(
+            "%s is distilled to few steps: %d of them take longer and look no better. Set steps to 4 to 8.", name, steps
+        )
+
+
+def warn_of_drift(model: WanVideoModel, frames: int) -> None:
+    """Log that colours and faces of a long talking video drift with this model or LoRA."""
+    name = _named(model, DRIFTING)
+    if name is not None and frames > LONG:
+        log.warning(
+            "%s lets colours and the face drift in talking videos of more than a minute: prefer a lightx2v LoRA, or "
+            "set colormatch in WanVideoImageToVideoMultiTalk.",
+            name,
+        )
+
+
+def _named(model: WanVideoModel, pattern: re.Pattern[str]) -> str | None:
+    """The first file, of the model's and of its LoRAs at work, whose name has the pattern."""
+    merged = [file for file in model.options.loras if file.merge]
+    paths: list[Path] = [model.path]
+    paths += [file.path for file in (*merged, *model.loras) if abs(file.at(0)) >= AT_WORK]
+    return next((path.name for path in paths if pattern.search(path.name)), None)
