@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 FAILED, CANCELLED = 2, 130
-# Service managers and container hosts stop a run with the second.
-STOPS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C; what service managers and container hosts stop a run with; what a closed terminal sends (Windows has none).
+STOPS = (signal.SIGINT, signal.SIGTERM, *filter(None, (getattr(signal, "SIGHUP", None),)))
 MOST_FPS = 1000
 
 
@@ -36,18 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         options.command(options)
-    except (CancelledError, KeyboardInterrupt):
-        sys.stderr.write("Cancelled.\n")
+    except (CancelledError, KeyboardInterrupt) as error:
+        _say("Cancelled.", error)
         return CANCELLED
     except Exception as error:
         if options.debug:
             traceback.print_exc()
         expected = isinstance(error, USER_ERRORS)
         text = str(error) if expected else f"{error!r} was not expected; --debug shows where it arose."
-        # Notes say where the frames of a run that failed at its end are.
-        sys.stderr.write("".join(f"{line}\n" for line in (text, *getattr(error, "__notes__", ()))))
+        _say(text, error)
         return FAILED
     return 0
+
+
+def _say(text: str, error: BaseException) -> None:
+    """The text, and the notes of the error: where the frames of a run that ended early are."""
+    # The status tells as much where the terminal is gone.
+    with suppress(OSError):
+        sys.stderr.write("".join(f"{line}\n" for line in (text, *getattr(error, "__notes__", ()))))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,7 +157,9 @@ def _execute(
         return
     host = folders.host(StandaloneHost, options.device)
     set_host(host)
-    before = {number: signal.signal(number, lambda *_: _interrupt(host)) for number in STOPS}
+    # One that is ignored stays so: nohup and background jobs of a script ask for it.
+    stops = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: _interrupt(host)) for number in stops}
     try:
         _run_job(job, host, check=options.check)
     finally:
@@ -175,8 +183,8 @@ def _interrupt(host: StandaloneHost) -> None:
     if host.cancel.is_set():
         raise KeyboardInterrupt
     host.cancel.set()
-    # The signal may have come in the middle of another line.
-    with suppress(RuntimeError):
+    # The signal may have come in the middle of another line, or because the terminal is gone.
+    with suppress(RuntimeError, OSError):
         sys.stderr.write("Stopping at the next step; once more stops at once.\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 import time
@@ -33,7 +34,7 @@ def rescue(arguments: Mapping[str, object], output: Path) -> str:
     folders += [folder_of(value) for value in arguments.values() if folder_of(value)]
     if folders:
         return f"The frames are safe in {folders[0]}. {_way_on(folders[0], arguments, None)}"
-    if not any(_is_frames(value) or _is_latent(value) for value in arguments.values()):
+    if not has_work(arguments):
         return ""
     reasons = []
     for base in (output, Path(tempfile.gettempdir()), Path.home()):
@@ -42,6 +43,11 @@ def rescue(arguments: Mapping[str, object], output: Path) -> str:
         except OSError as error:
             reasons.append(f"{base}: {error.strerror or error}")
     return f"The frames before it could not be saved either ({'; '.join(reasons)})."
+
+
+def has_work(values: Mapping[str, object]) -> bool:
+    """Whether frames or latents are among the values."""
+    return any(_is_frames(value) or _is_latent(value) or isinstance(value, Video) for value in values.values())
 
 
 def _new_folder(base: Path) -> Path:
@@ -61,12 +67,11 @@ def _saved(folder: Path, arguments: Mapping[str, object]) -> str:
     texts, sound, frames = [], None, False
     try:
         for name, value in arguments.items():
-            if _is_frames(value) and not frames:
-                for index, image in enumerate(value):
-                    write_frame(folder, index, torch.from_numpy(to_pixels(image[..., :3])))
+            if (_is_frames(value) or _is_looped(value)) and not frames:
                 frames = True
-                texts.append(f"The {len(value)} frames before it are safe in {folder} (frame_00000.png, ...).")
-            elif _is_latent(value):
+                written = _write_frames(folder, value)
+                texts.append(f"The {written} frames before it are safe in {folder} (frame_00000.png, ...).")
+            elif _is_latent(value) and not _is_looped(value):
                 path = folder / f"{name}.latent"
                 _save_latent(path, value["samples"])
                 texts.append(f"The latents before it are safe in {path}: load them with LoadLatent.")
@@ -81,14 +86,28 @@ def _saved(folder: Path, arguments: Mapping[str, object]) -> str:
     return " ".join(texts)
 
 
+def _write_frames(folder: Path, value: Tensor | Mapping[str, Tensor]) -> int:
+    """Write them one by one, since a copy of all may not fit; returns how many."""
+    video = value if isinstance(value, Tensor) else value["video"]
+    for index, image in enumerate(video):
+        shown = image if video is value else (image + 1) / 2
+        write_frame(folder, index, torch.from_numpy(to_pixels(shown[..., :3])))
+    return len(video)
+
+
 def _way_on(folder: Path, arguments: Mapping[str, object], sound: Path | None) -> str:
     rate = arguments.get("frame_rate", arguments.get("fps", FRAMES_A_SECOND))
-    heard = f" --audio '{sound}'" if sound else ""
-    return f"To make a video of them: wanvideo assemble '{folder}' --fps {rate:g}{heard}"
+    heard = f" --audio {shlex.quote(str(sound))}" if sound else ""
+    return f"To make a video of them: wanvideo assemble {shlex.quote(str(folder))} --fps {rate:g}{heard}"
 
 
 def _is_frames(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 4 and value.shape[-1] in (3, 4) and value.shape[0] > 0
+
+
+def _is_looped(value: object) -> bool:
+    """The LATENT of a loop of windows: its samples are the last window's, its frames the whole video's."""
+    return isinstance(value, Mapping) and isinstance(value.get("video"), Tensor) and not value.get("output_path")
 
 
 def _is_latent(value: object) -> bool:

@@ -14,7 +14,7 @@ from ..host import CancelledError
 from .check import check, is_output
 from .frame_folder import FrameFolder, folder_of, is_stand_in
 from .graph import Link, Node, Prompt, as_api
-from .rescue import rescue
+from .rescue import has_work, rescue
 from .widgets import inputs_of
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Runner:
         self._shown: list[dict[str, object]] = []
         self._sampled: set[str] = set()
         self._folders: dict[str, Path] = {}
+        self._unsaved: dict[str, object] = {}
 
     def check(self) -> None:
         """Raise GraphError with all that is wrong with the workflow; nothing runs."""
@@ -66,8 +67,15 @@ class Runner:
         for signature in set(self._loaded) - set(self._signatures.values()):
             del self._loaded[signature]
         self._results.update(self._loaded)
-        for node in nodes:
-            self._execute(node)
+        try:
+            for node in nodes:
+                self._execute(node)
+        except CancelledError as error:
+            # Stopped while it decoded or saved: what a sampler finished is hours of work.
+            note = rescue(self._unsaved, self._host.output_dir()) if self._unsaved else ""
+            if note:
+                error.add_note(note)
+            raise
         for folder in sorted(set(self._folders.values())):
             log.info("The frames are in %s.", folder)
         return self._shown
@@ -102,6 +110,22 @@ class Runner:
         if cls.RETURN_TYPES and set(cls.RETURN_TYPES) <= LOADED:
             self._loaded[signature] = self._results[signature]
         self._note_folder(node)
+        self._note_unsaved(node)
+
+    def _note_unsaved(self, node: Node) -> None:
+        """Remember the last that came of a sampler, until a node has saved what came of it."""
+        cls = self._classes[node.type]
+        names = getattr(cls, "RETURN_NAMES", None) or cls.RETURN_TYPES
+        outputs = dict(zip(names, self._results[self._signatures[node.id]], strict=False))
+        if node.id in self._sampled and has_work(outputs):
+            self._unsaved = outputs
+        elif is_output(node, self._classes) and self._shown and self._is_saved(self._shown[-1]):
+            self._unsaved = {}
+
+    def _is_saved(self, shown: Mapping[str, object]) -> bool:
+        """Whether a node shows pictures or videos that it wrote, and not to the temporary folder alone."""
+        names = (name for kind in ("images", "videos") for name in shown.get(kind, ()))
+        return any(not Path(name).is_relative_to(self._host.temp_dir()) for name in names)
 
     def _was_sampled(self, node: Node) -> bool:
         """Whether a sampler worked for what this node takes: what loaders give can be had again."""

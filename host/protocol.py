@@ -147,10 +147,17 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def _leads_up(folder: Path) -> bool:
+    """Whether this is a link to a folder that it lies in."""
+    return folder.is_symlink() and any(folder.samefile(above) for above in folder.parents)
+
+
 def names_in(folders: Iterable[Path], suffixes: tuple[str, ...]) -> list[str]:
     found = set()
     for folder in folders:
-        for parent, _, files in os.walk(folder, followlinks=True):
+        for parent, inner, files in os.walk(folder, followlinks=True):
+            # Links back to a folder above would be followed dozens of times, two of them for ever.
+            inner[:] = [name for name in inner if not _leads_up(Path(parent, name))]
             found |= {(Path(parent) / f).relative_to(folder).as_posix() for f in files if f.lower().endswith(suffixes)}
     return sorted(found)
 

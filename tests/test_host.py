@@ -76,6 +76,17 @@ def test_files_are_listed_and_found(tmp_path):
         host.find_file("vae", "../diffusion_models/b.gguf")
 
 
+def test_links_back_to_a_folder_above_end(tmp_path):
+    inner = tmp_path / "vae/inner"
+    inner.mkdir(parents=True)
+    (inner / "v.safetensors").touch()
+    for name in ("back", "again"):
+        (inner / name).symlink_to(tmp_path / "vae")
+    (tmp_path / "vae/other").symlink_to(inner)
+    names = StandaloneHost(models=tmp_path, device="cpu").list_files("vae")
+    assert names == ["inner/v.safetensors", "other/v.safetensors"]
+
+
 def test_inside():
     assert inside(Path("/a/b"), "c\\d.txt") == Path("/a/b/c/d.txt")
     for name in ("../x", "/etc/passwd", "c/../../x"):

@@ -32,7 +32,7 @@ SETTINGS = {
 }  # fmt: skip
 ON_DISK = {"WanVideoImageToVideoMultiTalk.output_path": "talk"}
 VIDEO, TALK = r"wanvideo_demo_\d{5}_\.mp4", r"talk/\d{8}_\d{6}_\d{6}_infinitetalk_output"
-UNFINISHED = r"\d{8}_\d{6}_unfinished"
+UNFINISHED = r"(\d{8}_\d{6}_unfinished|rescued_\d{8}_\d{6})"
 server = multiprocessing.get_context("forkserver")
 
 
@@ -120,7 +120,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(whole, tmp_path):
             # One more where frames were whole and the video was not: nothing is left of such a run to go on with.
             assert len(kept) in (done + 1, done + 2), case
             assert all(np.array_equal(pictures(path), frames) for path in kept), case
-        for rescued in folder.glob("*_unfinished"):
+        for rescued in (*folder.glob("*_unfinished"), *folder.glob("rescued_*")):
             saved = pictures(rescued)
             assert np.array_equal(saved, frames[: len(saved)]), case
 

@@ -1,7 +1,9 @@
 """A run that fails at its end: what was made is on disk, and the message says where and how to go on."""
 
+import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as NODES
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.media import Encoding, read_audio, write_video
 from wanvideo_wrapper.headless.runner import Runner
-from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.host import CancelledError, StandaloneHost, get_host, set_host
 from wanvideo_wrapper.wanvideo import whole_file
 from wanvideo_wrapper.wanvideo.footage import MemoryFootage, write_frame
 from wanvideo_wrapper.wanvideo.whole_file import partial_file, publish
@@ -58,7 +60,21 @@ class Decode:
         raise RuntimeError("The GPU has too little memory.")
 
 
-CLASSES = {**NODES, "Sampler": Sampler, "Decode": Decode}
+class EmptyLatent:
+    """Latents that no sampler made."""
+
+    FUNCTION = "go"
+    RETURN_TYPES = ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def go(self):
+        return (LATENT,)
+
+
+CLASSES = {**NODES, "Sampler": Sampler, "Decode": Decode, "EmptyLatent": EmptyLatent}
 
 
 @pytest.fixture
@@ -97,7 +113,7 @@ def test_frames_of_a_video_that_cannot_be_written_are_rescued(host, monkeypatch,
     assert not list((tmp_path / "out").glob(".*"))
     # What the note says to do works.
     monkeypatch.undo()
-    command = re.search(r"wanvideo (assemble .*)", note)[1].replace("'", "").split()
+    command = shlex.split(re.search(r"wanvideo (assemble .*)", note)[1])
     assert cli.main([*command, "--out", str(tmp_path / "again.mp4")]) == 0
     with av.open(str(tmp_path / "again.mp4")) as container:
         assert container.streams.video[0].average_rate == 16
@@ -117,6 +133,52 @@ def test_latents_are_rescued_in_the_form_of_comfyui(host, tmp_path):
     assert str(path) in caught.value.__notes__[0]
     saved = load_file(path)
     assert torch.equal(saved["latent_tensor"], LATENT["samples"]) and "latent_format_version_0" in saved
+
+
+class Stops(Decode):
+    """A decoder that is cancelled in its midst."""
+
+    def go(self, samples):
+        get_host().cancel.set()
+        get_host().check_cancelled()
+
+
+@pytest.mark.parametrize("kind", ["Stops", "Decode"])
+def test_a_cancelled_run_keeps_what_its_sampler_finished(kind, host, tmp_path, monkeypatch):
+    monkeypatch.setitem(CLASSES, "Stops", Stops)
+    monkeypatch.setattr(Decode, "go", lambda self, samples: (host.cancel.set(), (FRAMES,))[1])
+    if kind == "Stops":
+        monkeypatch.setattr(Sampler, "MADE", (LATENT, None, None))
+    with pytest.raises(CancelledError) as caught:
+        run(host, s=("Sampler", {}), d=(kind, {"samples": Link("s", 0)}),
+            out=("VHS_VideoCombine", {"images": Link("d", 0), "frame_rate": 25.0}))  # fmt: skip
+    (folder,) = (tmp_path / "out").glob("rescued_*")
+    assert str(folder) in caught.value.__notes__[0]
+    if kind == "Stops":
+        (path,) = folder.iterdir()
+        assert torch.equal(load_file(path)["latent_tensor"], LATENT["samples"])
+    else:
+        assert np.array_equal(frames_in(folder), (FRAMES * 255).round().byte().numpy())
+
+
+def test_a_cancelled_run_keeps_nothing_twice(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sampler, "MADE", (None, FRAMES, SOUND))
+    monkeypatch.setitem(CLASSES, "Stops", Stops)
+    with pytest.raises(CancelledError) as caught:
+        run(host, s=("Sampler", {}), out=combine(), e=("EmptyLatent", {}), x=("PreviewAny", {"source": Link("y", 0)}),
+            y=("Stops", {"samples": Link("e", 0)}))  # fmt: skip
+    assert not hasattr(caught.value, "__notes__") and not list((tmp_path / "out").glob("rescued_*"))
+
+
+def test_frames_of_a_loop_are_rescued_and_not_its_last_latents(tmp_path):
+    looped = {**LATENT, "video": FRAMES * 2 - 1, "output_path": ""}
+    folder = tmp_path / "it's here"
+    note = rescue.rescue({"samples": looped, "denoised_samples": dict(looped)}, folder)
+    (inner,) = folder.iterdir()
+    assert np.abs(frames_in(inner).astype(int) - (FRAMES * 255).round().int().numpy()).max() <= 1
+    assert not list(inner.glob("*.latent"))
+    # A folder with a quote in its name survives the shell.
+    assert shlex.split(note.partition("wanvideo ")[2])[:2] == ["assemble", str(inner)]
 
 
 def test_another_folder_is_taken_when_the_first_is_full(tmp_path, monkeypatch):
@@ -193,7 +255,49 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([own.name, "v.mp4"])
 
 
-def test_sigterm_is_ctrl_c(tmp_path, monkeypatch, capsys):
+STOPS = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_sigterm_is_ctrl_c(name, tmp_path, monkeypatch, capsys):
+    number = getattr(signal, name)
+
+    def stopped(self):
+        os.kill(os.getpid(), number)
+        self._host.check_cancelled()
+
+    workflow = tmp_path / "w.json"
+    workflow.write_text('{"1": {"class_type": "PreviewAny", "inputs": {"source": "x"}}}')
+    monkeypatch.setattr(Runner, "run", stopped)
+    before, handler = get_host(), signal.getsignal(number)
+    try:
+        assert cli.main(["run", str(workflow), "--device", "cpu", "--out", str(tmp_path)]) == 130
+    finally:
+        set_host(before)
+    assert capsys.readouterr().err.endswith("Stopping at the next step; once more stops at once.\nCancelled.\n")
+    assert signal.getsignal(number) is handler
+
+
+@pytest.mark.skipif("SIGHUP" not in STOPS, reason="Windows has no SIGHUP")
+def test_a_signal_that_is_ignored_stays_so(tmp_path, monkeypatch):
+    """As nohup starts it."""
+    workflow = tmp_path / "w.json"
+    workflow.write_text('{"1": {"class_type": "PreviewAny", "inputs": {"source": "x"}}}')
+    monkeypatch.setattr(Runner, "run", lambda self: os.kill(os.getpid(), signal.SIGHUP) or [])
+    before, handler = get_host(), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["run", str(workflow), "--device", "cpu", "--out", str(tmp_path)]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+        set_host(before)
+
+
+def test_a_terminal_that_is_gone_changes_no_status(tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
     def stopped(self):
         os.kill(os.getpid(), signal.SIGTERM)
         self._host.check_cancelled()
@@ -201,13 +305,12 @@ def test_sigterm_is_ctrl_c(tmp_path, monkeypatch, capsys):
     workflow = tmp_path / "w.json"
     workflow.write_text('{"1": {"class_type": "PreviewAny", "inputs": {"source": "x"}}}')
     monkeypatch.setattr(Runner, "run", stopped)
-    before, handler = get_host(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    before = get_host()
     try:
         assert cli.main(["run", str(workflow), "--device", "cpu", "--out", str(tmp_path)]) == 130
     finally:
         set_host(before)
-    assert capsys.readouterr().err.endswith("Stopping at the next step; once more stops at once.\nCancelled.\n")
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_relative_output_folder_is_not_entered_twice(tmp_path, monkeypatch):
