@@ -13,6 +13,7 @@ from ..multitalk.audio import AudioOptions, prepare_sound
 from ..multitalk.wav2vec import HOP, RECEPTIVE_FIELD, SAMPLE_RATE, Wav2Vec
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
 from ..registry import SYSTEMS
+from ..wanvideo.advice import warn_of_cut
 from .extension import FantasyTalkingEmbeds
 from .frame_attention import cut
 from .projection import FantasyTalkingModel, load_fantasytalking
@@ -123,6 +124,7 @@ class FantasyTalkingWav2VecEmbeds:
 def _sound(audio: Audio, num_frames: int, fps: float) -> NDArray[np.float64]:
     """The sound of the video, mono at 16 kHz; where it is shorter, it is spread over the video, as the authors do."""
     seconds = num_frames / fps
+    warn_of_cut("audio", audio["waveform"].shape[-1] / int(audio["sample_rate"]), seconds)
     sound = prepare_sound(audio, seconds, PLAIN)[: int(seconds * SAMPLE_RATE)]
     heard = len(sound) / SAMPLE_RATE
     if (num_frames - SPARE_FRAMES) / fps > heard:

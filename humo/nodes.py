@@ -14,6 +14,7 @@ from torch import Tensor
 from ..host import get_host
 from ..node_checks import Types, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings, round_size, whole_frames
+from ..wanvideo.advice import warn_of_cut
 from ..wanvideo.finite import check_finite
 from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.images import to_video
@@ -130,6 +131,8 @@ class HuMoEmbeds:
         sound = None if audio is None else _mono(audio)
         if num_frames == LENGTH_OF_THE_SOUND:
             num_frames = len(sound) // SAMPLES_A_FRAME
+        elif sound is not None:
+            warn_of_cut("audio", len(sound) / SAMPLE_RATE, num_frames * SAMPLES_A_FRAME / SAMPLE_RATE)
         frames = whole_frames(num_frames)
         features = _heard(whisper_model, sound, frames)
         pictures = () if reference_images is None else to_video(reference_images, width, height).split(1, dim=1)

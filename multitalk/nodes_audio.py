@@ -12,6 +12,7 @@ from torch import Tensor
 from ..host import get_host
 from ..node_checks import Types, check_loadable, need_link, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
+from ..wanvideo.advice import warn_of_cut
 from ..wanvideo.finite import check_finite
 from .audio import (
     AudioOptions,
@@ -195,7 +196,7 @@ class MultiTalkWav2VecEmbeds:
         check_painted(ref_target_masks, list(audios))
         for name, audio in audios.items():
             check_finite(f"The sound of {name} holds", audio["waveform"])
-            _say_what_is_cut(name, audio, num_frames / fps)
+            warn_of_cut(name, _seconds(audio), num_frames / fps)
         sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios.values()]
         sequential = multi_audio_type == "add"
         # In turn, each speaker has so many frames, as in the original: a common limit would leave the later ones mute.
@@ -211,14 +212,8 @@ class MultiTalkWav2VecEmbeds:
         return embeds, sound, embeds.num_frames
 
 
-def _say_what_is_cut(name: str, audio: dict[str, object], seconds: float) -> None:
-    lasts = audio["waveform"].shape[-1] / int(audio["sample_rate"])
-    # Less than a frame of 60 a second is rounding.
-    if lasts - seconds > 1 / 60:
-        log.warning(
-            "%s lasts %.2f s, of which num_frames leaves the first %.2f s: raise num_frames to hear all of it.",
-            name, lasts, seconds,
-        )  # fmt: skip
+def _seconds(audio: dict[str, object]) -> float:
+    return audio["waveform"].shape[-1] / int(audio["sample_rate"])
 
 
 class MultiTalkSilentEmbeds:

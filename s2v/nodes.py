@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 
 from ..node_tools import CATEGORY, Inputs, Latent, mappings
+from ..wanvideo.advice import warn_of_cut
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.request import ImageEmbeds
-from .audio import frame_features
+from .audio import ENCODER_RATE, FRAME_RATE, frame_features
 from .extension import SpeechToVideo
 from .loop import SpeechLoop
 
@@ -76,7 +77,9 @@ class WanVideoAddS2VEmbeds:
         if audio_encoder_output is not None:
             if not audio_encoder_output.get(LAYERS):
                 raise ValueError(f"audio_encoder_output has no '{LAYERS}': connect AudioEncoderEncode of ComfyUI.")
-            audio = frame_features(audio_encoder_output[LAYERS], embeds.num_frames, frame_window_size)
+            layers = audio_encoder_output[LAYERS]
+            warn_of_cut("The speech", layers[0].shape[1] / ENCODER_RATE, embeds.num_frames / FRAME_RATE)
+            audio = frame_features(layers, embeds.num_frames, frame_window_size)
         loop = embeds.loop
         if enable_framepack:
             if vae is None or audio is None:

@@ -68,6 +68,16 @@ def warn_of_drift(model: WanVideoModel, frames: int) -> None:
         )
 
 
+def warn_of_cut(name: str, lasts: float, seconds: float) -> None:
+    """Log that a sound of `lasts` seconds is longer than the video. name: the input that it came by."""
+    # Less than a frame of 60 a second is rounding.
+    if lasts - seconds > 1 / 60:
+        log.warning(
+            "%s lasts %.2f s, of which num_frames leaves the first %.2f s: raise num_frames to hear all of it.",
+            name, lasts, seconds,
+        )  # fmt: skip
+
+
 def _named(model: WanVideoModel, pattern: re.Pattern[str]) -> str | None:
     """The first file, of the model's and of its LoRAs at work, whose name has the pattern."""
     merged = [file for file in model.options.loras if file.merge]

@@ -81,6 +81,11 @@ def test_speech_is_that_of_the_public_encoder(wav2vec, frames, channels):
         assert not context[count:].any()
 
 
+def test_a_cut_of_the_sound_is_named(wav2vec, caplog):
+    embeds(wav2vec, sound(1.0), 9)
+    assert "audio lasts 1.00 s, of which num_frames leaves the first 0.39 s" in caplog.text
+
+
 def test_a_stretched_sound_is_warned_of(wav2vec, caplog):
     with caplog.at_level(logging.WARNING):
         embeds(wav2vec, sound(1.0), frames=25)

@@ -109,6 +109,14 @@ def test_lengths(vae, hearing, frames, want):
     assert made.num_frames == want and made.latent_shape[1] == (want - 1) // 4 + 1
 
 
+def test_a_cut_of_the_sound_is_named(vae, hearing, caplog):
+    for frames in (25, -1):
+        embeds(vae, frames, whisper_model=hearing, audio=sound(1.0))
+    assert not caplog.records
+    embeds(vae, 9, whisper_model=hearing, audio=sound(1.0))
+    assert "audio lasts 1.00 s, of which num_frames leaves the first 0.36 s" in caplog.text
+
+
 def test_without_sound_or_pictures(vae, hearing):
     payload = conditions_of(embeds(vae))
     assert payload.features.shape == (9, 5, 1280) and not payload.features.any()

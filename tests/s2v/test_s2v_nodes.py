@@ -54,6 +54,14 @@ def test_what_the_node_emits():
     assert embeds.payloads[0].audio is None and frames == 0
 
 
+def test_a_cut_of_the_speech_is_named(caplog):
+    add = N["WanVideoAddS2VEmbeds"]().add
+    add(EMBEDS, 33, 1.0, 0.0, 1.0, heard(103))
+    assert not caplog.records
+    add(EMBEDS, 33, 1.0, 0.0, 1.0, heard(150))
+    assert "The speech lasts 3.00 s, of which num_frames leaves the first 2.06 s" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
