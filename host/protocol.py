@@ -138,8 +138,25 @@ class Host(Protocol):
         """The attention that the host chose by its own options; None where it has none."""
 
 
+# Bytes of one part of a path that file systems take.
+LONGEST_NAME = 255
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a path that no file system takes: null characters, lone surrogates, parts too long."""
+    try:
+        parts = [os.fsencode(part) for part in name.replace("\\", "/").split("/")]
+    except UnicodeEncodeError:
+        parts = [b"\0"]
+    if any(b"\0" in part for part in parts):
+        raise ValueError(f"{name!r:.80} has characters that no file name can have: take them out.")
+    if max(map(len, parts)) > LONGEST_NAME:
+        raise ValueError(f"'{name[:40]}...' is longer than the {LONGEST_NAME} bytes of a file's name: shorten it.")
+
+
 def inside(folder: Path, name: str) -> Path:
-    """folder / name with '\\' read as '/'. Raises ValueError if that leaves the folder."""
+    """folder / name with '\\' read as '/'. Raises ValueError if that leaves the folder, or is no name."""
+    check_name(name)
     root = folder.resolve()
     path = Path(os.path.normpath(folder / name.replace("\\", "/"))).absolute()
     if not path.is_relative_to(folder.absolute()) and not path.resolve().is_relative_to(root):

@@ -21,6 +21,7 @@ from .protocol import (
     MemoryMode,
     Place,
     Progress,
+    check_name,
     find_in,
     names_in,
 )
@@ -153,6 +154,7 @@ class StandaloneHost:
         return self._confined(self._outputs, name)
 
     def _confined(self, base: Path, name: str) -> Path:
+        check_name(name)
         path = (base / name.replace("\\", "/")).resolve()
         folders = (base.resolve(), self._inputs.resolve(), self._outputs.resolve(), *self._allowed)
         if not any(path.is_relative_to(folder) for folder in folders):

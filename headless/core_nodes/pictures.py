@@ -21,6 +21,8 @@ from ..video_file import to_pixels
 Shown = dict[str, object]
 
 LARGEST = 16384
+# Bytes. Numbers and endings follow, and while a file is half written its host and process, too; 255 is the most.
+LONGEST_STEM = 150
 PROPORTIONS = ["stretch", "resize", "pad", "pad_edge", "pad_edge_pixel", "crop", "pillarbox_blur", "total_pixels"]
 # What file name prefixes may hold between percent signs, and strftime's names for the same.
 DATE_PARTS = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "M": "%m", "dd": "%d", "d": "%d"}
@@ -98,6 +100,8 @@ def next_file(base: Path, prefix: str, suffix: str) -> Path:
     name = _dated(prefix).replace("\\", "/")
     if Path(name).name in ("", ".."):
         raise ValueError(f"The filename_prefix '{prefix}' names no file; write a name such as 'video'.")
+    if len(name.rpartition("/")[2].encode("utf-8", "replace")) > LONGEST_STEM:
+        raise ValueError(f"The filename_prefix '{prefix[:40]}...' is longer than {LONGEST_STEM} bytes: shorten it.")
     folder_and_stem = get_host().writable_folder(str(base.absolute() / name))
     folder, stem = folder_and_stem.parent, folder_and_stem.name
     numbered = re.compile(rf"{re.escape(stem)}_(\d+){re.escape(suffix)}")

@@ -11,6 +11,7 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as NODES
 from wanvideo_wrapper.headless.core_nodes.pictures import next_file
 from wanvideo_wrapper.headless.media import Encoding, read_audio, read_frames, write_video
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.wanvideo.whole_file import partial_file
 
 
 @pytest.fixture
@@ -168,6 +169,27 @@ def test_dates_in_names(host, tmp_path):
 def test_a_prefix_names_a_file(prefix, host, tmp_path):
     with pytest.raises(ValueError, match="names no file|lies outside"):
         next_file(tmp_path / "out", prefix, ".mp4")
+
+
+def test_names_that_no_file_can_have(host, tmp_path):
+    for name in ("a\0.png", "\ud800.png"):
+        with pytest.raises(ValueError, match=r"has characters that no file name can have: take them out\.$"):
+            host.readable_file(name)
+        with pytest.raises(ValueError, match="has characters that no file name can have"):
+            host.find_file("vae", name)
+    with pytest.raises(ValueError, match=r"^'a{40}\.\.\.' is longer than the 255 bytes"):
+        host.writable_folder("sub/" + "a" * 256)
+    long = "é" * 125 + ".png"
+    (tmp_path / "in" / long).write_text("x")
+    assert host.readable_file(long).read_text() == "x"
+
+
+def test_a_prefix_leaves_room_for_what_is_added(host, tmp_path):
+    with pytest.raises(ValueError, match="longer than 150 bytes"):
+        next_file(tmp_path / "out", "sub/" + "é" * 76, ".mp4")
+    name = next_file(tmp_path / "out", "sub/" + "é" * 75, ".mp4")
+    with partial_file(name.parent, name.name) as partial:
+        partial.write_text("x")
 
 
 def test_names_that_tell_their_folder(host, tmp_path):
