@@ -1,0 +1,48 @@
+"""The four talking videos of `make cluster-demo`, small enough for tests: its command and its jobs, at 64x64."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import av
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+FRAMES = 13
+SMALL = {
+    "MultiTalkWav2VecEmbeds.num_frames": FRAMES, "WanVideoSampler.steps": 1, "WanVideoImageToVideoMultiTalk.width": 64,
+    "WanVideoImageToVideoMultiTalk.height": 64, "WanVideoImageToVideoMultiTalk.frame_window_size": 9,
+    "WanVideoImageToVideoMultiTalk.motion_frame": 5,
+}  # fmt: skip
+
+
+def write_jobs(folder):
+    """The jobs of the demo with the small values; returns their file and their names."""
+    path = ROOT / "demo/cluster.jsonl"
+    jobs = [json.loads(line) for line in path.read_text().splitlines()]
+    for job in jobs:
+        job["workflow"] = str((path.parent / job["workflow"]).resolve())
+        job["set"] |= SMALL
+    (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(job)}\n" for job in jobs))
+    return folder / "jobs.jsonl", [job["id"] for job in jobs]
+
+
+def command(jobs, out):
+    """What `make cluster-demo` gives to `wanvideo`, for these jobs and this folder; paths from the repository's root."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    line = re.search(r"^\t\$\(BIN\)/wanvideo (batch demo/cluster\.jsonl .*)$", makefile, re.MULTILINE)[1]
+    words = shlex.split(line)
+    words[words.index("demo/cluster.jsonl")] = str(jobs)
+    words[words.index("--out") + 1] = str(out)
+    return words
+
+
+def videos(out, names):
+    """The frames [n, H, W, 3] of each job's one video."""
+    return [_frames(*(out / name).glob("*.mp4")) for name in names]
+
+
+def _frames(path):
+    with av.open(str(path)) as video:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
