@@ -29,7 +29,7 @@ def write_jobs(folder):
 
 
 def command(jobs, out):
-    """What `make cluster-demo` gives to `wanvideo`, for these jobs and this folder; paths from the repository's root."""
+    """What `make cluster-demo` gives to `wanvideo`, for these jobs and this folder; paths from the root."""
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     line = re.search(r"^\t\$\(BIN\)/wanvideo (batch demo/cluster\.jsonl .*)$", makefile, re.MULTILINE)[1]
     words = shlex.split(line)
