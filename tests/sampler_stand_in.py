@@ -87,7 +87,7 @@ class FakeModel:
         self.transformer = transformer or GaussianTransformer(config())
         self.config, self.base_dtype, self.loras = self.transformer.config, torch.float32, loras
         self.managed, self.events = self, []
-        self.path, self.options = Path("wan2.1_t2v.safetensors"), LoadOptions()
+        self.path, self.options = Path("wan2.1_t2v.safetensors"), LoadOptions(base_dtype=torch.float32)
 
     def try_attention(self, latent_size, batch):
         self.tried = tuple(latent_size)

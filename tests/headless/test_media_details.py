@@ -177,7 +177,7 @@ def test_names_that_no_file_can_have(host, tmp_path):
             host.readable_file(name)
         with pytest.raises(ValueError, match="has characters that no file name can have"):
             host.find_file("vae", name)
-    with pytest.raises(ValueError, match=r"^'a{40}\.\.\.' is longer than the 255 bytes"):
+    with pytest.raises(ValueError, match="is longer than the 255 bytes"):
         host.writable_folder("sub/" + "a" * 256)
     long = "é" * 125 + ".png"
     (tmp_path / "in" / long).write_text("x")

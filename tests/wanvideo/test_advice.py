@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from sampler_stand_in import FakeHost, FakeModel, request, schedule
 from wanvideo_wrapper.cache_methods.teacache import TeaCache
 from wanvideo_wrapper.wanvideo import advice
@@ -26,7 +27,7 @@ def model_with(name, strength=1.0, *, merge=False):
     """As the loader leaves it: merged files in its options, the others beside the weights."""
     file = LoraFile(path=Path(name), strength=strength, merge=merge)
     model = FakeModel(loras=() if merge else (file,))
-    model.options = LoadOptions(loras=(file,))
+    model.options = LoadOptions(base_dtype=torch.float32, loras=(file,))
     return model
 
 
