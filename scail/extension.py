@@ -95,9 +95,7 @@ class Scail(Extension):
             tokens = self._with_poses(model, payload, inputs, tokens, first)
         return tokens, None
 
-    def _with_reference(
-        self, model: WanModel, payload: PosedCharacter, inputs: ModelInputs, tokens: Tokens
-    ) -> Tokens:
+    def _with_reference(self, model: WanModel, payload: PosedCharacter, inputs: ModelInputs, tokens: Tokens) -> Tokens:
         """The picture comes first in time, at 0, and the video behind it; its tokens come last."""
         frames, height, width = tokens.grid
         reference = self._given(payload.reference, tokens)
