@@ -30,7 +30,9 @@ def _axis_angles(
     return torch.outer(torch.arange(start, start + length, dtype=torch.float64), frequencies)
 
 
-@functools.lru_cache(maxsize=2)
+# A forward asks for the video's table, and for those of references beside it: with fewer places than that each of them
+# would be made anew in every forward.
+@functools.lru_cache(maxsize=4)
 def rope_table(
     grid: tuple[int, int, int],
     head_dim: int,

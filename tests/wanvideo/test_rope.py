@@ -77,3 +77,9 @@ def test_frames_behind_the_video_turn_at_its_speed():
     behind = rope_table((2, 2, 3), 24, start=(3, 0, 0), riflex_index=2, riflex_frames=3)
     assert torch.equal(whole[3 * 6 :], behind)
     assert not torch.equal(behind, rope_table((2, 2, 3), 24, start=(3, 0, 0), riflex_index=2))
+
+
+def test_the_tables_of_a_forward_are_made_once():
+    rope_table.cache_clear()
+    tables = [[rope_table((2, 2, columns), 12) for columns in range(1, 5)] for _ in range(2)]
+    assert all(first is again for first, again in zip(*tables, strict=True))
