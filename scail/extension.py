@@ -172,7 +172,7 @@ def _places_a_token(poses: Tensor, video: Tensor) -> int:
 
 def _another_size(name: str, latents: Tensor, video: Tensor, advice: str) -> str:
     return (
-        f"SCAIL's {name} have latents {tuple(latents.shape[2:])} (frames, height, width) but the video "
+        f"The latents of SCAIL's {name} are {tuple(latents.shape[2:])} (frames, height, width) but the video's "
         f"{tuple(video.shape[2:])}: {advice}."
     )
 

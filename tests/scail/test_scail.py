@@ -139,10 +139,10 @@ def test_windows_take_their_poses(model):
 
 
 def test_what_does_not_fit_is_said(model):
-    with pytest.raises(ValueError, match=r"ref_image have latents \(1, 4, 6\).*video \(3, 4, 8\): resize the picture"):
+    with pytest.raises(ValueError, match=r"ref_image are \(1, 4, 6\).*video's \(3, 4, 8\): resize the picture"):
         model(asked(character(PICTURE[..., :6])))
     for poses in (SMALL[..., :2], SMALL[:, :, :2], rand(1, 16, FRAMES, HEIGHT, WIDTH // 2)):
-        with pytest.raises(ValueError, match="pose_images have latents .* render them at half of its width and height"):
+        with pytest.raises(ValueError, match="pose_images are .* render them at half of its width and height"):
             model(asked(character(poses=poses)))
     wide = rand(1, 16, FRAMES, 6, WIDTH)
     with pytest.raises(ValueError, match="must divide by 32"):
