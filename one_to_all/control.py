@@ -1,23 +1,37 @@
 """How poses steer in One-to-All: control blocks behind the first main blocks.
 
 They start from the tokens behind the first main block plus the drawn poses' tokens; what each gives is added behind the
-main block that follows. Source: ssj9596/One-to-All-Animation. Shapes: B batch, L tokens, C channels.
+main block that follows. Source: ssj9596/One-to-All-Animation.
+
+Shapes: B batch, P pixel frames, L tokens, C channels.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..wanvideo.frames import latent_frames
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, Tokens, video_tokens
 
-if TYPE_CHECKING:
-    from .extension import Animation
+# Side of a latent.
+PIXELS = 8
+
+
+class DrawnPoses(NamedTuple):
+    """poses [1, 3, P, H, W] in -1..1 of the video; prefix [1, 3, 1, H, W]: of the reference, None without one.
+
+    leading: latent frames in front of the video's, which have no pose.
+    """
+
+    poses: Tensor
+    prefix: Tensor | None
+    leading: int
 
 
 class Places(NamedTuple):
@@ -93,39 +107,39 @@ class PoseControl:
         return inputs._replace(rows=rows, rope=rope, attention=None, conds=(), shard=self._shard)
 
 
-def pose_tokens(model: WanModel, payload: Animation, tokens: Tokens, *, prefixed: bool, width: int) -> Tensor:
-    """Drawn poses [1, L, C] for the tokens of the video, zero where they have nothing for them.
+def pose_tokens(encoder: nn.Module, drawn: DrawnPoses, tokens: Tokens) -> Tensor:
+    """Tokens [1, L, C] of drawn poses for those of the video, zero where they have nothing for them, then the prefix's.
 
-    prefixed: the reference's pose follows. Raises ValueError where poses and video differ in size, or the encoder's
-    `width` is not the model's.
+    Raises ValueError where poses and video differ in size, or the encoder's width is not the model's.
     """
-    _check(payload, tokens, width)
-    encoder, (_, height, across) = model.input_hint_block, tokens.grid
-    video = encoder(payload.poses).flatten(2).transpose(1, 2)
-    before = payload.leading * height * across
+    _check_sizes(drawn, tokens)
+    video = encoder(drawn.poses).flatten(2).transpose(1, 2)
+    width, wanted = video.shape[2], tokens.x.shape[2]
+    if width != wanted:
+        raise ValueError(
+            f"The pose encoder of this One-to-All file makes tokens of {width} channels but the model's have {wanted}: "
+            "load the whole checkpoint of its authors."
+        )
+    _, height, across = tokens.grid
+    before = drawn.leading * height * across
     poses = F.pad(video, (0, 0, before, video_tokens(tokens.grid) - before - video.shape[1]))
-    if prefixed:
-        poses = torch.cat((poses, encoder(payload.prefix).flatten(2).transpose(1, 2)), dim=1)
+    if drawn.prefix is not None:
+        poses = torch.cat((poses, encoder(drawn.prefix).flatten(2).transpose(1, 2)), dim=1)
     return poses.to(tokens.x.dtype).contiguous()
 
 
-def _check(payload: Animation, tokens: Tokens, width: int) -> None:
+def _check_sizes(drawn: DrawnPoses, tokens: Tokens) -> None:
     frames, *sides = tokens.latents.shape[2:]
-    wanted = [8 * side for side in sides]
-    for name, pictures in (("pose_images", payload.poses), ("pose_prefix_image", payload.prefix)):
-        if list(pictures.shape[3:]) != wanted:
+    wanted = [PIXELS * side for side in sides]
+    for name, pictures in (("pose_images", drawn.poses), ("pose_prefix_image", drawn.prefix)):
+        if pictures is not None and list(pictures.shape[3:]) != wanted:
             raise ValueError(
                 f"One-to-All's {name} are {pictures.shape[4]}x{pictures.shape[3]} but the video is "
                 f"{wanted[1]}x{wanted[0]}: resize them to the video's width and height."
             )
-    count = (payload.poses.shape[2] - 1) // 4 + 1
-    if payload.leading + count > frames:
+    count = latent_frames(drawn.poses.shape[2])
+    if drawn.leading + count > frames:
         raise ValueError(
-            f"One-to-All's pose_images have {payload.poses.shape[2]} frames, {count} in latents, but the video has "
-            f"{frames - payload.leading}: give one for each frame."
-        )
-    if width != tokens.x.shape[2]:
-        raise ValueError(
-            f"The pose encoder of this One-to-All file makes tokens of {width} channels but the model's have "
-            f"{tokens.x.shape[2]}: load the whole checkpoint of its authors."
+            f"One-to-All's pose_images have {drawn.poses.shape[2]} frames, {count} in latents, but the video has "
+            f"{frames - drawn.leading}: give one for each frame."
         )

@@ -29,7 +29,7 @@ from ..wanvideo.modules.layers import WanRMSNorm, placed_heads
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, Heads, ModelInputs, Projections, Tokens, video_tokens
-from .control import Places, PoseControl, pose_tokens
+from .control import DrawnPoses, Places, PoseControl, pose_tokens
 from .encoders import pose_encoder, reference_encoder
 from .refextractor import ReferenceExtractor, textless_block
 
@@ -192,7 +192,8 @@ class OneToAll(Extension):
             state.features, state.seen = _read(model, payload, inputs, tokens, start)
         if payload.steers(inputs.step):
             places = Places(count, start, tokens.x.shape[1])
-            poses = pose_tokens(model, payload, tokens, prefixed=state.seen is not None, width=self.pose_dim)
+            drawn = DrawnPoses(payload.poses, None if state.seen is None else payload.prefix, payload.leading)
+            poses = pose_tokens(model.input_hint_block, drawn, tokens)
             state.control = PoseControl(poses, payload.pose_strength, places)
         return tokens, state if state.seen is not None or state.control is not None else None
 

@@ -8,6 +8,8 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.one_to_all.extension import OneToAll
 
 SYSTEM = OneToAll(control_layers=1, reference_layers=1, channels=32, pose_dim=128)
+# Subgraphs that each make four frames more.
+PARTS = (263, 297, 311)
 
 
 def detected(images, ref_image, **_):
@@ -31,11 +33,11 @@ CASES = {
     "one_to_all": GraphCase(
         graph="wanvideo_2_1_14B_OneToAllAnimation_pose_control_example_01.json",
         fill=fill,
-        # Nine frames, and three times four that follow.
         edits=(
             "203.value=64", "204.value=64", "WanVideoEmptyEmbeds.num_frames=9", "GetImageRangeFromBatch.num_frames=9",
-            "WanVideoAddOneToAllExtendEmbeds.window_size=9", "130.frame_load_cap=21", "WanVideoSampler.steps=2",
-            "231.steps=2", "22.base_precision=fp32", "22.attention_mode=sdpa", "38.precision=fp32",
+            "130.frame_load_cap=21", "27.steps=2", "231.steps=2", "22.base_precision=fp32", "22.attention_mode=sdpa",
+            "38.precision=fp32", *(f"{part}:261.window_size=9" for part in PARTS),
+            *(f"{part}:248.steps=2" for part in PARTS),
         ),
         nodes={
             "OnnxDetectionModelLoader": foreign(("POSEMODEL",), lambda: (None,)),
