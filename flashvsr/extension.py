@@ -138,6 +138,11 @@ class FlashVsr(Extension):
     layers: int
     payload: ClassVar[type] = LowQuality
     file: ClassVar[Kind] = Kind("FlashVSR module", "WanVideo Extra Model Select", (r"^LQ_proj_in\.conv1\.weight$",))
+    other_files: ClassVar[tuple[Kind, ...]] = (
+        Kind(
+            "FlashVSR decoder", "WanVideo FlashVSR Decoder Loader", (r"^decoder\.1\.weight$", r"^decoder\.26\.weight$")
+        ),
+    )
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:

@@ -72,6 +72,7 @@ class Extension:
 
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
     tokenwise: its `cross_attn` gives every token the same wherever it lies, so that it may see some of them at a time.
+    file, other_files: the module file that brings its weights, and files that its other nodes load.
     lora_layers: shell patterns of the layers in LoRA files that are this system's own weights.
     """
 
@@ -80,6 +81,7 @@ class Extension:
     tokenwise: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, str]] = {}
     file: ClassVar[Kind | None] = None
+    other_files: ClassVar[tuple[Kind, ...]] = ()
     high_precision: ClassVar[tuple[str, ...]] = ()
     lora_layers: ClassVar[tuple[str, ...]] = ()
 

@@ -74,7 +74,6 @@ OTHER_KINDS = (
     Kind("Stable Diffusion checkpoint", "", (r"(^|\.)input_blocks\.0\.0\.weight$",)),
     Kind("Flux or Hunyuan transformer", "", (r"(^|\.)double_blocks\.0\.",)),
     Kind("MMDiT transformer (SD3 or the like)", "", (r"(^|\.)joint_blocks\.0\.",)),
-    Kind("FlashVSR decoder", "WanVideo FlashVSR Decoder Loader", (r"^decoder\.1\.weight$", r"^decoder\.26\.weight$")),
     Kind("tiny VAE (TAEHV)", "WanVideo Tiny VAE Loader", (r"^encoder\.0\.weight$", r"^decoder\.1\.weight$")),
 )
 

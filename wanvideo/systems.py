@@ -39,8 +39,9 @@ class Systems:
 
     def kind_of(self, shapes: Shapes) -> Kind | None:
         """What a file with these tensors is, or None where nothing fits."""
-        built = tuple(kind.file for kind in self.extensions if kind.file is not None)
-        return kind_of(shapes, (*built, *self.files))
+        built = [kind.file for kind in self.extensions if kind.file is not None]
+        others = [file for kind in self.extensions for file in kind.other_files]
+        return kind_of(shapes, (*built, *others, *self.files))
 
     def missing(self, shapes: Shapes) -> dict[str, str]:
         """Systems that these tensors belong to and that are not built: name -> the first key that shows it."""

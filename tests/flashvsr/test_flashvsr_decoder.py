@@ -25,7 +25,8 @@ def rand(*shape, seed=0):
 
 def weights():
     model = FlashVsrDecoder(LAYOUT)
-    return {name: rand(*value.shape, seed=i) * 0.2 for i, (name, value) in enumerate(model.state_dict().items())}
+    state = enumerate(model.state_dict().items())
+    return {name: rand(*value.shape, seed=i) / max(value[0].numel(), 25) ** 0.5 for i, (name, value) in state}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,12 @@ def test_decoding_equals_the_published_layers(vae, frames):
 def test_tiles_see_their_part_of_the_video(vae):
     latents = vae.latents_of(samples(2, side=64))
     whole, tiled = vae.decode(latents), vae.decode(latents, tile=Tile(x=48, y=48, stride_x=32, stride_y=32))
-    assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < 0.1 * whole.std()
+    assert tiled.shape == whole.shape
+    for rows in (slice(0, 6), slice(4, 8)):
+        alone = vae.decode(latents[:, :, rows, :6])
+        # What no other tile covers.
+        inside = slice(0, 16) if rows.start == 0 else slice(-16, None)
+        torch.testing.assert_close(tiled[:, :, inside, :16], alone[:, :, inside, :16], rtol=0, atol=1e-5)
 
 
 def test_what_it_cannot_do_is_said(vae):

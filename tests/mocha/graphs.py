@@ -26,7 +26,7 @@ def fill(files):
     save_fp8(model, files.diffusion / "mocha/MoCha" / name, scaled=True)
     tiny.lora(model).save(files.models / "loras" / LIGHTX.format("T2V", "", "v2_lora_", "_"))
     files.encoders()
-    save_clip(files.inputs / "Severance-Cut01.mp4", frames=6)
+    save_clip(files.inputs / "Severance-Cut01.mp4", frames=5)
     files.pictures("oldman_upscaled.png")
 
 
