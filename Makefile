@@ -12,7 +12,7 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 # An interpreter with what ComfyUI needs and this pack; comfy-cli makes it beside ComfyUI or inside.
 COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(COMFYUI_PATH)/../venv/bin/python) $(BIN)/python)
 
-.PHONY: demo cluster-demo test fuzz kills hour lint docs comfyui-test gpu-test gpu-memcheck clean
+.PHONY: demo cluster-demo test fuzz kills hour lint docs comfyui-test gpu-test gpu-memcheck gpu-trend clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/wanvideo demo
@@ -50,9 +50,17 @@ gpu-test: $(VENV)/.installed
 MEMCHECK := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1
 gpu-memcheck: $(VENV)/.installed
 	WAN_LAYOUT_EXAMPLES=30 $(MEMCHECK) $(BIN)/python -m pytest -q -m cuda \
-	    tests/kernels tests/quantized/test_layouts.py tests/wanvideo/test_quantization.py
+	    tests/kernels tests/quantized/test_layouts.py tests/quantized/test_systems.py tests/wanvideo/test_quantization.py \
+	    tests/s2v/test_s2v_quantized.py tests/animate/test_animate_quantized.py
 	$(MEMCHECK) --report-api-errors no $(BIN)/python -m pytest -q -m cuda \
 	    tests/attention_backends/test_any_layout.py tests/test_attention_cudnn.py
+
+# Speed against the best of earlier runs on this card, which TREND keeps; fails where it is 5 % slower.
+TREND ?= output/trend/best.json
+gpu-trend: $(VENV)/.installed
+	mkdir -p output
+	$(BIN)/wanvideo bench step --model 1.3B --json output/step.json
+	$(BIN)/python benchmarks/trend.py $(TREND) output/step.json
 
 docs:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.6,<10'

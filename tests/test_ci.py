@@ -32,7 +32,7 @@ def test_targets_and_folders_exist(path):
 
 def test_cuda_runners_run_the_cuda_tests():
     (gpu,) = [path for path in WORKFLOWS if path.stem == "gpu"]
-    assert "make gpu-test" in commands(gpu) and "make gpu-memcheck" in commands(gpu)
+    assert {"make gpu-test", "make gpu-memcheck", "make gpu-trend"} <= set(commands(gpu))
     assert "pytest -m cuda" in (ROOT / "Makefile").read_text("utf-8")
 
 
