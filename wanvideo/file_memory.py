@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from ..attention_backends.cudnn import CudnnFp8
+from ..quantized.fp8 import FP8_DTYPES
 from .checkpoint import Checkpoint
 from .config import WanConfig
 from .load_plan import LoadOptions, contents
 from .loading import parameter_dtype, quantizable
 from .memory import Footprint, Precision, Work, footprint
 from .modules.model import WanModel
-from .quantization import QUANTIZATIONS, STORED_AS
+from .quantization import NVFP4, QUANTIZATIONS, STORED_AS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +60,9 @@ def _sizes(model: WanModel, checkpoint: Checkpoint, options: LoadOptions) -> dic
     for name, parameter in model.named_parameters():
         form = checkpoint.formats.get(name, "")
         kind = STORED_AS.get(form.split()[0] if form else "") or storage
+        # An FP4 option makes FP4 of a file's FP8 weights; any other storage stays as the file has it.
+        if storage == NVFP4 and kind in FP8_DTYPES:
+            kind = NVFP4
         if name in linear and kind is not None:
             bits = _gguf_bits(form) if kind == "gguf" else BITS[kind]
         else:
