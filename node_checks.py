@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .registry import SYSTEMS
-from .saved_values import option_of
+from .saved_values import Choices, option_of
 from .wanvideo.checkpoint import open_checkpoint
 
 # Types of the links that arrive, by input name; ComfyUI calls the parameter `input_types`.
@@ -70,7 +70,8 @@ def _outside(inputs: Mapping[str, tuple[object, ...]], values: Mapping[str, obje
         kind, *rest = inputs[name]
         if isinstance(kind, list):
             if value not in kind:
-                return f"'{name}' has no choice '{value}'; choices are: {', '.join(map(str, kind)) or 'there is none'}."
+                choices = kind if isinstance(kind, Choices) else Choices(kind)
+                return choices.refusal(name, value, f"'{value}'")
             continue
         options = rest[0] if rest else {}
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .host import get_host
+from .host.protocol import KINDS
 from .node_tips import with_tips
 from .saved_values import ModelFiles, current_values, tolerant
 from .wanvideo.frames import round_frames
@@ -43,7 +44,7 @@ def files(*kinds: str, first: Sequence[str] = ()) -> ModelFiles:
     """Names of the model files of these kinds, for a widget. first: options that are no files."""
     host = get_host()
     names = [name for kind in kinds for name in host.list_files(kind)]
-    return ModelFiles([*first, *names], default=first[0] if first else None)
+    return ModelFiles([*first, *names], default=first[0] if first else None, folder=KINDS[kinds[0]][0])
 
 
 def find_model(name: str) -> Path:

@@ -12,6 +12,8 @@ from pathlib import PurePosixPath
 
 log = logging.getLogger("wanvideo")
 
+# Of a list in a message: hundreds of files would hide what it says.
+SHOWN_CHOICES = 12
 # By widget: options that older versions of the original had, and what does the same today.
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "quantization": {
@@ -47,20 +49,51 @@ class Choices(list):
     def __contains__(self, value: object) -> bool:
         return self.current(value) is not None
 
+    def reason(self, value: object) -> str:
+        """Why a value is none of the options; "" where there is nothing more to say."""
+        return ""
+
+    def refusal(self, name: str, value: object, shown: str) -> str:
+        """The sentence for a value of the widget `name` that stands for no option. shown: the value for people."""
+        listed = ", ".join(map(str, self[:SHOWN_CHOICES])) or "there is none"
+        end = ", ..." if len(self) > SHOWN_CHOICES else "."
+        return f"'{name}' has no choice {shown}{self.reason(value)}; choices are: {listed}{end}"
+
 
 class ModelFiles(Choices):
-    """Names of model files: '\\' and '/' are the same, and a file may have moved to another subfolder."""
+    """Names of model files: '\\' and '/' are the same, and a file may have moved to another subfolder.
+
+    folder: below the models folder, where a file that is missing belongs.
+    """
+
+    def __init__(self, options: Iterable[object], default: object = None, folder: str = "") -> None:
+        super().__init__(options, default=default)
+        self.folder = folder
 
     def current(self, value: object) -> object:
         """The file's name here. None for one that is not there, or lies under its name in several other subfolders."""
         listed = super().current(value)
         if listed is not None or not isinstance(value, str):
             return listed
-        wanted = PurePosixPath(value.replace("\\", "/"))
-        here = {name: PurePosixPath(name.replace("\\", "/")) for name in self if isinstance(name, str)}
-        same = [name for name, path in here.items() if path == wanted]
-        moved = [name for name, path in here.items() if path.name == wanted.name]
+        moved = self._of_that_name(value)
+        same = [name for name in moved if _path(name) == _path(value)]
         return next(iter(same or moved), None) if same or len(moved) == 1 else None
+
+    def reason(self, value: object) -> str:
+        """Where to put a file that is not there, or which of several to choose."""
+        moved = self._of_that_name(value) if isinstance(value, str) else []
+        if moved:
+            return f", and a file of that name lies at each of: {', '.join(moved)}; choose the one that is meant"
+        where = f"models/{self.folder}" if self.folder else ""
+        return f", which is not in {where}: put the file there (in ComfyUI, press R then)" if where else ""
+
+    def _of_that_name(self, value: str) -> list[str]:
+        """The files whose last part is that of a saved name."""
+        return [name for name in self if isinstance(name, str) and _path(name).name == _path(value).name]
+
+
+def _path(name: str) -> PurePosixPath:
+    return PurePosixPath(name.replace("\\", "/"))
 
 
 def tolerant(declared: Mapping[str, Mapping[str, tuple[object, ...]]]) -> dict[str, dict[str, tuple[object, ...]]]:

@@ -16,7 +16,9 @@ from .graph import Prompt
 if TYPE_CHECKING:
     from ..host import Host
 
-ENDINGS = (".safetensors", ".sft", ".gguf")
+ENDINGS = (".safetensors", ".sft", ".gguf", ".onnx")
+# Start of the class names of nodes that fetch their files into folders of their own.
+FETCHING = "DownloadAndLoad"
 # The folder that a loader reads, by the start of its class name; the first that fits.
 FOLDERS = (
     ("WanVideoVAELoader", "vae"),
@@ -32,7 +34,16 @@ FOLDERS = (
     ("WanVideoControlnetLoader", "controlnet"),
     ("WanVideoUni3C_ControlnetLoader", "controlnet"),
     ("WhisperModelLoader", "audio_encoders"),
+    ("AudioEncoderLoader", "audio_encoders"),
     ("OviMMAudioVAELoader", "vae"),
+    ("LoadVQVAE", "vae"),
+    ("WanVideoFlashVSRDecoderLoader", "vae"),
+    ("VAELoader", "vae"),
+    ("QwenLoader", "text_encoders"),
+    ("WanVideoPromptExtenderSelect", "text_encoders"),
+    ("LoadNLFModel", "nlf"),
+    ("LoraLoader", "loras"),
+    ("OnnxDetectionModelLoader", "detection"),
 )
 DEFAULT_FOLDER = "diffusion_models"
 
@@ -139,6 +150,8 @@ def needed_models(prompt: Prompt, host: Host) -> list[NeededModel]:
 
 def _named_files(prompt: Prompt) -> Iterator[tuple[str, str, str]]:
     for node in prompt.nodes.values():
+        if node.type.startswith(FETCHING):
+            continue
         for value in node.inputs.values():
             if isinstance(value, str) and value.lower().endswith(ENDINGS):
                 yield node.type, node.label, value.replace("\\", "/")

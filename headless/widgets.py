@@ -16,7 +16,6 @@ SEEDS = ("seed", "noise_seed")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 CASTS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-SHOWN_CHOICES = 8
 LONGEST_SHOWN, LONGEST_NUMBER = 200, 600
 
 
@@ -163,7 +162,5 @@ def _choice(entry: Input, value: object, where: str) -> object:
     option = choices.current(value)
     if option is not None:
         return option
-    shown = ", ".join(str(choice) for choice in entry.kind[:SHOWN_CHOICES]) or "there is none"
-    more = ", ..." if len(entry.kind) > SHOWN_CHOICES else ""
-    raise ValueError(f"{where}: '{entry.name}' has no choice {_shown(value)}; choices are: {shown}{more}.")
+    raise ValueError(f"{where}: {choices.refusal(entry.name, value, _shown(value))}")
 

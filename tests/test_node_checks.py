@@ -50,7 +50,7 @@ REFUSALS = [
     ("WanVideoLoraSelectByName", {}, {"lora_name": "absent"}, "No LoRA"),
     ("WanVideoModelLoader", {}, {"model": "vae.safetensors"}, "is a Wan VAE"),
     ("WanVideoModelLoader", {}, {"model": "cut.safetensors"}, "is truncated"),
-    ("WanVideoModelLoader", {}, {"model": "gone.safetensors"}, "'model' has no choice 'gone.safetensors'"),
+    ("WanVideoModelLoader", {}, {"model": "gone.safetensors"}, "is not in models/diffusion_models: put"),
     ("WanVideoModelLoader", {}, {"model": "t2v.safetensors", "attention_mode": "cudnn_fp8"}, "cannot run because"),
     ("WanVideoVAELoader", {}, {"model_name": "t5.safetensors"}, "load it with 'WanVideo T5 Text Encoder Loader'"),
     ("LoadWanVideoT5TextEncoder", {}, {"model_name": "vae.safetensors"}, "load it with 'WanVideo VAE Loader'"),

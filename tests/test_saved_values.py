@@ -31,6 +31,16 @@ def test_a_file_in_another_folder_is_taken_where_there_is_one():
     assert files.current("y\\c.safetensors") == "y/c.safetensors"
 
 
+def test_a_refusal_says_where_a_missing_file_belongs_and_which_of_several_to_choose():
+    files = ModelFiles([*LINUX, *(f"more{n}.safetensors" for n in range(20))], folder="vae")
+    missing = files.refusal("model_name", "gone.safetensors", "'gone.safetensors'")
+    assert "'model_name' has no choice 'gone.safetensors', which is not in models/vae: put the file there" in missing
+    assert missing.endswith("more7.safetensors, ...") and "more8" not in missing
+    several = files.refusal("model_name", "z\\c.safetensors", "it")
+    assert "lies at each of: x/c.safetensors, y/c.safetensors; choose" in several and "models/vae" not in several
+    assert Choices([]).refusal("mode", 3, "3") == "'mode' has no choice 3; choices are: there is none."
+
+
 def test_options_that_were_renamed_or_left_empty():
     options = Choices(["disabled", "fast"], {"very_fast": "fast", "gone": "absent"}, "disabled")
     saved = {"fast": "fast", "very_fast": "fast", "": "disabled", None: "disabled"}

@@ -9,7 +9,9 @@ from wanvideo_wrapper.demo import INPUT, MODELS, WORKFLOW
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Node, Prompt, load
 from wanvideo_wrapper.headless.model_list import PUBLISHED, needed_models, published
-from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.headless.widgets import inputs_of
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.saved_values import ModelFiles
 
 MODEL, VAE = "WanVideo\\Wan2_1-I2V-14B-480P_fp8_e4m3fn.safetensors", "wanvideo/Wan2_1_VAE_bf16.safetensors"
 
@@ -51,6 +53,31 @@ def test_of_several_files_of_a_name_none_is_taken(tmp_path):
         touch(tmp_path / f"vae/{place}/Wan2_1_VAE_bf16.safetensors")
     (vae,) = needed_models(prompt(("WanVideoVAELoader", {"model_name": VAE})), host)
     assert len(vae.elsewhere) == 2 and vae.line().endswith("b/Wan2_1_VAE_bf16.safetensors, choose one of them")
+
+
+def test_every_loader_is_said_to_read_the_folder_that_it_reads(tmp_path):
+    before, host = get_host(), StandaloneHost(models=tmp_path, device="cpu")
+    set_host(host)
+    try:
+        reads = {
+            (kind, entry.kind.folder)
+            for kind, node in {**STAND_INS, **NODE_CLASS_MAPPINGS}.items()
+            for entry in inputs_of(node)
+            if isinstance(entry.kind, ModelFiles)
+        }
+    finally:
+        set_host(before)
+    said = {(kind, needed_models(prompt((kind, {"file": "a.safetensors"})), host)[0].folder) for kind, _ in reads}
+    assert len(reads) > 25 and said == reads
+
+
+def test_detectors_have_their_folder_and_nodes_that_fetch_their_files_are_left_out(tmp_path):
+    graph = prompt(
+        ("OnnxDetectionModelLoader", {"vitpose_model": "a.onnx"}),
+        ("DownloadAndLoadDepthAnythingV2Model", {"model": "depth_anything_v2_vitl_fp16.safetensors"}),
+    )
+    (needed,) = needed_models(graph, StandaloneHost(models=tmp_path, device="cpu"))
+    assert needed.line().startswith("MISSING   models/detection/a.onnx")
 
 
 def test_gguf_files_are_found_beside_the_others(tmp_path):
