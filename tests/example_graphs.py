@@ -50,8 +50,9 @@ def save(graph, images, fps, prefix, audio=None):
 def demo():
     graph = Graph("demo_infinitetalk", note(
         "A talking portrait",
-        "Press Run: the tiny models, the portrait and the sentence come with the pack, and half a minute later Save "
-        "Video plays the result. The models know drawn faces only (`demo/MODEL_CARD.md`).\n\n"
+        "Press Run: the tiny models, the portrait and the sentence come with the pack. Half a minute to two minutes "
+        "later Save Video shows the video, with sound: press its play button. The models know drawn faces only "
+        "(`demo/MODEL_CARD.md`). `num_frames` 143 takes the whole sentence instead of its first four seconds.\n\n"
         "Your own: Load Image and Load Audio in the place of *WanVideo Demo Inputs*, 25 frames a second.",
     ))  # fmt: skip
     demo_inputs = graph.add("WanVideoDemoInputs")

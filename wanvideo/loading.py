@@ -195,7 +195,9 @@ def build(
     placement.attention = plan.attention.main
     managed = host.manage(model, place=placement, resident=placement.resident_bytes)
     if elsewhere is None:
-        log.info("%s", described(placement.footprint(), "81 frames of 1280x720"))
+        # On the CPU there is no memory of a GPU to plan with.
+        if host.device().type != "cpu":
+            log.info("%s", described(placement.footprint(), "81 frames of 1280x720"))
         if options.keep_on_device:
             managed.acquire()
     return WanVideoModel(
