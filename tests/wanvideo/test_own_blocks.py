@@ -111,6 +111,7 @@ def test_files_may_have_other_names():
 
 def test_modifiers_of_the_model_act_within_those_that_are_connected(monkeypatch):
     monkeypatch.setattr(sampling, "sample_once", lambda request, host: [len(request.modifiers)])
+    monkeypatch.setattr(sampling, "warn_of_settings", lambda request: None)
     request = sampling.SampleRequest(
         model=SimpleNamespace(transformer=SimpleNamespace(extensions=(Companion(),)), elsewhere=None), text=None,
         image=SimpleNamespace(loop=None, modifiers=(Outer("of the video"),)), schedule=None, cfg=1.0, seed=0,
