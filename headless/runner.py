@@ -107,7 +107,8 @@ class Runner:
             self._shown.append(returned.get("ui", {}))
             returned = returned.get("result", ())
         self._results[signature] = tuple(returned or ())
-        if cls.RETURN_TYPES and set(cls.RETURN_TYPES) <= LOADED:
+        # A type may be a list of choices.
+        if cls.RETURN_TYPES and all(isinstance(kind, str) and kind in LOADED for kind in cls.RETURN_TYPES):
             self._loaded[signature] = self._results[signature]
         self._note_folder(node)
         self._note_unsaved(node)

@@ -86,6 +86,12 @@ def test_only_what_is_needed_runs_and_equal_nodes_run_once():
     assert RAN == [("number", 4), ("add", 4, 4), ("show", 8, "out", {"name": "saved"})]
 
 
+def test_an_output_may_be_one_of_a_list_of_choices(monkeypatch):
+    monkeypatch.setattr(Number, "RETURN_TYPES", (["one", "two"],))
+    shown = run(prompt(out=("Show", {"value": Link("n", 0), "choice": "x/y"}), n=("Number", {"value": 2})))
+    assert shown == [{"text": ["2"]}]
+
+
 @pytest.mark.parametrize(
     ("nodes", "says"),
     [
