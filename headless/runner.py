@@ -116,7 +116,7 @@ class Runner:
     def _note_unsaved(self, node: Node) -> None:
         """Remember the last that came of a sampler, until a node has saved what came of it."""
         cls = self._classes[node.type]
-        names = getattr(cls, "RETURN_NAMES", None) or cls.RETURN_TYPES
+        names = map(str, getattr(cls, "RETURN_NAMES", None) or cls.RETURN_TYPES)
         outputs = dict(zip(names, self._results[self._signatures[node.id]], strict=False))
         if node.id in self._sampled and has_work(outputs):
             self._unsaved = outputs
