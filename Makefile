@@ -1,5 +1,5 @@
 # make demo: install into .venv and make the demo video.   make test: install and run all tests that this machine can.
-# make fuzz: 10,000 mutated inputs for each reader.   make kills: 100 runs that are killed, 40 at once in one folder.
+# make fuzz: 10,000 mutated inputs for each reader.   make kills: 100 runs that are killed, 40 at once in one folder, five batches.
 # make hour: an hour of speech through the demo, in flat memory.
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +30,7 @@ fuzz: $(VENV)/.installed
 	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz tests/wanvideo/test_headers.py tests/wanvideo/test_lora_generated.py
 
 kills: $(VENV)/.installed
-	@KILLS=100 PAIRS=20 $(BIN)/python -m pytest tests/headless/test_kills.py
+	@KILLS=100 PAIRS=20 BATCH_KILLS=1 $(BIN)/python -m pytest tests/headless/test_kills.py tests/headless/test_batch_kills.py
 
 hour: $(VENV)/.installed
 	@SPEECH_SECONDS=3600 $(BIN)/python -m pytest tests/headless/test_hour.py

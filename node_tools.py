@@ -29,6 +29,13 @@ TILE_TIP = "Less memory; seams fade where tiles overlap"
 OFFLOAD_TIP = "Free the GPU afterwards"
 SIDE_TIP = "In pixels; rounded down to a multiple of 16, or of 32 for the 5B model"
 FRAMES_TIP = "4n+1 frames; 81 are what most models were trained on"
+_SIDE = {"min": 64, "max": 8096, "step": 8, "tooltip": SIDE_TIP}
+# The inputs of a node that chooses the size of a video.
+VIDEO_SIZE = {
+    "width": ("INT", {"default": 832, **_SIDE}),
+    "height": ("INT", {"default": 480, **_SIDE}),
+    "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
+}
 SIZE_STEP = 16
 # Kinds of the widget of a text encoder.
 TEXT_ENCODERS = ("text_encoders", "text_encoders_gguf")

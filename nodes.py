@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .host import get_host
 from .node_checks import Types, verdict
-from .node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, TILE_TIP, Inputs, Latent, mappings, round_size, whole_frames
+from .node_tools import CATEGORY, TILE_TIP, VIDEO_SIZE, Inputs, Latent, mappings, round_size, whole_frames
 from .wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from .wanvideo.images import to_images, to_unit, to_video
 from .wanvideo.modules.vae import Tile, WanVAE
@@ -31,12 +31,9 @@ class WanVideoEmptyEmbeds:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        size = {"min": 64, "max": 8096, "step": 8}
         return {
             "required": {
-                "width": ("INT", {"default": 832, **size, "tooltip": SIDE_TIP}),
-                "height": ("INT", {"default": 480, **size, "tooltip": SIDE_TIP}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
+                **VIDEO_SIZE,
             },
             "optional": {
                 "control_embeds": ("WANVIDIMAGE_EMBEDS", {"tooltip": "Of control models; not available"}),

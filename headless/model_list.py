@@ -37,7 +37,6 @@ FOLDERS = (
     ("AudioEncoderLoader", "audio_encoders"),
     ("OviMMAudioVAELoader", "vae"),
     ("LoadVQVAE", "vae"),
-    ("WanVideoFlashVSRDecoderLoader", "vae"),
     ("VAELoader", "vae"),
     ("QwenLoader", "text_encoders"),
     ("WanVideoPromptExtenderSelect", "text_encoders"),

@@ -10,10 +10,9 @@ from torch import Tensor
 from ..node_checks import Types, need_link, verdict
 from ..node_tools import (
     CATEGORY,
-    FRAMES_TIP,
     OFFLOAD_TIP,
-    SIDE_TIP,
     TILE_TIP,
+    VIDEO_SIZE,
     Inputs,
     Latent,
     mappings,
@@ -40,13 +39,10 @@ class WanVideoImageToVideoEncode:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        size = {"min": 64, "max": 8096, "step": 8}
         strength = {"min": 0.0, "max": 10.0, "step": 0.001}
         return {
             "required": {
-                "width": ("INT", {"default": 832, **size, "tooltip": SIDE_TIP}),
-                "height": ("INT", {"default": 480, **size, "tooltip": SIDE_TIP}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
+                **VIDEO_SIZE,
                 "noise_aug_strength": ("FLOAT", {"default": 0.0, **strength, "tooltip": "Noise on the pictures"}),
                 "start_latent_strength": ("FLOAT", {"default": 1.0, **strength, "tooltip": "Below 1: more motion"}),
                 "end_latent_strength": (

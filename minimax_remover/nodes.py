@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..node_tools import CATEGORY, FRAMES_TIP, SIDE_TIP, Inputs, Latent, mappings, round_size, whole_frames
+from ..node_tools import CATEGORY, VIDEO_SIZE, Inputs, Latent, mappings, round_size, whole_frames
 from ..wanvideo.frames import latent_frames
 from ..wanvideo.request import ImageEmbeds
 from .extension import MaskedVideo
@@ -24,13 +24,10 @@ class WanVideoMiniMaxRemoverEmbeds:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        size = {"min": 64, "max": 8096, "step": 8}
         video = "The video, black where the mask is, encoded"
         return {
             "required": {
-                "width": ("INT", {"default": 832, **size, "tooltip": SIDE_TIP}),
-                "height": ("INT", {"default": 480, **size, "tooltip": SIDE_TIP}),
-                "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
+                **VIDEO_SIZE,
                 "latents": ("LATENT", {"tooltip": video}),
                 "mask_latents": ("LATENT", {"tooltip": "The mask as a video, white where things go, encoded"}),
             }

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..wanvideo.advice import warn_of_drift
 from ..wanvideo.fingerprint import digest
 from ..wanvideo.footage import FolderFootage, Footage, MemoryFootage, check_room
 from ..wanvideo.frames import latent_frames
@@ -20,6 +19,7 @@ from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import check_conditions
 from ..wanvideo.window_loop import make_windows
 from .audio import MultiTalkEmbeds
+from .drift import warn_of_drift
 from .plan import loop_settings, plan_windows
 from .settings import LoopSettings
 from .window import WindowMaker

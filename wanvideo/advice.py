@@ -1,7 +1,7 @@
 """Warnings about settings that run without an error and seldom give what is wanted.
 
-Source: the model cards of LightX2V, CausVid and FusionX (few steps, no guidance), MeiGen-AI/InfiniteTalk's README
-(FusionX and long videos), and the papers of the step caches, which measure 40 to 50 steps.
+Source: the model cards of LightX2V, CausVid and FusionX (few steps, no guidance), and the papers of the step caches,
+which measure 40 to 50 steps.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ DISTILLED = re.compile(
     r"lightx2v|lightning|causvid|fusion_?i?x|fastwan|turbo|distill|[248]_?steps?(?![a-z])|(?<![a-z])(rcm|dmd|lcm)(?![a-z])",
     re.IGNORECASE,
 )
-DRIFTING = re.compile(r"fusion_?i?x", re.IGNORECASE)
 # Weaker ones help a model that keeps its own steps and guidance.
 AT_WORK = 0.5
 MOST_DISTILLED_STEPS, FEWEST_CACHED_STEPS = 12, 9
-# A minute at the 25 frames a second of talking models.
-LONG = 1500
 
 
 def warn_of_settings(request: SampleRequest) -> None:
@@ -41,7 +38,7 @@ def warn_of_settings(request: SampleRequest) -> None:
             "or harms the video. Disconnect cache_args.",
             request.cache.label, steps,
         )  # fmt: skip
-    name = _named(request.model, DISTILLED)
+    name = named(request.model, DISTILLED)
     if name is None:
         return
     least = min(per_step(request.cfg)[: len(request.schedule)])
@@ -57,17 +54,6 @@ def warn_of_settings(request: SampleRequest) -> None:
         )
 
 
-def warn_of_drift(model: WanVideoModel, frames: int) -> None:
-    """Log that colours and faces of a long talking video drift with this model or LoRA."""
-    name = _named(model, DRIFTING)
-    if name is not None and frames > LONG:
-        log.warning(
-            "%s lets colours and the face drift in talking videos of more than a minute: prefer a lightx2v LoRA, or "
-            "set colormatch in WanVideoImageToVideoMultiTalk.",
-            name,
-        )
-
-
 def warn_of_cut(name: str, lasts: float, seconds: float) -> None:
     """Log that a sound of `lasts` seconds is longer than the video. name: the input that it came by."""
     # Less than a frame of 60 a second is rounding.
@@ -78,7 +64,7 @@ def warn_of_cut(name: str, lasts: float, seconds: float) -> None:
         )  # fmt: skip
 
 
-def _named(model: WanVideoModel, pattern: re.Pattern[str]) -> str | None:
+def named(model: WanVideoModel, pattern: re.Pattern[str]) -> str | None:
     """The first file, of the model's and of its LoRAs at work, whose name has the pattern."""
     merged = [file for file in model.options.loras if file.merge]
     paths: list[Path] = [model.path]

@@ -10,12 +10,11 @@ from PIL import Image
 from wanvideo_wrapper.clip_image.extension import ClipImageExtension
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import CancelledError, StandaloneHost
+from wanvideo_wrapper.multitalk import drift, plan
 from wanvideo_wrapper.multitalk import loop as talk
-from wanvideo_wrapper.multitalk import plan
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.loop import TalkingLoop
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo import advice
 from wanvideo_wrapper.wanvideo.conditioning import Window
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
@@ -200,7 +199,7 @@ def test_modes_and_colour_match(parts, mode, colormatch):
 
 
 def test_drift_of_a_long_video_is_said(parts, caplog, monkeypatch):
-    monkeypatch.setattr(advice, "LONG", 19)
+    monkeypatch.setattr(drift, "LONG", 19)
     base = request(parts, 20)
     sample(base, parts[2])
     assert "drift" not in caplog.text

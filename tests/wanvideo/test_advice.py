@@ -75,14 +75,3 @@ def test_a_cache_at_few_steps(caplog):
 def test_the_sampler_says_it(caplog):
     sample(request(model_with(PUBLISHED[0]), cfg=3.0), FakeHost())
     assert "Set cfg to 1." in caplog.text
-
-
-def test_long_talking_video_with_fusionx_drifts(caplog):
-    model = model_with("Wan2.1_I2V_14B_FusionX_LoRA.safetensors")
-    advice.warn_of_drift(model, 1500)
-    assert not caplog.records
-    advice.warn_of_drift(model, 1501)
-    assert "lets colours and the face drift" in caplog.text
-    caplog.clear()
-    advice.warn_of_drift(model_with(PUBLISHED[0]), 90_000)
-    assert not caplog.records
