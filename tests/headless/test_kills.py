@@ -29,6 +29,7 @@ FRAMES = 21
 SETTINGS = {
     "MultiTalkWav2VecEmbeds.num_frames": FRAMES, "WanVideoSampler.steps": 1,
     "WanVideoImageToVideoMultiTalk.frame_window_size": 9, "WanVideoImageToVideoMultiTalk.motion_frame": 5,
+    "WanVideoImageToVideoMultiTalk.width": 64, "WanVideoImageToVideoMultiTalk.height": 64,
 }  # fmt: skip
 ON_DISK = {"WanVideoImageToVideoMultiTalk.output_path": "talk"}
 VIDEO, TALK = r"wanvideo_demo_\d{5}_\.mp4", r"talk/\d{8}_\d{6}_\d{6}_infinitetalk_output"
@@ -84,7 +85,10 @@ def files(folder, *, rescued=False):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The frames of a run that nothing happens to and of its video, and how long it takes."""
-    server.set_forkserver_preload(["wanvideo_wrapper.headless.cli", "wanvideo_wrapper", "transformers", "diffusers"])
+    # Packages import their parts when these are used: the moments should fall into the run, not into imports.
+    parts = [f"transformers.models.{name}.modeling_{name}" for name in ("umt5", "clip", "wav2vec2")]
+    parts += ["diffusers.models.autoencoders.autoencoder_kl_wan", "diffusers.schedulers"]
+    server.set_forkserver_preload(["wanvideo_wrapper.headless.cli", "wanvideo_wrapper", "av", *parts])
     folder = tmp_path_factory.mktemp("whole") / "out"
     assert finish(start(folder, True)) == 0
     began = time.monotonic()
