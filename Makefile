@@ -27,7 +27,9 @@ test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 fuzz: $(VENV)/.installed
-	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz tests/wanvideo/test_headers.py tests/wanvideo/test_lora_generated.py
+	# It has no build for every system; without it hypothesis alone is used.
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3'
+	@FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -rs tests/fuzz tests/wanvideo/test_headers.py tests/wanvideo/test_lora_generated.py
 
 kills: $(VENV)/.installed
 	@KILLS=100 PAIRS=20 BATCH_KILLS=1 $(BIN)/python -m pytest tests/headless/test_kills.py tests/headless/test_batch_kills.py

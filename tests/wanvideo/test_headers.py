@@ -8,44 +8,24 @@ import struct
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
+from header_files import NAMES, opened, small_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
-from wanvideo_wrapper.wanvideo.families import kind_of
 from wanvideo_wrapper.wanvideo.model_file import open_file
 
 SETTINGS = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "150")), deadline=None, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-NAMES = ("blocks.0.self_attn.q.weight", "blocks.0.self_attn.q.weight_scale", "blocks.0.norm.bias", "scaled_fp8")
 ODD = (
     None, True, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**30, 1.0, 2.5, 1e400, "", "F32", "I8", "U8", "F8_E4M3", "F9",
     "\ud800", "a\nb", [], [0], [1, 2], [0, 8, 16], [-4, 4], [2**62, 2**62], ["4", 8], [0.0, 4.0], {}, {"a": "b"},
     {"format": None},
 )  # fmt: skip
-
-
-def tensors():
-    return {
-        NAMES[0]: torch.randn(6, 4).to(torch.float8_e4m3fn), NAMES[1]: torch.rand(6, 1),
-        NAMES[2]: torch.randn(4).half(), NAMES[3]: torch.zeros(2).to(torch.float8_e4m3fn),
-    }  # fmt: skip
-
-
-def opened(path):
-    """Everything that any loader does with a header, and every tensor; or the sentence that came instead."""
-    try:
-        checkpoint = open_checkpoint(path)
-        kind_of(checkpoint.shapes)
-        return {name: checkpoint.tensor(name) for name in checkpoint.shapes}
-    except ValueError as error:
-        message = str(error)
-        assert path.name in message and "\n" not in message and message.endswith("."), message
-        return None
 
 
 def split(data):
@@ -108,18 +88,7 @@ SAVED = {}
 
 @pytest.fixture(scope="module", autouse=True)
 def _saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("headers")
-    save_file(tensors(), folder / "m.safetensors", metadata={"format": "pt", "_quantization_metadata": "{}"})
-    writer = GGUFWriter(folder / "m.gguf", "wan")
-    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "cd"])
-    writer.add_array("comfy.gguf.orig_shape.patch", [2, 4, 1, 2, 2])
-    writer.add_uint32("general.alignment", 32)
-    writer.add_tensor("patch", np.random.rand(2, 16).astype("float32"))
-    writer.add_tensor("layer.weight", np.random.randint(0, 255, (4, 34), "uint8"), raw_dtype=8)
-    writer.add_tensor("layer.bias", np.random.rand(4).astype("float16"))
-    for call in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-        getattr(writer, call)()
-    SAVED.update(safetensors=(folder / "m.safetensors").read_bytes(), gguf=(folder / "m.gguf").read_bytes())
+    SAVED.update(small_files(tmp_path_factory.mktemp("headers")))
 
 
 def test_what_is_whole_is_read(tmp_path):
