@@ -1,7 +1,7 @@
 """Headers mutated by what they reach: atheris keeps the inputs that run new lines of the readers, and changes those.
 
 Hypothesis damages whole files, which end in the same few sentences; inputs that grow towards new lines come to those
-behind. FUZZ_EXAMPLES sets how many inputs each format gets: ten times as many, as they are quick (`make fuzz`: 100,000).
+behind. FUZZ_EXAMPLES sets how many each format gets: ten times as many, as they are quick (`make fuzz`: 100,000).
 Without atheris, which has no build for Windows nor for the newest Python, hypothesis alone is used.
 """
 
