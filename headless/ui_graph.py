@@ -82,6 +82,8 @@ class Scope:
         self.total = len(self.nodes)
         self.inner: dict[object, Scope] = {}
         for key, node in self.nodes.items():
+            if not isinstance(node["type"], str):
+                raise TypeError(f"node {key} has the type {node['type']}")
             if node["type"] in subgraphs and self.mode(node) not in (MUTED, BYPASSED):
                 use = Outer(self, node)
                 if use.depth > DEEPEST:

@@ -136,8 +136,9 @@ def test_loops_of_the_editor_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "links"), [([{}], []), (["x"], []), ([maker()], [[1]]), ([maker()], 5), ([{"id": 1}], [])]
-)
+    ("nodes", "links"), [([{}], []), (["x"], []), ([maker()], [[1]]), ([maker()], 5), ([{"id": 1}], []),
+                        ([{"id": 1, "type": None}], [])]
+)  # fmt: skip
 def test_damaged_workflows_are_named(nodes, links, tmp_path):
     with pytest.raises(ValueError, match=r"w\.json is a damaged workflow"):
         read(tmp_path, nodes, links)
