@@ -251,7 +251,10 @@ def _too_small(node: Node, prompt: Prompt) -> str:
     if form is None:
         return ""
     source: Node | None = node
-    while source is not None and source.type in _SIZE_COMES_FROM:
+    # Links may form a loop, which another check names.
+    passed: set[int] = set()
+    while source is not None and source.type in _SIZE_COMES_FROM and id(source) not in passed:
+        passed.add(id(source))
         link = source.inputs.get(_SIZE_COMES_FROM[source.type])
         source = prompt.nodes.get(link.node) if isinstance(link, Link) else None
     sides = [] if source is None else [source.inputs.get(side) for side in ("width", "height")]

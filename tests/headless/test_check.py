@@ -235,6 +235,11 @@ def test_long_chains(tmp_path, host):
     assert "has a loop through" in problem
 
 
+def test_a_video_made_of_itself_is_named(tmp_path, host):
+    graph = api(v=combine(images=["v", 0]), e=("End", {"image": ["v", 0]}))
+    assert problems(tmp_path, host, graph)
+
+
 def reroute(key, link_in):
     return {"id": key, "type": "Reroute", "inputs": [{"name": "", "type": "*", "link": link_in}], "outputs": [{}]}
 
