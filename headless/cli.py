@@ -207,12 +207,12 @@ def _models(options: argparse.Namespace) -> None:
     from .. import NODE_CLASS_MAPPINGS
     from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
     from .graph import load
-    from .model_list import needed_models
+    from .model_list import needed_models, report
 
     host = StandaloneHost(models=options.models)
     set_host(host)
-    for needed in needed_models(load(options.workflow, {**STAND_INS, **NODE_CLASS_MAPPINGS}), host):
-        sys.stdout.write(f"{needed.line()}\n")
+    prompt = load(options.workflow, {**STAND_INS, **NODE_CLASS_MAPPINGS})
+    sys.stdout.writelines(f"{line}\n" for line in report(prompt, needed_models(prompt, host)))
 
 
 def _plan(options: argparse.Namespace) -> None:

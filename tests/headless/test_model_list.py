@@ -8,7 +8,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.demo import INPUT, MODELS, WORKFLOW
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Node, Prompt, load
-from wanvideo_wrapper.headless.model_list import PUBLISHED, needed_models, published
+from wanvideo_wrapper.headless.model_list import PUBLISHED, needed_models, published, report
 from wanvideo_wrapper.headless.widgets import inputs_of
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.saved_values import ModelFiles
@@ -45,6 +45,23 @@ def test_there_moved_and_missing(tmp_path):
         "Wan2_1-InfiniteTalk_Single_Q8.gguf"
     )
     assert lora.folder == "loras" and "WanVideoLoraSelect (#3); where it is published is not known" in lora.line()
+
+
+def test_notes_say_where_a_file_is_published(tmp_path):
+    hub = "https://huggingface.co/a-b/c_d"
+    note = f"[model]({hub}/blob/main/x/Mine.safetensors)\n\n{hub}/tree/main/loras. And https://elsewhere.net/of.gguf"
+    graph = prompt(
+        ("WanVideoModelLoader", {"model": "there\\Mine.safetensors"}), ("WanVideoLoraSelect", {"lora": "b.safetensors"})
+    )
+    graph.workflow = {"nodes": [{"type": "MarkdownNote", "widgets_values": [note, note]}]}
+    host = StandaloneHost(models=tmp_path, device="cpu")
+    model, lora, *more = report(graph, needed_models(graph, host))
+    assert model.endswith(f"there/Mine.safetensors: {hub}/blob/main/x/Mine.safetensors (a note of the workflow)")
+    assert lora.endswith("where it is published is not known here")
+    assert [line.strip() for line in more[1:]] == [f"{hub}/tree/main/loras"] and "notes" in more[0]
+    touch(tmp_path / "loras/b.safetensors")
+    assert len(list(report(graph, needed_models(graph, host)))) == 2
+    assert list(report(prompt(), [])) == ["The workflow names no model files."]
 
 
 def test_of_several_files_of_a_name_none_is_taken(tmp_path):
