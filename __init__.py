@@ -6,6 +6,7 @@ nothing is registered.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 
@@ -52,4 +53,6 @@ if __package__:
     _unbuilt = importlib.import_module(".nodes_unbuilt", package=__package__).unbuilt(NODE_CLASS_MAPPINGS)
     NODE_CLASS_MAPPINGS.update(_unbuilt[0])
     NODE_DISPLAY_NAME_MAPPINGS.update(_unbuilt[1])
-    importlib.import_module(".host", package=__package__).warn_about_copies()
+    _host, _saved = (importlib.import_module(name, package=__package__) for name in (".host", ".saved_values"))
+    _host.before_queuing(functools.partial(_saved.take_defaults, classes=NODE_CLASS_MAPPINGS))
+    _host.warn_about_copies()

@@ -5,35 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from .registry import SYSTEMS
-from .saved_values import Choices, option_of
+from .saved_values import CASTS, KIND_NAMES, Choices, cast, option_of
 from .wanvideo.checkpoint import open_checkpoint
 
 # Types of the links that arrive, by input name; ComfyUI calls the parameter `input_types`.
 Types = Mapping[str, object]
 
 
-def verdict(node: type, check: Callable[..., object], types: Types | None = None, /, **values: object) -> bool | str:
-    """True, or one sentence why these widget values cannot run.
+def verdict(
+    node: type, check: Callable[..., object], types: Types | None = None, /, **values: object
+) -> Literal[True]:
+    """True. Raises ValueError, with one sentence, or OSError if these widget values cannot run.
+
+    Raised, because ComfyUI repeats what VALIDATE_INPUTS returns for each of its parameters, and shows an error once.
 
     ComfyUI leaves the limits and choices of every value that VALIDATE_INPUTS names to the node, and the types of all
-    links where it names `input_types`, so both are judged here first. check(**values) then raises ValueError or OSError
-    for values that do not fit, and gets today's names of options and files, as the node will; it is not asked where
-    another node makes one of them, which is not known yet.
+    links where it names `input_types`, so both are judged here first; and values that are no number at all, which it
+    hands on. check(**values) then raises ValueError or OSError for values that do not fit, and gets today's names of
+    options and files, as the node will; it is not asked where another node makes one of them, which is not known yet.
     """
     links = types or {}
     declared = node.INPUT_TYPES()
     inputs = {**declared.get("required", {}), **declared.get("optional", {})}
     problem = _wrong_link(inputs, links) or _outside(inputs, {k: v for k, v in values.items() if k not in links})
     if problem:
-        return problem
-    if links.keys() & values.keys():
-        return True
-    try:
+        raise ValueError(problem)
+    if not links.keys() & values.keys():
         check(**{name: option_of(inputs[name][0], value) for name, value in values.items()})
-    except (ValueError, OSError) as error:
-        return str(error)
     return True
 
 
@@ -65,6 +66,13 @@ def _wrong_link(inputs: Mapping[str, tuple[object, ...]], links: Types) -> str:
     return ""
 
 
+def _is_of(kind: str, value: object) -> bool:
+    try:
+        return value is not None and cast(kind, value) is not None
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 def _outside(inputs: Mapping[str, tuple[object, ...]], values: Mapping[str, object]) -> str:
     for name, value in values.items():
         kind, *rest = inputs[name]
@@ -74,6 +82,8 @@ def _outside(inputs: Mapping[str, tuple[object, ...]], values: Mapping[str, obje
                 return choices.refusal(name, value, f"'{value}'")
             continue
         options = rest[0] if rest else {}
+        if kind in CASTS and not _is_of(kind, value):
+            return f"'{name}' must be {KIND_NAMES[kind]}, not {value!r}: set it in the node."
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = options.get("min", -math.inf), options.get("max", math.inf)
             # "Not between" instead of "outside", so that NaN fails too.

@@ -51,7 +51,10 @@ def files(*kinds: str, first: Sequence[str] = ()) -> ModelFiles:
     """Names of the model files of these kinds, for a widget. first: options that are no files."""
     host = get_host()
     names = [name for kind in kinds for name in host.list_files(kind)]
-    return ModelFiles([*first, *names], default=first[0] if first else None, folder=KINDS[kinds[0]][0])
+    folder = KINDS[kinds[0]][0]
+    # ComfyUI lists files once, until R is pressed.
+    place = f"models/{folder} and press R" if host.name == "comfyui" else str(host.models_dir(kinds[0]))
+    return ModelFiles([*first, *names], default=first[0] if first else None, folder=folder, place=place)
 
 
 def find_model(name: str) -> Path:

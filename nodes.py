@@ -70,7 +70,7 @@ class Tiled:
         tile_stride_x: int = 144,
         tile_stride_y: int = 128,
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """Tiles must overlap."""
         tiles = {"tile_x": tile_x, "tile_y": tile_y, "tile_stride_x": tile_stride_x, "tile_stride_y": tile_stride_y}
         return verdict(cls, _check_tiles, input_types, enable_vae_tiling=enable_vae_tiling, **tiles)

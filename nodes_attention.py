@@ -44,7 +44,7 @@ class WanVideoSetAttentionModeOverride:
     @classmethod
     def VALIDATE_INPUTS(
         cls, start_step: int = 0, end_step: int = 10000, input_types: Types | None = None
-    ) -> bool | str:
+    ) -> bool:
         """Steps that it applies to."""
         return verdict(cls, _check_steps, input_types, start_step=start_step, end_step=end_step)
 
@@ -187,7 +187,7 @@ class WanVideoBlockList:
         return {"required": {"blocks": ("STRING", {"default": "1", "multiline": True, "tooltip": "Such as 0,2,3-5"})}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, blocks: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, blocks: str = "", input_types: Types | None = None) -> bool:
         """Numbers and ranges."""
         return verdict(cls, cls().create_list, input_types, blocks=blocks)
 

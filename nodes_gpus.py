@@ -34,7 +34,7 @@ class WanVideoMultiGPU:
         return {"required": {"gpus": ("INT", {"default": 2, "min": 2, "max": MOST_GPUS, "tooltip": tip})}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, gpus: int = 2, input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, gpus: int = 2, input_types: Types | None = None) -> bool:
         """As many as there are."""
         return verdict(cls, lambda gpus: devices(get_host().device().type, gpus), input_types, gpus=gpus)
 

@@ -109,7 +109,7 @@ class WanVideoLoraSelectByName(WanVideoLoraSelect):
     @classmethod
     def VALIDATE_INPUTS(
         cls, lora_name: str = "", strength: float = 1.0, input_types: Types | None = None
-    ) -> bool | str:
+    ) -> bool:
         """A name that a file has, unless the strength is 0."""
 
         def check(lora_name: str, strength: float) -> None:

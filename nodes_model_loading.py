@@ -77,7 +77,7 @@ class WanVideoModelLoader:
         quantization: str = "disabled",
         attention_mode: str = "sdpa",
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """A transformer, by its header, that these options can run on this machine."""
         options = {"base_precision": base_precision, "quantization": quantization, "attention_mode": attention_mode}
 
@@ -148,7 +148,7 @@ class WanVideoVAELoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool:
         """A VAE, by its header."""
 
         def check(model_name: str) -> None:
@@ -191,7 +191,7 @@ class WanVideoTinyVAELoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool:
         """A tiny VAE, by its header."""
 
         def check(model_name: str) -> None:
@@ -228,7 +228,7 @@ class LoadWanVideoT5TextEncoder:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool:
         """A text encoder, by its header."""
 
         def check(model_name: str) -> None:
@@ -268,7 +268,7 @@ class LoadWanVideoClipTextEncoder:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool:
         """A vision encoder, by its header."""
 
         def check(model_name: str) -> None:

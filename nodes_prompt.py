@@ -64,7 +64,7 @@ def _instructions(chosen: str | None, own: str | None) -> str:
     return SYSTEM_PROMPTS.get(chosen, "") if own is None else own
 
 
-def _check_model(node: type, types: Types | None, model: str) -> bool | str:
+def _check_model(node: type, types: Types | None, model: str) -> bool:
     """Whether the file is a language model, by its header."""
 
     def check(model: str) -> None:
@@ -96,7 +96,7 @@ class QwenLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model: str = "", input_types: Types | None = None) -> bool:
         """A language model, by its header."""
         return _check_model(cls, input_types, model)
 
@@ -177,7 +177,7 @@ class WanVideoPromptExtenderSelect:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model: str = "", input_types: Types | None = None) -> bool:
         """A language model, by its header."""
         return _check_model(cls, input_types, model)
 

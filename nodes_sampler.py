@@ -97,7 +97,7 @@ class WanVideoSampler:
         start_step: int = 0,
         end_step: int = -1,
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """A prompt, and a schedule that can be made."""
         part = {"denoise_strength": denoise_strength, "start_step": start_step, "end_step": end_step}
 
@@ -279,7 +279,7 @@ class WanVideoSamplerv2:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool:
         """A prompt."""
         return verdict(cls, lambda: need_link(input_types, "text_embeds", NO_PROMPT), input_types)
 

@@ -55,7 +55,7 @@ class WanVideoScheduler:
         start_step: int = 0,
         end_step: int = -1,
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """A schedule that can be made, as far as its widgets tell."""
         part = {"steps": steps, "shift": shift, "start_step": start_step, "end_step": end_step}
 
@@ -135,7 +135,7 @@ class WanVideoContextOptions:
     @classmethod
     def VALIDATE_INPUTS(
         cls, context_frames: int = 81, context_overlap: int = 16, input_types: Types | None = None
-    ) -> bool | str:
+    ) -> bool:
         """Windows that move on."""
 
         def check(context_frames: int, context_overlap: int) -> None:
@@ -205,7 +205,7 @@ class DummyComfyWanModelObject:
         return {"required": {"shift": ("FLOAT", shift)}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, shift: float = 1.0, input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, shift: float = 1.0, input_types: Types | None = None) -> bool:
         """A shift above 0."""
         return verdict(cls, FlowModel, input_types, shift=shift)
 

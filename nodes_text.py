@@ -145,12 +145,11 @@ class WanVideoTextEncode:
         negative_prompt: str = "",
         use_disk_cache: bool = False,
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """An encoder, or prompts that the cache on disk has."""
-        prompts = [*_split(positive_prompt), negative_prompt]
 
         def check(**values: object) -> None:
-            _check_encoder(prompts, use_disk_cache, input_types)
+            _check_encoder([*_split(positive_prompt), negative_prompt], use_disk_cache, input_types)
 
         texts = {"positive_prompt": positive_prompt, "negative_prompt": negative_prompt}
         return verdict(cls, check, input_types, use_disk_cache=use_disk_cache, **texts)
@@ -187,7 +186,7 @@ class WanVideoTextEncodeSingle:
     @classmethod
     def VALIDATE_INPUTS(
         cls, prompt: str = "", use_disk_cache: bool = False, input_types: Types | None = None
-    ) -> bool | str:
+    ) -> bool:
         """An encoder, or a prompt that the cache on disk has."""
 
         def check(**values: object) -> None:
@@ -237,7 +236,7 @@ class WanVideoTextEncodeCached:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool:
         """A text encoder, by its header."""
 
         def check(model_name: str) -> None:

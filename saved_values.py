@@ -1,7 +1,8 @@
-"""Values of list widgets as older graphs and other machines saved them: what they are called here.
+"""Values of widgets as older graphs and other machines saved them: what they are here.
 
 ComfyUI's server asks whether a value is in the list of its widget, and the node then gets the value as it was saved. So
 the lists answer for every spelling that they can place, and `current_values` puts the name used here in its stead.
+Numbers, texts and switches that were saved empty become their defaults (`take_defaults`) before the server sees them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
         "torchao_fp8dqrow": "fp8_e4m3fn_fast",
     },
 }
+
+CASTS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
+# For people.
+KIND_NAMES = {"INT": "a whole number", "FLOAT": "a number", "STRING": "text", "BOOLEAN": "true or false"}
+BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 class Choices(list):
@@ -49,26 +55,27 @@ class Choices(list):
     def __contains__(self, value: object) -> bool:
         return self.current(value) is not None
 
-    def reason(self, value: object) -> str:
-        """Why a value is none of the options; "" where there is nothing more to say."""
-        return ""
-
     def refusal(self, name: str, value: object, shown: str) -> str:
         """The sentence for a value of the widget `name` that stands for no option. shown: the value for people."""
-        listed = ", ".join(map(str, self[:SHOWN_CHOICES])) or "there is none"
+        return f"'{name}' has no choice {shown}; choices are: {self._listed() or 'there is none.'}"
+
+    def _listed(self) -> str:
+        """The options for a message; "" if there is none."""
         end = ", ..." if len(self) > SHOWN_CHOICES else "."
-        return f"'{name}' has no choice {shown}{self.reason(value)}; choices are: {listed}{end}"
+        return ", ".join(map(str, self[:SHOWN_CHOICES])) + end if self else ""
 
 
 class ModelFiles(Choices):
     """Names of model files: '\\' and '/' are the same, and a file may have moved to another subfolder.
 
-    folder: below the models folder, where a file that is missing belongs.
+    folder: below the models folder, where a file that is missing belongs. place: that folder, for people.
     """
 
-    def __init__(self, options: Iterable[object], default: object = None, folder: str = "") -> None:
+    def __init__(
+        self, options: Iterable[object], default: object = None, folder: str = "", place: str = ""
+    ) -> None:
         super().__init__(options, default=default)
-        self.folder = folder
+        self.folder, self.place = folder, place
 
     def current(self, value: object) -> object:
         """The file's name here. None for one that is not there, or lies under its name in several other subfolders."""
@@ -79,13 +86,16 @@ class ModelFiles(Choices):
         same = [name for name in moved if _path(name) == _path(value)]
         return next(iter(same or moved), None) if same or len(moved) == 1 else None
 
-    def reason(self, value: object) -> str:
-        """Where to put a file that is not there, or which of several to choose."""
-        moved = self._of_that_name(value) if isinstance(value, str) else []
+    def refusal(self, name: str, value: object, shown: str) -> str:
+        """As for other lists; of a file that is not there, where to put it, or which of several to choose."""
+        if not isinstance(value, str) or not value or not self.place:
+            return super().refusal(name, value, shown)
+        file, moved = _path(value), self._of_that_name(value)
         if moved:
-            return f", and a file of that name lies at each of: {', '.join(moved)}; choose the one that is meant"
-        where = f"models/{self.folder}" if self.folder else ""
-        return f", which is not in {where}: put the file there (in ComfyUI, press R then)" if where else ""
+            places = ", ".join(moved)
+            return f"'{name}' is '{file}', and a file of that name lies at each of {places}: choose one of them."
+        others = f", or choose one of: {self._listed()}" if self else "."
+        return f"'{name}' is '{file}', which is not there: put it into {self.place}{others}"
 
     def _of_that_name(self, value: str) -> list[str]:
         """The files whose last part is that of a saved name."""
@@ -130,3 +140,43 @@ def _current(kind: object, name: str, value: object, node: str) -> object:
         return value
     log.info("%s: '%s' was saved as '%s'; '%s' is taken.", node, name, value, option)
     return option
+
+
+def is_empty(kind: object, value: object) -> bool:
+    """Whether a widget of numbers, text or a switch was saved without a value; JSON has null where one shows NaN."""
+    return kind in CASTS and (value is None or (value == "" and kind in ("INT", "FLOAT")))
+
+
+def cast(kind: str, value: object) -> object:
+    """The value of a widget of numbers, text or a switch as its type.
+
+    Raises TypeError, ValueError or OverflowError if it has nothing of that type in it.
+    """
+    if isinstance(value, list | dict):
+        raise TypeError
+    if kind == "BOOLEAN" and isinstance(value, str):
+        # bool("false") is True. Other text, left there by shifted widgets of older graphs, counts as in ComfyUI.
+        return BOOLEANS.get(value.lower(), bool(value))
+    return CASTS[kind](value)
+
+
+def note_default(where: str, name: str, default: object) -> None:
+    """The log line for a widget that was saved empty. where: names the node."""
+    log.info("%s: '%s' was saved empty; its default %r is taken.", where, name, default)
+
+
+def take_defaults(prompt: object, classes: Mapping[str, type]) -> None:
+    """Put defaults for the empty values of these nodes, in a prompt in API form, with a log line for each.
+
+    ComfyUI's server refuses an empty number in words of Python, and makes "None" of an empty text. Whatever else is
+    wrong with the prompt is left to the server.
+    """
+    nodes = prompt.items() if isinstance(prompt, dict) else ()
+    for number, node in nodes:
+        values = node.get("inputs") if isinstance(node, dict) else None
+        cls = classes.get(node["class_type"]) if isinstance(values, dict) and "class_type" in node else None
+        declared = {} if cls is None else cls.INPUT_TYPES()
+        for name, (kind, *options) in {**declared.get("required", {}), **declared.get("optional", {})}.items():
+            if name in values and isinstance(kind, str) and is_empty(kind, values[name]):
+                values[name] = (options[0] if options else {}).get("default", CASTS[kind]())
+                note_default(f"{cls.DISPLAY_NAME} (#{number})", name, values[name])

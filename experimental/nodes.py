@@ -66,7 +66,7 @@ class WanVideoExperimentalArgs:
         temporal_score_rescaling: bool = False,
         tsr_k: float = 0.95,
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """A list of whole numbers, and a factor."""
         values = {"video_attention_split_steps": video_attention_split_steps, "tsr_k": tsr_k}
         return verdict(cls, _split_steps, input_types, temporal_score_rescaling=temporal_score_rescaling, **values)
@@ -156,7 +156,7 @@ class WanVideoRoPEFunction:
         ntk_scale_h: float = 1.0,
         ntk_scale_w: float = 1.0,
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """Factors above 0."""
 
         def check(**values: float) -> None:

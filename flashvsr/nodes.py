@@ -76,7 +76,7 @@ class WanVideoFlashVSRDecoderLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model_name: str = "", input_types: Types | None = None) -> bool:
         """The decoder, by its header."""
 
         def check(model_name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -33,11 +34,27 @@ class GraphError(ValueError):
     """A workflow that cannot run. problems: one sentence each, naming node, input, value and remedy."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = tuple(dict.fromkeys(problems))
+        self.problems = _grouped(problems)
         lines = self.problems
         if len(lines) > 1:
             lines = (f"The workflow has {len(lines)} problems:", *(f"- {line}" for line in lines))
         super().__init__("\n".join(lines))
+
+
+_OF_A_NODE = re.compile(r"(.*?) \((#[^)]+)\): (.*)", re.DOTALL)
+
+
+def _grouped(problems: list[str]) -> tuple[str, ...]:
+    """Each sentence once: what is the same of several nodes of one name, with all their ids."""
+    ids: dict[tuple[str, str] | str, list[str]] = {}
+    for problem in problems:
+        match = _OF_A_NODE.fullmatch(problem)
+        key = problem if match is None else match.group(1, 3)
+        ids.setdefault(key, []).append("" if match is None else match.group(2))
+    return tuple(
+        key if isinstance(key, str) else f"{key[0]} ({', '.join(dict.fromkeys(numbers))}): {key[1]}"
+        for key, numbers in ids.items()
+    )
 
 
 def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]:
@@ -52,7 +69,7 @@ def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]
         raise GraphError([_no_output(prompt, classes)])
     needed, problems = _in_order(prompt, outputs)
     known = [node for node in needed if node.type in classes]
-    problems += [_unknown(node) for node in needed if node.type not in classes]
+    problems += _unknown([node for node in needed if node.type not in classes])
     for node in known:
         problems += _problems_of(node, prompt, classes)
     problems += _folder_problems(known, classes, host)
@@ -117,16 +134,26 @@ def _makers(node: Node, prompt: Prompt, problems: list[str]) -> Iterator[Node]:
             problems.append(f"{node.label}: '{name}' is linked to node {value.node}, which is not in the workflow.")
 
 
-def _unknown(node: Node) -> str:
-    if is_of_this_pack(node.type, node.pack):
-        return (
-            f"The workflow needs the node '{node.type}' (#{node.id}), which this pack does not have yet: run the "
-            "workflow with the original pack, or bypass the node and do without what it does."
-        )
-    return (
-        f"The workflow needs the node '{node.type}' (#{node.id}) of {pack_of(node.type, node.pack)}, which runs in "
-        "ComfyUI only: bypass it with --bypass, or run the workflow there."
-    )
+def _unknown(nodes: list[Node]) -> Iterator[str]:
+    """A sentence for each pack that nodes are missing of."""
+    packs: dict[str, list[str]] = {}
+    for node in nodes:
+        own = is_of_this_pack(node.type, node.pack)
+        packs.setdefault("" if own else pack_of(node.type, node.pack), []).append(f"'{node.type}' (#{node.id})")
+    for pack, names in packs.items():
+        many = len(names) > 1
+        needs = f"The workflow needs the node{'s' * many} {', '.join(names)}"
+        it = "them" if many else "it"
+        if pack:
+            yield (
+                f"{needs} of {pack}, which run{'s' * (not many)} in ComfyUI only: bypass {it} with --bypass, or run "
+                "the workflow there."
+            )
+        else:
+            yield (
+                f"{needs}, which this pack does not have yet: run the workflow with the original pack, or bypass {it} "
+                "and do without."
+            )
 
 
 def _problems_of(node: Node, prompt: Prompt, classes: Mapping[str, type]) -> Iterator[str]:

@@ -9,13 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..saved_values import Choices, ModelFiles
+from ..saved_values import BOOLEANS, CASTS, KIND_NAMES, Choices, ModelFiles, cast, is_empty, note_default
 
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
 SEEDS = ("seed", "noise_seed")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
-CASTS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
-BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 LONGEST_SHOWN, LONGEST_NUMBER = 200, 600
 
 
@@ -102,12 +100,13 @@ def checked(entry: Input, value: object, where: str, *, limits: bool = True) -> 
         return _choice(entry, value, where)
     if entry.kind not in CASTS:
         return value
-    if value is None or (value == "" and entry.kind in ("INT", "FLOAT")):
+    if is_empty(entry.kind, value):
+        note_default(where, entry.name, entry.default)
         return entry.default
     try:
-        value = _cast(entry.kind, value)
+        value = cast(entry.kind, value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{where}: '{entry.name}' must be {_named(entry.kind)}, not {_shown(value)}.") from None
+        raise ValueError(f"{where}: '{entry.name}' must be {KIND_NAMES[entry.kind]}, not {_shown(value)}.") from None
     low, high = (entry.options.get("min"), entry.options.get("max")) if limits else (None, None)
     if entry.kind not in ("INT", "FLOAT"):
         return value
@@ -116,19 +115,6 @@ def checked(entry: Input, value: object, where: str, *, limits: bool = True) -> 
     if outside or (entry.kind == "FLOAT" and not math.isfinite(value)):
         raise ValueError(f"{where}: '{entry.name}' must be {_limits(low, high)}, not {_shown(value)}.")
     return value
-
-
-def _cast(kind: str, value: object) -> object:
-    if isinstance(value, list | dict):
-        raise TypeError
-    if kind == "BOOLEAN" and isinstance(value, str):
-        # bool("false") is True. Other text, left there by shifted widgets of older graphs, counts as in ComfyUI.
-        return BOOLEANS.get(value.lower(), bool(value))
-    return CASTS[kind](value)
-
-
-def _named(kind: str) -> str:
-    return "true or false" if kind == "BOOLEAN" else kind
 
 
 def _shown(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .comfy import ComfyHost
@@ -12,7 +13,7 @@ from .standalone import StandaloneHost
 
 __all__ = [
     "CancelledError", "ComfyHost", "Host", "Managed", "Place", "Progress", "StandaloneHost", "get_host", "set_host",
-    "warn_about_copies",
+    "before_queuing", "warn_about_copies",
 ]  # fmt: skip
 
 log = logging.getLogger("wanvideo")
@@ -35,6 +36,19 @@ def set_host(host: Host) -> None:
     """Choose the host, before any model is loaded."""
     global _current
     _current = host
+
+
+def before_queuing(change: Callable[[object], None]) -> None:
+    """Let `change` edit each prompt (API form) that is posted to ComfyUI's server, before the server judges it."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if "folder_paths" not in sys.modules or server is None:
+        return
+
+    def edit(posted: dict[str, object]) -> dict[str, object]:
+        change(posted.get("prompt"))
+        return posted
+
+    server.add_on_prompt_handler(edit)
 
 
 def warn_about_copies() -> None:

@@ -185,4 +185,5 @@ def find_in(kind: str, name: str, folders: list[Path]) -> Path:
         if path.is_file():
             return path
     places = " or ".join(str(folder) for folder in folders)
-    raise FileNotFoundError(f"There is no model file '{name}' for '{kind}': put it into {places}, or choose another.")
+    shown = name.replace("\\", "/")
+    raise FileNotFoundError(f"There is no model file '{shown}': put it into {places}, or choose another.")

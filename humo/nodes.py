@@ -104,7 +104,7 @@ class HuMoEmbeds:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, num_frames: int = 81, input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, num_frames: int = 81, input_types: Types | None = None) -> bool:
         """What the pictures, the sound and the length need."""
         links = input_types or {}
         return verdict(cls, lambda num_frames: _check(num_frames, links), links, num_frames=num_frames)

@@ -74,7 +74,7 @@ class WanVideoImageToVideoEncode:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool:
         """A VAE."""
         return verdict(cls, lambda: need_link(input_types, "vae", NO_VAE), input_types)
 

@@ -88,7 +88,7 @@ class WanVideoImageToVideoMultiTalk:
     @classmethod
     def VALIDATE_INPUTS(
         cls, frame_window_size: int = 81, motion_frame: int = 25, input_types: Types | None = None
-    ) -> bool | str:
+    ) -> bool:
         """Windows that bring something new."""
         lengths = {"frame_window_size": frame_window_size, "motion_frame": motion_frame}
         return verdict(cls, check_lengths, input_types, **lengths)
@@ -167,7 +167,7 @@ class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved gr
         motion_frame: int = 5,
         drop_frames: int = 12,
         input_types: Types | None = None,
-    ) -> bool | str:
+    ) -> bool:
         """Windows that bring something new."""
         lengths = {"frame_window_size": frame_window_size, "motion_frame": motion_frame, "drop_frames": drop_frames}
         return verdict(cls, check_lengths, input_types, **lengths)

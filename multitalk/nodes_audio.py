@@ -67,7 +67,7 @@ class Wav2VecModelLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, model: str = "", input_types: Types | None = None) -> bool:
         """A speech encoder, by its header."""
 
         def check(model: str) -> None:
@@ -238,7 +238,7 @@ class MultiTalkSilentEmbeds:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool:
         """An encoder."""
         return verdict(cls, lambda: need_link(input_types, "wav2vec_model", NO_ENCODER), input_types)
 

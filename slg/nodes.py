@@ -36,7 +36,7 @@ class WanVideoSLG:
         }  # fmt: skip
 
     @classmethod
-    def VALIDATE_INPUTS(cls, blocks: str = "", input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, blocks: str = "", input_types: Types | None = None) -> bool:
         """A list of whole numbers."""
         return verdict(cls, lambda blocks: whole_numbers("blocks", blocks), input_types, blocks=blocks)
 

@@ -70,7 +70,7 @@ def test_files_are_listed_and_found(tmp_path):
     assert host.list_files("diffusion_models") == ["sub/a.safetensors"]
     assert host.list_files("unet_gguf") == ["b.gguf"] and host.list_files("loras") == []
     assert host.find_file("diffusion_models", "sub\\a.safetensors") == tmp_path / "diffusion_models/sub/a.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"no model file 'x\.safetensors' for 'vae': put it into"):
+    with pytest.raises(FileNotFoundError, match=r"no model file 'x\.safetensors': put it into"):
         host.find_file("vae", "x.safetensors")
     with pytest.raises(ValueError, match="lies outside"):
         host.find_file("vae", "../diffusion_models/b.gguf")

@@ -44,8 +44,10 @@ def test_instructions(folder, monkeypatch):
 @pytest.mark.parametrize("node", ["QwenLoader", "WanVideoPromptExtenderSelect"])
 def test_other_files_are_refused_before_the_run(folder, node):
     assert N[node].VALIDATE_INPUTS("qwen.safetensors") is True
-    assert "load it with 'WanVideo T5 Text Encoder Loader'" in N[node].VALIDATE_INPUTS("t5.safetensors")
-    assert "load it with 'Qwen Loader'" in N["WanVideoTextEncodeCached"].VALIDATE_INPUTS("qwen.safetensors")
+    with pytest.raises(ValueError, match="load it with 'WanVideo T5 Text Encoder Loader'"):
+        N[node].VALIDATE_INPUTS("t5.safetensors")
+    with pytest.raises(ValueError, match="load it with 'Qwen Loader'"):
+        N["WanVideoTextEncodeCached"].VALIDATE_INPUTS("qwen.safetensors")
 
 
 def test_a_prompt_is_extended_before_it_is_encoded(folder, monkeypatch):

@@ -32,6 +32,7 @@ def test_it_cannot_sample_and_its_shift_is_above_zero():
     with pytest.raises(ValueError, match="has no 'latent_format'"):
         node().create(2.0)[0].get_model_object("latent_format")
     for wrong in (0.0, -3.0):
-        assert node.VALIDATE_INPUTS(wrong) == f"shift must be above 0, not {wrong}."
+        with pytest.raises(ValueError, match=f"^shift must be above 0, not {wrong}.$"):
+            node.VALIDATE_INPUTS(wrong)
         with pytest.raises(ValueError, match="shift must be above 0"):
             node().create(wrong)

@@ -9,7 +9,7 @@ from wanvideo_wrapper import nodes_unbuilt
 from wanvideo_wrapper.headless.widgets import checked, inputs_of
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.node_tools import mappings
-from wanvideo_wrapper.saved_values import Choices, ModelFiles
+from wanvideo_wrapper.saved_values import Choices, ModelFiles, take_defaults
 
 LINUX = ["WanVideo/2_2/a.safetensors", "b.safetensors", "x/c.safetensors", "y/c.safetensors"]
 WINDOWS = [name.replace("/", "\\") for name in LINUX]
@@ -32,12 +32,15 @@ def test_a_file_in_another_folder_is_taken_where_there_is_one():
 
 
 def test_a_refusal_says_where_a_missing_file_belongs_and_which_of_several_to_choose():
-    files = ModelFiles([*LINUX, *(f"more{n}.safetensors" for n in range(20))], folder="vae")
-    missing = files.refusal("model_name", "gone.safetensors", "'gone.safetensors'")
-    assert "'model_name' has no choice 'gone.safetensors', which is not in models/vae: put the file there" in missing
+    files = ModelFiles([*LINUX, *(f"more{n}.safetensors" for n in range(20))], place="models/vae")
+    missing = files.refusal("model_name", "a\\gone.safetensors", "it")
+    assert missing.startswith("'model_name' is 'a/gone.safetensors', which is not there: put it into models/vae, or ")
     assert missing.endswith("more7.safetensors, ...") and "more8" not in missing
     several = files.refusal("model_name", "z\\c.safetensors", "it")
-    assert "lies at each of: x/c.safetensors, y/c.safetensors; choose" in several and "models/vae" not in several
+    assert "lies at each of x/c.safetensors, y/c.safetensors: choose one" in several and "models/vae" not in several
+    alone = ModelFiles([], place="models/vae").refusal("model_name", "gone.safetensors", "it")
+    assert alone == "'model_name' is 'gone.safetensors', which is not there: put it into models/vae."
+    assert files.refusal("model_name", 3, "3").startswith("'model_name' has no choice 3; choices are: WanVideo/2_2/a")
     assert Choices([]).refusal("mode", 3, "3") == "'mode' has no choice 3; choices are: there is none."
 
 
@@ -89,3 +92,32 @@ def test_every_list_of_a_built_node_is_tolerant(tmp_path):
     finally:
         set_host(before)
     assert len(lists) > 40 and all(isinstance(choices, Choices) for choices in lists)
+
+
+EMPTY = {"INT": (None, ""), "FLOAT": (None, ""), "STRING": (None,), "BOOLEAN": (None,)}
+
+
+def test_empty_values_of_every_node_become_its_defaults_before_the_server_sees_them(caplog):
+    caplog.set_level(logging.INFO, "wanvideo")
+    for name, node in N.items():
+        widgets = [entry for entry in inputs_of(node) if entry.is_widget and not isinstance(entry.kind, list)]
+        for nothing in (None, ""):
+            values = {entry.name: nothing for entry in widgets if nothing in EMPTY[entry.kind]}
+            prompt = {"7": {"class_type": name, "inputs": {"model": ["1", 0], **values}}}
+            caplog.clear()
+            take_defaults(prompt, N)
+            wanted = {entry.name: entry.default for entry in widgets if entry.name in values}
+            assert prompt["7"]["inputs"] == {"model": ["1", 0], **wanted}
+            lines = zip(wanted, caplog.messages, strict=True)
+            assert all(line.startswith(f"{node.DISPLAY_NAME} (#7): '{entry}' was saved empty") for entry, line in lines)
+
+
+def test_values_that_are_there_and_nodes_of_others_are_left_alone(caplog):
+    values = {"steps": 0, "shift": "", "scheduler": None, "cfg": ["3", 0]}
+    foreign = {"class_type": "Foreign", "inputs": {"steps": None}}
+    prompt = {"1": {"class_type": "WanVideoSampler", "inputs": values}, "2": foreign}
+    take_defaults(prompt, N)
+    assert foreign["inputs"] == {"steps": None}
+    assert prompt["1"]["inputs"] == {"steps": 0, "shift": 5.0, "scheduler": None, "cfg": ["3", 0]}
+    for odd in (None, [], {"1": None}, {"1": {"inputs": {}}}, {"1": {"class_type": "WanVideoSampler", "inputs": None}}):
+        take_defaults(odd, N)

@@ -107,7 +107,7 @@ class WanVideoUni3C_embeds:  # noqa: N801 - the name in saved graphs
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, input_types: Types | None = None) -> bool:
         """Something to follow."""
         return verdict(cls, lambda: need_link(input_types, "render_latent", NO_RENDER), input_types)
 

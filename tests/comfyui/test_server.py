@@ -59,7 +59,7 @@ def test_a_file_that_was_saved_under_another_folder_and_system_is_taken(server):
     server.run({"1": loader, "2": shown})
     assert "'tiny_wan_vae.safetensors' is taken" in (server.base / "log.txt").read_text()
     loader["inputs"]["model_name"] = "WanVideo\\of_nobody.safetensors"
-    with pytest.raises(RefusedError, match="has no choice"):
+    with pytest.raises(RefusedError, match="which is not there: put it into models/vae and press R"):
         server.queue({"1": loader, "2": shown})
 
 

@@ -164,8 +164,9 @@ def test_more_gpus_than_there_are_is_said_when_the_graph_is_queued(monkeypatch, 
     monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
     set_host(host)
-    assert "torch sees 1" in N["WanVideoMultiGPU"].VALIDATE_INPUTS(gpus=2)
-    assert "between 2 and 16" in N["WanVideoMultiGPU"].VALIDATE_INPUTS(gpus=1)
+    for gpus, reason in ((2, "torch sees 1"), (1, "between 2 and 16")):
+        with pytest.raises(ValueError, match=reason):
+            N["WanVideoMultiGPU"].VALIDATE_INPUTS(gpus=gpus)
 
 
 def test_a_rank_starts_no_ranks(runs):

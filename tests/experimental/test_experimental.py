@@ -249,7 +249,8 @@ def test_scaled_positions(tmp_path, monkeypatch):
     for wrong in (0.0, -1.0):
         with pytest.raises(ValueError, match="ntk_scale_f, ntk_scale_h and ntk_scale_w must be more than 0"):
             scale_positions(h=wrong)
-    assert "more than 0" in N["WanVideoRoPEFunction"].VALIDATE_INPUTS(ntk_scale_w=0.0)
+    with pytest.raises(ValueError, match="more than 0"):
+        N["WanVideoRoPEFunction"].VALIDATE_INPUTS(ntk_scale_w=0.0)
     with Runs(tmp_path) as runs:
         plain = runs.sample(rope_function="comfy")
         scaled = {axis: runs.sample(rope_function=scale_positions(**{axis: 9.0})) for axis in "fhw"}

@@ -147,7 +147,8 @@ def test_the_nodes_restore_a_video(file):
     try:
         loader = N["WanVideoFlashVSRDecoderLoader"]
         assert loader.VALIDATE_INPUTS(model_name=NAME) is True
-        assert "load it with 'WanVideo FlashVSR" in N["WanVideoVAELoader"].VALIDATE_INPUTS(model_name=NAME)
+        with pytest.raises(ValueError, match="load it with 'WanVideo FlashVSR"):
+            N["WanVideoVAELoader"].VALIDATE_INPUTS(model_name=NAME)
         (vae,) = loader().loadmodel(NAME, "fp32")
         (model,) = N["WanVideoModelLoader"]().loadmodel("vsr.safetensors", "fp32", "disabled", "offload_device")
         (empty,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 9)

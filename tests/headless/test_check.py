@@ -101,6 +101,7 @@ def test_all_problems_come_at_once(tmp_path, host):
     )  # fmt: skip
     found = problems(tmp_path, host, graph)
     for part in (
+        "needs the nodes 'Missing2' (#n), 'Missing1' (#m), 'Missing3' (#o) of an unknown pack, which run in",
         "Any (#s): 'count' must be at most 9, not 99", "'image' is linked to node gone", "'Missing1' (#m)",
         "'Missing2' (#n)", "'Missing3' (#o)",
         "VHS_VideoCombine (#v): 'crf' must be between 0 and 51, not 90",
@@ -109,7 +110,14 @@ def test_all_problems_come_at_once(tmp_path, host):
         "LoadImage (#e): '../../etc/passwd' lies outside",
     ):  # fmt: skip
         assert sum(part in problem for problem in found) == 1, (part, found)
-    assert len(found) == 10
+    assert len(found) == 8
+
+
+def test_what_several_nodes_share_is_said_once(tmp_path, host):
+    loaders = {key: ("LoadAudio", {"audio": "gone.wav"}) for key in "abc"}
+    shown = {f"{key}s": ("PreviewAny", {"source": [key, 0]}) for key in "abc"}
+    (problem,) = problems(tmp_path, host, api(**loaders, **shown))
+    assert problem.startswith("LoadAudio (#a, #b, #c): There is no file 'gone.wav'")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,7 @@ def test_all_problems_come_at_once(tmp_path, host):
     [
         ({"pix_fmt": "nonsense"}, "'pix_fmt' has no choice 'nonsense'; choices are: yuv420p, yuv420p10le"),
         ({"crf": -1}, "'crf' must be between 0 and 51, not -1"),
-        ({"crf": "low"}, "'crf' must be INT, not 'low'"),
+        ({"crf": "low"}, "'crf' must be a whole number, not 'low'"),
         ({"frame_rate": 0}, "'frame_rate' must be between 1 and 1000, not 0.0"),
         ({"frame_rate": 10**9}, "'frame_rate' must be between 1 and 1000"),
         ({"filename_prefix": "../../x"}, "lies outside the input and output folders"),
@@ -165,10 +173,10 @@ def test_check_stops_before_the_run(tmp_path, host, capsys):
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        ({"count": float("inf")}, "'count' must be INT, not inf"),
-        ({"count": "1e400"}, "'count' must be INT"),
+        ({"count": float("inf")}, "'count' must be a whole number, not inf"),
+        ({"count": "1e400"}, "'count' must be a whole number"),
         ({"count": [1, 2, 3]}, "is no link"),
-        ({"count": {"__value__": [1]}}, "must be INT"),
+        ({"count": {"__value__": [1]}}, "must be a whole number"),
         ({"x": float("nan")}, "must be a number"),
         ({"image": [1, 0]}, "'image' is [1, 0], which is no link"),
         ({"image": ["s", -1]}, "has no output -1"),

@@ -151,8 +151,8 @@ def test_damaged_workflows_are_named(nodes, links, tmp_path):
         ("2.image=x.png", r"'image' takes a link \(IMAGE\)"),
         ("2.size=nan", "must be at least 0.0, not nan"),
         ("2.size=-1", "must be at least 0.0, not -1.0"),
-        ("2.count=1.5", "must be INT, not '1.5'"),
-        ("2.crf=low", "must be INT, not 'low'"),
+        ("2.count=1.5", "must be a whole number, not '1.5'"),
+        ("2.crf=low", "must be a whole number, not 'low'"),
         ("2.other=1", "has no input 'other'; it has: image, count, size"),
     ],
 )

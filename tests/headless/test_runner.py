@@ -100,7 +100,7 @@ def test_an_output_may_be_one_of_a_list_of_choices(monkeypatch):
         ({"s": ("Show", {"value": Link("n", 0), "choice": "q"}), "n": ("Number", {})}, "choices are: x/y, z"),
         ({"s": ("Show", {"value": Link("n", 0), "choice": "z"}), "n": ("Number", {})}, "z is not wanted"),
         ({"s": ("Show", {"value": Link("n", 0)}), "n": ("Number", {"value": 99})}, "between 0 and 9, not 99"),
-        ({"s": ("Show", {"value": Link("n", 0)}), "n": ("Number", {"value": "many"})}, "must be INT"),
+        ({"s": ("Show", {"value": Link("n", 0)}), "n": ("Number", {"value": "many"})}, "must be a whole number"),
         ({"s": ("Show", {"value": Link("gone", 0)})}, "linked to node gone"),
         ({"s": ("Show", {"value": Link("n", 3)}), "n": ("Number", {})}, "has no output 3"),
         ({"s": ("Show", {"value": Link("m", 0)}), "m": ("MelBandRoFormerSampler", {})}, "of ComfyUI-MelBandRoFormer"),

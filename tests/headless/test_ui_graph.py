@@ -180,7 +180,7 @@ def test_edits_are_checked(tmp_path):
     prompt.set("1.flag=true", CLASSES)
     assert prompt.nodes["1"].inputs == {**PLAIN, "seed": 12, "flag": True}
     for assignment, says in [
-        ("Sink.count=1", "names 2 nodes"), ("1.seed=x", "must be INT"), ("1.mode=c", "choices are: a, b"),
+        ("Sink.count=1", "names 2 nodes"), ("1.seed=x", "must be a whole number"), ("1.mode=c", "choices are: a, b"),
         ("1.nothing=1", "has no input 'nothing'"), ("Nobody.seed=1", "no node 'Nobody'"), ("seed", "no assignment"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=says):
