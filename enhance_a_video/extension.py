@@ -56,6 +56,7 @@ class EnhanceAVideo(Extension):
     """Present in every model, idle without its payload."""
 
     payload: ClassVar[type] = EnhanceArgs
+    reads_attended: ClassVar[bool] = False
     weightless: ClassVar[bool] = True
 
     @classmethod

@@ -94,6 +94,7 @@ class MultiTalk(Extension):
         (r"^(multitalk_)?audio_proj\.proj1\.weight$", r"^blocks\.\d+\.audio_cross_attn\."),
     )
     high_precision: ClassVar[tuple[str, ...]] = (PROJECTION.rstrip("."),)
+    reads_attended: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, str]] = {
         f"audio_proj.{name}": f"{PROJECTION}{name}" for name in ("proj1.", "proj1_vf.", "proj2.", "proj3.", "norm.")
     }
@@ -166,6 +167,10 @@ class MultiTalk(Extension):
     def reads_heads(self, cond: Speech) -> bool:
         """Several speakers are told apart by q and k; one needs no map."""
         return cond.masks is not None
+
+    def keys_read(self, cond: Speech) -> int:
+        """Those of the first frame."""
+        return cond.grid[1] * cond.grid[2]
 
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: Speech) -> tuple[Heads, Speech]:
         """Measures which speaker each video token belongs to."""

@@ -71,6 +71,7 @@ class Extension:
     a block flows through cond. What a subclass does not override costs nothing.
 
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
+    reads_attended: its `self_attn` reads or changes the result of attention, which it gets in 16 bits then.
     tokenwise: its `cross_attn` gives every token the same wherever it lies, so that it may see some of them at a time.
     file, other_files: the module file that brings its weights, and files that its other nodes load.
     lora_layers: shell patterns of the layers in LoRA files that are this system's own weights.
@@ -79,6 +80,7 @@ class Extension:
     payload: ClassVar[type[Payload]]
     weightless: ClassVar[bool] = False
     tokenwise: ClassVar[bool] = False
+    reads_attended: ClassVar[bool] = True
     aliases: ClassVar[Mapping[str, str]] = {}
     file: ClassVar[Kind | None] = None
     other_files: ClassVar[tuple[Kind, ...]] = ()
@@ -174,6 +176,10 @@ class Extension:
         """Whether `self_attn` does anything: it costs q and k, which a fused kernel keeps to itself, once more."""
         return True
 
+    def keys_read(self, cond: NamedTuple) -> int | None:
+        """How many of the first keys `self_attn` reads; None: all."""
+        return None
+
     def self_attn(self, block: Block, heads: Heads, cond: NamedTuple) -> tuple[Heads, NamedTuple]:
         """Output heads of self-attention, before the output projection."""
         return heads, cond
@@ -202,6 +208,13 @@ TRACED = (
 Hooks = tuple[tuple[Extension, NamedTuple], ...]
 
 
+class HeadsWanted(NamedTuple):
+    """Of self-attention, besides the queries: whether its result, and how many of the first keys; None: all."""
+
+    attended: bool
+    keys: int | None
+
+
 def overrides(extension: Extension, name: str) -> bool:
     """Whether this extension has a hook `name` of its own."""
     return getattr(type(extension), name) is not getattr(Extension, name)
@@ -215,6 +228,15 @@ def acts(name: str, extension: Extension, cond: NamedTuple) -> bool:
 def hooked(name: str, hooks: Hooks) -> bool:
     """Whether the hook `name` of any active extension does anything."""
     return any(acts(name, extension, cond) for extension, cond in hooks)
+
+
+def heads_wanted(hooks: Hooks) -> HeadsWanted | None:
+    """What all `self_attn` hooks of active extensions read together; None where there are none."""
+    readers = [(extension, cond) for extension, cond in hooks if acts("self_attn", extension, cond)]
+    if not readers:
+        return None
+    keys = [extension.keys_read(cond) for extension, cond in readers]
+    return HeadsWanted(any(extension.reads_attended for extension, _ in readers), None if None in keys else max(keys))
 
 
 def run_hooks(name: str, block: Block, value: object, hooks: Hooks) -> tuple[object, Hooks]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Attention
+from ..kernels.fp8_rows import Fp8Rows
 from .conditioning import Payload, Step
 from .shard import WHOLE, Shard
 
@@ -48,13 +49,14 @@ class Projections(NamedTuple):
 class Heads(NamedTuple):
     """Attention after the kernel and before the output projection: q, k, out [B, L, H, D].
 
-    In self-attention q and k are post-RoPE, and None unless the `reads_heads` of an active extension asks for them.
+    In self-attention q and k are post-RoPE, and None unless the `reads_heads` of an active extension asks for them; k
+    may then be of the first `keys_read` tokens alone, and out FP8 rows [B, L, C] where no `reads_attended` asks for it.
     In cross-attention q is the normalized query and k is None.
     """
 
     q: Tensor | None
     k: Tensor | None
-    out: Tensor
+    out: Tensor | Fp8Rows
 
 
 class KeysValues(NamedTuple):

@@ -15,7 +15,7 @@ from ...kernels.fp8_rows import Fp8Rows
 from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
-from ..extension import Hooks, hooked, run_hooks
+from ..extension import Hooks, heads_wanted, hooked, run_hooks
 from ..shard import Shard
 from ..tokens import BlockInputs, Heads, KeysValues, Projections
 from .layers import WanRMSNorm, placed_heads
@@ -60,14 +60,14 @@ class WanSelfAttention(nn.Module):
         """The heads behind the kernel. q, k and v end here: the output projection has their memory."""
         attention = inputs.attention or self.attention
         (q, k, v), hooks = self._projections(x, hooks, block)
-        read, changed = hooked("self_attn", hooks), hooked("attend", hooks)
-        fused = None if changed else self._fused(attention, inputs.shard, whole=read)
+        read, changed = heads_wanted(hooks), hooked("attend", hooks)
+        fused = None if changed else self._fused(attention, inputs.shard, rows=read is None or not read.attended)
         if fused is not None:
             seen: dict[str, Tensor] = {}
-            if read:
+            if read is not None:
                 # Placed once more for the hook, while the projection is there: less than giving up the kernel's form.
-                q = self._seen("q", q, self.norm_q, inputs.rope, seen)
-                k = self._seen("k", k, self.norm_k, inputs.rope, seen)
+                q = self._seen("q", q, self.norm_q, inputs.rope, None, seen)
+                k = self._seen("k", k, self.norm_k, inputs.rope, read.keys, seen)
             out = fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)
             return Heads(seen.get("q"), seen.get("k"), out), hooks
         shard, in_order = inputs.shard, changed or isinstance(attention, GridAttention)
@@ -79,7 +79,7 @@ class WanSelfAttention(nn.Module):
         call = AttentionCall(all_q, shard.heads(placed_k, in_order=in_order), all_v)
         call, hooks = run_hooks("attend", block, call, hooks)
         out = shard.tokens(attend(attention, call), heads=self.heads[0], in_order=in_order)
-        return Heads(placed_q if read else None, placed_k if read else None, out), hooks
+        return Heads(placed_q, placed_k, out) if read else Heads(None, None, out), hooks
 
     def _projections(
         self, x: Tensor | Fp8Rows, hooks: Hooks, block: nn.Module
@@ -93,26 +93,32 @@ class WanSelfAttention(nn.Module):
         return ((lambda: made.q), (lambda: made.k), (lambda: made.v)), hooks
 
     def _seen(
-        self, name: str, projection: Projection, norm: WanRMSNorm, rope: Tensor, seen: dict[str, Tensor]
+        self,
+        name: str,
+        projection: Projection,
+        norm: WanRMSNorm,
+        rope: Tensor,
+        count: int | None,
+        seen: dict[str, Tensor],
     ) -> Projection:
-        """The same projection, whose heads at their positions are noted in `seen` when it is made."""
+        """The same projection; when it is made, the heads of its first `count` tokens are noted in `seen`, placed."""
 
         def made() -> Tensor:
             x = projection()
-            seen[name] = placed_heads(norm, x, rope, self.heads)
+            seen[name] = placed_heads(norm, x[:, :count], rope[..., :count, :, :], self.heads)
             return x
 
         return made
 
-    def _fused(self, attention: Attention, shard: Shard, *, whole: bool) -> Callable[..., Tensor | Fp8Rows] | None:
+    def _fused(self, attention: Attention, shard: Shard, *, rows: bool) -> Callable[..., Tensor | Fp8Rows] | None:
         """The backend's form that takes projections as they are, if it has one.
 
-        In rows where `o` reads rows, unless a hook reads the heads, which are `whole` then.
+        In FP8 rows where `o` reads those, and nothing between does not (`rows`).
         """
         backend = shard.fused(attention)
         if backend is None:
             return None
-        return backend.fused_rows if all_take_rows((self.o,)) and not whole else backend.fused
+        return backend.fused_rows if rows and all_take_rows((self.o,)) else backend.fused
 
 
 class WanT2VCrossAttention(WanSelfAttention):
