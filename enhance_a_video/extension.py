@@ -16,7 +16,7 @@ from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.shard import WHOLE, Shard
-from ..wanvideo.tokens import Grid, Heads, ModelInputs, Tokens, video_tokens
+from ..wanvideo.tokens import Grid, Heads, HeadsRead, ModelInputs, Tokens, video_tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class EnhanceAVideo(Extension):
     """Present in every model, idle without its payload."""
 
     payload: ClassVar[type] = EnhanceArgs
-    reads_attended: ClassVar[bool] = False
     weightless: ClassVar[bool] = True
 
     @classmethod
@@ -77,6 +76,11 @@ class EnhanceAVideo(Extension):
     def on(self, state: EnhanceCond, shard: Shard) -> EnhanceCond:
         """The score is one for all places, so that it needs the shard."""
         return state._replace(grid=shard.grid(state.grid), shard=shard)
+
+    def reads_heads(self, cond: EnhanceCond) -> HeadsRead:
+        """Queries and keys of the video, and not what they give."""
+        count = video_tokens(cond.grid)
+        return HeadsRead(count, count, result=False)
 
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: EnhanceCond) -> tuple[Heads, EnhanceCond]:
         """Measures the score."""

@@ -27,7 +27,7 @@ from ..wanvideo.guidance import NO_TEXT, at_step
 from ..wanvideo.modules.layers import sinusoidal_embedding
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.shard import Shard
-from ..wanvideo.tokens import CrossAttention, Heads, ModelInputs, Projections, Text, TextSource, Tokens
+from ..wanvideo.tokens import CrossAttention, Heads, HeadsRead, ModelInputs, Projections, Text, TextSource, Tokens
 from .adapters import IpAdapter, RefAdapter
 
 IP_LAYER = re.compile(r"^blocks\.(\d+)\.cross_attn\.ip_adapter\.to_v_ip\.weight$")
@@ -233,9 +233,9 @@ class Lynx(Extension):
         reads = seen.stop > seen.start and index in self.ref_blocks and (chosen is None or index in chosen)
         return seen._replace(tokens=seen.tokens if index in self.ip_blocks else None, reads=reads)
 
-    def reads_heads(self, cond: Seen) -> bool:
-        """Only where there is something to add."""
-        return cond.reads
+    def reads_heads(self, cond: Seen) -> HeadsRead | None:
+        """The result alone, where there is something to add to it."""
+        return HeadsRead(queries=0, keys=0) if cond.reads else None
 
     def projected(self, block: WanAttentionBlock, value: Projections, cond: Seen) -> tuple[Projections, Seen]:
         """What video tokens read of the picture's input to this self-attention."""

@@ -17,7 +17,7 @@ from ..wanvideo.modules.layers import WanLayerNorm
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.modules.stretches import stretches
 from ..wanvideo.shard import WHOLE, Shard
-from ..wanvideo.tokens import Grid, Heads, ModelInputs, Tokens, video_tokens
+from ..wanvideo.tokens import Grid, Heads, HeadsRead, ModelInputs, Tokens, video_tokens
 from .multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention, latent_windows
 from .speakers import speaker_map, token_masks
 
@@ -94,7 +94,6 @@ class MultiTalk(Extension):
         (r"^(multitalk_)?audio_proj\.proj1\.weight$", r"^blocks\.\d+\.audio_cross_attn\."),
     )
     high_precision: ClassVar[tuple[str, ...]] = (PROJECTION.rstrip("."),)
-    reads_attended: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, str]] = {
         f"audio_proj.{name}": f"{PROJECTION}{name}" for name in ("proj1.", "proj1_vf.", "proj2.", "proj3.", "norm.")
     }
@@ -164,13 +163,11 @@ class MultiTalk(Extension):
         """The same in every block that has audio layers."""
         return state if index in self.voiced else None
 
-    def reads_heads(self, cond: Speech) -> bool:
-        """Several speakers are told apart by q and k; one needs no map."""
-        return cond.masks is not None
-
-    def keys_read(self, cond: Speech) -> int:
-        """Those of the first frame."""
-        return cond.grid[1] * cond.grid[2]
+    def reads_heads(self, cond: Speech) -> HeadsRead | None:
+        """Several speakers are told apart by the video's queries of the first frame's keys; one needs no map."""
+        if cond.masks is None:
+            return None
+        return HeadsRead(video_tokens(cond.grid), cond.grid[1] * cond.grid[2], result=False)
 
     def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: Speech) -> tuple[Heads, Speech]:
         """Measures which speaker each video token belongs to."""

@@ -28,7 +28,7 @@ from ..wanvideo.guidance import NO_TEXT, at_step
 from ..wanvideo.modules.layers import WanRMSNorm, placed_heads
 from ..wanvideo.modules.model import WanAttentionBlock, WanModel
 from ..wanvideo.shard import Shard
-from ..wanvideo.tokens import BlockInputs, Heads, ModelInputs, Projections, Tokens, video_tokens
+from ..wanvideo.tokens import BlockInputs, Heads, HeadsRead, ModelInputs, Projections, Tokens, video_tokens
 from .control import DrawnPoses, Places, PoseControl, pose_tokens
 from .encoders import pose_encoder, reference_encoder
 from .refextractor import ReferenceExtractor, textless_block
@@ -222,9 +222,9 @@ class OneToAll(Extension):
         """With the features of this block: a run of main blocks shares those of one block of the extractor."""
         return None if state.seen is None else state.seen._replace(feature=state.features[index])
 
-    def reads_heads(self, cond: Seen) -> bool:
-        """Always: there is no cond without a reference."""
-        return True
+    def reads_heads(self, cond: Seen) -> HeadsRead:
+        """The result alone, which it adds to."""
+        return HeadsRead(queries=0, keys=0)
 
     def projected(self, block: WanAttentionBlock, value: Projections, cond: Seen) -> tuple[Projections, Seen]:
         """What tokens read of the reference, with the queries of self-attention."""

@@ -22,7 +22,7 @@ from .config import WanConfig
 from .families import Kind
 from .modifier import Modifier
 from .shard import Shard
-from .tokens import BlockInputs, CrossAttention, Grid, Heads, ModelInputs, Projections, Tokens
+from .tokens import BlockInputs, CrossAttention, Grid, Heads, HeadsRead, ModelInputs, Projections, Tokens
 
 
 class Transformer(Protocol):
@@ -71,7 +71,6 @@ class Extension:
     a block flows through cond. What a subclass does not override costs nothing.
 
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
-    reads_attended: its `self_attn` reads or changes the result of attention, which it gets in 16 bits then.
     tokenwise: its `cross_attn` gives every token the same wherever it lies, so that it may see some of them at a time.
     file, other_files: the module file that brings its weights, and files that its other nodes load.
     lora_layers: shell patterns of the layers in LoRA files that are this system's own weights.
@@ -80,7 +79,6 @@ class Extension:
     payload: ClassVar[type[Payload]]
     weightless: ClassVar[bool] = False
     tokenwise: ClassVar[bool] = False
-    reads_attended: ClassVar[bool] = True
     aliases: ClassVar[Mapping[str, str]] = {}
     file: ClassVar[Kind | None] = None
     other_files: ClassVar[tuple[Kind, ...]] = ()
@@ -172,13 +170,13 @@ class Extension:
         """q, k, v of self-attention, before the kernel: always all tokens, in order, perhaps of some of the heads."""
         return call, cond
 
-    def reads_heads(self, cond: NamedTuple) -> bool:
-        """Whether `self_attn` does anything: it costs q and k, which a fused kernel keeps to itself, once more."""
-        return True
+    def reads_heads(self, cond: NamedTuple) -> HeadsRead | None:
+        """What `self_attn` reads or changes; None: it does nothing.
 
-    def keys_read(self, cond: NamedTuple) -> int | None:
-        """How many of the first keys `self_attn` reads; None: all."""
-        return None
+        A fused kernel keeps q and k to itself: those that are read are placed once more. A result that is read is in
+        16 bits, and rounded to FP8 for the output layer after that.
+        """
+        return HeadsRead()
 
     def self_attn(self, block: Block, heads: Heads, cond: NamedTuple) -> tuple[Heads, NamedTuple]:
         """Output heads of self-attention, before the output projection."""
@@ -208,13 +206,6 @@ TRACED = (
 Hooks = tuple[tuple[Extension, NamedTuple], ...]
 
 
-class HeadsWanted(NamedTuple):
-    """Of self-attention, besides the queries: whether its result, and how many of the first keys; None: all."""
-
-    attended: bool
-    keys: int | None
-
-
 def overrides(extension: Extension, name: str) -> bool:
     """Whether this extension has a hook `name` of its own."""
     return getattr(type(extension), name) is not getattr(Extension, name)
@@ -222,7 +213,7 @@ def overrides(extension: Extension, name: str) -> bool:
 
 def acts(name: str, extension: Extension, cond: NamedTuple) -> bool:
     """Whether the hook `name` of an active extension does anything."""
-    return overrides(extension, name) and (name != "self_attn" or extension.reads_heads(cond))
+    return overrides(extension, name) and (name != "self_attn" or extension.reads_heads(cond) is not None)
 
 
 def hooked(name: str, hooks: Hooks) -> bool:
@@ -230,13 +221,13 @@ def hooked(name: str, hooks: Hooks) -> bool:
     return any(acts(name, extension, cond) for extension, cond in hooks)
 
 
-def heads_wanted(hooks: Hooks) -> HeadsWanted | None:
-    """What all `self_attn` hooks of active extensions read together; None where there are none."""
-    readers = [(extension, cond) for extension, cond in hooks if acts("self_attn", extension, cond)]
-    if not readers:
-        return None
-    keys = [extension.keys_read(cond) for extension, cond in readers]
-    return HeadsWanted(any(extension.reads_attended for extension, _ in readers), None if None in keys else max(keys))
+def heads_read(hooks: Hooks) -> HeadsRead:
+    """What the `self_attn` hooks of active extensions read together."""
+    read = HeadsRead(queries=0, keys=0, result=False)
+    for extension, cond in hooks:
+        if acts("self_attn", extension, cond):
+            read = read.joined(extension.reads_heads(cond))
+    return read
 
 
 def run_hooks(name: str, block: Block, value: object, hooks: Hooks) -> tuple[object, Hooks]:

@@ -49,14 +49,34 @@ class Projections(NamedTuple):
 class Heads(NamedTuple):
     """Attention after the kernel and before the output projection: q, k, out [B, L, H, D].
 
-    In self-attention q and k are post-RoPE, and None unless the `reads_heads` of an active extension asks for them; k
-    may then be of the first `keys_read` tokens alone, and out FP8 rows [B, L, C] where no `reads_attended` asks for it.
-    In cross-attention q is the normalized query and k is None.
+    In self-attention q and k are post-RoPE, of as many of the first tokens as `reads_heads` of active extensions asks
+    for or more, and None where that is none; where no one reads the result, out may be FP8 rows [B, L, C]. In
+    cross-attention q is the normalized query and k is None.
     """
 
     q: Tensor | None
     k: Tensor | None
     out: Tensor | Fp8Rows
+
+
+class HeadsRead(NamedTuple):
+    """What of the `Heads` of self-attention is read: the first so many queries and keys (None: all), and the result.
+
+    What is not read is not there where a fused kernel keeps it to itself.
+    """
+
+    queries: int | None = None
+    keys: int | None = None
+    result: bool = True
+
+    def joined(self, other: HeadsRead) -> HeadsRead:
+        """What two readers read together."""
+        queries, keys = _most(self.queries, other.queries), _most(self.keys, other.keys)
+        return HeadsRead(queries, keys, self.result or other.result)
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else max(one, other)
 
 
 class KeysValues(NamedTuple):

@@ -10,7 +10,7 @@ from wanvideo_wrapper.multitalk.speakers import speaker_map, token_masks
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import run_hooks
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
-from wanvideo_wrapper.wanvideo.tokens import Heads, ModelInputs
+from wanvideo_wrapper.wanvideo.tokens import Heads, HeadsRead, ModelInputs
 
 LAYERS, CHANNELS, HIDDEN, TOKENS, OUT = 3, 8, 12, 4, 16
 
@@ -180,7 +180,7 @@ def test_the_map_is_one_attention_call_and_none_for_one_speaker(speakers, monkey
     masks = None if speakers == 1 else torch.eye(speakers + 1, 6)
     cond = Speech(None, torch.tensor(1.0), (2, 2, 3), masks, speakers)
     q, k = (torch.randn(1, 12, 2, 16) for _ in range(2))
-    assert extension.reads_heads(cond) == (speakers > 1)
+    assert extension.reads_heads(cond) == (HeadsRead(12, 6, result=False) if speakers > 1 else None)
     _, ((_, cond),) = run_hooks("self_attn", None, Heads(q, k, q), ((extension, cond),))
     assert len(calls) == (speakers > 1) and (cond.scores is None) == (speakers == 1)
 

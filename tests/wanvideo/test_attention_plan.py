@@ -23,7 +23,7 @@ from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.rope import rope_table
 from wanvideo_wrapper.wanvideo.sampling import sample
-from wanvideo_wrapper.wanvideo.tokens import BlockInputs, ModelInputs
+from wanvideo_wrapper.wanvideo.tokens import BlockInputs, HeadsRead, ModelInputs
 
 SPEC = AttentionSpec(device=torch.device("cpu"), heads=2, head_dim=64, dtype=torch.float32)
 GRID = (2, 2, 2)
@@ -217,11 +217,11 @@ def test_raw_projections_reach_a_fused_backend():
 class Reader(Extension):
     """Notes the heads that it is shown."""
 
-    def __init__(self, keys, attended):
-        self.heads, self.keys, self.reads_attended = None, keys, attended
+    def __init__(self, *read):
+        self.heads, self.read = None, HeadsRead(*read)
 
-    def keys_read(self, cond):
-        return self.keys
+    def reads_heads(self, cond):
+        return self.read
 
     def self_attn(self, block, heads, cond):
         self.heads = heads
@@ -231,30 +231,37 @@ class Reader(Extension):
 @torch.no_grad()
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(
-    "wanted", [((None, True),), ((3, True),), ((3, False),), ((3, False), (5, False)), ((3, True), (None, False))]
+    ("readers", "together"),
+    [
+        (((),), (None, None, True)),
+        (((8, 3, False),), (8, 3, False)),
+        (((0, 0, True),), (0, 0, True)),
+        (((2, 3, False), (6, 5, False)), (6, 5, False)),
+        (((4, None, False), (None, 3, True)), (None, None, True)),
+    ],
 )
-def test_who_reads_the_heads_does_not_cost_the_fused_kernel(wanted, fast):
+def test_who_reads_the_heads_does_not_cost_the_fused_kernel(readers, together, fast):
     config = WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=6)
     attention, raw = WanModel(config).blocks[0].self_attn, Raw()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     if fast:
         attention.o = Fp8MatmulLinear.quantize(attention.o.weight, attention.o.bias, torch.float8_e4m3fn)
-    hooks = tuple((Reader(*one), (None,)) for one in wanted)
+    hooks = tuple((Reader(*read), (None,)) for read in readers)
     x, rope = torch.randn(1, 8, 64), rope_table(GRID, 32, device=torch.device("cpu"))
     inputs = BlockInputs(None, None, rope, None, GRID, raw)
     got, _ = attention(x, inputs, hooks, None)
-    seen = hooks[0][0].heads
-    attended = any(one[1] for one in wanted)
-    assert (raw.fused_calls, raw.plain_calls) == (1, 0) and hasattr(raw, "rows") == (fast and not attended)
+    seen, (queries, keys, result) = hooks[0][0].heads, together
+    assert (raw.fused_calls, raw.plain_calls) == (1, 0) and hasattr(raw, "rows") == (fast and not result)
     want, _ = attention(x, inputs._replace(attention=sdpa()), hooks, None)
     plain = hooks[0][0].heads
-    torch.testing.assert_close(got, want, **({} if attended or not fast else {"atol": 0.03, "rtol": 0.05}))
-    count = None if None in [one[0] for one in wanted] else max(one[0] for one in wanted)
-    assert seen.q.shape == (1, 8, 2, 32) and seen.k.shape[1] == (8 if count is None else count)
-    torch.testing.assert_close(seen.q, plain.q)
-    torch.testing.assert_close(seen.k, plain.k[:, :count])
-    assert isinstance(seen.out, Tensor) == (attended or not fast)
+    torch.testing.assert_close(got, want, **({} if result or not fast else {"atol": 0.03, "rtol": 0.05}))
+    for mine, whole, count in ((seen.q, plain.q, queries), (seen.k, plain.k, keys)):
+        assert (mine is None) == (whole is None) == (count == 0)
+        if count != 0:
+            assert whole.shape == (1, 8, 2, 32)
+            torch.testing.assert_close(mine, whole[:, :count])
+    assert isinstance(seen.out, Tensor) == (result or not fast)
 
 
 @torch.no_grad()

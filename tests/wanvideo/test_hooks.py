@@ -294,7 +294,7 @@ def test_self_attn_that_reads_nothing_is_not_called():
     @dataclass(frozen=True)
     class Quiet(ToyExtension):
         def reads_heads(self, cond):
-            return False
+            return None
 
         def self_attn(self, block, heads, cond):
             raise AssertionError("reads_heads said no")

@@ -15,7 +15,7 @@ from ...kernels.fp8_rows import Fp8Rows
 from ...quantized.linear import all_take_rows, shared_input
 from ...tensor_layout import dense
 from ..config import WanConfig
-from ..extension import Hooks, heads_wanted, hooked, run_hooks
+from ..extension import Hooks, heads_read, hooked, run_hooks
 from ..shard import Shard
 from ..tokens import BlockInputs, Heads, KeysValues, Projections
 from .layers import WanRMSNorm, placed_heads
@@ -60,14 +60,13 @@ class WanSelfAttention(nn.Module):
         """The heads behind the kernel. q, k and v end here: the output projection has their memory."""
         attention = inputs.attention or self.attention
         (q, k, v), hooks = self._projections(x, hooks, block)
-        read, changed = heads_wanted(hooks), hooked("attend", hooks)
-        fused = None if changed else self._fused(attention, inputs.shard, rows=read is None or not read.attended)
+        read, changed = heads_read(hooks), hooked("attend", hooks)
+        fused = None if changed else self._fused(attention, inputs.shard, rows=not read.result)
         if fused is not None:
             seen: dict[str, Tensor] = {}
-            if read is not None:
-                # Placed once more for the hook, while the projection is there: less than giving up the kernel's form.
-                q = self._seen("q", q, self.norm_q, inputs.rope, None, seen)
-                k = self._seen("k", k, self.norm_k, inputs.rope, read.keys, seen)
+            # Placed once more for who reads them, while the projection is there: less than giving up the kernel's form.
+            q = self._seen("q", q, self.norm_q, inputs.rope, read.queries, seen)
+            k = self._seen("k", k, self.norm_k, inputs.rope, read.keys, seen)
             out = fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)
             return Heads(seen.get("q"), seen.get("k"), out), hooks
         shard, in_order = inputs.shard, changed or isinstance(attention, GridAttention)
@@ -79,7 +78,7 @@ class WanSelfAttention(nn.Module):
         call = AttentionCall(all_q, shard.heads(placed_k, in_order=in_order), all_v)
         call, hooks = run_hooks("attend", block, call, hooks)
         out = shard.tokens(attend(attention, call), heads=self.heads[0], in_order=in_order)
-        return Heads(placed_q, placed_k, out) if read else Heads(None, None, out), hooks
+        return Heads(None if read.queries == 0 else placed_q, None if read.keys == 0 else placed_k, out), hooks
 
     def _projections(
         self, x: Tensor | Fp8Rows, hooks: Hooks, block: nn.Module
@@ -102,6 +101,9 @@ class WanSelfAttention(nn.Module):
         seen: dict[str, Tensor],
     ) -> Projection:
         """The same projection; when it is made, the heads of its first `count` tokens are noted in `seen`, placed."""
+
+        if count == 0:
+            return projection
 
         def made() -> Tensor:
             x = projection()
