@@ -17,7 +17,8 @@ from ..attention import sdpa
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.attention import WanI2VCrossAttention
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import Heads, ModelInputs, Tokens
 
 PROJECTION = "img_emb.proj.1.weight"

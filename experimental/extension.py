@@ -12,7 +12,8 @@ from ..attention import AttentionCall
 from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.modifier import Modifier, Run
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.tokens import ModelInputs, Tokens, video_tokens
 

@@ -18,7 +18,8 @@ from ..wanvideo.conditioning import Payload, Row, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import at_step, per_step
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import Heads, ModelInputs, Tokens
 
 K_PROJ, V_PROJ = "ip_adapter_single_stream_k_proj", "ip_adapter_single_stream_v_proj"

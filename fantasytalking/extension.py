@@ -17,7 +17,8 @@ from ..wanvideo.conditioning import Payload, Row, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import at_step, per_step
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import Heads, ModelInputs, Tokens
 from .frame_attention import FrameContext, attend_by_frame, frame_context

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..quantized.linear import shared_input
 from ..wanvideo.frames import VAE_TIME_STRIDE
-from ..wanvideo.modules.model import WanAttentionBlock
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.tokens import Grid, Heads, Tokens, video_tokens
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import Grid, ModelInputs, Tokens, video_tokens
 from .audio_attention import AudioCrossAttentionWrapper, AudioProjModel

@@ -27,7 +27,8 @@ from ..wanvideo.families import Kind
 from ..wanvideo.latents import add_noise
 from ..wanvideo.modifier import Modifier, Start
 from ..wanvideo.modules.attention import WanI2VCrossAttention
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.schedulers import Schedule
 from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Text, Tokens, video_tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantized.linear import shared_input
-from ..wanvideo.modules.model import WanSelfAttention
+from ..wanvideo.modules.attention import WanSelfAttention
 
 LITE_EPS = 1e-5
 

@@ -24,8 +24,9 @@ from ..wanvideo.conditioning import Payload, Row, Step
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import NO_TEXT, at_step
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import sinusoidal_embedding
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import CrossAttention, Heads, HeadsRead, ModelInputs, Projections, Text, TextSource, Tokens
 from .adapters import IpAdapter, RefAdapter

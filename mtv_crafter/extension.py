@@ -24,8 +24,10 @@ from ..wanvideo.config import ROPE_THETA, WanConfig
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import at_step
+from ..wanvideo.modules.attention import WanSelfAttention
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import WanLayerNorm, normalize, placed_heads
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel, WanSelfAttention
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.rope import axis_sizes
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import ModelInputs, Tokens, video_tokens

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import WanLayerNorm
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.modules.stretches import stretches
 from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import Grid, Heads, HeadsRead, ModelInputs, Tokens, video_tokens

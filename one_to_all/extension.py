@@ -25,8 +25,9 @@ from ..wanvideo.conditioning import Payload, Row, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import NO_TEXT, at_step
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import WanRMSNorm, placed_heads
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, Heads, HeadsRead, ModelInputs, Projections, Tokens, video_tokens
 from .control import DrawnPoses, Places, PoseControl, pose_tokens

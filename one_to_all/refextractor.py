@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..wanvideo.config import WanConfig
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import sinusoidal_embedding
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import BlockInputs, Text
 
 

@@ -24,8 +24,9 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modifier import Modifier
 from ..wanvideo.modules.attention import WanT2VCrossAttention
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import WanLayerNorm, WanRMSNorm, normalize
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Text, TextSource, Tokens, video_tokens
 from .run import SoundRun

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from ..attention import sdpa
 from ..wanvideo.config import ROPE_THETA, WanConfig
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import Head, sinusoidal_embedding
-from ..wanvideo.modules.model import WanAttentionBlock
 from ..wanvideo.rope import axis_sizes
 
 # Latents of video in the time of one of sound, so that both have the same position at the same moment.

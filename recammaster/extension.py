@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import ModelInputs, Tokens, video_tokens
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..wanvideo.config import WanConfig
+from ..wanvideo.modules.attention import WanT2VCrossAttention
 from ..wanvideo.modules.layers import WanLayerNorm, modulate
-from ..wanvideo.modules.model import WanT2VCrossAttention
 from ..wanvideo.rope import rope_table
 
 KERNEL = 3

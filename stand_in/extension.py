@@ -19,8 +19,9 @@ from ..attention import AttentionCall
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
+from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import sinusoidal_embedding
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import ModelInputs, Projections, Tokens
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "wanvideo_wrapper"
-MODULES = ("extension", "guidance", "windows", "sampling", "conditioning", "tokens", "modules.model")
+MODULES = ("extension", "guidance", "windows", "sampling", "conditioning", "tokens", "modules.model", "modules.block")
 TESTS = (
     "wanvideo/test_hooks.py", "wanvideo/test_conditioning.py", "wanvideo/test_guidance.py", "wanvideo/test_sampling.py",
     "wanvideo/test_model.py", "wanvideo/test_windows.py", "wanvideo/test_checked_inputs.py",

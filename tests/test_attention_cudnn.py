@@ -15,8 +15,8 @@ from wanvideo_wrapper.kernels.fp8_rows import Fp8Rows
 from wanvideo_wrapper.kernels.norm_rope_fp8 import norm_rope_eager, tensor_fp8
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.modules.block import WanAttentionBlock
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
-from wanvideo_wrapper.wanvideo.modules.model import WanAttentionBlock
 from wanvideo_wrapper.wanvideo.rope import rope_table
 from wanvideo_wrapper.wanvideo.tokens import BlockInputs, Text
 

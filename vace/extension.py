@@ -23,7 +23,8 @@ from ..wanvideo.config import WanConfig
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import at_step
-from ..wanvideo.modules.model import WanAttentionBlock, WanModel
+from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens
 

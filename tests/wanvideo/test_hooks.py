@@ -12,7 +12,7 @@ from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.extension import Extension
-from wanvideo_wrapper.wanvideo.modules.model import WanAttentionBlock
+from wanvideo_wrapper.wanvideo.modules.block import WanAttentionBlock
 from wanvideo_wrapper.wanvideo.tokens import Text, Tokens, video_tokens
 
 # Norms take out what all channels have in common.

@@ -19,120 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import Attention, sdpa
-from ...kernels.fp8_rows import Fp8Rows
 from ..attention_plan import AttentionPlan
 from ..conditioning import Payload, Step
 from ..config import WanConfig
-from ..extension import TRACED, Extension, Hooks, acts, hooked, overrides, run_hooks
+from ..extension import TRACED, Extension, overrides
 from ..rope import UNSCALED, rope_table
 from ..shard import ALONE, Ranks, Shard
 from ..step_cache import Moment, StepMemory
 from ..tokens import BlockInputs, Grid, ModelInputs, Text, Tokens, video_tokens
-from .attention import WanSelfAttention, WanT2VCrossAttention
-from .layers import (
-    FeedForward,
-    Head,
-    WanLayerNorm,
-    gated_residual,
-    modulate,
-    normalize,
-    per_token,
-    sinusoidal_embedding,
-)
-from .stretches import parts_of, stretched, stretches
+from .block import WanAttentionBlock
+from .layers import Head, sinusoidal_embedding
+from .stretches import parts_of, stretches
 
 Visit = Callable[[nn.Module], AbstractContextManager[None]]
-
-
-class WanAttentionBlock(nn.Module):
-    """Self-attention, text cross-attention and feed-forward, each behind a norm, with the extensions' hooks between."""
-
-    def __init__(self, config: WanConfig, attention: Attention) -> None:
-        super().__init__()
-        self.extensions: tuple[Extension, ...] = ()
-        self.norm1 = WanLayerNorm(config.dim, config.eps)
-        self.self_attn = WanSelfAttention(config, attention)
-        self.reads_text = config.text_dim > 0
-        if self.reads_text:
-            self.norm3 = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
-            self.cross_attn = WanT2VCrossAttention(config, sdpa())
-        self.norm2 = WanLayerNorm(config.dim, config.eps)
-        self.ffn = FeedForward(config.dim, config.ffn_dim)
-        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
-
-    def forward(self, x: Tensor, inputs: BlockInputs, conds: tuple[NamedTuple | None, ...] = ()) -> Tensor:
-        """x [B, L, C] -> [B, L, C]; conds: one entry per extension of the model, None where it is idle."""
-        hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None)
-        modulation = self.modulated(inputs)
-        x, hooks = self.attend(x, inputs, hooks, modulation[:3])
-        # Given away: `read` frees what it adds to, which this frame would hold until it returns.
-        stream = [x]
-        del x
-        return self.read(stream.pop(), inputs, hooks, modulation[3:])
-
-    def modulated(self, inputs: BlockInputs) -> tuple[Tensor, ...]:
-        """Rows of shift, scale and gate [B, R, C] of self-attention, then those of the feed-forward."""
-        return (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
-
-    def attend(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> tuple[Tensor, Hooks]:
-        """The first half of a block: x and self-attention.
-
-        Modulation of each token, float32, is as large as two activations: it is made in pieces, too.
-        """
-        count, parts = x.shape[1], 1 if inputs.rows is None else inputs.parts
-        # Both read the input as it is.
-        plain = hooked("self_attn_input", hooks) or hooked("projected", hooks)
-        readers = () if plain else self.self_attn.readers()
-
-        def modulated(tokens: slice) -> Tensor | Fp8Rows:
-            shift, scale, _ = _at(rows, inputs.rows, tokens)
-            return modulate(self.norm1, x[:, tokens], shift, scale, readers)
-
-        read, hooks = run_hooks("self_attn_input", self, stretched(modulated, count, parts), hooks)
-        y, hooks = self.self_attn(read, inputs, hooks, self)
-        del read
-        y, hooks = run_hooks("self_attn_output", self, y, hooks)
-        x = stretched(lambda t: gated_residual(x[:, t], y[:, t], _at(rows, inputs.rows, t)[2]), count, parts)
-        return run_hooks("before_cross_attn", self, x, hooks)
-
-    def read(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> Tensor:
-        """The second half: text cross-attention and feed-forward, each added to x."""
-        if self.reads_text:
-            x, hooks = self._read_text(x, inputs, hooks)
-        x, _ = run_hooks("after_cross_attn", self, x, hooks)
-        return self._feed_forward(x, inputs, rows)
-
-    def _read_text(self, x: Tensor, inputs: BlockInputs, hooks: Hooks) -> tuple[Tensor, Hooks]:
-        """x and cross-attention: in pieces, unless what is read depends on the place of a token."""
-        after = hooks
-
-        def read(tokens: slice) -> Tensor:
-            nonlocal after
-            piece = x[:, tokens]
-            y, after = self.cross_attn(normalize(self.norm3, piece, self.cross_attn.readers()), inputs, hooks, self)
-            return piece + y
-
-        alone = inputs.text.tokenwise and all(e.tokenwise for e, c in hooks if acts("cross_attn", e, c))
-        return stretched(read, x.shape[1], inputs.parts if alone else 1), after
-
-    def _feed_forward(self, x: Tensor, inputs: BlockInputs, rows: Sequence[Tensor]) -> Tensor:
-        """x and the feed-forward, whose hidden layer is the largest activation of all."""
-
-        def fed(tokens: slice) -> Tensor:
-            piece, (shift, scale, gate) = x[:, tokens], _at(rows, inputs.rows, tokens)
-            return gated_residual(piece, self.ffn(modulate(self.norm2, piece, shift, scale, (self.ffn[0],))), gate)
-
-        return stretched(fed, x.shape[1], inputs.parts)
-
-
-def _at(rows: Sequence[Tensor], places: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Three rows of modulation [B, R, C] as they apply to these tokens.
-
-    One by one: in a comprehension a slice is a constant to the compiler, and every length would be a graph of its own.
-    """
-    shift, scale, gate = rows
-    places = None if places is None else places[tokens]
-    return per_token(shift, places), per_token(scale, places), per_token(gate, places)
 
 
 class Active(NamedTuple):
