@@ -1,6 +1,6 @@
 """What leaving out work costs: lip-sync and PSNR of the demo's models over the share of the work that is still done.
 
-    python benchmarks/frontier.py --methods TeaCache --json tea.json [--clips 2]
+    python benchmarks/frontier.py --methods TeaCache --json tea.json [--clips 2] [--device cuda]
     python benchmarks/frontier.py --draw steps.json tea.json ... [--plot frontier.png]
 
 The clips are beginnings of those of `wanvideo quality`, which training has not seen; PSNR is to the videos of all steps
@@ -229,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--clips", type=int, default=2, help="of 57 frames each (default: 2)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="files written by --json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG; needs matplotlib")
@@ -236,7 +237,7 @@ def main() -> None:
     if options.draw:
         rows = joined(options.draw)
     else:
-        set_host(StandaloneHost(models=MODELS))
+        set_host(StandaloneHost(models=MODELS, device=options.device))
         rows = measure(options.methods, options.clips)
         if options.json is not None:
             options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
