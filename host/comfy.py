@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .protocol import DEMO_MODELS, KINDS, HostAttention, Managed, MemoryMode, Place, Progress, find_in
+from .residence import ModuleResidence
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -209,7 +210,7 @@ class ComfyManaged:
         self.module = module
         self._host = host
         self._patcher = whole_model_patcher()(_held(module), host.device(), host.offload_device())
-        self._patcher.place = place or module.to
+        self._patcher.place = place or ModuleResidence(module)
         self._patcher.resident = resident
 
     def acquire(self, working: int = 0) -> torch.device:

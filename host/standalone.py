@@ -25,6 +25,7 @@ from .protocol import (
     find_in,
     names_in,
 )
+from .residence import ModuleResidence
 
 
 class ModuleOnDevice:
@@ -33,7 +34,7 @@ class ModuleOnDevice:
     def __init__(self, module: nn.Module, host: Host, place: Place | None) -> None:
         self.module = module
         self._host = host
-        self._place = place or module.to
+        self._place = place or ModuleResidence(module)
 
     def acquire(self, working: int = 0) -> torch.device:
         """To the compute device, on which nothing can be evicted."""

@@ -12,9 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention import Attention
+from ..host.residence import Residence, tensors_of
 from .device_copies import Copies, copies_for
 from .host_slabs import Unit
 from .memory import AT_ONCE, WORKSPACES, Footprint, footprint_of, gigabytes, usual_work
@@ -74,6 +75,7 @@ class Placement:
         self.copies_for = copies_for
         self._model = model
         self._offload = offload
+        self._residence = Residence()
         self._copies: Copies | None = None
         self._units: dict[nn.Module, Unit] = {}
         self._automatic: int | None = None
@@ -91,6 +93,10 @@ class Placement:
         except BaseException:
             self._release(keep=0)
             raise
+
+    def leave_main_memory(self) -> None:
+        """Keep nothing there of what is on the device, for a model that is to stay on it."""
+        self._residence.forget()
 
     @contextmanager
     def swapping(self, device: torch.device) -> Iterator[None]:
@@ -184,7 +190,7 @@ class Placement:
             waiting: list[nn.Module] = []
         else:
             waiting = [*self._embeddings(), *self.waiting_blocks()]
-        return sum(t.nbytes for t in _tensors(self._model)) - sum(t.nbytes for part in waiting for t in _tensors(part))
+        return _size(self._model) - sum(_size(part) for part in waiting)
 
     def working_bytes(self) -> int:
         """What a run takes besides: slabs and activations."""
@@ -213,7 +219,7 @@ class Placement:
         return ShortOfMemoryError(f"The GPU ran out of memory: {needs}{free}; {remedy}.")
 
     def _here(self) -> int:
-        return sum(t.nbytes for t in _tensors(self._model) if t.device == self._copies.device)
+        return sum(t.nbytes for t in tensors_of(self._model) if t.device == self._copies.device)
 
     def _settle(self, device: torch.device) -> None:
         """Every part where it belongs while the model is on `device`."""
@@ -224,6 +230,7 @@ class Placement:
         for part in before.keys() - self._units.keys():
             before[part].release()
         for unit in self._units.values():
+            self._residence.move(unit.tensors(), self._offload)
             unit.gather(self._copies)
         self._move(device)
         pageable = sum(not unit.pinned for unit in self._units.values())
@@ -238,11 +245,9 @@ class Placement:
 
     def _move(self, device: torch.device) -> None:
         """What has no slab goes to the device."""
-        for module in self._parts():
-            if module not in self._units:
-                module.to(device)
-        for tensor in (*self._model.parameters(recurse=False), *self._model.buffers(recurse=False)):
-            tensor.data = tensor.data.to(device)
+        parts = [part for part in self._parts() if part not in self._units]
+        own = (*self._model.parameters(recurse=False), *self._model.buffers(recurse=False))
+        self._residence.move([*own, *(tensor for part in parts for tensor in tensors_of(part))], device)
 
     def _release(self, *, keep: int) -> None:
         for unit in self._units.values():
@@ -279,5 +284,5 @@ def _visited_in_forward(module: nn.Module, swapper: Swapper) -> Iterator[None]:
             leave.remove()
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _size(module: nn.Module) -> int:
+    return sum(t.nbytes for t in tensors_of(module))

@@ -200,6 +200,7 @@ def build(
             log.info("%s", described(placement.footprint(), "81 frames of 1280x720"))
         if options.keep_on_device:
             managed.acquire()
+            placement.leave_main_memory()
     return WanVideoModel(
         transformer=model,
         managed=managed,
