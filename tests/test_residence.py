@@ -14,7 +14,7 @@ PLACES = [DEVICE, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
 @pytest.fixture(autouse=True)
 def copies(monkeypatch, request):
     """Another name for the CPU gets copies, as a device would."""
-    if "cuda" not in request.node.name:
+    if request.node.get_closest_marker("cuda") is None:
         monkeypatch.setattr(residence.Staging, "copy", lambda self, source: source.clone())
 
 
@@ -32,6 +32,7 @@ def test_leaving_a_device_copies_nothing(device):
     for _ in range(2):
         place(device)
         assert all(tensor.data_ptr() != address for tensor, address, _ in before if tensor.numel())
+        assert all(tensor.device.type == device.type for tensor, _, _ in before)
         assert all(torch.equal(tensor.cpu(), value) for tensor, _, value in before)
         place(CPU)
         assert all(tensor.data_ptr() == address for tensor, address, _ in before)
