@@ -10,6 +10,7 @@ Source of the calls: the samples and `docs/operations/Attention.md` of NVIDIA/cu
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import threading
@@ -259,6 +260,10 @@ def compiled_graph(device: torch.device, shape: tuple[int, int, int, int], keys:
             "choose another attention_mode."
         ) from error
     return Graph(cudnn, graph, handle, graph.get_workspace_size(), device)
+
+
+# The package's bindings list every graph that outlives the interpreter, in a hundred lines behind a run's last one.
+atexit.register(compiled_graph.cache_clear)
 
 
 def declared_graph(cudnn: ModuleType, shape: tuple[int, int, int, int], keys: int, handle: object) -> object:

@@ -3,6 +3,9 @@
 The kernel itself runs on a GPU only; elsewhere `cudnn_model.py` stands for it, behind the same operators.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cudnn_model import cudnn_fp8_reference, exact
@@ -299,3 +302,18 @@ def test_operator_is_well_formed():
     runs_here()
     (q, sq), (k, sk), (v, sv) = (tensor_fp8(t.cuda()) for t in heads(256, 64, 2))
     torch.library.opcheck(attention_cudnn._sdpa_fp8, (q, k, v, sq, sk, sv), test_utils=("test_faketensor",))
+
+
+RUN = """
+import torch
+from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8
+q, k, v = (torch.randn(1, 256, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+assert CudnnFp8()(q, k, v).isfinite().all()
+"""
+
+
+@pytest.mark.cuda
+def test_the_end_of_a_process_is_quiet():
+    runs_here()
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
+    assert "leaked" not in done.stdout + done.stderr, done.stderr[:500]
