@@ -139,7 +139,7 @@ KERNELS = {
         replaces=True,
     ),
     "rope_heads": Kernel(
-        "norm_rope_fp8_triton", ("MOST_HEADS", "ROW_WARPS"), ((8, 8), (8, 4), (4, 4), (8, 2)), turned, 4 * CHANNELS,
+        "norm_rope_fp8_triton", ("MOST_HEADS", "ROW_WARPS"), ((8, 4), (8, 8), (4, 4), (8, 2)), turned, 4 * CHANNELS,
         replaces=True,
     ),
 }  # fmt: skip

@@ -27,7 +27,7 @@ REGISTERS = 64
 PREPARED = 1024
 # Of norm and position alone: one row a program is fastest.
 MOST_HEADS = 8
-ROW_WARPS = 8
+ROW_WARPS = 4
 BLOCK = 4096
 
 
