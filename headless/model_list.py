@@ -103,6 +103,7 @@ PUBLISHED = (
         0.63,
     ),
     Published(r"MelBandRoformer_fp16\.safetensors", "Kijai/MelBandRoFormer_comfy", "{}", 0.46),
+    # The size of the float32 checkpoint that both were made of (KimberleyJSN/melbandroformer, 913 MB).
     Published(r"MelBandRoformer_fp32\.safetensors", "Kijai/MelBandRoFormer_comfy", "{}", 0.91),
 )
 

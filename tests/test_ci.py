@@ -72,3 +72,20 @@ def test_coverage_is_printed():
     (path,) = [path for path in WORKFLOWS if path.stem == "test"]
     lines = commands(path)
     assert lines.index("python -m coverage run -m pytest -rs") < lines.index("python -m coverage report")
+
+
+def test_actions_of_others_are_pinned():
+    """A branch or a tag of theirs can change under a release, with its secrets at hand."""
+    for path in WORKFLOWS:
+        for job in yaml.safe_load(path.read_text("utf-8"))["jobs"].values():
+            for action in (step["uses"] for step in job["steps"] if "uses" in step):
+                wanted = r"actions/[\w-]+@v\d+" if action.startswith("actions/") else r".+@[0-9a-f]{40}"
+                assert re.fullmatch(wanted, action), action
+
+
+def test_no_later_step_reads_the_token():
+    for path in WORKFLOWS:
+        for job in yaml.safe_load(path.read_text("utf-8"))["jobs"].values():
+            for step in job["steps"]:
+                if step.get("uses", "").startswith("actions/checkout"):
+                    assert step["with"]["persist-credentials"] is False
