@@ -131,7 +131,7 @@ def serving(base, more=""):
         port = probe.getsockname()[1]
     launcher = Path(__file__).parent / "comfyui" / "launch.py"
     command = [PYTHON, launcher, COMFYUI, "--cpu", "--listen", "127.0.0.1"]
-    command += ["--port", port, "--disable-auto-launch", "--base-directory", base]
+    command += ["--port", port, "--disable-auto-launch", "--base-directory", base, "--preview-method", "auto"]
     command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}"]
     with (base / "log.txt").open("w") as log:
         process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, cwd=COMFYUI)
