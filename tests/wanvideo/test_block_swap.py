@@ -17,6 +17,7 @@ from swap_stand_in import DEVICE, CountedCopies, LateCopies
 from torch import nn
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.host.residence import Staging
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.block_swap import AUTOMATIC, BlockSwapArgs, Placement, spread
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
@@ -580,3 +581,16 @@ def test_the_plain_copies_are_in_order():
     target, source = torch.zeros(4), torch.randn(4)
     copies.copy([(target, source)], after=copies.event(), done=copies.event())
     assert torch.equal(target, source)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_model_that_stays_on_the_device_leaves_main_memory(folder, stays, monkeypatch):
+    monkeypatch.setattr(Staging, "copy", lambda self, source: source.clone())
+    model = loaded(folder, keep_on_device=stays)
+    if not stays:
+        model.managed.acquire()
+    weights = list(model.transformer.parameters())
+    there = [weight.data_ptr() for weight in weights]
+    model.managed.release()
+    same = {weight.data_ptr() == address for weight, address in zip(weights, there, strict=True)}
+    assert same == {stays}, "Memory outside the device that was given up cannot be where the weights return to."
