@@ -19,7 +19,7 @@ from ..registry import SYSTEMS
 from ..wanvideo.block_swap import BlockSwapArgs
 from ..wanvideo.checkpoint import checkpoint_of
 from ..wanvideo.conditioning import Payload
-from ..wanvideo.config import CHANNELS_2_2, WanConfig
+from ..wanvideo.config import PUBLISHED_CONFIGS, WanConfig
 from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.load_plan import LoadOptions, contents_of, options_applied
 from ..wanvideo.loading import WanVideoModel, build
@@ -27,13 +27,8 @@ from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tensor_file import StoredTensor
 from ..wanvideo.tokens import ModelInputs
 
-# Source: Wan-Video/Wan2.1 and Wan2.2, published configurations. "tiny" is no model: it shows that the command works.
-MODELS = {
-    "14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "5B": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=CHANNELS_2_2, out_dim=CHANNELS_2_2),
-    "tiny": WanConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=4, text_dim=64),
-}
+# "tiny" is no model: it shows that the command works.
+MODELS = {**PUBLISHED_CONFIGS, "tiny": WanConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=4, text_dim=64)}
 DTYPE = torch.bfloat16
 PROMPT_TOKENS = 200
 CLIP_TOKENS, CLIP_DIM = 257, 1280

@@ -220,10 +220,11 @@ def _plan(options: argparse.Namespace) -> None:
     from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
     from .graph import load
     from .memory_plan import plan
+    from .published_headers import PlanningHost
 
     if options.vram is not None and options.vram <= 0:
         raise ValueError(f"--vram must be more than 0 GiB, not {options.vram:g}.")
-    host, classes = StandaloneHost(models=options.models, device="cpu"), {**STAND_INS, **NODE_CLASS_MAPPINGS}
+    host, classes = PlanningHost(models=options.models, device="cpu"), {**STAND_INS, **NODE_CLASS_MAPPINGS}
     set_host(host)
     for line in plan(load(options.workflow, classes), classes, host, vram=options.vram):
         sys.stdout.write(f"{line}\n")

@@ -15,6 +15,7 @@ from ..wanvideo.load_plan import LoadOptions, module_files
 from ..wanvideo.memory import Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
 from .model_list import needed_models
+from .published_headers import is_known, open_or_make
 from .widgets import CASTS, inputs_of
 
 if TYPE_CHECKING:
@@ -116,29 +117,60 @@ def _video(reader: Reader, node: Node) -> Video | None:
 def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float | None = None) -> list[str]:
     """Lines that say what each transformer of the workflow takes, and with `vram` (GiB) what to swap.
 
-    Raises FileNotFoundError for a transformer that is not there, ValueError for files that do not fit together or a
-    workflow without one.
+    Published files need not be there, under a `PlanningHost`. Raises FileNotFoundError, naming all of them, where files
+    that are not there leave no transformer to plan, ValueError for files that do not fit together or a workflow without
+    one.
     """
     reader = Reader(prompt, classes)
     loaders = [node for node in prompt.nodes.values() if node.type == LOADER]
     if not loaders:
         raise ValueError(f"The workflow has no {LOADER}, so that there is nothing to plan.")
     video = video_of(reader)
-    lines = [f"Video      {video}"]
+    lines, absent = [f"Video      {video}"], []
     for node in loaders:
-        lines += _lines(reader, node, video, host, vram)
-    return [*lines, *_others(prompt, host)]
+        options, path = _options(reader, node), _path(host, str(reader.value(node, "model")))
+        unknown = [file for file in (path, *(module.path for module in options.modules)) if not is_known(file)]
+        absent += [unknown] if unknown else []
+        lines += [_unplanned(path, unknown)] if unknown else _lines(reader, node, (path, options), video, vram)
+    if len(absent) == len(loaders):
+        raise FileNotFoundError(_all_missing(prompt, host))
+    return [*lines, *_others(prompt, host), *_missing(prompt, host)]
 
 
-def _lines(reader: Reader, node: Node, video: Video, host: Host, vram: float | None) -> Iterator[str]:
-    options, path = _options(reader, node), _path(host, str(reader.value(node, "model")))
+def _unplanned(path: Path, unknown: list[Path]) -> str:
+    names = " and ".join(file.name for file in unknown if file != path)
+    what = f"the sizes of {names} are" if names else "its sizes are"
+    return f"Model      {path.name}: not planned, as {what} not known before the file is there"
+
+
+def _missing(prompt: Prompt, host: Host) -> Iterator[str]:
+    missing = [entry for entry in needed_models(prompt, host) if not (entry.present or entry.elsewhere)]
+    if missing:
+        yield f"Missing    {len(missing)} files in all: `wanvideo models` lists them with their links"
+
+
+def _all_missing(prompt: Prompt, host: Host) -> str:
+    lines = [entry.line() for entry in needed_models(prompt, host) if not (entry.present or entry.elsewhere)]
+    return "\n".join((
+        "The sizes of the transformer are not known before its files are there. All that is missing:",
+        *(f"- {line.removeprefix('MISSING').strip()}" for line in lines),
+    ))  # fmt: skip
+
+
+def _lines(
+    reader: Reader, node: Node, files: tuple[Path, LoadOptions], video: Video, vram: float | None
+) -> Iterator[str]:
+    path, options = files
     batched = any(reader.value(n, "batched_cfg") for n in reader.prompt.nodes.values() if "batched_cfg" in n.inputs)
-    config, _ = config_and_footprint(path, options, SYSTEMS, Work(1))
+    config, _ = config_and_footprint(path, options, SYSTEMS, Work(1), reader=open_or_make)
     work = video.work(config.token_side, 2 if batched else 1)
-    _, footprint = config_and_footprint(path, options, SYSTEMS, work)
+    _, footprint = config_and_footprint(path, options, SYSTEMS, work, reader=open_or_make)
     count = len(footprint.blocks)
     total = footprint.outside + sum(footprint.blocks)
     yield f"Model      {path.name}: {gigabytes(total)} of weights, {gigabytes(sum(footprint.blocks))} in {count} blocks"
+    absent = [file.name for file in (path, *(module.path for module in options.modules)) if not file.is_file()]
+    if absent:
+        yield f"           (not there yet, from the published sizes: {', '.join(absent)})"
     yield (
         f"           activations of {work.tokens * work.batch} tokens: {gigabytes(footprint.all_at_once)}, in pieces "
         f"{gigabytes(footprint.in_pieces)}"
@@ -168,21 +200,24 @@ def advice(footprint: Footprint, vram: float) -> str:
 
 def _options(reader: Reader, node: Node) -> LoadOptions:
     values = {name: reader.value(node, name) for name in ("base_precision", "quantization", "attention_mode")}
-    modules = []
+    return LoadOptions(
+        base_dtype=DTYPES[str(values["base_precision"])],
+        quantization=str(values["quantization"]),
+        attention_mode=str(values["attention_mode"]),
+        modules=module_files(_modules(reader, node)),
+    )
+
+
+def _modules(reader: Reader, node: Node) -> Iterator[tuple[str, object]]:
+    """The module files at a node's sockets; a node that chooses one may have another in front of it."""
     for name in node.inputs:
         maker = reader.maker(node, name)
         if maker is None or not reader.classes[maker.type].RETURN_TYPES[node.inputs[name].slot].endswith(MODULES):
             continue
         cls = reader.classes[maker.type]
-        arguments = {entry.name: reader.value(maker, entry.name) for entry in inputs_of(cls, maker.inputs)}
-        given = {key: value for key, value in arguments.items() if value is not None}
-        modules.append((name, getattr(cls(), cls.FUNCTION)(**given)[node.inputs[name].slot]))
-    return LoadOptions(
-        base_dtype=DTYPES[str(values["base_precision"])],
-        quantization=str(values["quantization"]),
-        attention_mode=str(values["attention_mode"]),
-        modules=module_files(modules),
-    )
+        values = {entry.name: reader.value(maker, entry.name) for entry in inputs_of(cls, maker.inputs)}
+        arguments = {key: value for key, value in values.items() if value is not None} | dict(_modules(reader, maker))
+        yield name, getattr(cls(), cls.FUNCTION)(**arguments)[node.inputs[name].slot]
 
 
 def _path(host: Host, name: str) -> Path:
@@ -193,6 +228,11 @@ def _path(host: Host, name: str) -> Path:
 def _others(prompt: Prompt, host: Host) -> Iterator[str]:
     """Encoders and VAE, which are on the GPU before or after the transformer."""
     for needed in needed_models(prompt, host):
-        if needed.present and needed.folder not in ("diffusion_models", "loras"):
+        if needed.folder in ("diffusion_models", "loras"):
+            continue
+        if needed.present:
             size = host.find_file(needed.folder, needed.name).stat().st_size
             yield f"Also       {needed.name}: {gigabytes(size)} (its file), not at the same time"
+        elif needed.published is not None and not needed.elsewhere:
+            size = gigabytes(needed.published.gigabytes * 1e9)
+            yield f"Also       {needed.name}: {size} (published, not there yet), not at the same time"

@@ -57,3 +57,11 @@ class WanConfig:
     def token_side(self) -> int:
         """How many pixels a token is wide and high."""
         return 32 if self.out_dim == CHANNELS_2_2 else 16
+
+
+# Those that make videos from text alone; the others differ in what they read besides.
+PUBLISHED_CONFIGS = {
+    "14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "5B": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=CHANNELS_2_2, out_dim=CHANNELS_2_2),
+}

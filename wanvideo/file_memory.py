@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..attention_backends.cudnn import CudnnFp8
 from ..quantized.fp8 import FP8_DTYPES
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .config import WanConfig
 from .load_plan import LoadOptions, contents
 from .loading import parameter_dtype, quantizable
@@ -29,12 +30,19 @@ BITS = {
 }  # fmt: skip
 
 
-def config_and_footprint(path: Path, options: LoadOptions, systems: Systems, work: Work) -> tuple[WanConfig, Footprint]:
-    """The transformer's sizes, and what it takes under the loader's options. Only headers are read.
+def config_and_footprint(
+    path: Path,
+    options: LoadOptions,
+    systems: Systems,
+    work: Work,
+    *,
+    reader: Callable[[Path], Checkpoint] = open_checkpoint,
+) -> tuple[WanConfig, Footprint]:
+    """The transformer's sizes, and what it takes under the loader's options. Only headers are read, by `reader`.
 
     Raises as `load_wan_model` for files that are no transformer or do not fit together.
     """
-    files = contents(path, options, systems)
+    files = contents(path, options, systems, reader=reader)
     config, checkpoint = files.config, files.checkpoint
     with torch.device("meta"):
         model = WanModel(config, files.extensions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,19 +75,28 @@ class LoadPlan(NamedTuple):
     attention: AttentionPlan
 
 
-def contents(path: Path, options: LoadOptions, systems: Systems) -> Contents:
+def contents(
+    path: Path, options: LoadOptions, systems: Systems, *, reader: Callable[[Path], Checkpoint] = open_checkpoint
+) -> Contents:
     """Read the headers. Raises ValueError for files of another kind, or that do not fit together."""
-    return contents_of(open_checkpoint(path), options, systems)
+    return contents_of(reader(path), options, systems, reader=reader)
 
 
-def contents_of(checkpoint: Checkpoint, options: LoadOptions, systems: Systems) -> Contents:
+def contents_of(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    systems: Systems,
+    *,
+    reader: Callable[[Path], Checkpoint] = open_checkpoint,
+) -> Contents:
     """A main file together with the modules and LoRAs of the options. Raises ValueError as `contents` does."""
     main = with_aliases(checkpoint, systems)
     config = config_of(main, systems)
     weights = take(options.loras, systems)
     for brought in weights.checkpoints:
         _check_layers(brought, config)
-    checkpoint = main.joined([*(_module(file, config, systems) for file in options.modules), *weights.checkpoints])
+    modules = [_module(file, reader(file.path), config, systems) for file in options.modules]
+    checkpoint = main.joined([*modules, *weights.checkpoints])
     loras, channels = widening.marked(weights.loras, config)
     extensions = weights.strengthened(systems.detect(_shapes(checkpoint, channels)))
     return Contents(config, channels, extensions, main, checkpoint, loras)
@@ -124,12 +133,12 @@ def module_files(sockets: Iterable[tuple[str, object]]) -> tuple[ModuleFile, ...
     return tuple(files)
 
 
-def _module(file: ModuleFile, config: WanConfig, systems: Systems) -> Checkpoint:
+def _module(file: ModuleFile, brought: Checkpoint, config: WanConfig, systems: Systems) -> Checkpoint:
     """What a transformer reads of a module file, under published names.
 
     Raises ValueError for another kind of file, or a module of another model.
     """
-    checkpoint = with_aliases(open_checkpoint(file.path), systems)
+    checkpoint = with_aliases(brought, systems)
     name, kind = file.path.name, systems.kind_of(checkpoint.shapes)
     if kind is None or (file.kind is not None and kind.name != file.kind.name):
         held = "an unknown kind of file" if kind is None else f"a {kind.name}"
