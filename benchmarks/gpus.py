@@ -1,9 +1,14 @@
 """One 14B video on two GPUs of one host against one of them, in the same processes and with the same weights.
 
     NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py [--gpus 2] [--option fp8_e4m3fn_fast:cudnn_fp8] [--blocks 40]
+        [--overlap none projections heads] [--trace trace.json]
+    NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py --option disabled:sdpa --other-kernel
 
 Random weights in the shapes of InfiniteTalk 14B, the same on every rank. Cases: 832x480 without and with CFG, and
-768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case.
+768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case and
+form of overlap. Forms: every exchange is waited for at once; v and q travel while q and k are projected; half of the
+heads besides, while the other half attends, which is what the package does. --trace says how much of NCCL's time ran
+beside other kernels. --other-kernel compares one GPU by torch's flash kernel with one by its own choice.
 """
 
 from __future__ import annotations
@@ -17,14 +22,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanvideo_wrapper.bench.random_model import Case, load
 from wanvideo_wrapper.clip_image.extension import ClipImage
+from wanvideo_wrapper.distributed import sequence
 from wanvideo_wrapper.distributed.host import RankHost
 from wanvideo_wrapper.distributed.ranks import ProcessRanks
 from wanvideo_wrapper.host import set_host
@@ -34,7 +41,7 @@ from wanvideo_wrapper.wanvideo.conditioning import Payload, Step
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance
 from wanvideo_wrapper.wanvideo.loading import WanVideoModel
 from wanvideo_wrapper.wanvideo.sampling import whole_window
-from wanvideo_wrapper.wanvideo.shard import ALONE
+from wanvideo_wrapper.wanvideo.shard import ALONE, Arriving
 
 FRAMES, GIGABYTE, TOTAL = 81, 2**30, 8
 
@@ -77,7 +84,28 @@ def seconds(model: WanVideoModel, *, size: tuple[int, int], cfg: float, spoken: 
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() / GIGABYTE
-    return {"seconds": statistics.median(times[1:]), "peak_gb": peak, "velocity": velocity.cpu()}
+    return {"seconds": statistics.median(times[1:] or times), "peak_gb": peak, "velocity": velocity.cpu()}
+
+
+OVERLAPS = ("none", "projections", "heads")
+
+
+@contextlib.contextmanager
+def overlapping(form: str) -> Iterator[None]:
+    """Inside, exchanges run beside so much work."""
+    shard = sequence.SequenceShard
+    groups, exchange = sequence.GROUPS, shard._exchange
+
+    def at_once(self: sequence.SequenceShard, parts: Sequence[torch.Tensor], receives: list[int]) -> Arriving:
+        received = exchange(self, parts, receives)()
+        return lambda: received
+
+    sequence.GROUPS = groups if form == "heads" else 1
+    shard._exchange = at_once if form == "none" else exchange
+    try:
+        yield
+    finally:
+        sequence.GROUPS, shard._exchange = groups, exchange
 
 
 CASES = {
@@ -122,39 +150,55 @@ def rank_main(rank: int, folder: str, options: argparse.Namespace) -> None:
     for name in options.cases or CASES:
         case = CASES[name]
         alone: dict[str, object] = {}
+        other = None
         with only_first(model, rank) as mine:
             if mine:
                 alone = seconds(model, **case, steps=options.steps)
-        shared = seconds(model, **case, steps=options.steps)
-        every: list[object] = [None] * options.gpus
-        dist.all_gather_object(every, (shared["peak_gb"], host_memory()))
-        if rank == 0:
-            difference = (shared["velocity"] - alone["velocity"]).norm() / alone["velocity"].norm()
-            report = {
+            if mine and options.other_kernel:
+                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                    other = relative(seconds(model, **case, steps=0)["velocity"], alone["velocity"])
+        for form in options.overlap:
+            with overlapping(form):
+                shared = seconds(model, **case, steps=options.steps)
+            every: list[object] = [None] * options.gpus
+            dist.all_gather_object(every, (shared["peak_gb"], host_memory()))
+            if rank:
+                continue
+            say({
                 "case": name,
                 "option": options.option,
+                "overlap": form,
                 "device": torch.cuda.get_device_name(),
                 "gpus": options.gpus,
                 "blocks": options.blocks,
                 "seconds_one": round(alone["seconds"], 3),
                 "seconds_all": round(shared["seconds"], 3),
                 "speedup": round(alone["seconds"] / shared["seconds"], 3),
-                "relative_difference": float(f"{difference:.3g}"),
+                "relative_difference": relative(shared["velocity"], alone["velocity"]),
+                "relative_difference_of_other_kernel": other,
                 "peak_gb_one": round(alone["peak_gb"], 2),
                 "peak_gb_each": [round(peak, 2) for peak, _ in every],
                 "host_gb_each": [round(memory, 2) for _, memory in every],
                 "seconds_to_load": round(loaded, 1),
-            }
-            sys.stdout.write(json.dumps(report) + "\n")
-            sys.stdout.flush()
-    if options.trace and rank == 0:
-        sys.stdout.write(f"trace: {options.trace}\n")
-    if options.trace:
-        traced(model, options.trace, rank)
+            })  # fmt: skip
+    for form in options.overlap if options.trace else ():
+        with overlapping(form):
+            traced(model, options.trace, rank, form)
     dist.destroy_process_group()
 
 
-def traced(model: WanVideoModel, path: Path, rank: int) -> None:
+def say(report: dict[str, object]) -> None:
+    """One line on stdout, at once."""
+    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.flush()
+
+
+def relative(velocity: torch.Tensor, other: torch.Tensor) -> float:
+    """Size of the difference, in three digits."""
+    return float(f"{(velocity - other).norm() / other.norm():.3g}")
+
+
+def traced(model: WanVideoModel, path: Path, rank: int, form: str) -> None:
     """One shared step under the profiler: how much of the communication runs beside other kernels."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -170,8 +214,7 @@ def traced(model: WanVideoModel, path: Path, rank: int) -> None:
     hidden = sum(
         max(0.0, min(end, stop) - max(start, begin)) for start, end in talk for begin, stop in work if begin < end
     )
-    report = {"nccl_ms": round(total / 1000, 2), "beside_other_kernels_ms": round(hidden / 1000, 2)}
-    sys.stdout.write(json.dumps(report) + "\n")
+    say({"overlap": form, "nccl_ms": round(total / 1000, 2), "beside_other_kernels_ms": round(hidden / 1000, 2)})
 
 
 def main() -> None:
@@ -182,6 +225,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES))
+    parser.add_argument("--overlap", nargs="+", choices=OVERLAPS, default=["heads"])
+    parser.add_argument("--other-kernel", action="store_true", help="for an option that ends in :sdpa")
     parser.add_argument("--trace", type=Path, help="a file for the profiler's trace of a shared step")
     options = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")

@@ -82,9 +82,11 @@ class ProcessRanks(Ranks):
             behind=tokens - frames * places,
         )
 
-    def each(self, jobs: Sequence[Sequence[Job]], run: Callable[[Sequence[Job]], Tensor]) -> list[Tensor]:
+    def each(
+        self, jobs: Sequence[Sequence[Job]], run: Callable[[Sequence[Job]], Tensor], *, together: bool = False
+    ) -> list[Tensor]:
         """Each pass on its ranks, which then send the result to the others."""
-        self._passes = passes_at_once(len(jobs), self._world)
+        self._passes = 1 if together else passes_at_once(len(jobs), self._world)
         group, mine = self._group("cfg"), self._meshes[self._passes].get_local_rank("cfg")
         own = {place: run(job).contiguous() for place, job in enumerate(jobs) if place % self._passes == mine}
         shape = next(iter(own.values())).shape[1:]

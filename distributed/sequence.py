@@ -4,14 +4,17 @@ Before self-attention an all-to-all gives each process all tokens of its heads, 
 so that any attention kernel runs as it is (DeepSpeed-Ulysses, Jacobs et al. 2023). Shares may be unequal: nothing is
 padded but in gathers.
 
-The collectives are torch's functional ones, which compiled graphs may contain and which wait where their result is
-read. Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h of this process, D head size.
+The collectives are torch's functional ones, which compiled graphs may contain. An exchange begins as soon as its tensor
+is there and is waited for where its result is read: v travels while q is projected and q while k is; the second half of
+the heads travels during attention of the first, whose result travels during attention of the second.
+
+Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h of this process, D head size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -21,9 +24,15 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 from ..attention import Attention
-from ..wanvideo.shard import Shard
+from ..wanvideo.shard import Arriving, Shard
 
 Sizes = tuple[int, ...]
+# Each more hides more of the exchange, and makes attention's kernels smaller.
+GROUPS = 2
+APPENDED_TWICE = (
+    "Two systems append reference tokens to the video, and one of them reads its own: several GPUs cannot share that; "
+    "run it on one."
+)
 
 
 def shares(total: int, ranks: int) -> Sizes:
@@ -96,22 +105,31 @@ class SequenceShard(Shard):
         if tokens <= video:
             return replace(self, frame_count=tokens // self.places, behind=0)
         if tokens != video + self.behind:
-            raise ValueError(
-                "Two systems append reference tokens to the video, and a third of its own blocks reads those of one: "
-                "several GPUs cannot share that; run it on one."
-            )
+            raise ValueError(APPENDED_TWICE)
         return self
 
+    def rest(self, start: int) -> SequenceShard:
+        """No frames. Raises ValueError where others appended tokens before these: their ranks would differ."""
+        if start != self.frame_count * self.places:
+            raise ValueError(APPENDED_TWICE)
+        return replace(self, frame_count=0)
+
+    def appended(self, t: Tensor) -> Tensor:
+        """An all-gather."""
+        return self._gathered(t.movedim(1, 0), shares(self.behind, self.ranks)).movedim(0, 1)
+
     def frames(self, t: Tensor) -> Tensor:
-        """An all-gather; every rank sends as many tokens as the one with the most."""
+        """An all-gather."""
         start, stop = self._here
-        sizes = shares(self.places, self.ranks)
-        own = t.unflatten(1, (-1, stop - start)).movedim(2, 0)
-        own = F.pad(own, (*(0, 0) * (own.dim() - 1), 0, sizes[0] - (stop - start))).contiguous()
-        every = torch.ops._c10d_functional.all_gather_into_tensor(own, self.ranks, self.group)
-        every = collectives.wait_tensor(every)
+        places = t.unflatten(1, (-1, stop - start)).movedim(2, 0)
+        return self._gathered(places, shares(self.places, self.ranks)).movedim(0, 2).flatten(1, 2)
+
+    def _gathered(self, own: Tensor, sizes: Sizes) -> Tensor:
+        """Rows [n, ...] of every rank, one behind the other; every rank sends as many as the one with the most."""
+        own = F.pad(own, (*(0, 0) * (own.dim() - 1), 0, sizes[0] - own.shape[0])).contiguous()
+        every = collectives.wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(own, self.ranks, self.group))
         parts = (part[:size] for part, size in zip(every.unflatten(0, (self.ranks, -1)), sizes, strict=True))
-        return torch.cat(tuple(parts)).movedim(0, 2).flatten(1, 2)
+        return torch.cat(tuple(parts))
 
     def mean(self, over_tokens: Tensor) -> Tensor:
         """Weighted by how many places a rank has."""
@@ -124,46 +142,68 @@ class SequenceShard(Shard):
         low, high = collectives.all_reduce(both, "max", self.group).chunk(2)
         return -low, high
 
-    def heads(self, t: Tensor, *, in_order: bool) -> Tensor:
+    def heads(self, t: Tensor, *, in_order: bool) -> Sequence[Arriving]:
         """The all-to-all before attention. Raises ValueError where there are fewer heads than ranks."""
-        batch, _, count, size = t.shape
-        heads = shares(count, self.ranks)
-        if not heads[-1]:
-            raise ValueError(f"{count} attention heads cannot be shared by {self.ranks} GPUs: use fewer.")
-        shape = (heads[self.rank], size)
-        sizes = [batch * tokens * math.prod(shape) for tokens in self.lengths]
-        received = self._exchange(t.split(heads, dim=2), sizes)
-        if batch == 1 and not in_order:
-            return received.view(1, sum(self.lengths), *shape)
-        pairs = zip(received.split(sizes), self.lengths, strict=True)
-        parts = [part.view(batch, tokens, *shape) for part, tokens in pairs]
-        return self._ordered(parts) if in_order else torch.cat(parts, dim=1)
+        groups = self._groups(t.shape[2], in_order)
+        pieces = t.split([count for of_rank in zip(*groups, strict=True) for count in of_rank], dim=2)
+        return tuple(self._shared(pieces[index :: len(groups)], in_order) for index in range(len(groups)))
 
-    def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
+    def _groups(self, heads: int, in_order: bool) -> tuple[Sizes, ...]:
+        """How many heads each rank has, in each group."""
+        each = shares(heads, self.ranks)
+        if not each[-1]:
+            raise ValueError(f"{heads} attention heads cannot be shared by {self.ranks} GPUs: use fewer.")
+        count = 1 if in_order else min(GROUPS, each[-1])
+        return tuple(zip(*[shares(of_rank, count) for of_rank in each], strict=True))
+
+    def _shared(self, pieces: Sequence[Tensor], in_order: bool) -> Arriving:
+        """Pieces [B, l, h, D] for each rank -> [B, L, h, D] for this one."""
+        batch, _, *shape = pieces[self.rank].shape
+        sizes = [batch * tokens * math.prod(shape) for tokens in self.lengths]
+        flat = self._exchange(pieces, sizes)
+
+        def arrived() -> Tensor:
+            received = flat()
+            if batch == 1 and not in_order:
+                return received.view(1, sum(self.lengths), *shape)
+            pairs = zip(received.split(sizes), self.lengths, strict=True)
+            parts = [part.view(batch, tokens, *shape) for part, tokens in pairs]
+            return self._ordered(parts) if in_order else torch.cat(parts, dim=1)
+
+        return arrived
+
+    def tokens(self, t: Tensor, *, group: int, heads: int, in_order: bool) -> Callable[[], Sequence[Tensor]]:
         """The all-to-all behind attention."""
         batch, _, _, size = t.shape
         parts = self._of_ranks(t) if in_order else t.split(self.lengths, dim=1)
-        length, counts = self.lengths[self.rank], shares(heads, self.ranks)
+        length, counts = self.lengths[self.rank], self._groups(heads, in_order)[group]
         sizes = [batch * length * count * size for count in counts]
-        blocks = self._exchange(parts, sizes).split(sizes)
-        views = [block.view(batch, length, count, size) for block, count in zip(blocks, counts, strict=True)]
-        return torch.cat(views, dim=2)
+        flat = self._exchange(parts, sizes)
 
-    def refuse(self, what: str) -> None:
-        """Always."""
-        raise ValueError(f"{what} cannot be shared by several GPUs yet: use --gpus 1, or disconnect it.")
+        def arrived() -> Sequence[Tensor]:
+            pairs = zip(flat().split(sizes), counts, strict=True)
+            return [block.view(batch, length, count, size) for block, count in pairs]
+
+        return arrived
+
+    def joined(self, groups: Sequence[Callable[[], Sequence[Tensor]]]) -> Tensor:
+        """Those of a rank beside each other."""
+        ranks = zip(*[group() for group in groups], strict=True)
+        return torch.cat([heads for of_rank in ranks for heads in of_rank], dim=2)
 
     def fused(self, attention: Attention) -> None:
         """None: norms read all heads of a token, and the kernel all tokens of a head."""
         return None
 
-    def _exchange(self, parts: Sequence[Tensor], receives: list[int]) -> Tensor:
+    def _exchange(self, parts: Sequence[Tensor], receives: list[int]) -> Arriving:
         """Send each part to its rank; what all ranks send here, flat."""
         sends = [part.numel() for part in parts]
         buffer = parts[0].new_empty(sum(sends))
         for piece, part in zip(buffer.split(sends), parts, strict=True):
             piece.view(part.shape).copy_(part)
-        return collectives.all_to_all_single(buffer, receives, sends, self.group)
+        # The wrapper of this operator waits at once where it is traced.
+        received = torch.ops._c10d_functional.all_to_all_single(buffer, receives, sends, self.group)
+        return lambda: collectives.wait_tensor(received)
 
     def _ordered(self, parts: Sequence[Tensor]) -> Tensor:
         """Parts [B, l, ...] of all ranks as the whole sequence [B, L, ...]."""

@@ -68,6 +68,8 @@ class StandingRanks:
             folder = Path(name)
             _write(request, folder / REQUEST)
             try:
+                if self._team is not None and self._team.lost():
+                    self.close()
                 if self._team is None:
                     self._team = _Team(self._places, host)
                     self._team.follow(host, start_seconds=self._start_seconds)
@@ -103,6 +105,10 @@ class _Team:
             theirs.close()
             self._pipes.append(mine)
             _send(mine, Start(rank, places, meeting.name, host.output_dir(), host.reserved_memory()))
+
+    def lost(self) -> bool:
+        """Whether one of them has died since it last answered."""
+        return any(process.poll() is not None for process in self._processes)
 
     def order(self, order: Order) -> None:
         """Every rank is to run this."""

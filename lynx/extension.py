@@ -27,7 +27,7 @@ from ..wanvideo.guidance import NO_TEXT, at_step
 from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import sinusoidal_embedding
 from ..wanvideo.modules.model import WanModel
-from ..wanvideo.shard import Shard
+from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import CrossAttention, Heads, HeadsRead, ModelInputs, Projections, Text, TextSource, Tokens
 from .adapters import IpAdapter, RefAdapter
 
@@ -103,8 +103,10 @@ class PictureText(NamedTuple):
 
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
         """Each part of the queries q [B, L, H, D] to its own text."""
-        seen = Text(self.own).attend(cross, q[:, self.start : self.stop])
-        parts = [self.first.attend(cross, q[:, : self.start]), seen]
+        parts = [self.first.attend(cross, q[:, : self.start])]
+        # A part of the sequence may have none of the picture.
+        if self.start < self.stop:
+            parts.append(Text(self.own).attend(cross, q[:, self.start : self.stop]))
         if self.stop < q.shape[1]:
             parts.append(self.first.attend(cross, q[:, self.stop :]))
         return torch.cat(parts, dim=1)
@@ -117,14 +119,17 @@ class PictureText(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What blocks read: face tokens [B, N, C]; which tokens are the picture (start to stop; the same without one);
-    strengths, 0-d. reads: whether video tokens read the picture in this block. heads [B, L, H, D]: what they read."""
+    """What blocks read: face tokens [B, N, C]; which of the tokens here are the picture (start to stop; the same
+    without any); strengths, 0-d. whole: which of the whole sequence, of which `shard` is the picture's part. reads:
+    whether video tokens read the picture in this block. heads [B, L, H, D]: what they read."""
 
     tokens: Tensor | None
     start: int
     stop: int
     ip_scale: Tensor
     ref_scale: Tensor
+    whole: tuple[int, int] = (0, 0)
+    shard: Shard = WHOLE
     reads: bool = False
     heads: Tensor | None = None
 
@@ -193,7 +198,8 @@ class Lynx(Extension):
             face = face.to(tokens.x.dtype).expand(batch, -1, -1)
         if payload.picture is not None:
             tokens = _with_picture(model, payload, tokens)
-        seen = Seen(face, start, tokens.x.shape[1], payload.ip_scale, payload.ref_scale)
+        stop = tokens.x.shape[1]
+        seen = Seen(face, start, stop, payload.ip_scale, payload.ref_scale, whole=(start, stop))
         return tokens, State(seen, payload.ref_blocks)
 
     def _check(self, payload: LynxFace, model: WanModel) -> None:
@@ -222,16 +228,16 @@ class Lynx(Extension):
                 )
 
     def on(self, state: State, shard: Shard) -> State:
-        """Face tokens are the same for all. Raises ValueError for a picture, which every token would have to read."""
-        seen = state.seen
-        if seen.stop > seen.start:
-            shard.refuse("Lynx's ref_image")
-        return state._replace(seen=seen._replace(start=shard.count(seen.start), stop=shard.count(seen.stop)))
+        """Face tokens are the same for all. Raises ValueError for a picture behind other references."""
+        start, stop = state.seen.whole
+        own = shard.rest(start) if start < stop else WHOLE
+        seen = state.seen._replace(start=shard.count(start), stop=shard.count(stop), shard=own)
+        return state._replace(seen=seen)
 
     def block_cond(self, state: State, index: int) -> Seen:
         """With the face where the block has an identity adapter, reading the picture where it has the other one."""
         seen, chosen = state
-        reads = seen.stop > seen.start and index in self.ref_blocks and (chosen is None or index in chosen)
+        reads = seen.whole[0] < seen.whole[1] and index in self.ref_blocks and (chosen is None or index in chosen)
         return seen._replace(tokens=seen.tokens if index in self.ip_blocks else None, reads=reads)
 
     def reads_heads(self, cond: Seen) -> HeadsRead | None:
@@ -242,12 +248,12 @@ class Lynx(Extension):
         """What video tokens read of the picture's input to this self-attention."""
         if not cond.reads:
             return value, cond
-        attention, reference = block.self_attn, value.x[:, cond.start : cond.stop]
+        attention, reference = block.self_attn, cond.shard.appended(value.x[:, cond.start : cond.stop])
         return value, cond._replace(heads=attention.ref_adapter(attention, value.q[:, : cond.start], reference))
 
     def attend(self, block: WanAttentionBlock, call: AttentionCall, cond: Seen) -> tuple[AttentionCall, Seen]:
         """The picture to itself alone, and nothing else to it."""
-        count, (start, stop) = call.q.shape[1], (cond.start, cond.stop)
+        count, (start, stop) = call.q.shape[1], cond.whole
         if start == stop:
             return call, cond
         spans = call.spans or (((0, count), (0, count)),)

@@ -70,11 +70,8 @@ class PoseControl:
 
     def on(self, shard: Shard) -> PoseControl:
         """The part of these tokens, before the first block ran. Raises ValueError where others lie between them."""
-        video, start, stop = self._places
-        if video < start < stop:
-            shard.refuse("Poses of One-to-All behind the reference tokens of another system")
-        length = self._poses.shape[1]
-        return PoseControl(shard.take(self._poses), self._strength, self._places.on(shard), shard.first(length))
+        own = shard.first(self._poses.shape[1])
+        return PoseControl(shard.take(self._poses), self._strength, self._places.on(shard), own)
 
     def behind(self, model: WanModel, index: int, x: Tensor, inputs: BlockInputs) -> Tensor:
         """Tokens [B, N, C] behind main block `index`, with the control block's share where one belongs to it.

@@ -9,7 +9,7 @@ Source: Ovi (Low et al. 2025; character-ai/Ovi, ovi/modules/fusion.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -27,7 +27,7 @@ from ..wanvideo.modules.attention import WanT2VCrossAttention
 from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import WanLayerNorm, WanRMSNorm, normalize
 from ..wanvideo.modules.model import WanModel
-from ..wanvideo.shard import Shard
+from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Text, TextSource, Tokens, video_tokens
 from .run import SoundRun
 from .stream import OviSound, SoundStream
@@ -41,7 +41,7 @@ class FusedText(NamedTuple):
     """Text source: the prompt, and the other tower's tokens `target` [B, T, C].
 
     rope, target_rope: positions of queries and target. lengths: how many tokens of each row of the target count; empty
-    means all.
+    means all. gather: of a shared sequence, its keys or values in all processes, of those here.
     """
 
     prompt: TextSource
@@ -49,6 +49,7 @@ class FusedText(NamedTuple):
     rope: Tensor
     target_rope: Tensor
     lengths: tuple[int, ...] = ()
+    gather: Callable[[Tensor], Tensor] = WHOLE.frames
     tokenwise = False
 
     def attend(self, cross: WanT2VCrossAttention, q: Tensor) -> Tensor:
@@ -57,18 +58,23 @@ class FusedText(NamedTuple):
         target = shared_input(normalize(cross.pre_attn_norm_fusion, self.target, readers), *readers)
         k = apply_rope(cross.split(cross.norm_k_fusion(cross.k_fusion(target))), self.target_rope)
         v = cross.split(cross.v_fusion(target))
-        call = AttentionCall(apply_rope(q, self.rope), k, v, k_lens=self.lengths)
+        call = AttentionCall(apply_rope(q, self.rope), self.gather(k), self.gather(v), k_lens=self.lengths)
         return self.prompt.attend(cross, q) + attend(cross.attention, call)
 
 
 class Sound(NamedTuple):
-    """What blocks read for the sound: where its tokens start, how many of the video's it hears, its block inputs."""
+    """What blocks read for the sound: where its tokens start, how many of the video's it hears, its block inputs.
+
+    shown, shard: the parts of the sequence that are the video's and the sound's.
+    """
 
     start: int
     lengths: tuple[int, ...]
     mod: Tensor
     rope: Tensor
     text: TextSource
+    shown: Shard = WHOLE
+    shard: Shard = WHOLE
 
 
 class OviState(NamedTuple):
@@ -104,16 +110,18 @@ class FusedBlock(WanAttentionBlock):
             return super().forward(x, inputs, conds)
         (partner,) = self.partner
         rows = None if inputs.rows is None else inputs.rows[: sound.start]
-        shown = inputs._replace(rope=inputs.rope[: sound.start], rows=rows)
-        heard = BlockInputs(sound.mod, None, sound.rope, sound.text, inputs.grid)
+        shown = inputs._replace(rope=inputs.rope[: sound.start], rows=rows, shard=sound.shown)
+        heard = BlockInputs(sound.mod, None, sound.rope, sound.text, inputs.grid, shard=sound.shard)
         video, audio = x[:, : sound.start], x[:, sound.start :]
         hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None and c is not sound)
         of_video, of_audio = self.modulated(shown), partner.modulated(heard)
 
         audio, _ = partner.attend(audio, heard, (), of_audio[:3])
         video, hooks = self.attend(video, shown, hooks, of_video[:3])
-        told = heard._replace(text=FusedText(heard.text, video, heard.rope, shown.rope, sound.lengths))
-        shown = shown._replace(text=FusedText(shown.text, audio, shown.rope, heard.rope))
+        everything = FusedText(heard.text, video, heard.rope, shown.rope, sound.lengths, shown.shard.frames)
+        told = heard._replace(text=everything)
+        text = FusedText(shown.text, audio, shown.rope, heard.rope, gather=heard.shard.appended)
+        shown = shown._replace(text=text)
         audio = partner.read(audio, told, (), of_audio[3:])
         video = self.read(video, shown, hooks, of_video[3:])
         return torch.cat((video, audio), dim=1)
@@ -195,9 +203,13 @@ class Ovi(Extension):
         return tokens.appended(audio, rope), OviState(sound, embedding, payload.stream, payload.missing)
 
     def on(self, state: OviState, shard: Shard) -> OviState:
-        """Not yet: the towers read each other's tokens in every block."""
-        shard.refuse("Ovi's sound")
-        return state
+        """Both towers share their tokens out. Raises ValueError where others append tokens before the sound's."""
+        sound = state.sound
+        own = shard.rest(sound.start)
+        sound = sound._replace(
+            start=shard.count(sound.start), rope=own.take(sound.rope, dim=0), shown=shard.first(sound.start), shard=own
+        )
+        return state._replace(sound=sound)
 
     def block_cond(self, state: OviState, index: int) -> Sound:
         """The same for all blocks."""
@@ -205,7 +217,7 @@ class Ovi(Extension):
 
     def after_blocks(self, model: WanModel, x: Tensor, state: OviState) -> None:
         """Hands the sound's prediction to its stream."""
-        audio = x[:, state.sound.start :]
+        audio = state.sound.shard.appended(x[:, state.sound.start :])
         state.stream.velocities[state.missing] = model.audio_model.head(audio, state.embedding, None).float()
 
 

@@ -52,6 +52,7 @@ class OviSound(Payload):
     stream: SoundStream
     negative: tuple[Tensor, ...] | None = None
     missing: frozenset[str] = EVERYTHING
+    together: ClassVar[bool] = True
     needs: ClassVar[str] = (
         "Sound beside the video needs a model with 'audio_model': connect Ovi's audio module, by "
         "WanVideoExtraModelSelect, to extra_model of WanVideoModelLoader."

@@ -1,9 +1,15 @@
 """What the workers of the crew tests hold."""
 
+import json
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+from wanvideo_wrapper.distributed.crew import End, attempt
+from wanvideo_wrapper.headless.batch import entries, run_jobs
+from wanvideo_wrapper.headless.job import Folders
+from wanvideo_wrapper.headless.results import Results
 
 
 @dataclass
@@ -24,3 +30,30 @@ class Echo:
         if not isinstance(job, str):
             (job.folders.outputs / "video.txt").write_text(" ".join(job.edits.assignments))
         return [f"{name} {os.getpid()}"]
+
+
+class Here:
+    """A crew of one worker, which is this process: what kills the job kills the driver."""
+
+    size = 1
+
+    def __init__(self, work):
+        self._work = work
+
+    def begin(self, worker, job):
+        self._end = End(worker, *attempt(self._work, job))
+
+    def next(self):
+        return self._end
+
+
+def four_jobs(folder):
+    """A batch of four, of which the third kills its process once."""
+    (folder / "graph.json").write_text("{}")
+    rows = [{"workflow": "graph.json", "id": name} for name in ("one", "two", "die", "four")]
+    (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return entries(folder / "jobs.jsonl", Results(str(folder / "out")), Folders())
+
+
+def drive(folder):
+    run_jobs(four_jobs(folder), Here(Echo(folder)))

@@ -8,16 +8,19 @@ torch.manual_seed(7)  # Some cases are drawn as they are imported.
 
 from contract import ALL_CASES, build, inputs  # noqa: E402
 from talking import request, run  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from wanvideo_wrapper.attention import BACKENDS  # noqa: E402
 from wanvideo_wrapper.cache_methods.easycache import EasyCache  # noqa: E402
 from wanvideo_wrapper.distributed.ranks import ProcessRanks  # noqa: E402
 from wanvideo_wrapper.host import StandaloneHost  # noqa: E402
+from wanvideo_wrapper.ovi.stream import SoundStream  # noqa: E402
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan  # noqa: E402
 from wanvideo_wrapper.wanvideo.conditioning import Step  # noqa: E402
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance  # noqa: E402
 from wanvideo_wrapper.wanvideo.modules.vae import Tile, load_vae  # noqa: E402
 from wanvideo_wrapper.wanvideo.shard import ALONE  # noqa: E402
 from wanvideo_wrapper.wanvideo.step_cache import StepMemories  # noqa: E402
+from wanvideo_wrapper.wanvideo.tokens import BlockInputs  # noqa: E402
 
 CPU = torch.device("cpu")
 HEADS = 4
@@ -40,6 +43,93 @@ def difference(name):
     alone = one_step(model, case.payload, ranks=ALONE)
     shared = one_step(model, case.payload, ranks=ProcessRanks(CPU))
     return float((shared - alone).norm() / alone.norm()), float(shared.sum())
+
+
+def sound_differences():
+    """Of Ovi's velocities with guidance, the video's and the sound's of each pass."""
+    case = ALL_CASES["ovi"]
+    generator = torch.Generator().manual_seed(4)
+    prompts = {name: torch.randn(4, 8, generator=generator) for name in ("positive", "negative")}
+    latents = torch.randn(16, 3, 4, 4, generator=generator)
+    found = []
+    for ranks in (ALONE, ProcessRanks(CPU)):
+        stream = SoundStream(case.payload.stream.audio)
+        payloads = (replace(case.payload, stream=stream),)
+        model = built(case)
+        with model.shared_by(ranks), torch.no_grad():
+            rule = Guidance(cfg=(3.0,), payloads=payloads)
+            conditions = Conditions(**prompts, payloads=payloads)
+            denoiser = Denoiser(model, conditions, guidance=rule, device=CPU, dtype=torch.float32)
+            picture = denoiser(latents, torch.tensor(500.0), Step(index=0, total=4, in_run=0))
+        found.append({"video": picture, **{str(sorted(names)): v for names, v in stream.velocities.items()}})
+    alone, shared = found
+    assert len(alone) == 3 and set(alone) == set(shared)
+    return {name: float((shared[name] - v).norm() / v.norm()) for name, v in alone.items()}
+
+
+def uneven_difference():
+    """Of a plain model, and how many tokens each rank has."""
+    model = build(config=replace(ALL_CASES["slg"].config, dim=40, num_heads=5))[0]
+    given = replace(inputs(), latents=torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(8)))
+    ranks = ProcessRanks(CPU)
+    heads = torch.randn(2, 29, 5, 8, generator=torch.Generator().manual_seed(9))
+    shard = ranks.shard((3, 2, 3), 29)
+    for in_order in (False, True):
+        groups = [group() for group in shard.heads(shard.take(heads), in_order=in_order)]
+        back = [shard.tokens(t, group=i, heads=5, in_order=in_order) for i, t in enumerate(groups)]
+        assert torch.equal(shard.joined(back), shard.take(heads))
+    assert torch.equal(shard.rest(18).appended(shard.take(heads)[:, shard.count(18) :]), heads[:, 18:])
+    with torch.no_grad():
+        alone = model(given)
+        with model.shared_by(ranks):
+            shared = model(given)
+    return float((shared - alone).norm() / alone.norm()), shard.lengths
+
+
+def refusal_behind_others():
+    """What is said of a picture that blocks read, behind references of another system."""
+    lynx, phantom = ALL_CASES["lynx_full"], ALL_CASES["phantom"]
+    model = build(phantom.extension, lynx.extension, config=replace(lynx.config, num_heads=HEADS))[1]
+    try:
+        one_step(model, phantom.payload, lynx.payload, ranks=ProcessRanks(CPU))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class Order(TorchDispatchMode):
+    """Notes projections to heads, attention, and what is sent and waited for."""
+
+    NAMES = {
+        "aten::addmm": "projection", "_c10d_functional::all_to_all_single": "send",
+        "_c10d_functional::wait_tensor": "wait", "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    }  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func.name().partition(".")[0]) in self.NAMES:
+            self.seen.append(self.NAMES[name])
+        return func(*args, **(kwargs or {}))
+
+
+def order_of_work():
+    """Of a block's self-attention, as it is and as one traced graph."""
+    model = built(ALL_CASES["slg"])
+    attention, ranks = model.blocks[0].self_attn, ProcessRanks(CPU)
+    x, shard = torch.randn(1, 12, 24), ranks.shard((3, 2, 2), 12)
+    rope = model.rope((3, 2, 2))
+    given = BlockInputs(None, None, shard.take(rope, dim=0), None, (3, 1, 2), shard=shard)
+    orders = []
+    for form in (attention, torch.compile(attention, backend="eager", fullgraph=True)):
+        with torch.no_grad():
+            form(shard.take(x), given, (), model.blocks[0])
+            with Order() as order:
+                form(shard.take(x), given, (), model.blocks[0])
+        orders.append(order.seen)
+    return orders
 
 
 def refusal(name):

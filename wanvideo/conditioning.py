@@ -89,7 +89,8 @@ class Payload:
     which key is missing, which loader input gives it. optional: such a model ignores the payload, with that sentence as
     a warning. encoded: it holds latents of a VAE, so that the noise must have their channels. fills_channels: its
     system gives the model all condition channels that it reads, so that no picture need be connected. holds_given:
-    latents that were given before sampling are put back after every step. part: what `window` returns, where that is
+    latents that were given before sampling are put back after every step. together: a pass leaves more than its
+    velocity, so that all processes must run it. part: what `window` returns, where that is
     another type, which the model reads.
     """
 
@@ -98,6 +99,7 @@ class Payload:
     encoded: ClassVar[bool] = False
     fills_channels: ClassVar[bool] = False
     holds_given: ClassVar[bool] = False
+    together: ClassVar[bool] = False
     part: ClassVar[type[Payload] | None] = None
 
     def fitted(self, config: WanConfig) -> Self:

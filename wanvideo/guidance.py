@@ -162,7 +162,10 @@ class Denoiser:
         rows, ranks = self.guidance.rows(step), self.model.ranks
         video = ranks.same(latents.to(self.device, torch.float32))
         groups = self._groups(rows)
-        results = ranks.each(groups, lambda group: self._predict(video, timestep, step, group).float())
+        together = any(payload.together for payload in self._conditions.payloads)
+        results = ranks.each(
+            groups, lambda group: self._predict(video, timestep, step, group).float(), together=together
+        )
         predictions: dict[Row, Tensor] = {}
         for group, result in zip(groups, results, strict=True):
             predictions |= zip(group, result, strict=True)

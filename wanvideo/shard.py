@@ -17,6 +17,8 @@ from torch import Tensor
 from ..attention import Attention, FusedAttention
 
 Job, Writer = TypeVar("Job"), TypeVar("Writer")
+# A tensor that may still be on its way from other processes: the call waits for it.
+Arriving = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Shard:
         """The part of the sequence that ends after so many tokens of the whole one, or of one with fewer frames."""
         return self
 
+    def rest(self, start: int) -> Shard:
+        """The part of the sequence that begins at this token, the first one behind the video."""
+        return self
+
+    def appended(self, t: Tensor) -> Tensor:
+        """Tokens of this process [B, n, ...], all that it has behind the video, from all processes: [B, N, ...]."""
+        return t
+
     def frames(self, t: Tensor) -> Tensor:
         """Video tokens of this process [B, l, ...], of whole frames, from all processes: [B, L, ...]."""
         return t
@@ -55,19 +65,21 @@ class Shard:
         """Least and largest values over the tokens of all processes: t [B, l, C] -> twice [B, 1, C]."""
         return t.amin(dim=1, keepdim=True), t.amax(dim=1, keepdim=True)
 
-    def heads(self, t: Tensor, *, in_order: bool) -> Tensor:
+    def heads(self, t: Tensor, *, in_order: bool) -> Sequence[Arriving]:
         """[B, l, H, D] -> [B, L, h, D]: the whole sequence for this process's share of the heads.
 
-        in_order: the tokens come in the order of the whole sequence. Attention of all to all does not need it.
+        They come in groups, so that attention of one may run while the next is on its way. in_order: the tokens come in
+        the order of the whole sequence, and all heads at once. Attention of all to all needs neither.
         """
-        return t
+        return (lambda: t,)
 
-    def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
-        """The way back: [B, L, h, D] -> [B, l, H, D]. heads: H."""
-        return t
+    def tokens(self, t: Tensor, *, group: int, heads: int, in_order: bool) -> Callable[[], Sequence[Tensor]]:
+        """The way back, of one group: [B, L, h, D] -> [B, l, ..., D], the heads of each process. heads: H."""
+        return lambda: (t,)
 
-    def refuse(self, what: str) -> None:
-        """Raises ValueError, naming it, where the sequence is in parts, which `what` cannot be."""
+    def joined(self, groups: Sequence[Callable[[], Sequence[Tensor]]]) -> Tensor:
+        """All heads [B, l, H, D], when all groups are back."""
+        return groups[0]()[0]
 
     def fused(self, attention: Attention) -> FusedAttention | None:
         """The backend's form that takes projections as they are, if it has one that can run on this part."""
@@ -92,8 +104,10 @@ class Ranks:
         """
         return WHOLE
 
-    def each(self, jobs: Sequence[Sequence[Job]], run: Callable[[Sequence[Job]], Tensor]) -> list[Tensor]:
-        """The result of each job, [rows of the job, ...], wherever it ran."""
+    def each(
+        self, jobs: Sequence[Sequence[Job]], run: Callable[[Sequence[Job]], Tensor], *, together: bool = False
+    ) -> list[Tensor]:
+        """The result of each job, [rows of the job, ...], wherever it ran; together: all processes run each."""
         return [run(job) for job in jobs]
 
     def spread(self, parts: Sequence[Callable[[], Iterable[Tensor]]]) -> Iterator[Iterable[Tensor]]:

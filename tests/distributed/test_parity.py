@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-from contract import ALL_CASES
+import ranked_runs
+from contract import ALL_CASES, with_extension
 from PIL import Image
 from several import Several
 from talking import request, run, save
+from wanvideo_wrapper.registry import FOLDERS
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +22,6 @@ def four():
         yield processes
 
 
-# Every token would have to read the picture's, or the sound's.
-REFUSED = {"lynx_full": "Lynx's ref_image", "ovi": "Ovi's sound"}
-
-
 # Control blocks are half as wide as the model, so that they have two of its four heads here.
 HALF_AS_MANY_HEADS = ("longvie2", "longvie2_history")
 
@@ -34,7 +32,7 @@ HALF_AS_MANY_HEADS = ("longvie2", "longvie2_history")
         (ranks, name)
         for name in ALL_CASES
         for ranks in ("two", "four")
-        if name not in REFUSED and (ranks, name) not in {("four", half) for half in HALF_AS_MANY_HEADS}
+        if (ranks, name) not in {("four", half) for half in HALF_AS_MANY_HEADS}
     ],
 )
 def test_a_system_is_the_same_on_several_ranks(request, ranks, name):
@@ -44,10 +42,40 @@ def test_a_system_is_the_same_on_several_ranks(request, ranks, name):
     assert len({total for _, total in answers}) == 1
 
 
-@pytest.mark.parametrize(("name", "what"), REFUSED.items())
-def test_what_cannot_be_shared_is_refused(two, name, what):
-    said = two.run("ranked", "refusal", name)
-    assert said == [f"{what} cannot be shared by several GPUs yet: use --gpus 1, or disconnect it."] * 2
+@pytest.mark.parametrize("ranks", ["two", "four"])
+def test_sound_is_the_same_with_passes_that_all_ranks_run(request, ranks):
+    for differences in request.getfixturevalue(ranks).run("ranked", "sound_differences"):
+        assert max(differences.values()) < 1e-5, differences
+
+
+@pytest.mark.parametrize("ranks", ["two", "four"])
+def test_shares_may_be_unequal(request, ranks):
+    """Six places a frame, five heads, eleven tokens behind the video."""
+    for relative, lengths in request.getfixturevalue(ranks).run("ranked", "uneven_difference"):
+        assert relative < 1e-5 and len(set(lengths)) > 1
+
+
+def test_references_behind_references_that_a_system_reads_are_refused(two):
+    assert all("Two systems append reference tokens" in said for said in two.run("ranked", "refusal_behind_others"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    ranked_runs.save(folder)
+    return folder
+
+
+def test_every_system_is_in_one_of_the_tables():
+    """By its extension, or as a run; the rest makes and reads prompts."""
+    assert set(FOLDERS) - set(with_extension()) <= set(ranked_runs.RUNS)
+
+
+@pytest.mark.parametrize("ranks", ["two", "four"])
+@pytest.mark.parametrize("name", ranked_runs.RUNS)
+def test_a_run_is_the_same_on_several_ranks(request, files, ranks, name):
+    answers = request.getfixturevalue(ranks).run("ranked_runs", "difference", files, name)
+    assert max(relative for relative, _ in answers) < 1e-5 and len({total for _, total in answers}) == 1
 
 
 @pytest.mark.parametrize("name", HALF_AS_MANY_HEADS)
@@ -58,6 +86,15 @@ def test_more_ranks_than_heads_are_refused(four, name):
 @pytest.mark.parametrize("name", ["multitalk_two_speakers", "enhance_a_video"])
 def test_compiled_blocks_hold_the_collectives(two, name):
     assert max(two.run("ranked", "compiled_difference", name)) < 1e-5
+
+
+def test_what_is_sent_is_waited_for_when_it_is_read(two):
+    """Between sending v and waiting for it q and k are projected; half of the heads are sent while the rest attend."""
+    for eager, traced in two.run("ranked", "order_of_work"):
+        assert eager == traced == [
+            *("projection", "send", "send") * 3,
+            *("wait",) * 3, "attention", "send", *("wait",) * 3, "attention", "send", "wait", "wait", "projection",
+        ]  # fmt: skip
 
 
 def test_rows_of_a_batch_share_the_forward(two):

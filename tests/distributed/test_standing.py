@@ -1,5 +1,6 @@
 """WanVideoMultiGPU: a sampler's run on two ranks that stay, started as ComfyUI would start them, over Gloo."""
 
+import gc
 import os
 import signal
 import sys
@@ -11,7 +12,8 @@ import torch
 from talking import WINDOW, request, save
 from tiny_runs import Runs
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
-from wanvideo_wrapper.distributed import launch, recipes
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.distributed import launch, recipes, standing
 from wanvideo_wrapper.distributed.host import RankHost
 from wanvideo_wrapper.host import CancelledError, StandaloneHost, get_host, set_host
 from wanvideo_wrapper.wanvideo.sampling import sample
@@ -56,9 +58,9 @@ def ranks(runs):
     ranks.close()
 
 
-def load(ranks):
+def load(ranks, name="t2v.safetensors"):
     (model,) = N["WanVideoModelLoader"]().loadmodel(
-        "t2v.safetensors", "fp32", "disabled", "offload_device", multi_gpu_args=ranks
+        name, "fp32", "disabled", "offload_device", multi_gpu_args=ranks
     )
     return model
 
@@ -106,6 +108,62 @@ def test_the_node_makes_what_one_process_makes_and_keeps_the_model(runs, ranks):
     before = pids(ranks)
     assert torch.equal(runs.sample(), made) and pids(ranks) == before
     runs.model = one
+
+
+def test_one_that_died_while_idle_is_replaced(runs, ranks, monkeypatch):
+    set_host(Watched(runs.folder))
+    monkeypatch.setattr(runs, "model", load(ranks))
+    want, before = runs.sample(), pids(ranks)
+    os.kill(before[1], signal.SIGKILL)
+    ranks._team._processes[1].wait(5)
+    assert torch.equal(runs.sample(), want)
+    assert not set(pids(ranks)) & set(before) and not any(map(alive, before))
+
+
+def test_two_graphs_in_turn_each_get_their_model(runs, ranks, monkeypatch):
+    set_host(Watched(runs.folder))
+    tiny.transformer(in_dim=16, seed=5).save(runs.folder / "diffusion_models/other.safetensors")
+    models = [load(ranks), load(ranks, "other.safetensors")]
+    made = []
+    for model in (*models, *models):
+        monkeypatch.setattr(runs, "model", model)
+        made.append(runs.sample())
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3])
+    assert relative(made[1], made[0]) > 0.01
+
+
+@pytest.mark.parametrize("when", ["loading", "decoding"])
+def test_a_stop_takes_less_than_two_seconds(runs, ranks, tmp_path, monkeypatch, when):
+    """As soon as the order is sent, so that the models load; behind the last step of a window, whose VAE decodes."""
+    save(tmp_path)
+    began = []
+
+    def stop(*_):
+        host.cancel.set()
+        began.append(time.monotonic())
+
+    # The last step of the first window: a bar and two steps.
+    host = Watched(tmp_path, lambda number: stop() if when == "decoding" and number == 3 else None)
+    if when == "loading":
+        order = standing._Team.order
+        monkeypatch.setattr(standing._Team, "order", lambda self, what: (order(self, what), stop()))
+    set_host(host)
+    asked = request(tmp_path, total=2 * WINDOW - 5)
+    before = () if ranks._team is None else pids(ranks)
+    with pytest.raises(CancelledError):
+        sample(replace(asked, model=replace(asked.model, elsewhere=ranks)), host)
+    assert began and time.monotonic() - began[0] < 2
+    assert ranks._team is None and not any(map(alive, before))
+
+
+def test_ranks_end_when_nobody_holds_them(runs):
+    (ranks,) = N["WanVideoMultiGPU"]().setargs(2)
+    ranks._team = standing._Team(ranks._places, Watched(runs.folder))
+    before = pids(ranks)
+    assert all(map(alive, before))
+    del ranks
+    gc.collect()
+    assert not any(map(alive, before))
 
 
 def test_a_dead_rank_is_one_sentence_and_finished_windows_stay(runs, ranks, tmp_path):

@@ -1,8 +1,12 @@
 """Many jobs: the file, the crew, what is kept and what is done again. Workers here are processes, not Ray's actors."""
 
 import json
+import multiprocessing
 import shutil
+import signal
+import sys
 
+import crewed
 import pytest
 from crewed import Echo
 from wanvideo_wrapper.distributed.crew import LocalCrew
@@ -47,6 +51,20 @@ def test_a_second_call_does_only_what_is_missing(tmp_path, crew):
 def test_a_job_whose_worker_dies_is_done_again(tmp_path, crew):
     run_jobs(jobs(tmp_path, {"id": "die"}), crew)
     assert (tmp_path / "out/die/video.txt").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_after_the_death_of_the_driver_the_same_call_does_what_is_missing(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=crewed.drive, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    found = crewed.four_jobs(tmp_path)
+    assert [entry.done() is None for entry in found] == [False, False, True, True]
+    before = [(tmp_path / "out" / name / "result.json").stat().st_mtime_ns for name in ("one", "two")]
+    crewed.drive(tmp_path)
+    assert all((tmp_path / "out" / entry.name / "video.txt").exists() and entry.done() for entry in found)
+    assert before == [(tmp_path / "out" / name / "result.json").stat().st_mtime_ns for name in ("one", "two")]
 
 
 def test_results_go_to_a_url(tmp_path):

@@ -160,14 +160,14 @@ def test_what_passes_go_without():
 
 
 def test_spans_keep_the_picture_to_itself():
-    q, cond = torch.zeros(1, 12, 2, 4), Seen(None, 9, 12, torch.tensor(1.0), torch.tensor(1.0))
+    q, cond = torch.zeros(1, 12, 2, 4), Seen(None, 9, 12, torch.tensor(1.0), torch.tensor(1.0), whole=(9, 12))
     call, _ = FULL.attend(None, AttentionCall(q, q, q), cond)
     assert call.spans == (((0, 9), (0, 9)), ((9, 12), (9, 12)))
     others = (((0, 6), (0, 12)), ((6, 8), (6, 8)), ((8, 12), (0, 12)))
     call, _ = FULL.attend(None, AttentionCall(q, q, q, others), cond)
     assert call.spans == (((0, 6), (0, 9)), ((6, 8), (6, 8)), ((8, 9), (0, 9)), ((9, 12), (9, 12)))
     with pytest.raises(ValueError, match="reference tokens"):
-        FULL.attend(None, AttentionCall(q, q, q), cond._replace(start=6, stop=9))
+        FULL.attend(None, AttentionCall(q, q, q), cond._replace(whole=(6, 9)))
 
 
 def test_what_does_not_fit_is_refused():

@@ -70,14 +70,19 @@ class WanSelfAttention(nn.Module):
             out = fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)
             return Heads(seen.get("q"), seen.get("k"), out), hooks
         shard, in_order = inputs.shard, changed or isinstance(attention, GridAttention)
-        # v goes first: where processes share the heads, it is on its way while q and k are made.
+        # v goes first: where processes share the heads, it is on its way while q and k are made. One process has one
+        # group of heads, the tensors themselves.
         all_v = shard.heads(self.split(v()), in_order=in_order)
         placed_q = placed_heads(self.norm_q, q(), inputs.rope, self.heads)
         all_q = shard.heads(placed_q, in_order=in_order)
         placed_k = placed_heads(self.norm_k, k(), inputs.rope, self.heads)
-        call = AttentionCall(all_q, shard.heads(placed_k, in_order=in_order), all_v)
-        call, hooks = run_hooks("attend", block, call, hooks)
-        out = shard.tokens(attend(attention, call), heads=self.heads[0], in_order=in_order)
+        all_k = shard.heads(placed_k, in_order=in_order)
+        back = []
+        for group, (of_q, of_k, of_v) in enumerate(zip(all_q, all_k, all_v, strict=True)):
+            call, hooks = run_hooks("attend", block, AttentionCall(of_q(), of_k(), of_v()), hooks)
+            out = attend(attention, call)
+            back.append(shard.tokens(out, group=group, heads=self.heads[0], in_order=in_order))
+        out = shard.joined(back)
         return Heads(None if read.queries == 0 else placed_q, None if read.keys == 0 else placed_k, out), hooks
 
     def _projections(
