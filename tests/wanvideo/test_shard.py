@@ -56,4 +56,4 @@ def test_systems_take_their_part_without_work(name, monkeypatch):
     monkeypatch.setattr(type(case.extension), "on", counted)
     with torch.no_grad():
         build(case.extension, config=case.config)[1](inputs(case.payload))
-    assert asked == [[]]
+    assert not any(asked)
