@@ -6,9 +6,10 @@
 
 Random weights in the shapes of InfiniteTalk 14B, the same on every rank. Cases: 832x480 without and with CFG, and
 768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case and
-form of overlap. Forms: every exchange is waited for at once; v and q travel while q and k are projected; half of the
-heads besides, while the other half attends, which is what the package does. --trace says how much of NCCL's time ran
-beside other kernels. --other-kernel compares one GPU by torch's flash kernel with one by its own choice.
+form of overlap. Forms: every exchange is waited for at once; v and q are sent before q and k are projected; half of
+the heads is waited for behind attention of the other half besides, which is what the package does. --trace says how
+much of NCCL's time ran beside other kernels. --other-kernel compares one GPU by torch's flash kernel with one by its
+own choice.
 """
 
 from __future__ import annotations

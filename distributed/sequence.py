@@ -5,8 +5,8 @@ so that any attention kernel runs as it is (DeepSpeed-Ulysses, Jacobs et al. 202
 padded but in gathers.
 
 The collectives are torch's functional ones, which compiled graphs may contain. An exchange begins as soon as its tensor
-is there and is waited for where its result is read: v travels while q is projected and q while k is; the second half of
-the heads travels during attention of the first, whose result travels during attention of the second.
+is there and is waited for where its result is read: v is sent before q is projected and q before k is; the second half
+of the heads is waited for behind attention of the first, whose result is sent before attention of the second.
 
 Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h of this process, D head size.
 """
@@ -27,7 +27,7 @@ from ..attention import Attention
 from ..wanvideo.shard import Arriving, Shard
 
 Sizes = tuple[int, ...]
-# Each more hides more of the exchange, and makes attention's kernels smaller.
+# With each more, less is waited for before the first attention, and attention's kernels are smaller.
 GROUPS = 2
 APPENDED_TWICE = (
     "Two systems append reference tokens to the video, and one of them reads its own: several GPUs cannot share that; "

@@ -86,12 +86,12 @@ def uneven_difference():
     return float((shared - alone).norm() / alone.norm()), shard.lengths
 
 
-def refusal_behind_others():
-    """What is said of a picture that blocks read, behind references of another system."""
-    lynx, phantom = ALL_CASES["lynx_full"], ALL_CASES["phantom"]
-    model = build(phantom.extension, lynx.extension, config=replace(lynx.config, num_heads=HEADS))[1]
+def refusal_behind_others(name):
+    """What is said of tokens that a system's own blocks read, behind references of another system."""
+    case, phantom = ALL_CASES[name], ALL_CASES["phantom"]
+    model = build(phantom.extension, case.extension, config=replace(case.config, num_heads=HEADS))[1]
     try:
-        one_step(model, phantom.payload, lynx.payload, ranks=ProcessRanks(CPU))
+        one_step(model, phantom.payload, case.payload, ranks=ProcessRanks(CPU))
     except ValueError as error:
         return str(error)
     return ""
@@ -100,17 +100,14 @@ def refusal_behind_others():
 class Order(TorchDispatchMode):
     """Notes projections to heads, attention, and what is sent and waited for."""
 
-    NAMES = {
-        "aten::addmm": "projection", "_c10d_functional::all_to_all_single": "send",
-        "_c10d_functional::wait_tensor": "wait", "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
-    }  # fmt: skip
+    NAMES = {"addmm": "projection", "all_to_all_single": "send", "wait_tensor": "wait", "sdpa": "attention"}
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (name := func.name().partition(".")[0]) in self.NAMES:
+        if (name := func.name().rpartition("::")[2]) in self.NAMES:
             self.seen.append(self.NAMES[name])
         return func(*args, **(kwargs or {}))
 

@@ -68,7 +68,7 @@ class Shard:
     def heads(self, t: Tensor, *, in_order: bool) -> Sequence[Arriving]:
         """[B, l, H, D] -> [B, L, h, D]: the whole sequence for this process's share of the heads.
 
-        They come in groups, so that attention of one may run while the next is on its way. in_order: the tokens come in
+        They come in groups, so that attention of one need not wait for the next. in_order: the tokens come in
         the order of the whole sequence, and all heads at once. Attention of all to all needs neither.
         """
         return (lambda: t,)

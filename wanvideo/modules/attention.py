@@ -70,8 +70,8 @@ class WanSelfAttention(nn.Module):
             out = fused(q, k, lambda: self.split(v()), self.norm_q, self.norm_k, inputs.rope)
             return Heads(seen.get("q"), seen.get("k"), out), hooks
         shard, in_order = inputs.shard, changed or isinstance(attention, GridAttention)
-        # v goes first: where processes share the heads, it is on its way while q and k are made. One process has one
-        # group of heads, the tensors themselves.
+        # v goes first: where processes share the heads, it is sent before q and k are made, and waited for behind them.
+        # One process has one group of heads, the tensors themselves.
         all_v = shard.heads(self.split(v()), in_order=in_order)
         placed_q = placed_heads(self.norm_q, q(), inputs.rope, self.heads)
         all_q = shard.heads(placed_q, in_order=in_order)
