@@ -80,7 +80,9 @@ def _limit(gib: float, device: torch.device) -> None:
     have = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0
     if not 0 < gib <= have:
         raise ValueError(f"--limit must be above 0 and at most the {have:.0f} GiB of the GPU, not {gib:g}.")
-    torch.cuda.set_per_process_memory_fraction(gib / have, device)
+    # It does not take a device without a number.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(gib / have, index)
 
 
 class TimedMoves:

@@ -38,7 +38,7 @@ class Job(NamedTuple):
 
 JOBS = {
     "speed": (
-        Job("kernels", 25, ("--only", "rms_norm", "rope_heads", "norm_quantize"), "kernel_forms.py"),
+        Job("kernels", 25, ("--only", "gated_residual", "rms_norm", "rope_heads"), "kernel_forms.py"),
         Job("kernels_768", 20, ("--only", "rope_heads", "--tokens", "48384"), "kernel_forms.py"),
         Job("14B_480p_fp8", 40, ("step", *BEST)),
         Job("talk_1", 35, ("step", *TALKING, *BEST)),

@@ -4,8 +4,8 @@
 
 A form is a set of constants of a kernel's module; the first of each list is the default. Each is compared with eager
 PyTorch first: `differ` is the share of values that are not equal. Times are medians in milliseconds; `over_copy` is
-relative to a copy that moves as many bytes. norm_rope_fp8 is timed for q and k together; rms_norm and rope_heads beside
-the eager form in whose place they are. Prints one JSON line a kernel.
+relative to a copy that moves as many bytes. norm_rope_fp8 is timed for q and k together; rms_norm, rope_heads and
+gated_residual beside the eager form in whose place they are. Prints one JSON line a kernel.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from wanvideo_wrapper.bench.clock import milliseconds
 from wanvideo_wrapper.kernels import fp8_rows, triton_kernels
 from wanvideo_wrapper.kernels import norm_rope_fp8 as rotation
+from wanvideo_wrapper.kernels.gated_residual import gated_residual, gated_residual_eager
 from wanvideo_wrapper.kernels.modulated_norm import rms_norm, rms_norm_eager
 from wanvideo_wrapper.kernels.rope import apply_rope
 from wanvideo_wrapper.wanvideo.modules.layers import WIDE_TOKENS
@@ -112,6 +113,13 @@ def turned(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
     return lambda: (rotation.rope_heads(x, rope),), lambda: (apply_rope(x, rope),)
 
 
+def added(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
+    """What self-attention or the feed-forward adds to the residual stream, and PyTorch's addcmul."""
+    x, y = (torch.randn(1, tokens, CHANNELS, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    gate = torch.randn(1, 1, CHANNELS, device=DEVICE)
+    return lambda: (gated_residual(x, y, gate),), lambda: (gated_residual_eager(x, y, gate),)
+
+
 QUANTISE = ("fp8_rows_triton", ("WARP_COLUMNS", "MOST_PIECES"), ((256, 7), (256, 10), (256, 20), (128, 5), (512, 3)))
 KERNELS = {
     "norm_rope_fp8": Kernel(
@@ -140,6 +148,10 @@ KERNELS = {
     ),
     "rope_heads": Kernel(
         "norm_rope_fp8_triton", ("MOST_HEADS", "ROW_WARPS"), ((8, 4), (8, 8), (4, 4), (8, 2)), turned, 4 * CHANNELS,
+        replaces=True,
+    ),
+    "gated_residual": Kernel(
+        "gated_residual_triton", ("PART", "WARPS"), ((1024, 4), (2048, 4), (2048, 8), (512, 2)), added, 6 * CHANNELS,
         replaces=True,
     ),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.block import WanAttentionBlock
+from ..wanvideo.modules.layers import gated_residual
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import Grid, ModelInputs, Tokens, video_tokens
@@ -153,7 +154,7 @@ class HuMo(Extension):
         """Adds audio attention to the video tokens of the residual stream."""
         count = video_tokens(cond.grid)
         video = x[:, :count]
-        video = video + block.audio_cross_attn_wrapper(video, cond.tokens) * cond.scale.to(x.dtype)
+        video = gated_residual(video, block.audio_cross_attn_wrapper(video, cond.tokens), cond.scale)
         return video if count == x.shape[1] else torch.cat((video, x[:, count:]), dim=1), cond
 
 

@@ -14,7 +14,7 @@ from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.block import WanAttentionBlock
-from ..wanvideo.modules.layers import WanLayerNorm
+from ..wanvideo.modules.layers import WanLayerNorm, gated_residual
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.modules.stretches import stretches
 from ..wanvideo.shard import WHOLE, Shard
@@ -195,7 +195,7 @@ class MultiTalk(Extension):
         audio = cond.tokens.flatten(0, 1)
         scores = cond.scores, cond.speakers, cond.shard
         spoken = block.audio_cross_attn(block.norm_x(x).contiguous(), audio, cond.grid, *scores)
-        return x + spoken * cond.scale.to(x.dtype)
+        return gated_residual(x, spoken, cond.scale)
 
 
 EXTENSION = MultiTalk

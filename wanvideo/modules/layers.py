@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import triton_runs
 from ...kernels.fp8_rows import Fp8Rows, gelu_quantize, norm_quantize
+from ...kernels.gated_residual import gated_residual as gated_residual_fused
 from ...kernels.modulated_norm import norm_modulate, rms_norm, rms_norm_eager
 from ...kernels.norm_rope_fp8 import norm_rope, rope_heads
 from ...kernels.rope import apply_rope
@@ -57,6 +58,8 @@ class WanLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] in x's dtype."""
+        if self.elementwise_affine and x.dim() == 3 and _runs_fused(x) and triton_runs(x.device):
+            return norm_modulate(x, self.weight.float(), self.bias.float(), self.eps)
         return _in_stretches(lambda part: self.widened(part).to(part.dtype), x)
 
     def widened(self, x: Tensor) -> Tensor:
@@ -89,8 +92,6 @@ def normalize(norm: WanLayerNorm, x: Tensor, readers: Sequence[nn.Module] = ()) 
     """norm(x) for a norm with weights, rounded as in `modulate`."""
     if readers and all_take_rows(readers):
         return norm_quantize(x, norm.weight.float(), norm.bias.float(), norm.eps)
-    if _runs_fused(x):
-        return norm_modulate(x, norm.weight.float(), norm.bias.float(), norm.eps)
     return norm(x)
 
 
@@ -119,9 +120,9 @@ class FeedForward(nn.Sequential):
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate with a float32 gate, rounded once to x's dtype."""
+    """x + y * gate with a float32 gate, [B, 1 or L, C] or 0-d, rounded once to x's dtype."""
     if _runs_fused(x):
-        return torch.addcmul(x, y, gate, out=torch.empty_like(x))
+        return gated_residual_fused(x, y, gate)
     return torch.addcmul(x, y, gate).to(x.dtype)
 
 
