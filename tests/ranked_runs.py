@@ -5,12 +5,14 @@ Each is the same on every rank. 2x3 tokens a frame: four ranks have unequal shar
 
 from dataclasses import replace
 
+import ranked
 import torch
 from safetensors.torch import save_file
 from swap_stand_in import DEVICE, CountedCopies
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.cache_methods.easycache import EasyCache
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.distributed.host import RankHost
 from wanvideo_wrapper.distributed.ranks import ProcessRanks
 from wanvideo_wrapper.freeinit.iterations import FreeInit
 from wanvideo_wrapper.host import StandaloneHost
@@ -26,7 +28,7 @@ from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 from wanvideo_wrapper.wanvideo.windows import ContextOptions
 
-SHAPE, FRAMES, STEPS = (16, 3, 4, 6), 9, 4
+SHAPE, FRAMES, STEPS = (16, 3, 4, 6), 9, 3
 HEADS = "4"
 
 
@@ -75,7 +77,7 @@ def continued():
 
 def led():
     mask = (rand(FRAMES, 32, 48, seed=8) > 0).float()
-    return N["WanVideoAddTTMLatents"]().add(video(), {"samples": rand(1, *SHAPE, seed=7)}, mask, 0, 3)[0]
+    return N["WanVideoAddTTMLatents"]().add(video(), {"samples": rand(1, *SHAPE, seed=7)}, mask, 0, 2)[0]
 
 
 def noised():
@@ -93,7 +95,6 @@ def swapped(folder):
 
 # Name -> channels, image embeds, fields of the request, options of the loader.
 RUNS = {
-    "plain": (16, video, {}, None),
     "lora_beside": (16, video, {}, lambda folder: loras(folder, False)),
     "lora_merged": (16, video, {}, lambda folder: loras(folder, True)),
     "block_swap": (16, video, {}, swapped),
@@ -111,24 +112,59 @@ RUNS = {
 }
 
 
-def difference(folder, name):
-    """Largest relative difference of a run's latents to those of one process, and whether it is a run of its own."""
+def prepared(folder, name, host):
+    """The request of a run."""
     channels, image, fields, options = RUNS[name]
-    host = StandaloneHost(device=str(DEVICE))
     load = LoadOptions(base_dtype=torch.float32, **({} if options is None else options(folder)))
     model = load_wan_model(folder / f"{channels}.safetensors", load, host, SYSTEMS)
-    copies = CountedCopies()
-    model.placement.copies_for = lambda device: copies
     schedule = ScheduleSpec(name=fields.get("schedule", "euler"), steps=STEPS, shift=3.0)
-    request = SampleRequest(
+    return SampleRequest(
         model=model, text=TextEmbeds(positive=(rand(4, tiny.TEXT_DIM, seed=1),), negative=(rand(4, tiny.TEXT_DIM),)),
-        image=image(), seed=11, **{"cfg": [3.0, 3.0, 1.0, 1.0], **fields, "schedule": make_schedule(schedule)},
+        image=image(), seed=11, **{"cfg": [3.0, 1.0, 1.0], **fields, "schedule": make_schedule(schedule)},
     )  # fmt: skip
+
+
+def difference(folder, name):
+    """Of a run's latents."""
+    host = StandaloneHost(device=str(DEVICE))
+    request, copies = prepared(folder, name, host), CountedCopies()
+    model = request.model
+    model.placement.copies_for = lambda device: copies
 
     def latents(ranks):
         with model.transformer.shared_by(ranks):
             return sample(request, host)[0]["samples"]
 
-    alone, shared = latents(model.transformer.ranks), latents(ProcessRanks(DEVICE))
+    alone, shared = model.transformer.ranks, latents(ProcessRanks(DEVICE))
     assert (name == "block_swap") == any(what == "wait" for what, _ in copies.log)
-    return float((shared - alone).norm() / alone.norm()), float(alone.sum())
+    return ranked.difference(shared, lambda: latents(alone))
+
+
+class Bar:
+    """A progress bar that keeps what it is told."""
+
+    def __init__(self, shown):
+        self.shown = shown
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def update(self, done, *, note="", preview=None):
+        self.shown.append((done, note.rsplit(", ", 1)[0], preview))
+
+
+def progress(folder):
+    """What bars show on this rank, and what they show in one process: steps, their labels, previews."""
+    # The host of a rank asks its base for a bar where it leads.
+    seen, bar = [], StandaloneHost.progress
+    for host in (RankHost(device="cpu"), StandaloneHost(device="cpu")):
+        shown = []
+        StandaloneHost.progress = lambda *_, shown=shown: Bar(shown)
+        host.ranks = ProcessRanks(DEVICE)
+        sample(prepared(folder, "lora_beside", host), host)
+        seen.append(shown)
+    StandaloneHost.progress = bar
+    return seen

@@ -38,7 +38,7 @@ class Several:
         self._stack = contextlib.ExitStack()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory())
         context = get_context("forkserver")
-        context.set_forkserver_preload(["ranked", "ranked_runs"])
+        context.set_forkserver_preload(["preloaded"])
         # The server of Python 3.11 does not take over sys.path.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH"))))
         self._pipes, self._processes = [], []

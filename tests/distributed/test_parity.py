@@ -22,6 +22,11 @@ def four():
         yield processes
 
 
+def same(answers):
+    """Whether the first rank has what one process has, and all ranks have the same."""
+    return answers[0][0] < 1e-5 and len({total for _, total in answers}) == 1
+
+
 # Control blocks are half as wide as the model, so that they have two of its four heads here.
 HALF_AS_MANY_HEADS = ("longvie2", "longvie2_history")
 
@@ -37,9 +42,7 @@ HALF_AS_MANY_HEADS = ("longvie2", "longvie2_history")
 )
 def test_a_system_is_the_same_on_several_ranks(request, ranks, name):
     several = request.getfixturevalue(ranks)
-    answers = several.run("ranked", "difference", name)
-    assert max(relative for relative, _ in answers) < 1e-5
-    assert len({total for _, total in answers}) == 1
+    assert same(several.run("ranked", "case_difference", name))
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
@@ -76,8 +79,17 @@ def test_every_system_is_in_one_of_the_tables():
 @pytest.mark.parametrize("ranks", ["two", "four"])
 @pytest.mark.parametrize("name", ranked_runs.RUNS)
 def test_a_run_is_the_same_on_several_ranks(request, files, ranks, name):
-    answers = request.getfixturevalue(ranks).run("ranked_runs", "difference", files, name)
-    assert max(relative for relative, _ in answers) < 1e-5 and len({total for _, total in answers}) == 1
+    assert same(request.getfixturevalue(ranks).run("ranked_runs", "difference", files, name))
+
+
+def test_the_first_rank_shows_the_steps_and_previews_of_one_process(two, files):
+    """With the host that `wanvideo run --gpus` gives to its ranks."""
+    (shown, alone), (silent, _) = two.run("ranked_runs", "progress", files)
+    assert not silent and [entry[:2] for entry in shown] == [entry[:2] for entry in alone]
+    pictures = [(entry[2], other[2]) for entry, other in zip(shown, alone, strict=True) if other[2] is not None]
+    assert len(pictures) == ranked_runs.STEPS
+    for a, b in pictures:
+        assert b.std() > 0.01 and (a - b).norm() / b.norm() < 1e-5
 
 
 @pytest.mark.parametrize("name", HALF_AS_MANY_HEADS)
@@ -125,7 +137,8 @@ def test_a_step_cache_leaves_out_the_same_steps(two):
 
 def test_tiles_of_the_vae_are_shared_out_and_the_video_is_the_same(two, tmp_path):
     save(tmp_path)
-    assert two.run("ranked", "tiles", tmp_path) == [(True, 6), (True, 4)]
+    spreads, counts = zip(*two.run("ranked", "tiles", tmp_path), strict=True)
+    assert spreads[0] == spreads[1] and min(spreads[0]) > 0.01 and counts == (6, 4)
 
 
 def test_one_rank_writes_a_long_video_and_the_others_follow(two, tmp_path):
