@@ -2,6 +2,6 @@
 
 import ranked  # noqa: F401
 import ranked_runs  # noqa: F401
-from wanvideo_wrapper.wanvideo.schedulers import SCHEDULERS
+from wanvideo_wrapper.wanvideo.schedulers.methods import method_of
 
-SCHEDULERS["euler"].solver()
+method_of("euler").solver()
