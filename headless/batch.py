@@ -1,9 +1,9 @@
 """`wanvideo batch`: many videos of one file of jobs, on the workers of this host or of a Ray cluster.
 
 A line of the file is a JSON object: workflow (a path, relative to the file), set (NODE.INPUT -> value), bypass and mute
-(lists of nodes), id. Each job has a folder of its name in the results' folder; `result.json` in it, written last, says
-that it is done and for which job. So whatever is ended, the driver included, the same command does only what is
-missing, and a talking video with an output_path goes on at its unfinished window.
+(lists of nodes), id. Each job that ended has a folder of its name in the results' folder; `result.json` in it,
+written last, says that it is done and for which job. So whatever is ended, the driver included, the same command does
+only what is missing, and a talking video with an output_path goes on at its unfinished window.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..distributed.crew import Crew, End, LocalCrew, Work
+from ..distributed.crew import Crew, End, LocalCrew
+from .attempts import Delivering, Delivery
 from .job import Edits, Folders, Job
-from .results import Delivering, Results
-from .session import Session, in_folder
+from .results import Results
+from .session import Session
 
 log = logging.getLogger("wanvideo")
 
@@ -58,10 +61,11 @@ class Entry:
         return result if fine else None
 
     def finish(self, seconds: float) -> None:
-        """Write result.json."""
+        """Write result.json, and sweep what tries that were given up have left."""
         names = [name for name in self.results.files(self.name) if name != RESULT]
         text = json.dumps({"digest": self.digest, "seconds": seconds, "files": names}, indent=1)
         self.results.write(f"{self.name}/{RESULT}", text)
+        shutil.rmtree(self.results.unfinished / self.name, ignore_errors=True)
 
 
 def entries(path: Path, results: Results, folders: Folders) -> list[Entry]:
@@ -96,8 +100,7 @@ def _entry(values: object, base: Path, results: Results, folders: Folders) -> En
     name = str(values.get("id", f"{workflow.stem}_{digest}"))
     if not NAME.fullmatch(name) or name.startswith("."):
         raise ValueError(f"the id '{name}' cannot be a folder's name: use letters, digits, '_', '-' and '.'.")
-    job = in_folder(Job(workflow=workflow, folders=folders, edits=edits), results.folder / name)
-    return Entry(name, job, digest, results)
+    return Entry(name, Job(workflow=workflow, folders=folders, edits=edits), digest, results)
 
 
 def _text(value: object) -> str:
@@ -126,10 +129,9 @@ class Batch:
         entry = next((e for e in self.waiting if e.models == self.has.get(worker)), self.waiting[0])
         self.waiting.remove(entry)
         entry.tries += 1
-        entry.job.folders.outputs.mkdir(parents=True, exist_ok=True)
         self.running[worker], self.has[worker] = (entry, time.time()), entry.models
         log.info("Worker %d begins '%s'.", worker, entry.name)
-        self.crew.begin(worker, entry.job)
+        self.crew.begin(worker, Delivery(entry.name, entry.job, entry.results))
 
     def _take(self, end: End) -> None:
         entry, began = self.running.pop(end.worker)
@@ -170,9 +172,7 @@ def write_manifest(jobs: Iterable[Entry], results: Results) -> None:
 def _crew(options: argparse.Namespace, results: Results) -> Crew:
     gpu = options.device != "cpu" and (options.ray is not None or torch.cuda.is_available())
     device = options.device if options.device != "auto" else "cuda" if gpu else "cpu"
-    session: Work = Session(device, options.gpus_per_job, results.folder / "cache")
-    if results.is_url:
-        session = Delivering(session, results)
+    session = Delivering(Session(device, options.gpus_per_job, results.folder / "cache"))
     if options.ray is not None:
         from ..distributed.ray_crew import RayCrew
 
@@ -216,5 +216,7 @@ def run(options: argparse.Namespace) -> None:
     finally:
         if crew is not None:
             crew.close()
+        with suppress(OSError):
+            results.unfinished.rmdir()
         write_manifest(jobs, results)
         log.info("The manifest is %s/%s.", results.place.rstrip("/"), MANIFEST)

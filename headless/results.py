@@ -1,15 +1,15 @@
 """Where a batch's results go: a folder, or a URL that fsspec knows (s3://bucket/videos, gs://..., file:///...).
 
-Jobs write to folders of their own. With a URL these lie in the temporary folder of whichever host runs the job, so that
-one that was broken off goes on there, and are moved to the URL when the job is done.
+Jobs write to folders of their own (`attempts.py`), which get their place here when the job is done. With a URL they lie
+in the temporary folder of whichever host runs the job, so that one that was broken off goes on there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-
-    from ..distributed.crew import Work
-    from .job import Job
 
 TEMPORARY = "temp"
 
@@ -40,10 +37,15 @@ class Results:
 
     @property
     def folder(self) -> Path:
-        """Below which jobs write."""
+        """The place, or the temporary folder of this host."""
         if not self.is_url:
             return Path(self.place).absolute()
         return Path(tempfile.gettempdir()) / f"wanvideo_batch_{hashlib.sha256(self.place.encode()).hexdigest()[:16]}"
+
+    @property
+    def unfinished(self) -> Path:
+        """Below which jobs write; on the file system of the place, if that is a folder."""
+        return self.folder / ".unfinished"
 
     @cached_property
     def _opened(self) -> tuple[AbstractFileSystem, str]:
@@ -81,11 +83,16 @@ class Results:
         names = sorted(path.removeprefix(start) for path in self._files.find(start))
         return [name for name in names if not name.startswith(f"{TEMPORARY}/")]
 
-    def take(self, name: str) -> None:
-        """Move a job's folder to the URL. Raises RuntimeError, since another try may end otherwise."""
-        folder = self.folder / name
+    def take(self, name: str, folder: Path) -> None:
+        """Give a job's folder its place: in one step, instead of an earlier result, or file by file at the URL.
+
+        Raises RuntimeError, since another try may end otherwise.
+        """
         shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
         try:
+            if not self.is_url:
+                self._rename(folder, self.folder / name)
+                return
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 target = self._path(f"{name}/{path.relative_to(folder).as_posix()}")
                 self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -94,18 +101,10 @@ class Results:
             raise RuntimeError(f"The results in {folder} could not be written to {self.place}: {error}") from error
         shutil.rmtree(folder)
 
-
-@dataclass
-class Delivering:
-    """Work whose results then go to a URL."""
-
-    work: Work
-    results: Results
-
-    def run(self, job: Job) -> Sequence[str]:
-        """What the work shows."""
-        folder = job.folders.outputs
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = self.work.run(job)
-        self.results.take(folder.name)
-        return shown
+    def _rename(self, folder: Path, target: Path) -> None:
+        """No folder can be renamed to one that is not empty: an earlier result goes first."""
+        earlier = folder.with_name(secrets.token_hex(8))
+        if target.exists():
+            target.rename(earlier)
+        folder.rename(target)
+        shutil.rmtree(earlier, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..host import StandaloneHost, set_host
@@ -49,8 +49,3 @@ class Session:
         host.shared_cache = self.cache
         set_host(host)
         return lines(Runner(*job.prompt(), host, self._loaded).run())
-
-
-def in_folder(job: Job, folder: Path) -> Job:
-    """The job with its results in this folder."""
-    return replace(job, folders=replace(job.folders, outputs=folder))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanvideo_wrapper.distributed.crew import End, attempt
+from wanvideo_wrapper.headless.attempts import Delivering
 from wanvideo_wrapper.headless.batch import entries, run_jobs
 from wanvideo_wrapper.headless.job import Folders
 from wanvideo_wrapper.headless.results import Results
@@ -19,7 +20,8 @@ class Echo:
     folder: Path
 
     def run(self, job):
-        name = job if isinstance(job, str) else job.folders.outputs.name
+        # A try's folder lies in that of the job's name.
+        name = job if isinstance(job, str) else job.folders.outputs.parent.name
         if name == "die" and not (self.folder / "died").exists():
             (self.folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -56,4 +58,4 @@ def four_jobs(folder):
 
 
 def drive(folder):
-    run_jobs(four_jobs(folder), Here(Echo(folder)))
+    run_jobs(four_jobs(folder), Here(Delivering(Echo(folder))))

@@ -10,15 +10,16 @@ import crewed
 import pytest
 from crewed import Echo
 from wanvideo_wrapper.distributed.crew import LocalCrew
-from wanvideo_wrapper.headless import batch
+from wanvideo_wrapper.headless import attempts, batch
+from wanvideo_wrapper.headless.attempts import Delivering
 from wanvideo_wrapper.headless.batch import TRIES, entries, run_jobs, write_manifest
 from wanvideo_wrapper.headless.job import Folders
-from wanvideo_wrapper.headless.results import Delivering, Results
+from wanvideo_wrapper.headless.results import Results
 
 
 @pytest.fixture(scope="module")
 def crew(tmp_path_factory):
-    crew = LocalCrew(Echo(tmp_path_factory.mktemp("crew")), [{}])
+    crew = LocalCrew(Delivering(Echo(tmp_path_factory.mktemp("crew"))), [{}])
     yield crew
     crew.close()
 
@@ -67,11 +68,54 @@ def test_after_the_death_of_the_driver_the_same_call_does_what_is_missing(tmp_pa
     assert before == [(tmp_path / "out" / name / "result.json").stat().st_mtime_ns for name in ("one", "two")]
 
 
+def test_of_a_try_that_was_given_up_only_unfinished_frames_are_taken_over(tmp_path):
+    """Its own process, which may still run, can then publish nothing."""
+    place = tmp_path / "one"
+    before = attempts.begin(place)
+    for name in ("res/a_output/.unfinished/run.json", "res/a_output/frame_00000.png", "res/b_output/frame_00000.png"):
+        (before / name).parent.mkdir(parents=True, exist_ok=True)
+        (before / name).write_text(name)
+    (before / "video_00001.mp4").touch()
+    folder = attempts.begin(place)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {attempts.OWNED}
+    assert left == {"res/a_output/.unfinished/run.json", "res/a_output/frame_00000.png"}
+    assert list(place.iterdir()) == [folder]
+    (before / "sub").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="another worker has begun this job"):
+        attempts.end(before)
+    assert list(place.iterdir()) == [folder]
+    attempts.end(folder)
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_worker_that_outlives_its_driver_leaves_one_video(tmp_path):
+    """The second driver's worker ends first, and the first driver's writes and ends behind it."""
+
+    class Named:
+        def __init__(self, name, meanwhile=lambda: None):
+            self.name, self.meanwhile = name, meanwhile
+
+        def run(self, job):
+            (job.folders.outputs / f"{self.name}.png").touch()
+            self.meanwhile()
+            job.folders.outputs.mkdir(parents=True, exist_ok=True)
+            (job.folders.outputs / f"{self.name}.mp4").touch()
+            return []
+
+    (entry,) = jobs(tmp_path, {"id": "one"})
+    first = crewed.Here(Delivering(Named("first", lambda: run_jobs([entry], crewed.Here(Delivering(Named("second")))))))
+    first.begin(0, attempts.Delivery(entry.name, entry.job, entry.results))
+    assert "another worker has begun" in first.next().failure
+    assert sorted(path.name for path in (tmp_path / "out/one").iterdir()) == ["result.json", "second.mp4", "second.png"]
+    assert entry.done()["files"] == ["second.mp4", "second.png"]
+    assert not [path for path in (tmp_path / "out/.unfinished").rglob("*") if path.is_file()]
+
+
 def test_results_go_to_a_url(tmp_path):
     """By the worker, which alone sees the job's folder; the folder of a job that fails stays, as its frames may."""
     url = f"{(tmp_path / 'bucket').as_uri()}/videos"
     found = jobs(tmp_path, {"id": "one", "set": {"A.seed": 1}}, {"id": "bad"}, out=url)
-    crew = LocalCrew(Delivering(Echo(tmp_path), found[0].results), [{}])
+    crew = LocalCrew(Delivering(Echo(tmp_path)), [{}])
     try:
         with pytest.raises(RuntimeError, match="1 of 2 jobs failed"):
             run_jobs(found, crew)
@@ -79,7 +123,8 @@ def test_results_go_to_a_url(tmp_path):
         assert (kept / "one/video.txt").read_text() == "A.seed=1"
         assert json.loads((kept / "one/result.json").read_text())["files"] == ["video.txt"]
         local = found[0].results.folder
-        assert not (local / "one").exists() and (local / "bad").is_dir() and not (kept / "bad").exists()
+        assert not (local / "one").exists() and [path.name for path in (local / ".unfinished").iterdir()] == ["bad"]
+        assert not (kept / "bad").exists()
         write_manifest(found, found[0].results)
         rows = [json.loads(line) for line in (kept / "manifest.jsonl").read_text().splitlines()]
         assert [(row["id"], row["files"]) for row in rows] == [("one", ["one/video.txt"]), ("bad", [])]
@@ -103,7 +148,7 @@ def test_results_in_an_object_store(tmp_path):
     (results.folder / "one/sub/video.txt").write_text("frames")
     (results.folder / "one/temp").mkdir()
     (results.folder / "one/temp/x").touch()
-    results.take("one")
+    results.take("one", results.folder / "one")
     results.write("one/result.json", "{}")
     assert results.files("one") == ["result.json", "sub/video.txt"]
     assert results.read("one/sub/video.txt") == "frames" and not (results.folder / "one").exists()
@@ -116,7 +161,7 @@ def test_what_is_wrong_with_a_job_stays_wrong_and_the_others_end(tmp_path, crew,
     begun, begin = [], crew.begin
 
     def noting(worker, job):
-        begun.append(job.folders.outputs.name)
+        begun.append(job.name)
         begin(worker, job)
 
     monkeypatch.setattr(crew, "begin", noting)
@@ -134,7 +179,7 @@ def test_a_worker_takes_jobs_of_its_models_first(tmp_path, crew):
         size = 1
 
         def begin(self, worker, job):
-            order.append(job.folders.outputs.name)
+            order.append(job.name)
             crew.begin(worker, job)
 
         def next(self):

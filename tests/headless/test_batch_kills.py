@@ -25,9 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("BATCH_KILLS"), reason="kills a batch of videos: make kills"),
 ]
 RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the package ray")
-SECOND_COPY = pytest.mark.xfail(
-    reason="an actor may outlive its driver and write a second copy of its video", strict=False
-)
 CHANCE = random.Random(int(os.environ.get("BATCH_KILL_SEED", "0")))
 MARK = "WANVIDEO_BATCH_KILLS"
 
@@ -122,7 +119,7 @@ def undisturbed(tmp_path_factory):
         pytest.param(actors, (), True, id="ray_worker", marks=RAY),
         pytest.param(ranks, ("--gpus-per-job", "2", "--workers", "1"), False, id="rank"),
         pytest.param(None, (), False, id="driver"),
-        pytest.param(None, (), True, id="driver_of_ray", marks=(RAY, SECOND_COPY)),
+        pytest.param(None, (), True, id="driver_of_ray", marks=RAY),
     ],
 )
 def test_four_videos_end_as_if_nothing_had_happened(undisturbed, tmp_path, look, options, ray):
