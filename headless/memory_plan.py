@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..node_tools import DTYPES
 from ..registry import SYSTEMS
 from ..wanvideo.file_memory import config_and_footprint
 from ..wanvideo.frames import latent_frames
-from ..wanvideo.load_plan import LoadOptions, module_files
+from ..wanvideo.load_plan import LoadOptions, contents, module_files
 from ..wanvideo.memory import Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
 from .model_list import needed_models
@@ -112,6 +114,17 @@ def _video(reader: Reader, node: Node) -> Video | None:
     if not width or not height or not count:
         return None
     return Video(width=int(width), height=int(height), frames=int(count), source=node.label)
+
+
+def head_counts(
+    nodes: list[Node], prompt: Prompt, classes: Mapping[str, type], host: Host
+) -> Iterator[tuple[str, int]]:
+    """The file of each transformer that these nodes load, and its attention heads. Raises ValueError for others."""
+    reader = Reader(prompt, classes)
+    for node in nodes:
+        if node.type == LOADER and (name := reader.value(node, "model")) is not None:
+            config = contents(_path(host, str(name)), LoadOptions(base_dtype=torch.float32), SYSTEMS).config
+            yield str(name), config.num_heads
 
 
 def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float | None = None) -> list[str]:

@@ -10,16 +10,27 @@ from functools import partial
 from ..distributed.host import RankHost
 from ..distributed.launch import Rank, launch
 from ..host import set_host
+from .check import check
 from .graph import Link, Node
 from .job import Job, show
+from .memory_plan import head_counts
 from .runner import Runner, samples
 
 
 def run_on_several(job: Job, count: int, device: str) -> None:
-    """Run it on so many ranks of this host. Raises as `launch`, and GraphError for what is wrong with the workflow."""
+    """Run it on so many ranks of this host.
+
+    Raises as `launch`, before anything starts GraphError for what is wrong with the workflow, and ValueError for a
+    transformer that so many cannot share.
+    """
     host = job.folders.host(RankHost, "cpu")
     set_host(host)
-    Runner(*job.prompt(), host).check()
+    prompt, classes = job.prompt()
+    for name, heads in head_counts(check(prompt, classes, host), prompt, classes, host):
+        if heads < count:
+            raise ValueError(
+                f"{name} has {heads} attention heads, which {count} GPUs cannot share: use --gpus {heads} or fewer."
+            )
     launch(partial(_work, job), count=count, device=device)
 
 

@@ -3,6 +3,7 @@
 import av
 import numpy as np
 import pytest
+from wanvideo_wrapper.headless import several
 from wanvideo_wrapper.headless.cli import main
 
 SHORT = ("MultiTalkWav2VecEmbeds.num_frames=13", "WanVideoSampler.steps=1")
@@ -21,3 +22,9 @@ def test_two_ranks_make_the_same_video(tmp_path):
     one, two = frames(tmp_path / "one"), frames(tmp_path / "two", "--gpus", "2")
     assert one.shape == two.shape and one.std() > 10
     assert np.abs(one - two).mean() < 0.5
+
+
+def test_more_gpus_than_attention_heads_are_refused_before_a_process_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(several, "launch", None)
+    assert main(["demo", "--device", "cpu", "--out", str(tmp_path), "--gpus", "64"]) == 2
+    assert "attention heads, which 64 GPUs cannot share: use --gpus " in capsys.readouterr().err
