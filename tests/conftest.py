@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-pytest_plugins = ["seeds"]
+pytest_plugins = ["limits", "seeds"]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 NEEDS = {"cuda": (0, 0), "sm89": (8, 9), "sm100": (10, 0)}
 

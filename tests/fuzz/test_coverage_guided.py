@@ -36,6 +36,7 @@ def test_headers_by_coverage(kind, tmp_path):
 def fuzz(kind, folder, options):
     """In a process of its own."""
     import atheris
+    from limits import bounded
 
     with atheris.instrument_imports(include=["wanvideo_wrapper.wanvideo"]):
         import header_files
@@ -47,7 +48,9 @@ def fuzz(kind, folder, options):
 
     def one(data):
         path.write_bytes(data)
-        header_files.opened(path)
+        # libFuzzer has the alarm, and ends the process after 10 s.
+        with bounded(path):
+            header_files.opened(path)
 
     atheris.Setup(["fuzz", *options, str(corpus)], one)
     atheris.Fuzz()

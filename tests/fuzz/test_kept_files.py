@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from limits import limited
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.footage import FolderFootage
@@ -90,7 +91,8 @@ def test_resume_folders(name, edits, fields, unfinished):
         json.loads((folder / "talk/.unfinished/run.json").read_text())[key] == value for key, value in fields.items()
     )
     footage = FolderFootage(case / "talk", 9, INPUTS)
-    windows, tensors = footage.open()
+    with limited(case):
+        windows, tensors = footage.open()
     footage.close()
     assert windows in ((2,) if whole else (0, 2))
     if windows:
@@ -121,7 +123,8 @@ def cache(tmp_path_factory):
 def test_text_caches(edits, cache):
     cache, path, data = cache
     path.write_bytes(changed(data, edits))
-    embedding = cache.load(TEXT, "t5")
+    with limited(path):
+        embedding = cache.load(TEXT, "t5")
     assert embedding is None or (embedding.dim() == 2 and len(embedding) and embedding.float().isfinite().all())
 
 
@@ -149,7 +152,8 @@ def test_tokenizers(name, edits, vocabularies):
         (folder / other).unlink(missing_ok=True)
     (folder / name).write_bytes(changed(files[name], edits))
     try:
-        ids = tokenizer.find_tokenizer(checkpoint, [folder]).encode(TEXT)
+        with limited(folder / name):
+            ids = tokenizer.find_tokenizer(checkpoint, [folder]).encode(TEXT)
     except ValueError as error:
         assert name in str(error) and "\n" not in str(error)
         return

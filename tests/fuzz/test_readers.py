@@ -5,9 +5,6 @@ FUZZ_EXAMPLES sets how many cases each reader gets (default: a short run; `make 
 
 import io
 import os
-import sys
-import time
-from pathlib import Path
 
 import av
 import numpy as np
@@ -15,13 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limits import limited
 from PIL import Image
 from wanvideo_wrapper.headless.media import read_audio, read_frames
 from wanvideo_wrapper.headless.picture_file import read_picture
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-SLOWEST, MOST_MEMORY = 10.0, 300 * 2**20
 run = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
     suppress_health_check=list(HealthCheck),
@@ -90,31 +87,14 @@ def mutated(draw, seeds):
     return bytes(data)
 
 
-def memory(name):
-    """VmRSS, which this process has, or VmHWM, the most that it has had since `forget_peak`; 0 where none tells."""
-    if sys.platform != "linux":
-        return 0
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def forget_peak():
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def tried(read, path):
     """The result, None where the file is refused in a sentence."""
-    forget_peak()
-    began, before = time.monotonic(), memory("VmRSS")
-    try:
-        return read(path)
-    except (ValueError, OSError) as error:
-        assert path.name in str(error) and len(str(error)) < 1000, error
-        return None
-    finally:
-        assert time.monotonic() - began < SLOWEST
-        assert memory("VmHWM") - before <= 2 * path.stat().st_size + MOST_MEMORY
+    with limited(path):
+        try:
+            return read(path)
+        except (ValueError, OSError) as error:
+            assert path.name in str(error) and len(str(error)) < 1000, error
+            return None
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,28 @@
+"""The limits of a fuzzed case end a case that hangs, whatever it catches, and name one that takes too much memory."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+from limits import MOST_MEMORY, bounded, interrupted
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
+def test_a_case_that_hangs_is_interrupted():
+    with pytest.raises(pytest.fail.Exception, match="longer than 0.1 s"), interrupted(0.1):
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:
+                continue
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_that_was_given_back_counts(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(1000))
+    with bounded(path):
+        np.ones(MOST_MEMORY // 2, np.uint8)
+    with pytest.raises(AssertionError, match="MB for 1000 bytes"), bounded(path):
+        np.ones(MOST_MEMORY + 2**24, np.uint8)
