@@ -120,7 +120,7 @@ def added(tokens: int) -> tuple[Callable[[], Result], Callable[[], Result]]:
     return lambda: (gated_residual(x, y, gate),), lambda: (gated_residual_eager(x, y, gate),)
 
 
-QUANTISE = ("fp8_rows_triton", ("WARP_COLUMNS", "MOST_PIECES"), ((256, 7), (256, 10), (256, 20), (128, 5), (512, 3)))
+QUANTIZE = ("fp8_rows_triton", ("WARP_COLUMNS", "MOST_PIECES"), ((256, 7), (256, 10), (256, 20), (128, 5), (512, 3)))
 KERNELS = {
     "norm_rope_fp8": Kernel(
         "norm_rope_fp8_triton",
@@ -129,8 +129,8 @@ KERNELS = {
         placed,
         6 * CHANNELS,
     ),
-    "quantize": Kernel(*QUANTISE, rows(CHANNELS, fp8_rows.quantize, fp8_rows.quantize_eager), 3 * CHANNELS),
-    "gelu_quantize": Kernel(*QUANTISE, rows(HIDDEN, fp8_rows.gelu_quantize, fp8_rows.gelu_quantize_eager), 3 * HIDDEN),
+    "quantize": Kernel(*QUANTIZE, rows(CHANNELS, fp8_rows.quantize, fp8_rows.quantize_eager), 3 * CHANNELS),
+    "gelu_quantize": Kernel(*QUANTIZE, rows(HIDDEN, fp8_rows.gelu_quantize, fp8_rows.gelu_quantize_eager), 3 * HIDDEN),
     "norm_quantize": Kernel(
         "fp8_rows_triton",
         ("NORM_WARP_COLUMNS", "NORM_MOST_PIECES", "SHARED_ROWS"),

@@ -202,11 +202,3 @@ def samples(cls: type) -> bool:
 def _takes_any_name(cls: type) -> bool:
     parameters = inspect.signature(getattr(cls, cls.FUNCTION)).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def _fits(made: object, wanted: object) -> bool:
-    """Whether an output type may go to an input type: "*" is any, "A,B" is either, and a whole number is a number."""
-    if not isinstance(made, str) or not isinstance(wanted, str) or "*" in (made, wanted):
-        return True
-    makes, takes = set(made.split(",")), set(wanted.split(","))
-    return bool(makes & takes) or ("INT" in makes and "FLOAT" in takes)

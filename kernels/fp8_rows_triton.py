@@ -120,7 +120,7 @@ def _normed(pieces, gains, shifts, columns, eps, RMS: tl.constexpr, PIECE: tl.co
 
 @triton.jit
 def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_token, gain_batch, gain_token,
-          shift_batch, shift_token, eps, QUANTISE: tl.constexpr, RMS: tl.constexpr, SHARED: tl.constexpr,
+          shift_batch, shift_token, eps, QUANTIZE: tl.constexpr, RMS: tl.constexpr, SHARED: tl.constexpr,
           ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64)
@@ -144,7 +144,7 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
         y = _normed(pieces, g, s, columns, eps, RMS, PIECE, FULL)
         if token < tokens:
             row = batch * tokens + token
-            if QUANTISE:
+            if QUANTIZE:
                 _store_row(y, out, scales, row, columns_out, False, scales, PIECE, FULL)
             else:
                 _store_pieces(y, out + row * columns_out, columns, PIECE, FULL)
@@ -202,7 +202,7 @@ def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor | None, out: Tensor, sca
     with torch.cuda.device_of(x):
         _norm[(triton.cdiv(tokens, rows), batch)](
             *operands, out, out if scale is None else scale, columns, out.shape[-1], tokens, *strides, eps,
-            QUANTISE=scale is not None, RMS=shift is None, SHARED=shared, ROWS=rows,
+            QUANTIZE=scale is not None, RMS=shift is None, SHARED=shared, ROWS=rows,
             **_options(columns, out.shape[-1], NORM_WARP_COLUMNS, NORM_MOST_PIECES),
         )  # fmt: skip
 

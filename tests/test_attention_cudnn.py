@@ -235,6 +235,20 @@ def test_no_host_synchronisation():
 
 @torch.no_grad()
 @pytest.mark.cuda
+def test_a_process_ends_without_a_word():
+    """nanobind, which binds cuDNN's functions to Python, lists what is still held of them at the end."""
+    runs_here()
+    script = (
+        "import torch\n"
+        "from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8\n"
+        "CudnnFp8()(*torch.randn(3, 1, 256, 2, 64, device='cuda', dtype=torch.bfloat16))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "nanobind" not in done.stdout + done.stderr
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("form", ["call", "fused"])
 def test_any_layout_on_a_gpu(form):
     runs_here()

@@ -1,5 +1,6 @@
 """The files that pip and ComfyUI Manager read agree with each other."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -29,6 +30,19 @@ def test_every_dependency_is_pinned():
     pinned = {name_of(line) for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
     meta = project()["project"]
     assert {name_of(r) for r in [*meta["dependencies"], *meta["optional-dependencies"]["test"]]} <= pinned
+
+
+# Where the module has another name than its package.
+MODULES = {"pillow": "PIL", "scikit-image": "skimage"}
+
+
+def test_every_dependency_is_imported():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules()]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    needed = map(name_of, project()["project"]["dependencies"])
+    assert not {MODULES.get(name, name.replace("-", "_")) for name in needed} - imported
 
 
 def test_every_package_is_installed():

@@ -102,12 +102,13 @@ def test_empty_values_of_every_node_become_its_defaults_before_the_server_sees_t
     for name, node in N.items():
         widgets = [entry for entry in inputs_of(node) if entry.is_widget and not isinstance(entry.kind, list)]
         for nothing in (None, ""):
-            values = {entry.name: nothing for entry in widgets if nothing in EMPTY[entry.kind]}
+            values = {entry.name: nothing for entry in widgets}
             prompt = {"7": {"class_type": name, "inputs": {"model": ["1", 0], **values}}}
             caplog.clear()
             take_defaults(prompt, N)
-            wanted = {entry.name: entry.default for entry in widgets if entry.name in values}
-            assert prompt["7"]["inputs"] == {"model": ["1", 0], **wanted}
+            # A text may be empty, and an empty text is a switch that is off.
+            wanted = {entry.name: entry.default for entry in widgets if nothing in EMPTY[entry.kind]}
+            assert prompt["7"]["inputs"] == {"model": ["1", 0], **values, **wanted}
             lines = zip(wanted, caplog.messages, strict=True)
             assert all(line.startswith(f"{node.DISPLAY_NAME} (#7): '{entry}' was saved empty") for entry, line in lines)
 

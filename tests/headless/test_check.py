@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from limits import interrupted
 from PIL import Image
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.headless import check as checking
@@ -245,7 +246,8 @@ def test_long_chains(tmp_path, host):
 
 def test_a_video_made_of_itself_is_named(tmp_path, host):
     graph = api(v=combine(images=["v", 0]), e=("End", {"image": ["v", 0]}))
-    assert problems(tmp_path, host, graph)
+    with interrupted():
+        assert any("has a loop through" in problem for problem in problems(tmp_path, host, graph))
 
 
 def reroute(key, link_in):

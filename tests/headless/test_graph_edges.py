@@ -124,6 +124,14 @@ def test_rgthree_reroutes_and_null_links(tmp_path):
     assert set(got) == {"1", "2"} and got["2"].inputs["image"] == Link("1", 1)
 
 
+def test_odd_keys_and_packs_of_the_editor(tmp_path):
+    """Ids of both types in one file, and a number where the pack's name should be."""
+    first, second = maker("1"), taker()
+    second |= {"properties": {"cnr_id": 7}, "widgets_values": {"count": 5, "size": 2.5, "3": [1]}}
+    nodes = read(tmp_path, [first, second], [[1, "1", 1.0, 2, 0.0, "IMAGE"]])
+    assert nodes["2"].inputs["image"] == Link("1", 1) and nodes["2"].pack == "7"
+
+
 def test_loops_of_the_editor_are_named(tmp_path):
     turning = [node(3, "Reroute", [("", "*", 1, False)], ("*",)), node(4, "Reroute", [("", "*", 2, False)], ("*",))]
     links = [[1, 4, 0, 3, 0, "*"], [2, 3, 0, 4, 0, "*"], [3, 3, 0, 2, 0, "*"]]

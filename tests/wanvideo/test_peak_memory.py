@@ -5,9 +5,13 @@ activation: they are what fits beside the weights on a small card, and break whe
 """
 
 import pytest
-from memory_count import GIB, GOALS, peaks
+import torch
+from memory_count import GIB, GOALS, LiveBytes, peaks
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 # What kernels need beside tensors: cuBLAS' workspace, and cuDNN's with the tables of its graph.
 WORKSPACES = 2**26
@@ -34,3 +38,22 @@ def test_all_tokens_at_once(fp8, units, monkeypatch):
     """One residual stream and its copy beside the hidden layer, before and behind the GELU, and no stale tensor."""
     activations, *_, unit = peaks(monkeypatch, (480, 832), attention=sdpa(), fp8=fp8, spare=False)
     assert activations < units * unit
+
+
+@torch.no_grad()
+def test_nothing_is_kept_of_a_forward():
+    """Keys and values of the text would be a gigabyte, for 0.2 % of the time."""
+    model = WanModel(WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=6))
+    text = (torch.randn(3, 8),)
+
+    def asked(time):
+        return ModelInputs(latents=torch.randn(1, 16, 2, 4, 4), timestep=torch.tensor([time]), text=text)
+
+    # Positions of a grid are remembered.
+    model(asked(300.0))
+    inputs = asked(200.0)
+    with LiveBytes() as live:
+        out = model(inputs)
+        assert live.now > 0 and out.isfinite().all()
+        del out
+    assert live.now == 0
