@@ -97,7 +97,8 @@ def _container(path: Path, what: str) -> Iterator[av.container.InputContainer]:
 
 
 def _stream(container: av.container.InputContainer, path: Path, kind: str) -> av.stream.Stream:
-    streams = getattr(container.streams, kind)
+    # The cover of a sound file is no video.
+    streams = [s for s in getattr(container.streams, kind) if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         missing = {"audio": "has no sound; choose a file that has.", "video": "has no picture; choose a video."}[kind]
         raise MediaError(f"{path.name} {missing}")
@@ -294,7 +295,7 @@ def _shown(path: Path, fps: float) -> Iterator[np.ndarray]:
     damage, count, size = Damage(), 0, None
     last = None
     with _container(path, "video") as container:
-        stream = container.streams.video[0]
+        stream = _stream(container, path, "video")
         stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}
         for _, frame in _frames(container, stream, damage):
             _check_size(path, frame.width, frame.height)

@@ -22,6 +22,8 @@ Audio = dict[str, object]
 
 # FFmpeg's numbers (ITU-T H.273) of BT.709 primaries, transfer and matrix, and of limited range.
 BT709, LIMITED_RANGE = 1, 1
+# By the number of channels; of others, the first two are taken.
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 PRORES_PROFILES = ("lt", "standard", "hq", "4444", "4444xq")
 
 
@@ -222,9 +224,13 @@ def _add_sound(container: av.container.OutputContainer, audio: Audio, form: Form
 
 def _sound_packets(stream: av.AudioStream, audio: Audio) -> Iterator[av.Packet]:
     """Second by second, so that hours of sound take no more memory than it has."""
-    waveform, rate = audio["waveform"][0][:2], int(audio["sample_rate"])
-    layout = "mono" if waveform.shape[0] == 1 else "stereo"
-    resampler = av.AudioResampler(format=stream.codec_context.format.name, layout=layout, rate=stream.rate)
+    waveform, rate = audio["waveform"][0], int(audio["sample_rate"])
+    # The speech of films is in the third channel: mixed down to two, it is heard.
+    layout = LAYOUTS.get(len(waveform), "stereo")
+    waveform = waveform[: av.AudioLayout(layout).nb_channels]
+    resampler = av.AudioResampler(
+        format=stream.codec_context.format.name, layout=stream.layout.name, rate=stream.rate
+    )
     for start in range(0, waveform.shape[1], rate):
         samples = waveform[:, start : start + rate].float().nan_to_num(0.0).clamp(-1, 1).cpu().numpy()
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)

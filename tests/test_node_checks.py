@@ -161,6 +161,14 @@ def test_values_that_other_nodes_make_are_not_judged(host):
     assert N["WanVideoDecode"].VALIDATE_INPUTS(**TILES) is True
 
 
+def test_links_of_any_type_fit_and_whole_numbers_are_reals(host):
+    sampler = N["WanVideoSampler"]
+    for links in ({"model": "*"}, {"model": "WANVIDEOMODEL,MODEL"}, {"cfg": "INT"}, {"cfg": "FLOAT"}):
+        assert sampler.VALIDATE_INPUTS(input_types={**SAMPLER, **links}) is True
+    with pytest.raises(ValueError, match="'steps' takes INT, but FLOAT is linked to it"):
+        sampler.VALIDATE_INPUTS(input_types={**SAMPLER, "steps": "FLOAT"})
+
+
 def test_prompts_on_disk_need_no_encoder(host, monkeypatch, tmp_path):
     monkeypatch.setattr(type(host), "cache_dir", lambda self: tmp_path)
     cache = TextCache(tmp_path / "text_embeds")

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from limits import limited
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.wanvideo import footage as footage_module
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.footage import FolderFootage
 from wanvideo_wrapper.wanvideo.modules import tokenizer
@@ -50,6 +51,9 @@ def changed(data, edits):
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
     """Files of a run of two finished windows, and what they hand on."""
+    patch = pytest.MonkeyPatch()
+    # A busy disk may take its ten seconds, and says nothing about the reader.
+    patch.setattr(footage_module, "_flush", lambda path: None)
     folder = tmp_path_factory.mktemp("resume")
     footage = FolderFootage(folder / "talk", 9, INPUTS)
     footage.open()
@@ -58,7 +62,8 @@ def unfinished(tmp_path_factory):
         footage.add(torch.rand(2, 16, 16, 3))
         footage.finish_window(window, handover)
     footage.close()
-    return folder, handover
+    yield folder, handover
+    patch.undo()
 
 
 ODD = st.sampled_from(

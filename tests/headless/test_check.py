@@ -235,11 +235,11 @@ def test_meta_may_be_anything(tmp_path):
 
 
 def test_long_chains(tmp_path, host):
-    chain = {str(n): ("Pass", {"image": [str(n - 1), 0]}) for n in range(1, 3000)}
-    run(tmp_path, host, api(**{"0": ("Source", {})}, **chain, e=("End", {"image": ["2999", 0]})))
+    chain = {str(n): ("Pass", {"image": [str(n - 1), 0]}) for n in range(1, 5000)}
+    run(tmp_path, host, api(**{"0": ("Source", {})}, **chain, e=("End", {"image": ["4999", 0]})))
     # Equal nodes run once.
-    assert len(RAN) == 3001
-    looped = api(**{"0": ("Pass", {"image": ["2999", 0]})}, **chain, e=("End", {"image": ["2999", 0]}))
+    assert len(RAN) == 5001
+    looped = api(**{"0": ("Pass", {"image": ["4999", 0]})}, **chain, e=("End", {"image": ["4999", 0]}))
     (problem,) = problems(tmp_path, host, looped)
     assert "has a loop through" in problem
 
@@ -255,10 +255,10 @@ def reroute(key, link_in):
 
 
 def test_long_chains_of_the_editor(tmp_path):
-    nodes = [{"id": 0, "type": "Source"}, *(reroute(n, n) for n in range(1, 3000))]
-    nodes.append({"id": 3000, "type": "End", "inputs": [{"name": "image", "type": "IMAGE", "link": 3000}]})
-    links = [[n, n - 1, 0.0, n, 0.0, "*"] for n in range(1, 3001)]
-    assert read(tmp_path, {"nodes": nodes, "links": links}).nodes["3000"].inputs["image"] == Link("0", 0)
+    nodes = [{"id": 0, "type": "Source"}, *(reroute(n, n) for n in range(1, 5000))]
+    nodes.append({"id": 5000, "type": "End", "inputs": [{"name": "image", "type": "IMAGE", "link": 5000}]})
+    links = [[n, n - 1, 0.0, n, 0.0, "*"] for n in range(1, 5001)]
+    assert read(tmp_path, {"nodes": nodes, "links": links}).nodes["5000"].inputs["image"] == Link("0", 0)
 
 
 def nested(count, levels):

@@ -1,5 +1,7 @@
 """Damage costs its own length, claims of size cost nothing, and formats that read other files are not opened."""
 
+import base64
+
 import av
 import numpy as np
 import pytest
@@ -138,6 +140,40 @@ def test_playlists_and_scripts_are_not_followed(name, text, tmp_path):
     (tmp_path / name).write_text(text.format(tmp_path / "secret.wav"))
     with pytest.raises(ValueError, match=f"{name} is no sound file that can be read"):
         read_audio(tmp_path / name)
+
+
+class Address:
+    """What FFmpeg would take for an address."""
+
+    name = "address"
+
+    def __init__(self, text):
+        self._text = text
+
+    def __str__(self):
+        return self._text
+
+
+def test_only_files_are_opened(tmp_path):
+    write_sound(tmp_path / "a.wav", speech(0.5), "pcm_s16le", form="s16")
+    text = base64.b64encode((tmp_path / "a.wav").read_bytes()).decode()
+    for address in (f"data:audio/wav;base64,{text}", f"concat:{tmp_path / 'a.wav'}", f"subfile:{tmp_path / 'a.wav'}"):
+        with pytest.raises(ValueError, match="address is no sound file that can be read"):
+            read_audio(Address(address))
+    assert read_audio(Address(str(tmp_path / "a.wav")))["waveform"].shape[2] == RATE // 2
+
+
+def test_frames_larger_than_memory_are_refused_and_not_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "v.mp4"
+    write_video(path, FRAMES, Encoding(fps=10))
+    monkeypatch.setattr(media, "LARGEST_FRAME", 64 * 96 - 1)
+    for read in (read_frames, lambda path: media.probe(path, "video")):
+        with pytest.raises(ValueError, match=r"v\.mp4 has frames of 96x64, more than can be taken"):
+            read(path)
+    # A frame in the middle may be larger than the header says: the decoder has the limit, too.
+    monkeypatch.setattr(media, "_check_size", lambda *size: None)
+    with pytest.raises(ValueError, match=r"v\.mp4 has no frame that can be decoded"):
+        list(read_frames(path)[1])
 
 
 def test_pictures_larger_than_memory_are_refused_by_their_header(tmp_path, monkeypatch):

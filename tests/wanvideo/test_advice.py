@@ -61,6 +61,8 @@ def test_a_weak_one_or_guidance_for_some_steps_is_meant(caplog):
     weak = model_with(PUBLISHED[0], 0.3)
     assert not warnings(caplog, model=weak, cfg=5.0, schedule=schedule(steps=30))
     assert not warnings(caplog, model=model_with(PUBLISHED[0]), cfg=[3.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    # The last number is of no step.
+    assert warnings(caplog, model=model_with(PUBLISHED[0]), cfg=[3.0] * 6 + [1.0])
 
 
 def test_a_cache_at_few_steps(caplog):
@@ -69,6 +71,7 @@ def test_a_cache_at_few_steps(caplog):
     assert line.startswith("TeaCache leaves out steps") and "of 4 steps" in line and line.endswith("cache_args.")
     # Each half of a run of eight steps.
     assert warnings(caplog, cache=cache, schedule=schedule(steps=8, start_step=4))
+    assert not warnings(caplog, cache=cache, schedule=schedule(steps=12, start_step=6))
     assert not warnings(caplog, cache=cache, schedule=schedule(steps=20))
 
 
