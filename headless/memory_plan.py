@@ -16,7 +16,7 @@ from ..wanvideo.frames import latent_frames
 from ..wanvideo.load_plan import LoadOptions, contents, module_files
 from ..wanvideo.memory import Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
-from .model_list import needed_models
+from .model_list import ENDINGS, needed_models
 from .published_headers import is_known, open_or_make
 from .widgets import CASTS, inputs_of
 
@@ -139,13 +139,15 @@ def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float
     if not loaders:
         raise ValueError(f"The workflow has no {LOADER}, so that there is nothing to plan.")
     video = video_of(reader)
-    lines, absent = [f"Video      {video}"], []
+    lines, planned = [f"Video      {video}"], 0
     for node in loaders:
-        options, path = _options(reader, node), _path(host, str(reader.value(node, "model")))
-        unknown = [file for file in (path, *(module.path for module in options.modules)) if not is_known(file)]
-        absent += [unknown] if unknown else []
-        lines += [_unplanned(path, unknown)] if unknown else _lines(reader, node, (path, options), video, vram)
-    if len(absent) == len(loaders):
+        path = _path(host, str(reader.value(node, "model")))
+        unknown = [file for file in (path, *_module_paths(reader, node, host)) if not is_known(file)]
+        # Nodes may read their files as soon as they run.
+        files = None if unknown else (path, _options(reader, node))
+        lines += [_unplanned(path, unknown)] if files is None else _lines(reader, node, files, video, vram)
+        planned += files is not None
+    if not planned:
         raise FileNotFoundError(_all_missing(prompt, host))
     return [*lines, *_others(prompt, host), *_missing(prompt, host)]
 
@@ -223,14 +225,27 @@ def _options(reader: Reader, node: Node) -> LoadOptions:
 
 def _modules(reader: Reader, node: Node) -> Iterator[tuple[str, object]]:
     """The module files at a node's sockets; a node that chooses one may have another in front of it."""
-    for name in node.inputs:
-        maker = reader.maker(node, name)
-        if maker is None or not reader.classes[maker.type].RETURN_TYPES[node.inputs[name].slot].endswith(MODULES):
-            continue
+    for name, maker in _module_nodes(reader, node):
         cls = reader.classes[maker.type]
         values = {entry.name: reader.value(maker, entry.name) for entry in inputs_of(cls, maker.inputs)}
         arguments = {key: value for key, value in values.items() if value is not None} | dict(_modules(reader, maker))
         yield name, getattr(cls(), cls.FUNCTION)(**arguments)[node.inputs[name].slot]
+
+
+def _module_nodes(reader: Reader, node: Node) -> Iterator[tuple[str, Node]]:
+    for name in node.inputs:
+        maker = reader.maker(node, name)
+        if maker is not None and reader.classes[maker.type].RETURN_TYPES[node.inputs[name].slot].endswith(MODULES):
+            yield name, maker
+
+
+def _module_paths(reader: Reader, node: Node, host: Host) -> Iterator[Path]:
+    """The files that the nodes at its sockets name, and those behind them."""
+    for _, maker in _module_nodes(reader, node):
+        for name in maker.inputs.values():
+            if isinstance(name, str) and name.lower().endswith(ENDINGS):
+                yield _path(host, name)
+        yield from _module_paths(reader, maker, host)
 
 
 def _path(host: Host, name: str) -> Path:

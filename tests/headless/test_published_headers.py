@@ -91,7 +91,13 @@ def test_one_model_that_is_not_known_leaves_the_other(host):
 
 
 def test_all_that_is_missing_is_named_at_once(host, tmp_path):
+    """A node that reads its file when it runs does not run for that."""
     vae = node("2", "WanVideoVAELoader", model_name="Wan2_1_VAE_bf16.safetensors")
+    ear = node("3", "FantasyTalkingModelLoader", model="x/fantasytalking_fp16.safetensors", base_precision="fp16")
+    prompt = workflow("wan2.1-i2v-14b-480p-Q8_0.gguf", vae, ear, fantasytalking_model=Link("3", 0))
+    with pytest.raises(FileNotFoundError) as refusal:
+        plan(prompt, CLASSES, host)
+    assert "diffusion_models/x/fantasytalking_fp16.safetensors" in str(refusal.value)
     with pytest.raises(FileNotFoundError) as refusal:
         plan(workflow("of_nobody.safetensors", vae), CLASSES, host)
     assert "diffusion_models/of_nobody.safetensors" in str(refusal.value)
