@@ -8,6 +8,7 @@ of this process above what the loaded model keeps, mapped pages of the file incl
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import threading
@@ -77,6 +78,7 @@ def _read(path: Path, buffer: bytearray) -> None:
 
 
 def _memory_above(load: Callable[[], WanVideoModel]) -> float:
+    gc.collect()
     before, peak = _resident(), []
     with _watched(peak):
         model = load()

@@ -5,20 +5,14 @@ They are read only, so that leaving a device costs nothing: their memory outside
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-log = logging.getLogger("wanvideo")
-
-# Pinned memory that a copy goes through. Smaller tensors gain nothing by it.
-PIECE = 64 * 2**20
-WORTH_STAGING = 2**20
-MAIN_MEMORY = torch.device("cpu")
+from .staging import MAIN_MEMORY, Staging
 
 
 class Copied(NamedTuple):
@@ -80,60 +74,6 @@ class ModuleResidence:
         self._residence.move(tensors_of(self._module), device)
 
 
-class Staging:
-    """Copies to a device. Large ones go to a GPU through two pieces of pinned memory, one filled while one is read.
-
-    From pageable memory the driver copies with one thread and waits; this takes about a quarter of the time.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        self._device = device
-        self._pieces: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._staged = device.type == "cuda" and any(map(_is_staged, tensors))
-
-    def __enter__(self) -> Staging:
-        if self._staged:
-            try:
-                pinned = torch.empty(2, PIECE, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:
-                log.info("The system refuses to pin memory, so that weights go to the GPU more slowly.")
-            else:
-                self._pieces = [(piece, torch.cuda.Event()) for piece in pinned]
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        # Whoever gets this memory next may write to it at once.
-        for _, read in self._pieces:
-            read.synchronize()
-
-    def copy(self, source: Tensor) -> Tensor:
-        """The same values on the device."""
-        if not self._pieces or not _is_staged(source):
-            return source.to(self._device)
-        target = torch.empty_like(source, device=self._device)
-        parts = zip(_octets(target).split(PIECE), _octets(source).split(PIECE), strict=True)
-        for there, here in parts:
-            self._pieces.reverse()
-            piece, read = self._pieces[0]
-            read.synchronize()
-            there.copy_(piece[: here.numel()].copy_(here), non_blocking=True)
-            read.record(torch.cuda.current_stream(self._device))
-        return target
-
-
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Its parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
-
-
-def _is_staged(tensor: Tensor) -> bool:
-    return (
-        tensor.device == MAIN_MEMORY
-        and tensor.nbytes >= WORTH_STAGING
-        and tensor.is_contiguous()
-        and not tensor.is_pinned()
-    )
-
-
-def _octets(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)

@@ -69,16 +69,3 @@ def test_a_second_stay_brings_what_main_memory_has_by_then(device):
     want = weight.clone()
     keeper.move([weight], device)
     assert torch.equal(weight.cpu(), want)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 1000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.float64])
-def test_large_weights_arrive_whole_in_pieces(size, dtype, monkeypatch):
-    monkeypatch.setattr(residence, "PIECE", 64)
-    monkeypatch.setattr(residence, "WORTH_STAGING", 0)
-    tensors = [torch.randn(size, device="cpu").to(dtype), torch.randn(3, size).to(dtype).t(), torch.randn(()).to(dtype)]
-    want = [tensor.clone() for tensor in tensors]
-    Residence().move(tensors, torch.device("cuda"))
-    for tensor, value in zip(tensors, want, strict=True):
-        assert tensor.is_cuda and torch.equal(tensor.cpu().double(), value.double())

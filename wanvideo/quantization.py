@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..host.residence import tensors_of
+from ..host.staging import Staging
 from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, runs_fp8
 from ..quantized.linear import QuantizedLinear
 from ..quantized.nvfp4 import Nvfp4Linear
@@ -107,7 +109,11 @@ class Plan:
         kind, form = (Nvfp4Linear, ()) if self.convert == NVFP4 else (Fp8Linear, (FP8_DTYPES[self.convert],))
         if fast:
             kind = kind.fast_kind(self.device)
-        return kind.quantize(weight.to(self.device), bias, *form).to(weight.device)
+        with Staging([weight], self.device) as staging:
+            layer = kind.quantize(staging.copy(weight), bias, *form)
+            for tensor in tensors_of(layer):
+                tensor.data = staging.fetch(tensor.data)
+        return layer
 
 
 def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: torch.dtype) -> Plan:
