@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,8 @@ from torch import Tensor
 
 # Dimensions and sizes beyond this are no model's, and their products would leave what torch can address.
 LARGEST_SIZE = 2**48
+# A large tensor is read by several threads, a stretch of this many bytes at a time.
+STRETCH, READERS = 2**23, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +96,23 @@ def read_bytes(path: Path, begin: int, shape: Sequence[int], dtype: torch.dtype,
     value = torch.empty(tuple(shape), dtype=dtype)
     if not size:
         return value
-    with path.open("rb") as file:
-        file.seek(begin)
-        got = file.readinto(value.reshape(-1).view(torch.uint8).numpy())
+    memory = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    if size <= STRETCH:
+        got = _read_into(memory, path, begin)
+    else:
+        # Half of the time is the system's, which finds fresh memory page by page.
+        starts = range(0, size, STRETCH)
+        with ThreadPoolExecutor(READERS) as pool:
+            got = sum(pool.map(lambda at: _read_into(memory[at : at + STRETCH], path, begin + at), starts))
     if got != size:
         raise _shorter(path)
     return value
+
+
+def _read_into(memory: memoryview, path: Path, begin: int) -> int:
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.readinto(memory)
 
 
 def _mapped(path: Path, begin: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -6,13 +6,13 @@ import threading
 import pytest
 import torch
 from memory_count import LiveBytes
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from saved_models import quantizable
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantize_rows
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo import loading
+from wanvideo_wrapper.wanvideo import loading, tensor_file
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
@@ -96,12 +96,15 @@ def resident():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def test_a_file_that_became_shorter_is_named(file, tmp_path):
+@pytest.mark.parametrize("stretch", [2**23, 1000], ids=["at once", "in stretches"])
+def test_a_file_that_became_shorter_is_named(stretch, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "STRETCH", stretch)
     path = tmp_path / "m.safetensors"
     save_file({"a": torch.randn(9, 7).bfloat16(), "b": torch.randn(64, 64).bfloat16()}, path)
     checkpoint = open_checkpoint(path)
     want = {name: checkpoint.tensor(name) for name in ("a", "b")}
     assert all(torch.equal(checkpoint.tensor(name, mapped=True), value) for name, value in want.items())
+    assert torch.equal(want["b"], load_file(path)["b"])
     path.write_bytes(path.read_bytes()[:-1])
     for mapped in (True, False):
         with pytest.raises(ValueError, match=r"^m\.safetensors became shorter while it was read; download it again\.$"):
