@@ -14,9 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..tensor_layout import ALIGNMENT
+
 # Dimensions and sizes beyond this are no model's, and their products would leave what torch can address.
 LARGEST_SIZE = 2**48
-# A large tensor is read by several threads, a stretch of this many bytes at a time.
+# A system has 65,530 mappings for a process.
+LEAST_MAPPED = 2**20
+# What cannot be mapped is read by several threads, a stretch of this many bytes at a time.
 STRETCH, READERS = 2**23, 8
 
 
@@ -42,10 +46,11 @@ class TensorFile(Protocol):
         """The header."""
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
-        """One tensor in aligned storage of its own; GGUF blocks as bytes, uint8 [rows, bytes of a row].
+        """One tensor at an aligned address; GGUF blocks as bytes, uint8 [rows, bytes of a row].
 
-        mapped: a view of the file instead, for what is converted at once and let go; it takes no memory that the
-        system could not take back.
+        A large one is a view of the file, which all processes share and which takes no memory that the system could
+        not take back, unless it lies at another address there. mapped: any that can be is a view, aligned or not, for
+        what is converted at once and let go.
         """
 
 
@@ -86,12 +91,13 @@ def byte_range(name: str, offsets: object) -> tuple[int, int]:
 
 
 def read_bytes(path: Path, begin: int, shape: Sequence[int], dtype: torch.dtype, *, mapped: bool = False) -> Tensor:
-    """A tensor whose bytes start at `begin`, read into fresh memory, or mapped where it lies at a whole address.
+    """A tensor whose bytes start at `begin`, mapped or read into fresh memory: see `TensorFile.read`.
 
     Raises ValueError where the file has become shorter since its header was checked.
     """
     size = math.prod(shape) * dtype.itemsize
-    if mapped and size and begin % dtype.itemsize == 0:
+    least, step = (1, dtype.itemsize) if mapped else (LEAST_MAPPED, ALIGNMENT)
+    if size >= least and begin % step == 0:
         return _mapped(path, begin, size, dtype).view(tuple(shape))
     value = torch.empty(tuple(shape), dtype=dtype)
     if not size:

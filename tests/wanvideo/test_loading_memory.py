@@ -90,6 +90,25 @@ def test_what_is_mapped_is_given_back(file):
     assert total == sum(float(checkpoint.tensor(name).float().sum()) for name in names)
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_large_weights_are_views_of_the_file_where_kernels_take_its_addresses(aligned, tmp_path, monkeypatch):
+    """In a file of the library's, whose header ends at a multiple of 8 bytes."""
+    monkeypatch.setattr(tensor_file, "LEAST_MAPPED", 4096)
+    tensors = {"large": torch.randn(64, 64).bfloat16(), "small": torch.randn(8, 8).bfloat16()}
+    for length in range(8, 25, 8):
+        save_file(tensors, tmp_path / "m.safetensors", metadata={"pad": "x" * length})
+        data = (tmp_path / "m.safetensors").read_bytes()
+        if (int.from_bytes(data[:8], "little") + 8) % 16 == (0 if aligned else 8):
+            break
+    views, mapped = [], tensor_file._mapped
+    monkeypatch.setattr(tensor_file, "_mapped", lambda *place: views.append(place[2]) or mapped(*place))
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    for name, tensor in tensors.items():
+        value = checkpoint.tensor(name)
+        assert torch.equal(value, tensor) and value.data_ptr() % 16 == 0
+    assert views == ([64 * 64 * 2] if aligned else [])
+
+
 def resident():
     """Bytes of this process that are in memory, those of mapped files included."""
     with open("/proc/self/statm") as file:
