@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ LINES = {"lip_sync": "lip-sync (correlation)", "psnr": "PSNR to all steps, dense
 class Recorder(StepCache):
     """Leaves nothing out, and notes how large each step's change is beside that of the step before."""
 
+    label: ClassVar[str] = "Recorder"
     curve: list[float]
 
     def maker(self, model: WanVideoModel) -> Callable[[torch.device], StepMemory]:
