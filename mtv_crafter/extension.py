@@ -26,7 +26,7 @@ from ..wanvideo.families import Kind
 from ..wanvideo.guidance import at_step
 from ..wanvideo.modules.attention import WanSelfAttention
 from ..wanvideo.modules.block import WanAttentionBlock
-from ..wanvideo.modules.layers import WanLayerNorm, normalize, placed_heads
+from ..wanvideo.modules.layers import WanLayerNorm, normalize
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.rope import axis_sizes
 from ..wanvideo.shard import Shard
@@ -82,7 +82,7 @@ class MotionAttention(WanSelfAttention):
 
     def attend(self, x: Tensor | Fp8Rows, motion: Tensor, rope: Tensor, motion_rope: Tensor) -> Tensor:
         """x [B, L, C] normalized, motion [B, N, C]; rope [L, D/2, 2], motion_rope [N, D/2, 2] -> [B, L, C]."""
-        q = placed_heads(self.norm_q, self.q(x), rope, self.heads)
+        q = self.norm_q.placed(self.q(x), rope, self.heads)
         shared = shared_input(motion, self.k, self.v)
         # The model was trained with keys whose memory is read as [B, H, N, D], which mixes tokens and heads.
         k = self.norm_k(self.k(shared)).contiguous()

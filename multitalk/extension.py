@@ -25,6 +25,8 @@ from .speakers import speaker_map, token_masks
 PROJECTION = "multitalk_audio_proj."
 # Other systems have an audio_cross_attn too, within a part of their own.
 OWN_KEYS = re.compile(rf"{re.escape(PROJECTION)}|blocks\.\d+\.(audio_cross_attn|norm_x)\.")
+# Of a model whose audio attention has norms, LongCat's.
+OTHER_ATTENTION = "blocks.0.audio_cross_attn.q_norm.weight"
 # The name of the speech in guidance.
 AUDIO = "audio"
 NEEDS = (
@@ -102,6 +104,8 @@ class MultiTalk(Extension):
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
         """Present where the file has the audio projection and audio attention in its blocks."""
+        if OTHER_ATTENTION in shapes:
+            return None
         first, last = shapes.get(f"{PROJECTION}proj1.weight"), shapes.get(f"{PROJECTION}proj3.weight")
         marks = (key.split(".") for key in shapes if key.endswith(".audio_cross_attn.q_linear.weight"))
         voiced = tuple(sorted(int(parts[1]) for parts in marks))
@@ -135,15 +139,8 @@ class MultiTalk(Extension):
         self, model: WanModel, payload: AudioWindow, inputs: ModelInputs, tokens: Tokens
     ) -> tuple[Tokens, Speech]:
         """Audio tokens of every latent frame."""
-        audio = payload.audio
-        speakers = int(audio.shape[1])
-        if audio.shape[4] * audio.shape[5] != self.features:
-            raise ValueError(
-                f"The audio layers read {self.features} features a frame but the audio encoder gives "
-                f"{audio.shape[4] * audio.shape[5]}: load the Wav2Vec2 model that this checkpoint was trained with."
-            )
-        projected = model.multitalk_audio_proj(*latent_windows(audio.flatten(0, 1))).to(tokens.x.dtype)
-        projected = projected.unflatten(0, (-1, speakers)).transpose(1, 2).flatten(2, 3)
+        speakers = int(payload.audio.shape[1])
+        projected = audio_tokens(model.multitalk_audio_proj, payload.audio, self.features).to(tokens.x.dtype)
         if projected.shape[1] > tokens.grid[0]:
             raise ValueError(
                 f"The speech covers {projected.shape[1]} latent frames but the video has {tokens.grid[0]}."
@@ -196,6 +193,20 @@ class MultiTalk(Extension):
         scores = cond.scores, cond.speakers, cond.shard
         spoken = block.audio_cross_attn(block.norm_x(x).contiguous(), audio, cond.grid, *scores)
         return gated_residual(x, spoken, cond.scale)
+
+
+def audio_tokens(projection: AudioProjModel, audio: Tensor, features: int) -> Tensor:
+    """Features [B, P, pixel frames, 5, layers, channels] -> audio tokens [B, F, P * T, C], speaker by speaker.
+
+    Raises ValueError unless a frame has so many features.
+    """
+    if audio.shape[4] * audio.shape[5] != features:
+        raise ValueError(
+            f"The audio layers read {features} features a frame but the audio encoder gives "
+            f"{audio.shape[4] * audio.shape[5]}: load the Wav2Vec2 model that this checkpoint was trained with."
+        )
+    projected = projection(*latent_windows(audio.flatten(0, 1)))
+    return projected.unflatten(0, (-1, audio.shape[1])).transpose(1, 2).flatten(2, 3)
 
 
 EXTENSION = MultiTalk

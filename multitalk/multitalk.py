@@ -85,6 +85,10 @@ class SingleStreamAttention(nn.Module):
         k, v = kv.unflatten(-1, (2, *self.heads)).unbind(2)
         return k.contiguous(), v.contiguous()
 
+    def queries(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., H, D]."""
+        return self.q_linear(x).unflatten(-1, self.heads).contiguous()
+
     def attend(
         self, x: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int], rope: Tensor | None = None
     ) -> Tensor:
@@ -100,7 +104,7 @@ class SingleStreamAttention(nn.Module):
         frames = int(k.shape[0]) // batch
         voiced = frames * places
         spoken = x[:, :voiced].reshape(batch * frames, places, -1).contiguous()
-        q = self.q_linear(spoken).unflatten(-1, self.heads).contiguous()
+        q = self.queries(spoken)
         if rope is not None:
             q = turned_heads(q, rope[:, :voiced].reshape(batch * frames, places, *rope.shape[2:]))
         out = self.proj(self.attention(q, k, v).flatten(2).contiguous())

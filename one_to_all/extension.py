@@ -26,7 +26,7 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import NO_TEXT, at_step
 from ..wanvideo.modules.block import WanAttentionBlock
-from ..wanvideo.modules.layers import WanRMSNorm, placed_heads
+from ..wanvideo.modules.layers import WanRMSNorm
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, Heads, HeadsRead, ModelInputs, Projections, Tokens, video_tokens
@@ -232,8 +232,8 @@ class OneToAll(Extension):
         attention = block.self_attn
         feature = shared_input(cond.feature, block.ref_attn_k_img, block.ref_attn_v_img)
         q = value.q[:, : cond.turns.shape[0]]
-        q = placed_heads(attention.norm_q, q, cond.turns, attention.heads)
-        k = placed_heads(block.ref_attn_norm_k_img, block.ref_attn_k_img(feature), cond.places, attention.heads)
+        q = attention.norm_q.placed(q, cond.turns, attention.heads)
+        k = block.ref_attn_norm_k_img.placed(block.ref_attn_k_img(feature), cond.places, attention.heads)
         seen = block.cross_attn.attention(q, k, attention.split(block.ref_attn_v_img(feature)))
         return value, cond._replace(heads=seen)
 

@@ -72,7 +72,8 @@ def build(*extensions, config=None):
     """A plain model, and one with the extensions that has the plain one's weights where it has them."""
     config = config or WanConfig(**SIZES)
     base, model = randomize(WanModel(config)), randomize(WanModel(config, extensions), seed=12)
-    fits = {k: v for k, v in base.state_dict().items() if k in model.state_dict()}
+    own = {k: v.shape for k, v in model.state_dict().items()}
+    fits = {k: v for k, v in base.state_dict().items() if own.get(k) == v.shape}
     model.load_state_dict(fits, strict=False)
     return base, model
 

@@ -27,7 +27,7 @@ REFUSALS = [
     ("WanVideoSampler", SAMPLER, {"steps": 0}, "'steps' must be between 1 and inf, not 0"),
     ("WanVideoSampler", SAMPLER, {"denoise_strength": float("nan")}, "'denoise_strength' must be between"),
     ("WanVideoSampler", {**SAMPLER, "model": "WANVAE"}, {}, "'model' takes WANVIDEOMODEL, but WANVAE"),
-    ("WanVideoScheduler", {}, {"scheduler": "longcat_distill_euler"}, "not available"),
+    ("WanVideoScheduler", {}, {"scheduler": "res_multistep"}, "not available"),
     ("WanVideoSchedulerv2", {}, {"start_step": 30}, "No steps are left"),
     ("WanVideoContextOptions", {}, {"context_frames": 16, "context_overlap": 16}, "must be less than context_frames"),
     ("WanVideoImageToVideoMultiTalk", {}, {"frame_window_size": 25, "motion_frame": 25}, "must be less than frame_w"),

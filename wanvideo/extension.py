@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention import AttentionCall
 from .conditioning import Payload
 from .config import WanConfig
-from .families import Kind
+from .families import Kind, Layout
 from .modifier import Modifier
 from .shard import Shard
 from .tokens import BlockInputs, CrossAttention, Grid, Heads, HeadsRead, ModelInputs, Projections, Tokens
@@ -73,6 +73,7 @@ class Extension:
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
     tokenwise: its `cross_attn` gives every token the same wherever it lies, so that it may see some of them at a time.
     file, other_files: the module file that brings its weights, and files that its other nodes load.
+    layout: where the sizes of a model are whose own layers this system replaces.
     lora_layers: shell patterns of the layers in LoRA files that are this system's own weights.
     """
 
@@ -83,6 +84,7 @@ class Extension:
     file: ClassVar[Kind | None] = None
     other_files: ClassVar[tuple[Kind, ...]] = ()
     high_precision: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[Layout | None] = None
     lora_layers: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

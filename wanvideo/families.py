@@ -30,6 +30,13 @@ class Kind(NamedTuple):
         return all(any(re.search(pattern, key) for key in shapes) for pattern in self.patterns)
 
 
+class Layout(NamedTuple):
+    """Names of the layers that sizes of a transformer are read from: the first of the time, and of a feed-forward."""
+
+    time: str
+    feed_forward: str
+
+
 TRANSFORMER = "Wan transformer"
 LORA = "LoRA"
 

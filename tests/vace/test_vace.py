@@ -15,7 +15,6 @@ from wanvideo_wrapper.wanvideo.conditioning import Payload, Step, Window
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.loading import quantizable
-from wanvideo_wrapper.wanvideo.modules.layers import placed_heads
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
@@ -257,7 +256,7 @@ def test_weightless_systems_act_in_vace_blocks():
         handle.remove()
     (x, given, y), after = seen
     attention = block.self_attn
-    q, k = (placed_heads(n, p(x), given.rope, attention.heads)
+    q, k = (n.placed(p(x), given.rope, attention.heads)
             for n, p in ((attention.norm_q, attention.q), (attention.norm_k, attention.k)))  # fmt: skip
     score = frame_score(q, k, 3, torch.tensor(30.0))
     gate = (block.modulation.unsqueeze(1) + given.mod).unbind(2)[2]

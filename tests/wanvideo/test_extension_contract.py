@@ -33,8 +33,9 @@ def full(case):
 @every_case
 def test_absent_is_bit_identical_and_present_acts(case):
     base, model = built(case)
-    plain = base(full(case))
-    assert torch.equal(plain, model(full(case)))
+    plain = model(full(case))
+    # Another architecture has other layers, whatever is connected.
+    assert case.extension.layout is not None or torch.equal(plain, base(full(case)))
     if case.absent is not None:
         assert torch.equal(plain, model(inputs(case.absent)))
     present = model(inputs(case.payload))
@@ -208,6 +209,8 @@ def own_tokens(case):
 def test_tokens_that_another_system_appends_behind_disturb_nothing(case):
     if own_tokens(case):
         pytest.skip("appends tokens itself, so that the stranger's spans would hide its own")
+    if case.extension.layout is not None:
+        pytest.skip("what it makes sees all tokens, the stranger's too")
     _, model = built(case, UnseenTokens())
     torch.testing.assert_close(model(inputs(case.payload, Extra())), model(inputs(case.payload)), rtol=1e-4, atol=1e-5)
 
@@ -260,12 +263,23 @@ def test_tokens_that_another_system_appends_before_disturb_nothing(case):
     torch.testing.assert_close(both, model(inputs(case.payload)), rtol=1e-4, atol=1e-5)
 
 
-PAIRS = [
-    (one, other)
-    for one, other in itertools.combinations(ALL_CASES, 2)
-    if type(ALL_CASES[one].extension) is not type(ALL_CASES[other].extension)
-    and ALL_CASES[one].sizes == ALL_CASES[other].sizes
-]
+# Weights of a system, in the model or in one of its own, are made for one architecture.
+OWN_WEIGHTS = ("uni3c",)
+
+
+def may_meet(one, other):
+    kinds = [type(ALL_CASES[name].extension) for name in (one, other)]
+    # Those that read the same payload are two ways to do the same.
+    if kinds[0].payload is kinds[1].payload or ALL_CASES[one].sizes != ALL_CASES[other].sizes:
+        return False
+    return all(kind.layout is None for kind in kinds) or not any(map(brings_weights, (one, other), kinds))
+
+
+def brings_weights(name, kind):
+    return kind.layout is None and (name in OWN_WEIGHTS or kind.build is not Extension.build)
+
+
+PAIRS = [pair for pair in itertools.combinations(ALL_CASES, 2) if may_meet(*pair)]
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)

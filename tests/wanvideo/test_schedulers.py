@@ -13,12 +13,12 @@ from wanvideo_wrapper.wanvideo.schedulers import SCHEDULERS, ScheduleSpec, avail
 
 BUILT = {
     "unipc", "unipc/beta", "dpm++", "dpm++/beta", "dpm++_sde", "dpm++_sde/beta", "euler", "euler/beta", "deis", "lcm",
-    "lcm/beta", "flowmatch_distill", "flowmatch_pusa", "multitalk",
+    "lcm/beta", "flowmatch_distill", "flowmatch_pusa", "multitalk", "longcat_distill_euler",
 }  # fmt: skip
 DETERMINISTIC = [
     "unipc", "unipc/beta", "dpm++", "dpm++/beta", "euler", "euler/beta", "deis", "flowmatch_pusa", "multitalk",
 ]  # fmt: skip
-FIRST_ORDER = ["euler", "euler/beta", "flowmatch_pusa", "multitalk", "lcm", "lcm/beta"]
+FIRST_ORDER = ["euler", "euler/beta", "flowmatch_pusa", "multitalk", "lcm", "lcm/beta", "longcat_distill_euler"]
 
 
 def spec(name: str, steps: int = 8, **options) -> ScheduleSpec:
@@ -40,6 +40,8 @@ def expected(name: str, steps: int, shift: float) -> list[float]:
         return [shift_of((1000 - 999 * i / max(steps - 1, 1)) / 1000, shift) for i in range(steps)]
     if name == "flowmatch_distill":
         return [shift_of(s, shift) for s in (0.999, 0.75, 0.5, 0.25)]
+    if name == "longcat_distill_euler":
+        return [shift_of((1000 - 20 * int(50 * i / steps)) / 1000, shift) for i in range(steps)]
     low = shift_of(0.001, shift)
     return [shift_of(1 - (1 - low) * i / max(steps - 1, 1), shift) for i in range(steps)]
 
@@ -261,6 +263,11 @@ def test_custom_sigmas_may_stop_early() -> None:
 def test_unusable_sigmas_are_refused(sigmas: list[float]) -> None:
     with pytest.raises(ValueError, match="Custom sigmas"):
         make_schedule(spec("unipc", sigmas=torch.tensor(sigmas)))
+
+
+def test_a_schedule_of_fifty_trained_steps_has_no_more() -> None:
+    with pytest.raises(ValueError, match="50 steps at most, not 51"):
+        make_schedule(spec("longcat_distill_euler", 51))
 
 
 def test_distilled_schedule_is_fixed() -> None:

@@ -18,7 +18,7 @@ from ..config import WanConfig
 from ..extension import Hooks, heads_read, hooked, run_hooks
 from ..shard import Shard
 from ..tokens import BlockInputs, Heads, KeysValues, Projections
-from .layers import WanRMSNorm, placed_heads
+from .layers import WanRMSNorm
 
 
 class WanSelfAttention(nn.Module):
@@ -73,9 +73,9 @@ class WanSelfAttention(nn.Module):
         # v goes first: where processes share the heads, it is sent before q and k are made, and waited for behind them.
         # One process has one group of heads, the tensors themselves.
         all_v = shard.heads(self.split(v()), in_order=in_order)
-        placed_q = placed_heads(self.norm_q, q(), inputs.rope, self.heads)
+        placed_q = self.norm_q.placed(q(), inputs.rope, self.heads)
         all_q = shard.heads(placed_q, in_order=in_order)
-        placed_k = placed_heads(self.norm_k, k(), inputs.rope, self.heads)
+        placed_k = self.norm_k.placed(k(), inputs.rope, self.heads)
         all_k = shard.heads(placed_k, in_order=in_order)
         back = []
         for group, (of_q, of_k, of_v) in enumerate(zip(all_q, all_k, all_v, strict=True)):
@@ -112,7 +112,7 @@ class WanSelfAttention(nn.Module):
 
         def made() -> Tensor:
             x = projection()
-            seen[name] = placed_heads(norm, x[:, :count], rope[..., :count, :, :], self.heads)
+            seen[name] = norm.placed(x[:, :count], rope[..., :count, :, :], self.heads)
             return x
 
         return made

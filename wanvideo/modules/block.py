@@ -99,7 +99,7 @@ class WanAttentionBlock(nn.Module):
 
         def fed(tokens: slice) -> Tensor:
             piece, (shift, scale, gate) = x[:, tokens], _at(rows, inputs.rows, tokens)
-            return gated_residual(piece, self.ffn(modulate(self.norm2, piece, shift, scale, (self.ffn[0],))), gate)
+            return gated_residual(piece, self.ffn(modulate(self.norm2, piece, shift, scale, self.ffn.readers())), gate)
 
         return stretched(fed, x.shape[1], inputs.parts)
 

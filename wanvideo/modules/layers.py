@@ -37,12 +37,24 @@ class WanRMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps)
         return _in_stretches(lambda part: rms_norm_eager(part, self.weight, self.eps), x)
 
+    def placed(self, x: Tensor, rope: Tensor, heads: tuple[int, int]) -> Tensor:
+        """x [B, L, C], normed, as heads [B, L, H, D] at their positions, rope [L or (B, L), D/2, 2]; heads: (H, D)."""
+        if _runs_fused(x):
+            return norm_rope(x, self.weight, rope, self.eps, heads[0])
+        return apply_rope(dense(self(x)).unflatten(-1, heads), rope)
 
-def placed_heads(norm: WanRMSNorm, x: Tensor, rope: Tensor, heads: tuple[int, int]) -> Tensor:
-    """norm(x) [B, L, C] as heads [B, L, H, D] at their positions, rope [L or (B, L), D/2, 2]; heads: (H, D)."""
-    if _runs_fused(x):
-        return norm_rope(x, norm.weight, rope, norm.eps, heads[0])
-    return apply_rope(dense(norm(x)).unflatten(-1, heads), rope)
+
+class HeadRMSNorm(WanRMSNorm):
+    """RMS norm of each head by itself, with one weight [D] for all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C] in x's dtype; C is a multiple of D."""
+        by_head = dense(x).unflatten(-1, (-1, self.weight.shape[0]))
+        return super().forward(by_head.flatten(1, -2)).view(x.shape)
+
+    def placed(self, x: Tensor, rope: Tensor, heads: tuple[int, int]) -> Tensor:
+        """As the parent's."""
+        return turned_heads(self(x).unflatten(-1, heads), rope)
 
 
 def turned_heads(x: Tensor, rope: Tensor) -> Tensor:
@@ -113,6 +125,10 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
 
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The linear layers that read its input."""
+        return (self[0],)
+
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """[..., C] -> [..., C]."""
         hidden = self[0](x)
@@ -148,10 +164,25 @@ class Head(nn.Module):
 
         parts: how many pieces the tokens are computed in.
         """
-        shift, scale = (self.modulation.float().unsqueeze(1) + embedding.unsqueeze(2)).unbind(2)
+        shift, scale = self.modulated(embedding)
 
         def projected(tokens: slice) -> Tensor:
             places = None if rows is None else rows[tokens]
             return self.head(modulate(self.norm, x[:, tokens], per_token(shift, places), per_token(scale, places)))
 
         return stretched(projected, x.shape[1], parts)
+
+    def modulated(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """Rows of shift and scale [B, R, C] float32 of the time embedding [B, R, C]."""
+        return (self.modulation.float().unsqueeze(1) + embedding.unsqueeze(2)).unbind(2)
+
+
+class TimeProjection(nn.Sequential):
+    """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C]: shift, scale, gate of attention and feed-forward."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """[B, R, C] -> [B, R, 6, C]."""
+        return super().forward(embedding).unflatten(-1, (6, -1))

@@ -28,7 +28,7 @@ from ..shard import ALONE, Ranks, Shard
 from ..step_cache import Moment, StepMemory
 from ..tokens import BlockInputs, Grid, ModelInputs, Text, Tokens, video_tokens
 from .block import WanAttentionBlock
-from .layers import Head, sinusoidal_embedding
+from .layers import Head, TimeProjection, sinusoidal_embedding
 from .stretches import parts_of, stretches
 
 Visit = Callable[[nn.Module], AbstractContextManager[None]]
@@ -73,7 +73,7 @@ class WanModel(nn.Module):
                 nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
             )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_projection = TimeProjection(dim)
         self.blocks = nn.ModuleList(WanAttentionBlock(config, attention or sdpa()) for _ in range(config.num_layers))
         patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.head = Head(dim, config.out_dim * patch_volume, config.eps)
@@ -215,7 +215,7 @@ class WanModel(nn.Module):
     def modulation(self, embedding: Tensor) -> Tensor:
         """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C] float32."""
         embedding = embedding.to(self.time_embedding[0].weight.dtype)
-        return self.time_projection(embedding).float().unflatten(-1, (6, -1))
+        return self.time_projection(embedding).float()
 
     def rope(
         self,

@@ -134,6 +134,7 @@ def _method_rows() -> dict[str, Method]:
         rows[f"{name}/beta"] = replace(row, grid=_beta(row.grid))
     rows["deis"] = Method(grid=grids.unipc_grid, solver=_deis, whole_timesteps=True, limits=(1e-6, below_one))
     rows["flowmatch_pusa"] = Method(grid=grids.dpm_grid, solver=_euler, times_frames=True)
+    rows["longcat_distill_euler"] = Method(grid=grids.longcat_distill_grid, solver=_euler)
     rows["multitalk"] = Method(grid=grids.multitalk_grid, solver=_euler, for_loops=True)
     rows["flowmatch_distill"] = Method(grid=grids.distill_grid, solver=_euler, steps=4, fixed_grid=True)
     return rows
