@@ -11,6 +11,7 @@ from .wanvideo.systems import Systems
 # Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or `prompts.py` (a way to write several
 # prompts as one: `split`, None where the text is not written that way, and `payloads` of the embedded parts).
 FOLDERS = (
+    "longcat",
     "diffusion_forcing",
     "echoshot",
     "prompt_segments",
@@ -29,6 +30,7 @@ FOLDERS = (
     "minimax_remover",
     "fun_camera",
     "clip_image",
+    "longcat_avatar",
     "multitalk",
     "mtv_crafter",
     "humo",

@@ -13,5 +13,4 @@ UNBUILT_FILES: tuple[Kind, ...] = ()
 # Files with these keys are Wan transformers whose extra weights would be ignored, so that they would run wrongly.
 UNBUILT_KEYS = (
     Unbuilt(r"\.cross_attn\.emo_k_proj\.weight$|ip_adapter_single_stream", "FlashPortrait"),
-    Unbuilt(r"\.ffn\.w1\.weight$", "LongCat"),
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 
 import pytest
@@ -46,12 +47,14 @@ BASE = {
     "steadydancer_14B": (5120, 40, 40, 36, ("SteadyDancer", "ClipImageExtension")),
     "recammaster_1_3B": (1536, 30, 12, 16, ("ReCamMaster",)),
     "ovi_11B": (3072, 30, 24, 48, ("Ovi",)),
+    "longcat_13B": (4096, 48, 32, 16, ("LongCat",)),
+    "longcat_avatar_13B": (4096, 48, 32, 16, ("LongCat", "LongCatAvatar")),
     "minimaxremover_1_3B": (1536, 30, 12, 48, ("FunControl", "MiniMaxRemover")),
 }
 WITH_WEIGHTS = (
     "FunControl", "FunCamera", "ClipImageExtension", "MultiTalk", "HuMo", "SpeechInjection", "Animate", "VaceExtension",
     "MtvCrafter", "FrameRateEmbedding", "ReCamMaster", "SteadyDancer",
-    "Ovi",
+    "Ovi", "LongCat", "LongCatAvatar",
     "MiniMaxRemover",
 )  # fmt: skip
 REFUSED = {
@@ -91,7 +94,7 @@ def test_base_families(name, prefix, tmp_path):
         model = WanModel(config, found)
     built = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     published = {
-        key if "audio_proj_glob" in key else key.replace("audio_proj.", "multitalk_audio_proj."): shape
+        key if re.search("audio_proj_glob|multitalk_", key) else key.replace("audio_proj.", "multitalk_audio_proj."): shape
         for key, shape in shapes.items()
     }
     published = {
