@@ -57,8 +57,7 @@ WITH_WEIGHTS = (
     "Ovi", "LongCat", "LongCatAvatar",
     "MiniMaxRemover",
 )  # fmt: skip
-REFUSED = {
-}
+REFUSED = {}
 
 
 def sparse_file(path, shapes, metadata=None, types=None):
@@ -94,8 +93,7 @@ def test_base_families(name, prefix, tmp_path):
         model = WanModel(config, found)
     built = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     published = {
-        key if re.search("audio_proj_glob|multitalk_", key) else key.replace("audio_proj.", "multitalk_audio_proj."): shape
-        for key, shape in shapes.items()
+        re.sub(r"(?<!multitalk_)audio_proj\.", "multitalk_audio_proj.", key): shape for key, shape in shapes.items()
     }
     published = {
         key.removeprefix("video_model."): shape for key, shape in published.items() if not key.startswith("model_type.")
