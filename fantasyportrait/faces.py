@@ -9,17 +9,21 @@ face_align). Pictures are uint8 [H, W, 3] in the order blue, green, red, which t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..wanvideo.onnx_models import Array, OnnxModels, Session
 from .warping import inverse, moved, warp
 
-Array = NDArray[np.floating]
 Picture = NDArray[np.uint8]
 
-DETECTOR, LANDMARKS = "face_det.onnx", "face_landmark.onnx"
+MODELS = OnnxModels(
+    "The face detector",
+    ("face_det.onnx", "face_landmark.onnx"),
+    "what the authors publish beside FantasyPortrait (acvlab/FantasyPortrait)",
+)
 # The detector reads pictures of this width and height.
 DETECTOR_SIZE = (160, 272)
 STRIDES = (8, 16, 32)
@@ -31,16 +35,6 @@ CROP_SIZE = 128
 MARGIN = 0.15
 CUTS = 3
 EYE_CORNERS = (74, 96)
-
-
-class Session(Protocol):
-    """What onnxruntime.InferenceSession gives."""
-
-    def run(self, outputs: None, inputs: dict[str, Array]) -> list[Array]:
-        """The outputs of the model."""
-
-    def get_inputs(self) -> list[object]:
-        """Descriptions of its inputs."""
 
 
 class Face(NamedTuple):
@@ -56,7 +50,7 @@ class FaceModels:
     """Both models, on the device that the node asks for."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self._detector, self._landmarks = open_sessions(folder, device)
+        self._detector, self._landmarks = MODELS.open(folder, device)
 
     def boxes(self, picture: Picture) -> list[Array]:
         """Boxes of all faces, the surest first."""
@@ -138,30 +132,3 @@ def overlap(one: Array, other: Array) -> float:
     shared = np.prod(np.clip(high - low, 0, None))
     union = np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2]) - shared
     return float(shared / union) if shared > 0 else 0.0
-
-
-def open_sessions(folder: Path, device: str) -> tuple[Session, Session]:
-    """Detector and landmark model. Raises ValueError, with what to do, for a missing file or package."""
-    missing = [name for name in (DETECTOR, LANDMARKS) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"The face detector needs {' and '.join(missing)} in {folder}: put there what the authors publish beside "
-            "FantasyPortrait (acvlab/FantasyPortrait)."
-        )
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError(
-            "The face detector needs the package onnxruntime, which is not installed: pip install onnxruntime, or "
-            "onnxruntime-gpu for device 'cuda'."
-        ) from error
-    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise ValueError(
-            "The installed onnxruntime has no CUDA: choose device 'cpu' in FantasyPortraitFaceDetector, or install "
-            "onnxruntime-gpu in its place."
-        )
-    detector, landmarks = (
-        onnxruntime.InferenceSession(str(folder / name), providers=[provider]) for name in (DETECTOR, LANDMARKS)
-    )
-    return detector, landmarks
