@@ -4,11 +4,15 @@ import pytest
 import torch
 from lora_files import save
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
+from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 
-SELECT, BY_NAME, BLOCKS = (
-    NODE_CLASS_MAPPINGS[name]()
-    for name in ("WanVideoLoraSelect", "WanVideoLoraSelectByName", "WanVideoLoraBlockEdit")
+SELECT, BY_NAME, BLOCKS, MULTI, SET = (
+    NODE_CLASS_MAPPINGS[f"WanVideo{name}"]()
+    for name in ("LoraSelect", "LoraSelectByName", "LoraBlockEdit", "LoraSelectMulti", "SetLoRAs")
 )
 
 
@@ -52,3 +56,29 @@ def test_block_edit_reaches_the_file():
     assert not lora.selects("blocks.3.self_attn.q") and lora.selects("head.head")
     (lora,) = SELECT.getlorapath("light.safetensors", 1.0)[0]
     assert lora.selects("blocks.3.self_attn.q") and lora.selects("head.head")
+
+
+def test_multi_takes_what_is_chosen_and_has_a_strength():
+    (before,) = SELECT.getlorapath("light.safetensors", 2.0)
+    (blocks,) = BLOCKS.select(**{f"blocks.{n}.": n == 3 for n in range(40)})
+    names_and_strengths = ("light rank64.safetensors", -0.5, "none", 1.0, "light.safetensors", 0.0,
+                           "light rank32.safetensors", 0.25, "", 1.0)  # fmt: skip
+    (loras,) = MULTI.getlorapath(*names_and_strengths, prev_lora=before, blocks=blocks, merge_loras=False)
+    assert names(loras) == ["light", "light rank64", "light rank32"]
+    assert [lora.strength for lora in loras] == [2.0, -0.5, 0.25]
+    assert [lora.merge for lora in loras] == [True, False, False]
+    assert [lora.selects("blocks.1.ffn.0") for lora in loras] == [True, False, False]
+
+
+def test_set_loras_takes_only_what_runs_beside(tmp_path):
+    tiny.transformer(in_dim=16).save(tmp_path / "m.safetensors", torch.float32)
+    options = LoadOptions(base_dtype=torch.float32)
+    model = load_wan_model(tmp_path / "m.safetensors", options, StandaloneHost(device="cpu"), SYSTEMS)
+    assert SET.setlora(model) == (model,)
+    (beside,) = SELECT.getlorapath("light.safetensors", 0.5, merge_loras=False)
+    (changed,) = SET.setlora(model, beside)
+    assert changed.loras == beside and changed.transformer is model.transformer and model.loras == ()
+    # What was set before goes.
+    assert SET.setlora(changed, ())[0].loras == ()
+    with pytest.raises(ValueError, match=r"light\.safetensors has merge_loras on, which only works in WanVideoModel"):
+        SET.setlora(model, SELECT.getlorapath("light.safetensors", 0.5)[0])

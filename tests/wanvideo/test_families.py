@@ -214,9 +214,15 @@ def test_every_family_in_every_storage(name, tmp_path):
     ],
 )
 def test_module_joins_its_base(module, base, tmp_path):
-    base = open_checkpoint(sparse_file(tmp_path / "base.safetensors", keys_of(base)))
-    part = with_aliases(open_checkpoint(sparse_file(tmp_path / "part.safetensors", keys_of(module))), SYSTEMS)
+    base, shapes = open_checkpoint(sparse_file(tmp_path / "base.safetensors", keys_of(base))), keys_of(module)
+    part = with_aliases(open_checkpoint(sparse_file(tmp_path / "part.safetensors", shapes)), SYSTEMS)
     kind = SYSTEMS.kind_of(part.shapes)
+    for storage in (*STORED, "GGUF Q4_K"):
+        path = tmp_path / f"{storage}{'.gguf' if storage.startswith('GGUF') else '.safetensors'}"
+        path = gguf_file(path, shapes) if path.suffix == ".gguf" else stored_file(path, shapes, storage)
+        stored = with_aliases(open_checkpoint(path), SYSTEMS)
+        assert SYSTEMS.kind_of(stored.shapes) == kind and stored.shapes == part.shapes
+        assert storage in stored.formats.values() or not any(len(shape) == 2 for shape in shapes.values())
     part = part.chosen(lambda key: not key.startswith(kind.own))
     assert len(part.shapes) >= 8
     whole = with_aliases(base, SYSTEMS).joined([part])

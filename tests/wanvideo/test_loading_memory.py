@@ -1,10 +1,12 @@
 """Loading takes the memory of what is kept and of one layer, and reads what is converted from the mapped file."""
 
 import resource
+import sys
 import threading
 
 import pytest
 import torch
+from limits import forget_peak, memory
 from memory_count import LiveBytes
 from safetensors.torch import load_file, save_file
 from saved_models import quantizable
@@ -62,6 +64,20 @@ def test_no_second_copy_of_a_model(file, name, option, base):
     assert kept > 12e6 and kept <= live.now
     # NVFP4 is made in float32, in several steps.
     assert live.peak - kept < (10 if option == "fp4_scaled" else 2.5) * LARGEST
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("option", ["disabled", "fp8_e4m3fn"])
+def test_the_process_takes_what_is_kept_and_some_layers(file, option, tmp_path):
+    """What torch does not count as well: pages of mapped files, and bytes that Python holds."""
+    options = LoadOptions(base_dtype=BF16, quantization=option)
+    tiny.transformer(in_dim=16).save(tmp_path / "first.safetensors")
+    load_wan_model(tmp_path / "first.safetensors", options, HOST, SYSTEMS)
+    forget_peak()
+    before = memory("VmRSS")
+    model = load_wan_model(file / "bf16.safetensors", options, HOST, SYSTEMS)
+    taken = memory("VmHWM") - before - held(model.transformer)
+    assert taken < 4 * LARGEST < 0.4 * (file / "bf16.safetensors").stat().st_size
 
 
 def test_no_second_copy_where_a_lora_is_merged(file, tmp_path):

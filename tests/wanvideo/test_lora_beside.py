@@ -99,11 +99,12 @@ def file_of(path, tensors, **options):
     return LoraFile(path=save(path, tensors), merge=False, **options)
 
 
-def everything(seed_rank, path, **options):
-    """A LoRA of pairs in all layers of a `Model`, a bias, a norm and the modulation."""
+def everything(rank, path, *, kind="pair", model=None, **options):
+    """A LoRA in all layers of a `Model` (whose weights DoRA's kinds need), a bias, a norm and the modulation."""
     tensors = {}
     for index in range(3):
-        tensors |= spelled("kijai", f"blocks.{index}.q", lora_files.pair(torch.empty(N, K), seed_rank)[0])
+        weight = torch.empty(N, K) if model is None else values(model.blocks[index].q).cpu()
+        tensors |= spelled("kijai", f"blocks.{index}.q", KINDS[kind](weight, rank)[0])
         tensors |= spelled("kijai", f"blocks.{index}", {".diff_m": randn(1, 2, K), ".norm.diff": randn(K)})
         tensors[f"diffusion_model.blocks.{index}.q.diff_b"] = randn(N)
     return file_of(path, tensors, **options)
@@ -190,23 +191,31 @@ def compile_blocks(model, compiler):
         block.compile(backend=compiler, fullgraph=True)
 
 
-# -: none, A, B: one of two of other ranks, +: both.
+# -: none, A, B: one of two of other ranks and kinds, +: both.
 ORDERS = [
-    *((order, storage) for order in ("-A-B+", "A-B+A", "B+-A", "+AB-A") for storage in ("float32", "FP8 products")),
     *(
-        ("-A-B+A", storage)
+        (order, storage, ("pair", "pair"))
+        for order in ("-A-B+", "A-B+A", "B+-A", "+AB-A") for storage in ("float32", "FP8 products")
+    ),
+    *(
+        ("-A-B+A", storage, ("pair", "pair"))
         for storage in ("bfloat16", "FP8", "NVFP4", "NVFP4 in FP8 products", "GGUF", "INT8 products", "W4A8 products")
     ),
-]
+    *(
+        (order, storage, ("dora_comfyui", "lokr_both"))
+        for order, storage in (("-A-B+A", "bfloat16"), ("B-+A", "FP8 products"), ("+-AB", "NVFP4"), ("A+B-A", "GGUF"))
+    ),
+]  # fmt: skip
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("order", "storage"), ORDERS)
-def test_compiled_blocks_in_every_order_of_runs(order, storage, device, tmp_path):
+@pytest.mark.parametrize(("order", "storage", "kinds"), ORDERS)
+def test_compiled_blocks_in_every_order_of_runs(order, storage, kinds, device, tmp_path):
     """Each compiles once, and is what eager computes."""
     dtype = STORAGES[storage][0]
     model, x = Model(storage).to(device), torch.randn(1, 4, K).to(device, dtype)
-    a, b = everything(4, tmp_path / "a.safetensors"), everything(16, tmp_path / "b.safetensors", strength=0.5)
+    a = everything(4, tmp_path / "a.safetensors", kind=kinds[0], model=model)
+    b = everything(16, tmp_path / "b.safetensors", kind=kinds[1], model=model, strength=0.5)
     runs, eager, compiler = {"-": (), "A": (a,), "B": (b,), "+": (a, b)}, {}, Compiler()
     for name, files in runs.items():
         with beside(model, files, device, dtype):

@@ -37,16 +37,17 @@ def model():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_and_several_files(model, checkpoint, kind, tmp_path):
     weight = checkpoint.tensor(f"{Q}.weight")
-    first, want = KINDS[kind](weight, 8)
-    second, more = lora_files.pair_alpha(weight, 32)
-    files = [
-        LoraFile(path=save(tmp_path / "1.safetensors", spelled("musubi", Q, first)), strength=0.7),
-        LoraFile(path=save(tmp_path / "2.safetensors", spelled("diffusers", Q, second)), strength=-0.3),
-    ]
-    merged = MergedLoras(files, model, checkpoint)
-    want = 0.7 * want - 0.3 * more
-    assert ((merged.weight(Q).double() - want).norm() / want.norm()).item() < 2e-6
-    assert merged.weight(OUT) is None
+    for rank in (4, 8, 32, 128):
+        first, want = KINDS[kind](weight, rank)
+        second, more = lora_files.pair_alpha(weight, 32)
+        files = [
+            LoraFile(path=save(tmp_path / "1.safetensors", spelled("musubi", Q, first)), strength=0.7),
+            LoraFile(path=save(tmp_path / "2.safetensors", spelled("diffusers", Q, second)), strength=-0.3),
+        ]
+        merged = MergedLoras(files, model, checkpoint)
+        want = 0.7 * want - 0.3 * more
+        assert ((merged.weight(Q).double() - want).norm() / want.norm()).item() < 2e-6, rank
+        assert merged.weight(OUT) is None
 
 
 @pytest.mark.parametrize("option", ["disabled", "fp8_e4m3fn", "fp4_experimental"])

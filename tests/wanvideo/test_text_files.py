@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from foreign_files import STORAGES, save
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from layouts import relative
 from sentencepiece import SentencePieceProcessor
@@ -109,6 +110,33 @@ def test_gguf_encoder_in_the_precision_of_the_loader(host, dtype, tmp_path):
     encoder = t5.load_text_encoder(tmp_path / "text_encoders" / "t5.gguf", dtype=dtype, host=host)
     embedding = encoder.encode(["a person"])[0]
     assert embedding.dtype == dtype and embedding.isfinite().all() and embedding.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_encoders_in_the_storages_of_transformers(host, kind, tmp_path, caplog):
+    """Integers keep their bytes, under either option; MXFP8, whose `wo` layers could not stay, is expanded."""
+    make, name, fast = STORAGES[kind]
+    model, path = tiny.text_encoder(wan_names=kind.startswith("w")), tmp_path / "t5.safetensors"
+    exact = save(model, path, make, chosen=lambda key, value: value.dim() == 2 and ".bias" not in key and (
+        "attn." in key or "ffn." in key or "SelfAttention." in key or "DenseReluDense." in key
+    ) and "relative" not in key)  # fmt: skip
+    exact.save(tmp_path / "exact.safetensors", torch.float32)
+    want = t5.load_text_encoder(tmp_path / "exact.safetensors", dtype=torch.float32, host=host).encode(PROMPTS)
+    for quantization in ("disabled", "fp8_e4m3fn")[: 1 if kind == "mxfp8" else 2]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "wanvideo"):
+            got = t5.load_text_encoder(path, dtype=torch.float32, host=host, quantization=quantization)
+        for ours, theirs in zip(got.encode(PROMPTS), want, strict=True):
+            assert ours.shape == theirs.shape and relative(ours, theirs) < 1e-5
+        kinds = {type(m) for m in got._model.modules() if isinstance(m, torch.nn.Linear)}
+        assert kinds == {torch.nn.Linear if kind == "mxfp8" else fast.__mro__[1]}
+        assert (f"t5.safetensors holds {name.split()[0]}, which is kept as it is." in caplog.text) == (
+            quantization != "disabled"
+        )
+    for dtype in (torch.bfloat16, torch.float16):
+        (rounded,) = t5.load_text_encoder(path, dtype=dtype, host=host).encode(PROMPTS[:1])
+        assert rounded.dtype == dtype and relative(rounded, want[0]) < 0.05
+    assert "UMT5 text encoder" in str(describe(path, SYSTEMS)) and f"{name} (" in str(describe(path, SYSTEMS))
 
 
 def test_the_vocabulary_of_a_gguf_header_gives_sentencepieces_ids(host, tmp_path):

@@ -5,6 +5,7 @@ Source: Wan-Video/Wan2.1 (umt5-xxl, prompts padded to 512 tokens under a mask), 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,12 @@ from .tokenizer import EMBEDDED, Tokenizer, find_tokenizer
 if TYPE_CHECKING:
     from ...host import Host
 
+log = logging.getLogger("wanvideo")
+
 QUANTIZATIONS = ("disabled", "fp8_e4m3fn")
+# Storages whose layers any dtype of activations reaches: transformers casts these to the dtype of a `wo` layer's weight
+# unless that is int8.
+KEPT = (BLOCKS, "INT8", "INT4", "W4A8", "W6A8")
 WEIGHTED = re.compile(r"\((.*?):(\d+(?:\.\d+)?)\)")
 
 # Hugging Face's name -> Wan's, or llama.cpp's in GGUF files: inside a block, and of the rest.
@@ -142,8 +148,8 @@ def encoder_name(path: Path, dtype: torch.dtype, quantization: str = "disabled")
 def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled") -> TextEncoder:
     """Load a UMT5 encoder of any size, under Wan's, Hugging Face's or llama.cpp's names.
 
-    quantization: "disabled" expands FP8 files, scaled or not, to `dtype`; "fp8_e4m3fn" keeps their bytes, and stores
-    layers of other files in FP8 too (half the memory, expanded for each product). GGUF weights stay as they are.
+    quantization: "disabled" expands files in FP8, NVFP4 and MXFP8 to `dtype`; "fp8_e4m3fn" keeps FP8 bytes, and stores
+    layers of other files in FP8 too (half the memory, expanded for each product). GGUF and integers stay as they are.
     Raises ValueError for another kind of file or quantization, FileNotFoundError without a tokenizer.
     """
     if quantization not in QUANTIZATIONS:
@@ -157,6 +163,9 @@ def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantizatio
         model = _build(checkpoint, names)
     if any(form.startswith(BLOCKS) for form in checkpoint.formats.values()) and quantization != "disabled":
         raise ValueError(f"{path.name} is a GGUF file, whose own quantization is used: choose quantization 'disabled'.")
+    kept = sorted({kind for form in checkpoint.formats.values() if (kind := form.split()[0]) in KEPT})
+    if kept and quantization != "disabled":
+        log.info("%s holds %s, which is kept as it is.", path.name, ", ".join(kept))
     model.encoder.embed_tokens = model.shared
     check(model, checkpoint, names, what="UMT5 text encoder", besides=(EMBEDDED,))
     _compress(model, checkpoint, names, dtype=dtype, fp8=quantization != "disabled")
@@ -172,6 +181,7 @@ def _compress(
 ) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
+            # A `wo` layer in FP8 would have its activations cast to FP8, see `KEPT`.
             compressed = _compressed(layer, checkpoint, names[f"{name}.weight"], fp8 and not name.endswith(".wo"))
             if compressed is not None:
                 parent, _, leaf = name.rpartition(".")
@@ -183,10 +193,9 @@ def _compress(
 
 
 def _compressed(layer: nn.Linear, checkpoint: Checkpoint, key: str, fp8: bool) -> QuantizedLinear | None:
-    """fp8: whether to store other weights in it. transformers casts activations to the dtype of a `wo` layer's weight,
-    so that those stay as they are."""
+    """fp8: whether to store other weights in it."""
     form = checkpoint.formats[key]
-    if form.startswith((BLOCKS, "INT8", "INT4", "W4A8", "W6A8")):
+    if form.startswith(KEPT):
         return checkpoint.layer(key, layer.weight.shape, None)
     if not fp8:
         return None
