@@ -58,18 +58,18 @@ def interrupted(seconds=SLOWEST):
 
 
 @contextmanager
-def bounded(*paths):
-    """Fails a body whose peak of memory is above twice these files, or folders, and 300 MB."""
+def bounded(*paths, most=MOST_MEMORY):
+    """Fails a body whose peak of memory is above twice these files, or folders, and `most` bytes."""
     size = sum(file.stat().st_size for path in paths for file in (path, *path.rglob("*")) if file.is_file())
     forget_peak()
     before = memory("VmRSS")
     yield
     taken = memory("VmHWM") - before
-    assert taken <= 2 * size + MOST_MEMORY, f"This case takes {taken / 2**20:.0f} MB for {size} bytes."
+    assert taken <= 2 * size + most, f"This case takes {taken / 2**20:.0f} MB for {size} bytes."
 
 
 @contextmanager
-def limited(*paths):
+def limited(*paths, most=MOST_MEMORY):
     """Both limits of a case that reads these files or folders."""
-    with interrupted(), bounded(*paths):
+    with interrupted(), bounded(*paths, most=most):
         yield

@@ -4,7 +4,9 @@
 
 Every mutant changes one place of a module: a comparison, a sign, a number, a condition, a statement or a keyword that
 goes. It is compiled in a process of its own, which has the libraries loaded already, and runs the tests of the core
-until one fails. Prints the survivors as `module:line  what was changed`, and last how many there were. Needs os.fork.
+until one fails, those of its module first. Prints the survivors as `module:line  what was changed`, those that took
+much longer than no mutant does, which may be endless loops, with "late:" before it, and last how many there were.
+Needs os.fork.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import importlib.machinery
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +28,6 @@ TESTS = (
     "wanvideo/test_model.py", "wanvideo/test_windows.py", "wanvideo/test_checked_inputs.py",
     "wanvideo/test_run_changes.py", "freeinit", "prompt_segments", "multitalk/test_multitalk.py",
 )  # fmt: skip
-SECONDS = 180
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -115,11 +117,14 @@ class Finder:
         return spec
 
 
-def started(name, tree):
-    """A child process that runs the tests with this mutant (None: without one); it ends with 0 if all pass."""
+def started(name, tree, seconds=0):
+    """A child process that runs the tests with this mutant (None: without one); it ends with 0 if all pass.
+
+    seconds: when SIGALRM ends it, 0 for never.
+    """
     child = os.fork()
     if child == 0:
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
@@ -128,7 +133,8 @@ def started(name, tree):
             import pytest
 
             quiet = ["-x", "-q", "-p", "no:cacheprovider"]
-            code = pytest.main([*quiet, *(str(ROOT / "tests" / test) for test in TESTS)])
+            nearest = sorted(TESTS, key=lambda test: f"test_{name.rpartition('.')[2]}." not in test)
+            code = pytest.main([*quiet, *(str(ROOT / "tests" / test) for test in nearest)])
         os._exit(0 if code == 0 else 1)
     return child
 
@@ -154,20 +160,22 @@ def main():
     if options.list:
         sys.stdout.write("".join(f"{name}:{line}  {what}\n" for name, line, what, _ in work))
         return
+    began = time.monotonic()
     if os.waitstatus_to_exitcode(os.waitpid(started("extension", None), 0)[1]):
         raise SystemExit("The tests of the core fail without a mutant, so they would tell nothing: mend them first.")
-    left, running, waiting = 0, {}, list(reversed(work))
+    seconds = 60 + int(3 * options.jobs * (time.monotonic() - began))
+    left, late, running, waiting = 0, 0, {}, list(reversed(work))
     while waiting or running:
         while waiting and len(running) < options.jobs:
             name, line, what, tree = waiting.pop()
-            running[started(name, tree)] = f"{name}:{line}  {what}\n"
+            running[started(name, tree, seconds)] = f"{name}:{line}  {what}\n"
         child, status = os.wait()
-        told = running.pop(child)
-        if os.waitstatus_to_exitcode(status) == 0:
-            left += 1
-            sys.stdout.write(told)
+        told, code = running.pop(child), os.waitstatus_to_exitcode(status)
+        left, late = left + (code == 0), late + (code == -signal.SIGALRM)
+        if code in (0, -signal.SIGALRM):
+            sys.stdout.write(told if code == 0 else f"late: {told}")
             sys.stdout.flush()
-    sys.stdout.write(f"{len(work)} mutants, {left} survive\n")
+    sys.stdout.write(f"{len(work)} mutants, {left} survive, {late} took more than {seconds} s\n")
 
 
 if __name__ == "__main__":

@@ -33,12 +33,35 @@ def test_stacking_joins_rows():
 
 
 @pytest.mark.parametrize(
-    "change", [{"scale": torch.tensor(3.0)}, {"name": "b"}, {"parts": (torch.zeros(2),)}, {"parts": ()}, {"counts": 1}]
-)
+    "change",
+    [
+        {"scale": torch.tensor(3.0)}, {"scale": 2.0}, {"name": "b"}, {"parts": (torch.zeros(2),)}, {"parts": ()},
+        {"parts": None}, {"counts": 1},
+    ],
+)  # fmt: skip
 def test_what_has_no_rows_must_be_equal(change):
     fields = {"rows": torch.randn(1, 3), "scale": torch.tensor(2.0), "parts": (torch.ones(2),)}
     with pytest.raises(ValueError, match=f"'{next(iter(change))}'.*batched_cfg off"):
         Several(**fields).stack([Several(**{**fields, **change})])
+
+
+def test_a_payload_asks_for_nothing_that_it_does_not_say():
+    payload = Several(torch.randn(1, 3), torch.tensor(2.0))
+    assert not any((payload.optional, payload.encoded, payload.fills_channels, payload.holds_given, payload.together))
+    assert payload.part is None and payload.fills(Step()) and payload.guidance(5.0, Step()) is None
+    part = Window((0,), pixels=(0,))
+    assert not part.whole and payload.window(part) is payload and payload.without(frozenset({"text"})) is payload
+    assert payload.fitted(None) is payload and payload.joined((payload,)) == (payload,)
+    with payload.active():
+        pass
+
+
+def test_a_lone_step_is_the_first_of_one():
+    assert Step() == Step(index=0, total=1, in_run=0) and Step().percent == 0
+
+
+def test_progress_ends_at_the_last_step():
+    assert [Step(index=i, total=5).percent for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_a_step_is_within_a_part_of_the_schedule():

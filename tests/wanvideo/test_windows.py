@@ -9,13 +9,16 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.image_to_video.extension import ImageCondition
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
+from wanvideo_wrapper.wanvideo.conditioning import Payload, Step
 from wanvideo_wrapper.wanvideo.frames import pixel_frames
+from wanvideo_wrapper.wanvideo.guidance import Conditions
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample, whole_window
 from wanvideo_wrapper.wanvideo.windows import (
     FUSE_METHODS,
     SCHEDULES,
     ContextOptions,
+    WindowedDenoiser,
     blend_weights,
     free_noise,
     radical_inverse,
@@ -66,6 +69,58 @@ def test_windows_by_hand():
     assert [radical_inverse(step) for step in range(5)] == [0, 0.5, 0.25, 0.75, 0.125]
 
 
+def test_windows_that_moved_on_by_hand():
+    """In the second step they start in the middle; windows of every second frame come last."""
+    ring = [(6, 7, 8, 9, 10), (9, 10, 11, 0, 1), (0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (7, 9, 11, 1, 3), (3, 5, 7, 9, 11)]
+    assert options(schedule="uniform_looped", stride=8).windows(1, 12) == ring
+    assert options(stride=8).windows(1, 12) == [
+        (6, 7, 8, 9, 10), (7, 8, 9, 10, 11), (0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (3, 5, 7, 9, 11), (1, 2, 3, 4, 5),
+    ]  # fmt: skip
+    assert options().windows(1, 9) == [(4, 5, 6, 7, 8), (0, 1, 2, 3, 4), (1, 2, 3, 4, 5)]
+    # A window of every fourth frame would meet itself.
+    assert options(schedule="uniform_looped", stride=16).windows(1, 12) == ring
+    assert options(schedule="uniform_looped", stride=3).windows(1, 12) == ring[:4]
+    # Moving windows of every second frame back leaves a frame that only a window of its own covers.
+    assert options(size=29, stride=8).windows(2, 18)[-1] == (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def test_lengths_in_latent_frames():
+    asked = options(size=17, overlap=8)
+    assert (asked.latent_size, asked.latent_overlap) == (5, 2)
+    assert [asked.apply_to(frames) for frames in (4, 5, 6)] == [False, False, True]
+    assert [asked.seen(frames) for frames in (4, 5, 6, 60)] == [4, 5, 5, 5]
+    assert asked.windows(0, 5) == [(0, 1, 2, 3, 4)]
+    with pytest.raises(ValueError, match="must be less"):
+        options(size=17, overlap=23).check()
+    options(size=17, overlap=19).check()
+
+
+LOW = 1e-4
+START, MIDDLE, END, AROUND = (0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (7, 8, 9, 10, 11), (9, 10, 11, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("window", "schedule", "overlap", "fuse", "want"),
+    [
+        (START, "static_standard", 12, "linear", (1, 1, 1, 0.5, LOW)),
+        (MIDDLE, "static_standard", 12, "linear", (LOW, 0.5, 1, 0.5, LOW)),
+        (END, "static_standard", 12, "linear", (LOW, 0.5, 1, 1, 1)),
+        (START, "uniform_looped", 12, "linear", (1, 1, 1, 0.5, LOW)),
+        (END, "uniform_looped", 12, "linear", (LOW, 0.5, 1, 1, 1)),
+        (AROUND, "uniform_looped", 12, "linear", (LOW, 0.5, 1, 0.5, LOW)),
+        (MIDDLE, "static_standard", 16, "pyramid", (1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)),
+        (START, "static_standard", 16, "pyramid", (1 / 3, 2 / 3, 1, 1, 1 / 3)),
+        (END, "static_standard", 16, "pyramid", (1 / 3, 1, 1, 2 / 3, 1 / 3)),
+        (START, "uniform_looped", 16, "pyramid", (1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)),
+        (END, "uniform_looped", 16, "pyramid", (1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)),
+        ((0, 1, 2, 3), "uniform_looped", 8, "pyramid", (0.5, 1, 1, 0.5)),
+    ],
+)
+def test_blend_weights_by_hand(window, schedule, overlap, fuse, want):
+    got = blend_weights(window, 12, options(schedule=schedule, overlap=overlap, fuse=fuse))
+    torch.testing.assert_close(got, torch.tensor([float(w) for w in want]))
+
+
 def test_windows_that_cannot_move_on_are_named():
     with pytest.raises(ValueError, match=r"context_overlap \(20\) must be less than context_frames \(17\)"):
         options(overlap=20).windows(0, 30)
@@ -84,6 +139,7 @@ def test_free_noise_reuses_the_first_window():
         count = min(3, 9 - start)
         rows = {tuple(got[:, start + 5 + i].flatten().tolist()) for i in range(count)}
         assert rows == {tuple(got[:, start + i].flatten().tolist()) for i in range(count)}
+    assert not torch.equal(got[:, 5:8], got[:, :3])
 
 
 def request(folder, context, prompts=1, base="text"):
@@ -168,6 +224,75 @@ def test_windows_start_from_the_picture_or_the_reference(folder, calls):
             want[4:, 0] = reference[min(max(window) // 6, 1), :, 0]
         seen = next(p for p in inputs.payloads if isinstance(p, ImageCondition))
         torch.testing.assert_close(torch.cat((seen.mask[0], seen.cond[0])), want)
+
+
+class Remembered:
+    reports = 0
+
+    def report(self):
+        self.reports += 1
+
+
+@dataclass(frozen=True)
+class Windowed(Payload):
+    """Notes the windows that it is asked for; the second has no part of it."""
+
+    windows: list
+
+    def window(self, window):
+        self.windows.append(window)
+        return None if len(self.windows) == 2 else self
+
+
+def test_references_are_in_every_window_and_what_steps_remember_stays_with_it(caplog):
+    made, calls, windows = [], [], []
+
+    def memories():
+        made.append(Remembered())
+        return made[-1]
+
+    def make(conditions, remembered):
+        def velocity(latents, times, step):
+            calls.append((conditions, remembered, times))
+            return latents + len(calls)
+
+        return velocity
+
+    conditions = Conditions(positive=torch.randn(2, 3), payloads=(Windowed(windows),))
+    texts, asked = (torch.randn(2, 3), torch.randn(2, 3)), options(schedule="static_standard", verbose=True)
+    denoiser = WindowedDenoiser(
+        conditions, options=asked, texts=texts, references=(1, 2), device=torch.device("cpu"), make=make,
+        memories=memories, model=None,
+    )  # fmt: skip
+    latents, times = torch.randn(4, 15, 2, 2), torch.rand(15)
+    caplog.set_level("INFO", logger="wanvideo")
+    got = denoiser(latents, times, Step(in_run=2, total=9))
+    frames = [(0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (6, 7, 8, 9, 10), (7, 8, 9, 10, 11)]
+    places = [[0, *(frame + 1 for frame in window), 13, 14] for window in frames]
+    total, weight = torch.zeros(15), torch.zeros(15)
+    for number, (place, window) in enumerate(zip(places, frames, strict=True), start=1):
+        share = torch.cat((torch.ones(1), blend_weights(window, 12, asked), torch.ones(2)))
+        total[place], weight[place] = total[place] + share * number, weight[place] + share
+    torch.testing.assert_close(got, latents + (total / weight)[None, :, None, None])
+    assert torch.allclose((got - latents)[:, [0, 13, 14]], torch.tensor(2.5))
+    assert [window.latents for window in windows] == [tuple(place) for place in places]
+    assert [window.pixels for window in windows] == [pixel_frames(window) for window in frames]
+    assert {(w.leading, w.trailing, w.total, w.whole, w.picture) for w in windows} == {(1, 2, 15, False, None)}
+    assert [len(call[0].payloads) for call in calls] == [1, 0, 1, 1]
+    assert [call[0].positive is texts[1] for call in calls] == [False, True, True, True]
+    assert all(torch.equal(call[2], times[place]) for call, place in zip(calls, places, strict=True))
+    assert [r.message for r in caplog.records][:2] == [
+        "Step 3, context window (0, 1, 2, 3, 4).", "Step 3, context window (3, 4, 5, 6, 7).",
+    ]  # fmt: skip
+    assert [call[1] for call in calls] == made and len(made) == 4
+
+    denoiser(latents, times[0], Step())
+    assert [call[1] for call in calls[4:]] == made and all(torch.equal(call[2], times[0]) for call in calls[4:])
+    denoiser.report()
+    assert [memory.reports for memory in made] == [1, 1, 1, 1]
+    denoiser.forget()
+    denoiser(latents, times[0], Step())
+    assert [call[1] for call in calls[8:]] == made[4:] and len(made) == 8
 
 
 def test_a_short_video_is_not_cut(folder, calls):
