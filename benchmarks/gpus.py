@@ -1,15 +1,14 @@
 """One 14B video on two GPUs of one host against one of them, in the same processes and with the same weights.
 
     NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py [--gpus 2] [--option fp8_e4m3fn_fast:cudnn_fp8] [--blocks 40]
-        [--overlap none projections heads] [--trace trace.json]
+        [--overlap none projections] [--trace trace.json]
     NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py --option disabled:sdpa --other-kernel
 
 Random weights in the shapes of InfiniteTalk 14B, the same on every rank. Cases: 832x480 without and with CFG, and
 768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case and
-form of overlap. Forms: every exchange is waited for at once; v and q are sent before q and k are projected; half of
-the heads is waited for behind attention of the other half besides, which is what the package does. --trace says how
-much of NCCL's time ran beside other kernels. --other-kernel compares one GPU by torch's flash kernel with one by its
-own choice.
+form of overlap. Forms: every exchange is waited for at once; v and q are sent before q and k are projected, which is
+what the package does. --trace says how much of NCCL's time ran beside other kernels. --other-kernel compares one GPU by
+torch's flash kernel with one by its own choice.
 """
 
 from __future__ import annotations
@@ -88,25 +87,24 @@ def seconds(model: WanVideoModel, *, size: tuple[int, int], cfg: float, spoken: 
     return {"seconds": statistics.median(times[1:] or times), "peak_gb": peak, "velocity": velocity.cpu()}
 
 
-OVERLAPS = ("none", "projections", "heads")
+OVERLAPS = ("none", "projections")
 
 
 @contextlib.contextmanager
 def overlapping(form: str) -> Iterator[None]:
     """Inside, exchanges run beside so much work."""
     shard = sequence.SequenceShard
-    groups, exchange = sequence.GROUPS, shard._exchange
+    exchange = shard._exchange
 
     def at_once(self: sequence.SequenceShard, parts: Sequence[torch.Tensor], receives: list[int]) -> Arriving:
         received = exchange(self, parts, receives)()
         return lambda: received
 
-    sequence.GROUPS = groups if form == "heads" else 1
     shard._exchange = at_once if form == "none" else exchange
     try:
         yield
     finally:
-        sequence.GROUPS, shard._exchange = groups, exchange
+        shard._exchange = exchange
 
 
 CASES = {
@@ -226,7 +224,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES))
-    parser.add_argument("--overlap", nargs="+", choices=OVERLAPS, default=["heads"])
+    parser.add_argument("--overlap", nargs="+", choices=OVERLAPS, default=["projections"])
     parser.add_argument("--other-kernel", action="store_true", help="for an option that ends in :sdpa")
     parser.add_argument("--trace", type=Path, help="a file for the profiler's trace of a shared step")
     options = parser.parse_args()

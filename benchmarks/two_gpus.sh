@@ -16,7 +16,7 @@ step() {
 # Ratio to one card, peaks and host memory: without and with CFG, and InfiniteTalk.
 step speed 140 python benchmarks/gpus.py
 # What each form of overlap brings, and how much of NCCL runs beside other kernels.
-step overlap 105 python benchmarks/gpus.py --cases "14B 832x480" --overlap none projections heads --trace /tmp/trace.json
+step overlap 105 python benchmarks/gpus.py --cases "14B 832x480" --overlap none projections --trace /tmp/trace.json
 # bf16: two cards against one, beside one card with another kernel.
 step parity 85 python benchmarks/gpus.py --option disabled:sdpa --other-kernel --cases "14B 832x480" --steps 1
 grep -h '^{' "$OUT"/*.log

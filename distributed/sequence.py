@@ -5,8 +5,8 @@ so that any attention kernel runs as it is (DeepSpeed-Ulysses, Jacobs et al. 202
 padded but in gathers.
 
 The collectives are torch's functional ones, which compiled graphs may contain. An exchange begins as soon as its tensor
-is there and is waited for where its result is read: v is sent before q is projected and q before k is; the second half
-of the heads is waited for behind attention of the first, whose result is sent before attention of the second.
+is there and is waited for where its result is read: v is sent before q is projected and q before k is. Groups of heads,
+attention of one beside the exchange of the next, would hide more of it and make both slower by as much (docs/scale.md).
 
 Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h of this process, D head size.
 """
@@ -14,7 +14,7 @@ Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -27,8 +27,6 @@ from ..attention import Attention
 from ..wanvideo.shard import Arriving, Shard
 
 Sizes = tuple[int, ...]
-# With each more, less is waited for before the first attention, and attention's kernels are smaller.
-GROUPS = 2
 APPENDED_TWICE = (
     "Two systems append reference tokens to the video, and one of them reads its own: several GPUs cannot share that; "
     "run it on one."
@@ -142,25 +140,13 @@ class SequenceShard(Shard):
         low, high = collectives.all_reduce(both, "max", self.group).chunk(2)
         return -low, high
 
-    def heads(self, t: Tensor, *, in_order: bool) -> Sequence[Arriving]:
+    def heads(self, t: Tensor, *, in_order: bool) -> Arriving:
         """The all-to-all before attention. Raises ValueError where there are fewer heads than ranks."""
-        groups = self._groups(t.shape[2], in_order)
-        pieces = t.split([count for of_rank in zip(*groups, strict=True) for count in of_rank], dim=2)
-        return tuple(self._shared(pieces[index :: len(groups)], in_order) for index in range(len(groups)))
-
-    def _groups(self, heads: int, in_order: bool) -> tuple[Sizes, ...]:
-        """How many heads each rank has, in each group."""
-        each = shares(heads, self.ranks)
-        if not each[-1]:
-            raise ValueError(f"{heads} attention heads cannot be shared by {self.ranks} GPUs: use fewer.")
-        count = 1 if in_order else min(GROUPS, each[-1])
-        return tuple(zip(*[shares(of_rank, count) for of_rank in each], strict=True))
-
-    def _shared(self, pieces: Sequence[Tensor], in_order: bool) -> Arriving:
-        """Pieces [B, l, h, D] for each rank -> [B, L, h, D] for this one."""
-        batch, _, *shape = pieces[self.rank].shape
+        batch, _, heads, size = t.shape
+        counts = self._heads(heads)
+        shape = (counts[self.rank], size)
         sizes = [batch * tokens * math.prod(shape) for tokens in self.lengths]
-        flat = self._exchange(pieces, sizes)
+        flat = self._exchange(t.split(counts, dim=2), sizes)
 
         def arrived() -> Tensor:
             received = flat()
@@ -172,24 +158,21 @@ class SequenceShard(Shard):
 
         return arrived
 
-    def tokens(self, t: Tensor, *, group: int, heads: int, in_order: bool) -> Callable[[], Sequence[Tensor]]:
+    def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
         """The all-to-all behind attention."""
         batch, _, _, size = t.shape
         parts = self._of_ranks(t) if in_order else t.split(self.lengths, dim=1)
-        length, counts = self.lengths[self.rank], self._groups(heads, in_order)[group]
+        length, counts = self.lengths[self.rank], self._heads(heads)
         sizes = [batch * length * count * size for count in counts]
-        flat = self._exchange(parts, sizes)
+        pairs = zip(self._exchange(parts, sizes)().split(sizes), counts, strict=True)
+        return torch.cat([of_rank.view(batch, length, count, size) for of_rank, count in pairs], dim=2)
 
-        def arrived() -> Sequence[Tensor]:
-            pairs = zip(flat().split(sizes), counts, strict=True)
-            return [block.view(batch, length, count, size) for block, count in pairs]
-
-        return arrived
-
-    def joined(self, groups: Sequence[Callable[[], Sequence[Tensor]]]) -> Tensor:
-        """Those of a rank beside each other."""
-        ranks = zip(*[group() for group in groups], strict=True)
-        return torch.cat([heads for of_rank in ranks for heads in of_rank], dim=2)
+    def _heads(self, heads: int) -> Sizes:
+        """How many heads each rank has."""
+        counts = shares(heads, self.ranks)
+        if not counts[-1]:
+            raise ValueError(f"{heads} attention heads cannot be shared by {self.ranks} GPUs: use fewer.")
+        return counts
 
     def fused(self, attention: Attention) -> None:
         """None: norms read all heads of a token, and the kernel all tokens of a head."""

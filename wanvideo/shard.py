@@ -65,21 +65,16 @@ class Shard:
         """Least and largest values over the tokens of all processes: t [B, l, C] -> twice [B, 1, C]."""
         return t.amin(dim=1, keepdim=True), t.amax(dim=1, keepdim=True)
 
-    def heads(self, t: Tensor, *, in_order: bool) -> Sequence[Arriving]:
+    def heads(self, t: Tensor, *, in_order: bool) -> Arriving:
         """[B, l, H, D] -> [B, L, h, D]: the whole sequence for this process's share of the heads.
 
-        They come in groups, so that attention of one need not wait for the next. in_order: the tokens come in
-        the order of the whole sequence, and all heads at once. Attention of all to all needs neither.
+        in_order: the tokens come in the order of the whole sequence, which attention of all to all does not need.
         """
-        return (lambda: t,)
+        return lambda: t
 
-    def tokens(self, t: Tensor, *, group: int, heads: int, in_order: bool) -> Callable[[], Sequence[Tensor]]:
-        """The way back, of one group: [B, L, h, D] -> [B, l, ..., D], the heads of each process. heads: H."""
-        return lambda: (t,)
-
-    def joined(self, groups: Sequence[Callable[[], Sequence[Tensor]]]) -> Tensor:
-        """All heads [B, l, H, D], when all groups are back."""
-        return groups[0]()[0]
+    def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
+        """The way back: [B, L, h, D] -> [B, l, H, D]. heads: H."""
+        return t
 
     def fused(self, attention: Attention) -> FusedAttention | None:
         """The backend's form that takes projections as they are, if it has one that can run on this part."""

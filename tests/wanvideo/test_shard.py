@@ -22,10 +22,9 @@ class Counting(TorchDispatchMode):
 
 def test_everything_is_the_tensor_itself():
     t = torch.randn(1, 12, 4, 6)
-    (group,) = WHOLE.heads(t, in_order=False)
-    back = WHOLE.tokens(group(), group=0, heads=4, in_order=False)
     same = (
-        WHOLE.take(t), WHOLE.frames(t), WHOLE.appended(t), WHOLE.mean(t), group(), WHOLE.joined([back]), ALONE.same(t),
+        WHOLE.take(t), WHOLE.frames(t), WHOLE.appended(t), WHOLE.mean(t), WHOLE.heads(t, in_order=False)(),
+        WHOLE.tokens(t, heads=4, in_order=False), ALONE.same(t),
         *ALONE.each([[t]], lambda job: job[0]), *ALONE.each([[t]], lambda job: job[0], together=True),
     )  # fmt: skip
     assert all(each is t for each in same)

@@ -71,18 +71,13 @@ class WanSelfAttention(nn.Module):
             return Heads(seen.get("q"), seen.get("k"), out), hooks
         shard, in_order = inputs.shard, changed or isinstance(attention, GridAttention)
         # v goes first: where processes share the heads, it is sent before q and k are made, and waited for behind them.
-        # One process has one group of heads, the tensors themselves.
         all_v = shard.heads(self.split(v()), in_order=in_order)
         placed_q = self.norm_q.placed(q(), inputs.rope, self.heads)
         all_q = shard.heads(placed_q, in_order=in_order)
         placed_k = self.norm_k.placed(k(), inputs.rope, self.heads)
         all_k = shard.heads(placed_k, in_order=in_order)
-        back = []
-        for group, (of_q, of_k, of_v) in enumerate(zip(all_q, all_k, all_v, strict=True)):
-            call, hooks = run_hooks("attend", block, AttentionCall(of_q(), of_k(), of_v()), hooks)
-            out = attend(attention, call)
-            back.append(shard.tokens(out, group=group, heads=self.heads[0], in_order=in_order))
-        out = shard.joined(back)
+        call, hooks = run_hooks("attend", block, AttentionCall(all_q(), all_k(), all_v()), hooks)
+        out = shard.tokens(attend(attention, call), heads=self.heads[0], in_order=in_order)
         return Heads(None if read.queries == 0 else placed_q, None if read.keys == 0 else placed_k, out), hooks
 
     def _projections(
