@@ -67,16 +67,16 @@ def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]
     outputs = [node for node in prompt.nodes.values() if is_output(node, classes)]
     if not outputs:
         raise GraphError([_no_output(prompt, classes)])
-    needed, problems = _in_order(prompt, outputs)
-    known = [node for node in needed if node.type in classes]
-    problems += _unknown([node for node in needed if node.type not in classes])
+    nodes, problems = _in_order(prompt, outputs)
+    known = [node for node in nodes if node.type in classes]
+    problems += _unknown([node for node in nodes if node.type not in classes])
     for node in known:
         problems += _problems_of(node, prompt, classes)
     problems += _folder_problems(known, classes, host)
     problems += [text for node in known if (text := _too_small(node, prompt))]
     if problems:
         raise GraphError(problems)
-    return needed
+    return nodes
 
 
 def _drop_unused(node: Node, classes: Mapping[str, type]) -> None:
@@ -99,6 +99,11 @@ def _no_output(prompt: Prompt, classes: Mapping[str, type]) -> str:
     unknown = ", ".join(f"{node.label} of {pack_of(node.type, node.pack)}" for node in ends)
     known = f" that is known here, only {unknown}" if unknown else ""
     return f"The workflow has no node that saves or shows a result{known}: add VHS_VideoCombine."
+
+
+def needed(prompt: Prompt, classes: Mapping[str, type]) -> list[Node]:
+    """All that the outputs need, makers before takers, whether it can run or not."""
+    return _in_order(prompt, [node for node in prompt.nodes.values() if is_output(node, classes)])[0]
 
 
 def _in_order(prompt: Prompt, outputs: list[Node]) -> tuple[list[Node], list[str]]:

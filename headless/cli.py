@@ -23,6 +23,8 @@ from .job import Edits, Folders, Job, show
 if TYPE_CHECKING:
     from .graph import Prompt
 
+log = logging.getLogger("wanvideo")
+
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 FAILED, CANCELLED = 2, 130
 # Ctrl-C; what service managers and container hosts stop a run with; what a closed terminal sends (Windows has none).
@@ -154,8 +156,14 @@ def _execute(
         from .several import run_on_several
 
         run_on_several(job, options.gpus, options.device)
-        return
-    host = folders.host(StandaloneHost, options.device)
+    else:
+        _run_alone(job, options)
+    if without := job.without():
+        log.warning("Bypassed by --bypass, so that the result lacks what they do: %s.", ", ".join(without))
+
+
+def _run_alone(job: Job, options: argparse.Namespace) -> None:
+    host = job.folders.host(StandaloneHost, options.device)
     set_host(host)
     # One that is ignored stays so: nohup and background jobs of a script ask for it.
     stops = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]

@@ -55,17 +55,33 @@ class Job:
 
     def prompt(self) -> tuple[Prompt, Mapping[str, type]]:
         """The changed graph, and the node classes. Raises GraphError for what is wrong with it."""
-        from .. import NODE_CLASS_MAPPINGS
-        from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
         from .graph import load
 
-        classes = {**STAND_INS, **NODE_CLASS_MAPPINGS}
+        classes = _classes()
         prompt = load(self.workflow, classes, bypass=self.edits.bypass, mute=self.edits.mute)
         if self.edits.change is not None:
             self.edits.change(prompt)
         for assignment in self.edits.assignments:
             prompt.set(assignment, classes)
         return prompt, classes
+
+    def without(self) -> list[str]:
+        """Labels of the nodes that results of the workflow are made with and that `edits` bypass."""
+        from .check import is_output, needed
+        from .graph import load
+
+        if not self.edits.bypass:
+            return []
+        classes, there = _classes(), self.prompt()[0].nodes
+        whole = needed(load(self.workflow, classes, mute=self.edits.mute), classes)
+        return [node.label for node in whole if node.id not in there and not is_output(node, classes)]
+
+
+def _classes() -> dict[str, type]:
+    from .. import NODE_CLASS_MAPPINGS
+    from .core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
+
+    return {**STAND_INS, **NODE_CLASS_MAPPINGS}
 
 
 def lines(shown: Sequence[Mapping[str, object]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The node that keeps a share of the weights in main memory, and the socket it goes to."""
+"""The nodes that keep weights in main memory, and the socket they go to."""
 
 import pytest
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
@@ -22,3 +22,15 @@ def test_one_way_to_offload_at_a_time():
             "none.safetensors", "bf16", "disabled", "offload_device", block_swap_args=BlockSwapArgs(),
             vram_management_args=BlockSwapArgs(share=1.0),
         )  # fmt: skip
+
+
+def test_widgets_of_block_swap():
+    node = N["WanVideoBlockSwap"]()
+    assert node.setargs(20, False, False) == (BlockSwapArgs(blocks_to_swap=20, others={"vace_blocks": 0}),)
+    (one,) = node.setargs(-1, True, False, True, 3, 2, True)
+    assert one == BlockSwapArgs(
+        blocks_to_swap=-1, others={"vace_blocks": 3}, embeddings=("img_emb",), use_non_blocking=True, prefetch_blocks=2,
+        block_swap_debug=True,
+    )  # fmt: skip
+    (other,) = node.setargs(0, False, True)
+    assert (other.blocks_to_swap, other.embeddings) == (0, ("text_embedding",))

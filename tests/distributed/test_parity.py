@@ -98,7 +98,7 @@ def test_more_ranks_than_heads_are_refused(four, name):
 
 
 @pytest.mark.parametrize("name", ["multitalk_two_speakers", "enhance_a_video"])
-def test_compiled_blocks_hold_the_collectives(two, name):
+def test_a_compiled_block_holds_the_collectives(two, name):
     assert max(two.run("ranked", "compiled_difference", name)) < 1e-5
 
 
@@ -134,7 +134,7 @@ def test_a_step_cache_leaves_out_the_same_steps(two):
 def test_tiles_of_the_vae_are_shared_out_and_the_video_is_the_same(two, tmp_path):
     save(tmp_path)
     spreads, counts = zip(*two.run("ranked", "tiles", tmp_path), strict=True)
-    assert spreads[0] == spreads[1] and min(spreads[0]) > 0.01 and counts == (6, 4)
+    assert spreads[0] == spreads[1] and min(spreads[0]) > 0.01 and counts == (4, 2)
 
 
 def test_one_rank_writes_a_long_video_and_the_others_follow(two, tmp_path):

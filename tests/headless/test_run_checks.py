@@ -5,9 +5,11 @@ import os
 import signal
 
 import pytest
+from graph_builder import Graph
 from wanvideo_wrapper.headless import check as checking
 from wanvideo_wrapper.headless import cli
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt, load
+from wanvideo_wrapper.headless.job import Edits, Job
 from wanvideo_wrapper.headless.runner import Runner
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
@@ -105,6 +107,22 @@ def test_a_run_gives_ctrl_c_back_and_prints_what_nodes_show(workflow, tmp_path, 
     assert cli.main(["run", str(workflow), "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "hello\n"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_result_lacks_by_bypassed_nodes_is_said_in_the_end(workflow, tmp_path, caplog):
+    graph = Graph("bypassed", "")
+    made = graph.add("EmptyImage", width=32, height=32, batch_size=2)
+    blurred = graph.add("ImageBlur", image=made, title="Softer")
+    graph.add("ImageBlur", image=blurred, title="For nobody")
+    shown = graph.add("PreviewAny", source=graph.add("GetImageSizeAndCount", image=blurred), title="The end")
+    workflow.write_text(json.dumps(graph.saved()))
+    command = ["run", str(workflow), "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--bypass", "ImageBlur"]) == 0
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert said == f"Bypassed by --bypass, so that the result lacks what they do: Softer (#{blurred.id})."
+    job = Job(workflow=workflow, edits=Edits(bypass=["ImageBlur"], mute=[str(shown.id)]))
+    assert job.without() == []
 
 
 def test_ctrl_c_ends_with_130_and_a_second_one_does_not_wait(workflow, tmp_path, monkeypatch, capsys):
