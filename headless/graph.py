@@ -14,6 +14,8 @@ from typing import NamedTuple
 from .ui_graph import BYPASSED, MUTED, WRAPPED, LoopError, as_slot, convert, subgraphs_of
 from .widgets import Input, from_text, inputs_of
 
+# As large as ComfyUI's server takes; a value of a byte or two in the file takes up to 200 in memory.
+MOST_BYTES, MOST_VALUES = 100 * 2**20, 10**6
 # Deeper values end in Python's recursion limit wherever they are written or compared.
 DEEPEST_VALUE = 100
 
@@ -117,8 +119,15 @@ def load(path: Path, classes: Mapping[str, type], *, bypass: Sequence[str] = (),
 
 def _json(path: Path) -> object:
     """What the file holds; from bytes, so that byte order marks of all Unicode forms are understood."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES or sum(map(content.count, b",[{")) > MOST_VALUES:
+        raise ValueError(
+            f"{path.name} is no workflow: it is larger than {MOST_BYTES >> 20} MB, or holds more than {MOST_VALUES} "
+            "values."
+        )
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(content)
     except RecursionError as error:
         raise ValueError(f"{path.name} is no workflow: its values are nested too deeply.") from error
     except ValueError as error:

@@ -90,5 +90,7 @@ def lines(shown: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def show(shown: Sequence[Mapping[str, object]]) -> None:
-    """Write it to stdout."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines(shown)))
+    """Write it to stdout; a character that stdout cannot show becomes its escape, since the work is done by now."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "".join(f"{line}\n" for line in lines(shown))
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))

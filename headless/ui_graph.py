@@ -6,8 +6,9 @@ bypassed nodes. Links are followed back to the node that really makes the value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from .widgets import inputs_of, values_by_name
@@ -78,9 +79,11 @@ class Scope:
         self.switched = switched
         self.prefix = "" if outer is None else f"{outer.scope.prefix}{outer.node['id']}:"
         self.nodes: dict[object, Mapping[str, object]] = {node["id"]: node for node in graph["nodes"]}
+        _no_id_twice(graph["nodes"])
         self.links = dict(_links(graph.get("links", ())))
         self.total = len(self.nodes)
         self.inner: dict[object, Scope] = {}
+        self._known: dict[tuple[object, int], Source] = {}
         for key, node in self.nodes.items():
             if not isinstance(node["type"], str):
                 raise TypeError(f"node {key} has the type {node['type']}")
@@ -98,15 +101,19 @@ class Scope:
         return self.switched.get(f"{self.prefix}{node['id']}", node.get("mode", 0))
 
     def source(self, link: object) -> Source:
-        """What the link with this id really carries."""
+        """What the link with this id really carries. What others have found on the way is not looked for again."""
         where = self._hop(link)
-        passed = set()
+        passed: dict[tuple[str, object, int], Hop] = {}
         while isinstance(where, Hop):
             key = (where.scope.prefix, where.origin, where.slot)
             if key in passed:
                 raise LoopError
-            passed.add(key)
-            where = where.scope.step(where.origin, where.slot)
+            passed[key] = where
+            place = (where.origin, where.slot)
+            known = where.scope._known
+            where = known[place] if place in known else where.scope.step(*place)
+        for hop in passed.values():
+            hop.scope._known[hop.origin, hop.slot] = where
         return where
 
     def _hop(self, link: object) -> Hop | None:
@@ -133,10 +140,13 @@ class Scope:
 
     def result(self, slot: int) -> Hop | None:
         """Output `slot` of the subgraph that this scope is the inside of."""
-        for origin, origin_slot, target, target_slot in self.links.values():
-            if target == SUBGRAPH_OUTPUT and target_slot == slot:
-                return Hop(self, origin, origin_slot)
-        return None
+        return self._results.get(slot)
+
+    @cached_property
+    def _results(self) -> dict[int, Hop]:
+        """By output, the first link of each."""
+        ends = reversed(self.links.values())
+        return {slot: Hop(self, origin, at) for origin, at, target, slot in ends if target == SUBGRAPH_OUTPUT}
 
     def _first_input(self, node: Mapping[str, object]) -> Hop | None:
         inputs = node.get("inputs") or [{}]
@@ -167,11 +177,15 @@ class Scope:
     def _variable(self, name: object) -> Hop | None:
         scope = self
         while scope is not None:
-            for node in scope.nodes.values():
-                if node["type"] == "SetNode" and _saved_name(node) == name:
-                    return scope._first_input(node)
+            if repr(name) in scope._set_nodes:
+                return scope._first_input(scope._set_nodes[repr(name)])
             scope = None if scope.outer is None else scope.outer.scope
         return None
+
+    @cached_property
+    def _set_nodes(self) -> dict[str, Mapping[str, object]]:
+        """By the name that they set, which may be any value, the first of each."""
+        return {repr(_saved_name(node)): node for node in reversed(self.nodes.values()) if node["type"] == "SetNode"}
 
 
 @dataclass(frozen=True)
@@ -242,6 +256,18 @@ def _node(scope: Scope, node: Mapping[str, object], classes: Mapping[str, type])
             # The link leads to nothing that runs (a muted node): the input is unconnected.
             result.inputs.pop(name, None)
     return result
+
+
+def _no_id_twice(nodes: Sequence[Mapping[str, object]]) -> None:
+    """Raises ValueError naming two nodes that links cannot tell apart."""
+    seen: dict[str, Mapping[str, object]] = {}
+    for node in nodes:
+        other = seen.setdefault(str(node["id"]), node)
+        if other is not node:
+            raise ValueError(
+                f"Two nodes of the workflow, {other.get('type')} and {node.get('type')}, have the id {node['id']}: "
+                "open it in ComfyUI, connect what is not connected, and save it again."
+            )
 
 
 def _is_plain(value: object) -> bool:

@@ -1,6 +1,8 @@
 """Promises of SECURITY.md, watched by Python's audit events in a process of their own."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_host import imported, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,6 +96,53 @@ def test_a_run_reads_and_writes_in_its_folders_only(watched):
     known = (*allowed, *code, *(Path(entry).resolve() for entry in sys.path if entry), Path("/proc"), Path("/sys"))
     strange = [path for path, _ in opened if not any(path.is_relative_to(place) for place in known)]
     assert not [path for path in strange if not path.is_relative_to(folder)], strange
+
+
+# What a module may call that runs code or programs, or reads what could: each for a reason that SECURITY.md tells.
+RUNS = re.compile(
+    r"(builtins\.)?(eval|exec|compile|__import__)|os\.(system|popen|startfile|fork|exec\w+|spawn\w+|posix_spawn\w*)"
+    r"|subprocess\.\w+|(torch|np|numpy|joblib|dill)\.load|(c?[pP]ickle|marshal|dill)\.(loads?|Unpickler)|runpy\.\w+"
+)
+ALLOWED = {
+    "attention_backends/packages.py": {"subprocess.run"},
+    "demo/train/record.py": {"subprocess.run"},
+    "distributed/standing.py": {"subprocess.Popen", "torch.load"},
+    "distributed/standing_rank.py": {"pickle.loads", "torch.load"},
+}
+NETWORK = {"aiohttp", "ftplib", "http", "huggingface_hub", "requests", "smtplib", "socket", "urllib", "webbrowser"}
+# Downloads that SECURITY.md names; and this computer's name, for partial files.
+REACHES = {
+    "multitalk/nodes_audio.py": {"huggingface_hub"},
+    "wanvideo/modules/hub.py": {"huggingface_hub"},
+    "wanvideo/whole_file.py": {"socket"},
+}
+
+
+def calls(tree):
+    """Names of what is called, imports under their own names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and RUNS.fullmatch(ast.unparse(node.func)):
+            yield ast.unparse(node.func)
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name for name in names if RUNS.fullmatch(name))
+
+
+def test_no_module_can_unpickle_or_start_a_program_but_those_that_are_named():
+    """What a run of one graph cannot show: all that the package has."""
+    assert found_in_modules(lambda path: calls(ast.parse(path.read_text(encoding="utf-8")))) == ALLOWED
+
+
+def test_no_module_reaches_the_network_but_those_that_are_named():
+    assert found_in_modules(lambda path: (name.split(".")[0] for name in imported(path)), NETWORK) == REACHES
+
+
+def found_in_modules(look, wanted=None):
+    """What is found in each module of the package that has any of it."""
+    package = (path for path in modules() if path.relative_to(ROOT).parts[0] != "benchmarks")
+    found = {path.relative_to(ROOT).as_posix(): set(look(path)) for path in package}
+    found = {name: names if wanted is None else names & wanted for name, names in found.items()}
+    return {name: names for name, names in found.items() if names}
 
 
 @pytest.mark.parametrize("name", ["../w.json", "/etc/hostname", "in/../../w.json"])

@@ -317,6 +317,10 @@ def write_frame(folder: Path, index: int, frame: Tensor) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        if not folder.exists():
+            raise OSError(
+                f"Frame {index} could not be written: the folder {folder} is gone, and the frames before it with it."
+            ) from error
         raise OSError(
             f"Frame {index} could not be written to {folder} ({error.strerror or error}); the frames before it are "
             "there: make room, and run again to go on."

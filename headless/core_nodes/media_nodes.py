@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...host import get_host
 from ...node_tools import Inputs
+from ...wanvideo.footage import check_room
 from ...wanvideo.images import resize_images
 from ...wanvideo.whole_file import partial_file, publish
 from ..media import MediaError, VideoInfo, probe, read_audio, read_frames
@@ -124,7 +125,7 @@ class LoadVideo:
         rate = force_rate or info.fps
         chosen = _chosen(frames, info.fps, rate, (skip_first_frames, select_every_nth, frame_load_cap))
         step, group, extra = LOAD_FORMATS[format]
-        images = [_sized(frame, (custom_width, custom_height), step) for frame in chosen]
+        images = list(_that_fit(_sized(frame, (custom_width, custom_height), step) for frame in chosen))
         if not images:
             raise ValueError(f"{path.name} has no frames after skipping {skip_first_frames}; skip fewer.")
         batch = torch.cat(images[: (len(images) - extra) // group * group + extra])
@@ -148,6 +149,14 @@ def _chosen(
                 emitted += 1
                 if cap and emitted >= cap:
                     return
+
+
+def _that_fit(images: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The images [1, H, W, 3], as long as memory holds them: what a header says of their number may be wrong."""
+    for count, image in enumerate(images, 1):
+        remedy = "load fewer with frame_load_cap, or smaller ones with custom_width"
+        check_room(count, *image.shape[1:3], remedy=remedy)
+        yield image
 
 
 def _sized(frame: np.ndarray, goal: tuple[int, int], step: int) -> Tensor:

@@ -261,6 +261,39 @@ def test_long_chains_of_the_editor(tmp_path):
     assert read(tmp_path, {"nodes": nodes, "links": links}).nodes["5000"].inputs["image"] == Link("0", 0)
 
 
+def test_many_takers_of_long_chains_are_fast(tmp_path):
+    """Reroute, Get and Set nodes are followed once, however many nodes take what they hand on."""
+    numbers = range(5000)
+    nodes = [{"id": "s", "type": "Source"}, *(reroute(n, n) for n in numbers)]
+    links = [[n, n - 1 if n else "s", 0, n, 0, "*"] for n in numbers] + [["last", numbers[-1], 0, "", 0, "*"]]
+    for n in numbers:
+        nodes.append({"id": f"set{n}", "type": "SetNode", "widgets_values": [n], "inputs": [{"link": "last"}]})
+        nodes.append({"id": f"get{n}", "type": "GetNode", "widgets_values": [n]})
+        links.append([f"got{n}", f"get{n}", 0, "", 0, "*"])
+        for name, link in (("a", "last"), ("b", f"got{n}")):
+            nodes.append({"id": f"{name}{n}", "type": "End", "inputs": [{"name": "image", "link": link}]})
+    with interrupted(5):
+        prompt = read(tmp_path, {"nodes": nodes, "links": links})
+    ends = [node for node in prompt.nodes.values() if node.type == "End"]
+    assert len(ends) == 10_000 and {node.inputs["image"] for node in ends} == {Link("s", 0)}
+
+
+def test_two_nodes_of_one_id_are_named(tmp_path):
+    """Links cannot tell them apart, and one of them would be left out."""
+    nodes = [{"id": 1, "type": "Source"}, {"id": "1", "type": "End", "inputs": [{"name": "image", "link": 1}]}]
+    inner = {"id": "g", "nodes": nodes, "links": []}
+    for graph in ({"nodes": nodes}, {"nodes": [{"id": 3, "type": "g"}], "definitions": {"subgraphs": [inner]}}):
+        with pytest.raises(ValueError, match="Source and End, have the id 1: open it in ComfyUI"):
+            read(tmp_path, graph)
+
+
+def test_values_beyond_a_million_are_not_read(tmp_path):
+    """A file of 3 MB would take 70."""
+    with pytest.raises(ValueError, match="holds more than 1000000 values"):
+        read(tmp_path, "[" + "[]," * 1_000_000 + "[]]")
+    assert read(tmp_path, api(e=("End", {"picture": "A" * 10**6}))).nodes["e"].inputs["picture"]
+
+
 def nested(count, levels):
     """Subgraphs that each use the next one `count` times."""
     subgraphs = [

@@ -255,6 +255,13 @@ def test_formats_round_sides_and_frames(form, sides, size, frames, video):
     assert (info["loaded_height"], info["loaded_width"]) == size and info["source_frame_count"] == 40
 
 
+def test_videos_larger_than_memory_are_refused(video, monkeypatch):
+    monkeypatch.setattr("wanvideo_wrapper.wanvideo.footage._main_memory", lambda: 20 * 50 * 100 * 3 * 5)
+    assert video(0, 0, 0, 20, 0, 1, format="None")[1] == 20
+    with pytest.raises(ValueError, match=r"21 frames of 100x50 take .* load fewer with frame_load_cap, or smaller"):
+        video(0, 0, 0, 0, 0, 1, format="None")
+
+
 def test_sound_belongs_to_the_frames(video):
     *_, sound, info = video(10, 0, 0, 5, 10, 1, format="None")
     assert info["loaded_fps"] == 10 and seconds_of(sound) == pytest.approx(0.5)

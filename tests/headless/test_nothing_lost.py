@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from wanvideo_wrapper.headless import cli, rescue
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as NODES
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
+from wanvideo_wrapper.headless.job import show
 from wanvideo_wrapper.headless.media import Encoding, read_audio, write_video
 from wanvideo_wrapper.headless.runner import Runner
 from wanvideo_wrapper.host import CancelledError, StandaloneHost, get_host, set_host
@@ -201,8 +203,36 @@ def test_memory_footage_never_writes_into_another_runs_frames(tmp_path, monkeypa
 
 
 def test_a_frame_that_cannot_be_written_is_one_sentence(tmp_path):
-    with pytest.raises(OSError, match="Frame 7 could not be written to .*absent"):
-        write_frame(tmp_path / "absent", 7, torch.zeros(4, 4, 3, dtype=torch.uint8))
+    frame = torch.randint(256, (4, 4, 3), dtype=torch.uint8)
+    with pytest.raises(OSError, match=r"Frame 7 could not be written: the folder .*absent is gone, and the frames"):
+        write_frame(tmp_path / "absent", 7, frame)
+    (tmp_path / "frame_00007.png").mkdir()
+    with pytest.raises(OSError, match=r"Frame 7 could not be written to .*; the frames before it are there"):
+        write_frame(tmp_path, 7, frame)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_result_that_the_terminal_cannot_show_is_shown_in_escapes(monkeypatch):
+    """The work is done by then: an exit status of 2 would tell of a failure."""
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    show([{"videos": ["视频/é.mp4"], "text": ["\ud800"]}])
+    sys.stdout.flush()
+    assert raw.getvalue().decode("cp1252").splitlines() == [r"\u89c6\u9891/é.mp4", r"\ud800"]
+
+
+def test_an_output_folder_that_vanishes_is_made_again(host, tmp_path, monkeypatch):
+    class Vanishing(Sampler):
+        def go(self, model=None):
+            shutil.rmtree(tmp_path / "out")
+            return self.MADE
+
+    monkeypatch.setitem(CLASSES, "Vanishing", Vanishing)
+    (tmp_path / "out").mkdir()
+    run(host, s=("Vanishing", {}), out=combine())
+    (path,) = (tmp_path / "out").iterdir()
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
 
 
 @pytest.mark.parametrize("kind", ["VHS_VideoCombine", "PreviewImage"])
