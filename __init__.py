@@ -55,4 +55,7 @@ if __package__:
     NODE_DISPLAY_NAME_MAPPINGS.update(_unbuilt[1])
     _host, _saved = (importlib.import_module(name, package=__package__) for name in (".host", ".saved_values"))
     _host.before_queuing(functools.partial(_saved.take_defaults, classes=NODE_CLASS_MAPPINGS))
+    _host.before_queuing(
+        lambda prompt: _saved.take_moved_files(prompt, _host.classes_of_all_packs(), NODE_CLASS_MAPPINGS)
+    )
     _host.warn_about_copies()

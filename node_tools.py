@@ -13,7 +13,7 @@ import torch
 from .host import get_host
 from .host.protocol import KINDS
 from .node_tips import with_tips
-from .saved_values import ModelFiles, current_values, tolerant
+from .saved_values import ModelFiles, current_values, refuse_unusable, tolerant
 from .wanvideo.frames import round_frames
 from .wanvideo.latents import LATENTS_A_TOKEN
 from .wanvideo.modules.vae import WanVAE
@@ -120,12 +120,17 @@ def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
 
 
 def _finish_interface(node: type) -> None:
-    """Give inputs the tooltips that nodes share; let list widgets take older names, and the entry get today's."""
+    """Give inputs the tooltips that nodes share; let list widgets take older names, and the entry get today's.
+
+    The entry is not called with numbers that no run can use.
+    """
     declare, entry = node.INPUT_TYPES, getattr(node, node.FUNCTION)
 
     @functools.wraps(entry)
     def run(self: object, *values: object, **named: object) -> object:
-        return entry(self, *values, **current_values(node.INPUT_TYPES(), named, node.DISPLAY_NAME))
+        declared = node.INPUT_TYPES()
+        refuse_unusable(declared, named, node.DISPLAY_NAME)
+        return entry(self, *values, **current_values(declared, named, node.DISPLAY_NAME))
 
     node.INPUT_TYPES = classmethod(lambda cls: tolerant(with_tips(declare.__func__(cls))))
     setattr(node, node.FUNCTION, run)

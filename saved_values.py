@@ -8,6 +8,7 @@ Numbers, texts and switches that were saved empty become their defaults (`take_d
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
@@ -24,6 +25,7 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     },
 }
 
+MODEL_ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 CASTS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 # For people.
 KIND_NAMES = {"INT": "a whole number", "FLOAT": "a number", "STRING": "text", "BOOLEAN": "true or false"}
@@ -128,6 +130,26 @@ def current_values(
     return {name: _current(rows.get(name, (None,))[0], name, value, node) for name, value in values.items()}
 
 
+def refuse_unusable(
+    declared: Mapping[str, Mapping[str, tuple[object, ...]]], values: Mapping[str, object], node: str
+) -> None:
+    """Raise ValueError for the first number that no run can use. node: for the message.
+
+    NaN passes ComfyUI's limits, and what another node makes is held to none; numbers above or below the widget's own
+    limits may be meant, negative ones where it has none are not.
+    """
+    for section in ("required", "optional"):
+        for name, (kind, *options) in declared.get(section, {}).items():
+            value = values.get(name)
+            if kind not in ("INT", "FLOAT") or not isinstance(value, int | float | str):
+                continue
+            least = (options[0] if options else {}).get("min", -math.inf)
+            finite = not isinstance(value, str | float) or (isinstance(value, float) and math.isfinite(value))
+            if not finite or value < 0 <= least:
+                limit = f" of at least {least}" if least >= 0 else ""
+                raise ValueError(f"{node}: '{name}' must be {KIND_NAMES[kind]}{limit}, not {value!r}.")
+
+
 def option_of(kind: object, value: object) -> object:
     """What a saved value is called today; the value itself where `kind` is no list widget, or has nothing like it."""
     option = kind.current(value) if isinstance(kind, Choices) else None
@@ -135,10 +157,13 @@ def option_of(kind: object, value: object) -> object:
 
 
 def _current(kind: object, name: str, value: object, node: str) -> object:
-    option = option_of(kind, value)
-    if option is value:
-        return value
-    log.info("%s: '%s' was saved as '%s'; '%s' is taken.", node, name, value, option)
+    return _noted(node, name, value, option_of(kind, value))
+
+
+def _noted(where: str, name: str, value: object, option: object) -> object:
+    """The option; says so where it was saved as another value."""
+    if option is not value:
+        log.info("%s: '%s' was saved as '%s'; '%s' is taken.", where, name, value, option)
     return option
 
 
@@ -180,3 +205,31 @@ def take_defaults(prompt: object, classes: Mapping[str, type]) -> None:
             if name in values and isinstance(kind, str) and is_empty(kind, values[name]):
                 values[name] = (options[0] if options else {}).get("default", CASTS[kind]())
                 note_default(f"{cls.DISPLAY_NAME} (#{number})", name, values[name])
+
+
+def take_moved_files(prompt: object, classes: Mapping[str, type], own: Mapping[str, type]) -> None:
+    """Put today's names for model files that the lists of other packs' nodes do not know, with a log line for each.
+
+    own: this pack's nodes, which place names themselves; prompts without any of them are left alone. A name that fits
+    no file, or several, is left to the server; so are pictures and sounds, whose lists leave subfolders out.
+    """
+    nodes = {n: node for n, node in prompt.items() if isinstance(node, dict)} if isinstance(prompt, dict) else {}
+    kinds = {number: node.get("class_type") for number, node in nodes.items()}
+    if not any(kind in own for kind in kinds.values() if isinstance(kind, str)):
+        return
+    for number, node in nodes.items():
+        kind, values = kinds[number], node.get("inputs")
+        if not isinstance(kind, str) or kind in own or kind not in classes or not isinstance(values, dict):
+            continue
+        declared = classes[kind].INPUT_TYPES()
+        for name, row in {**declared.get("required", {}), **declared.get("optional", {})}.items():
+            value = values.get(name)
+            if isinstance(value, str) and value.lower().endswith(MODEL_ENDINGS):
+                current = ModelFiles(_options_of(row)).current(value)
+                values[name] = value if current is None else _noted(f"{kind} (#{number})", name, value, current)
+
+
+def _options_of(row: tuple[object, ...]) -> Iterable[object]:
+    """The choices of a list widget in either way to declare one; none of other inputs."""
+    listed = row[1].get("options") if row[0] == "COMBO" and len(row) > 1 else row[0]
+    return listed if isinstance(listed, list | tuple) else ()

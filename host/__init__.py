@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .comfy import ComfyHost
@@ -13,7 +13,7 @@ from .standalone import StandaloneHost
 
 __all__ = [
     "CancelledError", "ComfyHost", "Host", "Managed", "Place", "Progress", "StandaloneHost", "get_host", "set_host",
-    "before_queuing", "warn_about_copies",
+    "before_queuing", "classes_of_all_packs", "warn_about_copies",
 ]  # fmt: skip
 
 log = logging.getLogger("wanvideo")
@@ -49,6 +49,11 @@ def before_queuing(change: Callable[[object], None]) -> None:
         return posted
 
     server.add_on_prompt_handler(edit)
+
+
+def classes_of_all_packs() -> Mapping[str, type]:
+    """ComfyUI's table of nodes by class name, those of other packs too; empty outside ComfyUI."""
+    return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
 
 
 def warn_about_copies() -> None:

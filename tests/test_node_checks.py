@@ -1,6 +1,7 @@
 """VALIDATE_INPUTS: what cannot run is refused when the graph is queued, in the words of the node that would meet it."""
 
 import inspect
+import math
 import re
 
 import pytest
@@ -209,3 +210,32 @@ def test_values_that_are_linked_come_without_a_value(host):
             links = {**LINKED.get(name, {}), parameter: kind if isinstance(kind, str) else "COMBO"}
             values = {**FILES.get(name, {}), parameter: None}
             assert node.VALIDATE_INPUTS(**values, input_types=links) is True, (name, parameter)
+
+
+def numbers():
+    """(node, input, its type, its least value) of every widget of a number that is built."""
+    for name, node in N.items():
+        declared = {} if issubclass(node, UnbuiltNode) else node.INPUT_TYPES()
+        for section in ("required", "optional"):
+            for entry, (kind, *options) in declared.get(section, {}).items():
+                if kind in ("INT", "FLOAT"):
+                    yield name, entry, kind, (options[0] if options else {}).get("min", -math.inf)
+
+
+def test_no_node_runs_with_a_number_that_is_none(host):
+    """ComfyUI lets NaN pass its limits, and holds what another node makes to none: the entry itself refuses it."""
+    refused = 0
+    for name, entry, kind, least in numbers():
+        node = N[name]
+        for value in (math.nan, math.inf, -math.inf, "8", *([-(10**400), -1] if least >= 0 else [])):
+            sentence = rf"^{re.escape(node.DISPLAY_NAME)}: '{entry}' must be a .*\.$"
+            with pytest.raises(ValueError, match=sentence) as told:
+                getattr(node(), node.FUNCTION)(**{entry: value})
+            assert repr(value) in str(told.value) and ("whole" in str(told.value)) == (kind == "INT")
+            refused += 1
+    assert refused > 1500
+
+
+def test_numbers_beyond_a_widgets_own_limits_may_be_linked(host):
+    (embeds,) = N["WanVideoEmptyEmbeds"]().process(width=32, height=32, num_frames=10**4 + 1)
+    assert embeds is not None

@@ -9,7 +9,7 @@ from wanvideo_wrapper import nodes_unbuilt
 from wanvideo_wrapper.headless.widgets import checked, inputs_of
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.node_tools import mappings
-from wanvideo_wrapper.saved_values import Choices, ModelFiles, take_defaults
+from wanvideo_wrapper.saved_values import Choices, ModelFiles, take_defaults, take_moved_files
 
 LINUX = ["WanVideo/2_2/a.safetensors", "b.safetensors", "x/c.safetensors", "y/c.safetensors"]
 WINDOWS = [name.replace("/", "\\") for name in LINUX]
@@ -122,3 +122,39 @@ def test_values_that_are_there_and_nodes_of_others_are_left_alone(caplog):
     assert prompt["1"]["inputs"] == {"steps": 0, "shift": 5.0, "scheduler": None, "cfg": ["3", 0]}
     for odd in (None, [], {"1": None}, {"1": {"inputs": {}}}, {"1": {"class_type": "WanVideoSampler", "inputs": None}}):
         take_defaults(odd, N)
+
+
+class Foreign:
+    """Of another pack: a list in either way to declare one, and one of pictures."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"clip": (LINUX,), "image": (["x.png"], {}), "text": ("STRING", {})},
+            "optional": {"vae": ("COMBO", {"options": WINDOWS}), "mode": ("COMBO", {}), "a": ("*",)},
+        }
+
+
+def test_files_of_other_packs_nodes_are_found_in_prompts_with_a_node_of_this_pack(caplog):
+    caplog.set_level(logging.INFO)
+    values = {"clip": "old\\a.safetensors", "vae": "x/c.safetensors", "text": "a.safetensors", "a": ["1", 0]}
+    left = {"clip": "c.safetensors", "image": "pasted/x.png", "vae": 3, "mode": "a.safetensors"}
+    prompt = {
+        "1": {"class_type": "WanVideoVAELoader", "inputs": {"model_name": "moved/wan.safetensors"}},
+        "2": {"class_type": "Foreign", "inputs": dict(values)},
+        "3": {"class_type": "Foreign", "inputs": dict(left)},
+        "4": {"class_type": "Unknown", "inputs": {"clip": "old/b.safetensors"}},
+        "5": {"class_type": "Foreign"},
+        "6": None,
+    }
+    alone = {"2": {"class_type": "Foreign", "inputs": dict(values)}}
+    before = json.loads(json.dumps(prompt))
+    for posted in (alone, prompt, None, []):
+        take_moved_files(posted, {**N, "Foreign": Foreign}, N)
+    assert alone["2"]["inputs"] == values
+    assert prompt["2"]["inputs"] == {**values, "clip": LINUX[0], "vae": WINDOWS[2]}
+    assert {key: prompt[key] for key in prompt if key != "2"} == {key: before[key] for key in before if key != "2"}
+    assert caplog.messages == [
+        f"Foreign (#2): 'clip' was saved as 'old\\a.safetensors'; '{LINUX[0]}' is taken.",
+        f"Foreign (#2): 'vae' was saved as 'x/c.safetensors'; '{WINDOWS[2]}' is taken.",
+    ]
