@@ -107,6 +107,13 @@ PUBLISHED = (
     Published(r"MelBandRoformer_fp32\.safetensors", "Kijai/MelBandRoFormer_comfy", "{}", 0.91),
 )
 
+# Where files with such names, in any case, are published, for those that PUBLISHED does not have.
+PLACES = (
+    (r"longcat.*\.safetensors", "Kijai/LongCat-Video_comfy"),
+    (r"wan2[_.]?[12].*fp8.*scaled.*\.safetensors", SCALED),
+    (r"(wan2_?[12][_-]|wananimate|lightx2v_|lynx_|mmaudio_|mtv_crafter_).*\.safetensors", KIJAI),
+)
+
 
 @dataclass(frozen=True)
 class NeededModel:
@@ -136,7 +143,7 @@ class NeededModel:
         if self.published is None and self.noted:
             return f"MISSING   {target}: {self.noted} (a note of the workflow)"
         if self.published is None:
-            return f"MISSING   {target}: for {', '.join(self.nodes)}; where it is published is not known here"
+            return f"MISSING   {target}: for {', '.join(self.nodes)}; {_likely_place(self.name)}"
         url = self.published.url(PurePosixPath(self.name).name)
         return f"MISSING   {target}: {self.published.gigabytes:g} GB, {url}"
 
@@ -145,6 +152,15 @@ def published(name: str) -> Published | None:
     """What is known of a file by its name, in whatever subfolder; None if nothing."""
     base = PurePosixPath(name.replace("\\", "/")).name
     return next((row for row in PUBLISHED if re.fullmatch(row.pattern, base, re.IGNORECASE)), None)
+
+
+def _likely_place(name: str) -> str:
+    """What can be said of a file whose own link is not known."""
+    base = PurePosixPath(name).name
+    repository = next((place for pattern, place in PLACES if re.fullmatch(pattern, base, re.IGNORECASE)), None)
+    if repository is None:
+        return "where it is published is not known here"
+    return f"its link is not known here; files with such names are in https://huggingface.co/{repository}/tree/main"
 
 
 def needed_models(prompt: Prompt, host: Host) -> list[NeededModel]:

@@ -64,6 +64,24 @@ def test_notes_say_where_a_file_is_published(tmp_path):
     assert list(report(prompt(), [])) == ["The workflow names no model files."]
 
 
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("Wan2_2-S2V-14B_fp8_e4m3fn_scaled_KJ.safetensors", "Kijai/WanVideo_comfy_fp8_scaled"),
+        ("Wan2.1-SteadyDancer_fp8_scaled_KJ.safetensors", "Kijai/WanVideo_comfy_fp8_scaled"),
+        ("Wan2_1_FlashVSR_TCDecoder_fp32.safetensors", "Kijai/WanVideo_comfy"),
+        ("LongCat_TI2V_comfy_fp8_e4m3fn_scaled_KJ.safetensors", "Kijai/LongCat-Video_comfy"),
+        ("wan2.1-t2v-14b-Q4_0.gguf", None),
+        ("my_wan.safetensors", None),
+    ],
+)
+def test_a_file_without_a_link_of_its_own_has_a_likely_place(name, repository, tmp_path):
+    host = StandaloneHost(models=tmp_path, device="cpu")
+    (entry,) = needed_models(prompt(("WanVideoModelLoader", {"model": f"WanVideo\\{name}"})), host)
+    known = "not known here" if repository is None else f"https://huggingface.co/{repository}/tree/main"
+    assert entry.published is None and entry.line().endswith(known)
+
+
 def test_of_several_files_of_a_name_none_is_taken(tmp_path):
     host = StandaloneHost(models=tmp_path, device="cpu")
     for place in ("a", "b"):
