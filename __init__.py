@@ -50,9 +50,6 @@ def _register(family: str) -> None:
 if __package__:
     for _family in (*FAMILIES, *importlib.import_module(".registry", package=__package__).NODE_MODULES):
         _register(_family)
-    _unbuilt = importlib.import_module(".nodes_unbuilt", package=__package__).unbuilt(NODE_CLASS_MAPPINGS)
-    NODE_CLASS_MAPPINGS.update(_unbuilt[0])
-    NODE_DISPLAY_NAME_MAPPINGS.update(_unbuilt[1])
     _host, _saved = (importlib.import_module(name, package=__package__) for name in (".host", ".saved_values"))
     _host.before_queuing(functools.partial(_saved.take_defaults, classes=NODE_CLASS_MAPPINGS))
     _host.before_queuing(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from .unbuilt import UNBUILT_FILES, UNBUILT_KEYS
+from .unbuilt import UNBUILT_KEYS
 from .wanvideo.systems import Systems
 
 # Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or `prompts.py` (a way to write several
@@ -72,6 +72,5 @@ NODE_MODULES = _modules("nodes")
 PROMPT_FORMS = tuple(import_module(path) for path in _modules("prompts"))
 SYSTEMS = Systems(
     extensions=tuple(import_module(path).EXTENSION for path in _modules("extension")),
-    files=UNBUILT_FILES,
     keys=UNBUILT_KEYS,
 )

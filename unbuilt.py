@@ -5,10 +5,7 @@ A row goes when its system comes.
 
 from __future__ import annotations
 
-from .wanvideo.families import Kind
 from .wanvideo.systems import Unbuilt
-
-UNBUILT_FILES: tuple[Kind, ...] = ()
 
 # Files with these keys are Wan transformers whose extra weights would be ignored, so that they would run wrongly.
 UNBUILT_KEYS = (

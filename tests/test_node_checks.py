@@ -12,7 +12,6 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.flashvsr.decoder import DecoderLayout, FlashVsrDecoder
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
-from wanvideo_wrapper.nodes_unbuilt import UnbuiltNode
 from wanvideo_wrapper.wanvideo.modules.tiny_vae import TinyAutoencoder, TinyLayout
 from wanvideo_wrapper.wanvideo.text_cache import TextCache
 
@@ -128,7 +127,7 @@ def judging():
     return {
         name: node
         for name, node in N.items()
-        if hasattr(node, "VALIDATE_INPUTS") and not issubclass(node, UnbuiltNode) and name not in NEVER
+        if hasattr(node, "VALIDATE_INPUTS") and name not in NEVER
     }
 
 
@@ -213,9 +212,9 @@ def test_values_that_are_linked_come_without_a_value(host):
 
 
 def numbers():
-    """(node, input, its type, its least value) of every widget of a number that is built."""
+    """(node, input, its type, its least value) of every widget of a number."""
     for name, node in N.items():
-        declared = {} if issubclass(node, UnbuiltNode) else node.INPUT_TYPES()
+        declared = node.INPUT_TYPES()
         for section in ("required", "optional"):
             for entry, (kind, *options) in declared.get(section, {}).items():
                 if kind in ("INT", "FLOAT"):

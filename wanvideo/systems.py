@@ -19,10 +19,9 @@ class Unbuilt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Systems:
-    """extensions: in the order in which their hooks run. files, keys: how files of unbuilt systems are told."""
+    """extensions: in the order in which their hooks run. keys: how files of unbuilt systems are told."""
 
     extensions: tuple[type[Extension], ...]
-    files: tuple[Kind, ...] = ()
     keys: tuple[Unbuilt, ...] = ()
 
     def detect(self, shapes: Shapes) -> tuple[Extension, ...]:
@@ -41,7 +40,7 @@ class Systems:
         """What a file with these tensors is, or None where nothing fits."""
         built = [kind.file for kind in self.extensions if kind.file is not None]
         others = [file for kind in self.extensions for file in kind.other_files]
-        return kind_of(shapes, (*built, *others, *self.files))
+        return kind_of(shapes, (*built, *others))
 
     def missing(self, shapes: Shapes) -> dict[str, str]:
         """Systems that these tensors belong to and that are not built: name -> the first key that shows it."""

@@ -1,13 +1,12 @@
 """LongCat-Video-Avatar equals a float64 form written from the authors' code; its node cuts speech and latents."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from contract import HEIGHT, WIDTH, build, inputs
+from float64_longcat import CONFIG, FRAMES, GRID, ROOM, ExactLongCat, all_seen
 from float64_wan import places, relative
 from wanvideo_wrapper.longcat.extension import LongCat
 from wanvideo_wrapper.longcat.given import Continuation, GivenFrames
@@ -17,9 +16,6 @@ from wanvideo_wrapper.longcat_avatar.speech import LongCatSpeech, lengthened
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow
 from wanvideo_wrapper.wanvideo.conditioning import Window
-
-sys.path.append(str(Path(__file__).parents[1] / "longcat"))
-from test_longcat import CONFIG, FRAMES, GRID, ROOM, ExactLongCat, all_seen  # noqa: E402
 
 AVATAR = LongCatAvatar(features=12, intermediate_dim=10, context_tokens=4, output_dim=12, width=8)
 WHOLE = Window(tuple(range(FRAMES)), tuple(range(17)), whole=True)
