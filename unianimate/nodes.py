@@ -79,8 +79,8 @@ class WanVideoUniAnimateDWPoseDetector:
 
     DISPLAY_NAME = "WanVideo UniAnimate DWPose Detector"
     DESCRIPTION = (
-        "Draws the pose of the surest person in every image, as large as that of a reference picture. Connect both "
-        "outputs to WanVideo UniAnimate Pose Input. Needs onnxruntime, and the DWPose models in models/detection."
+        "Draws the pose of the surest person in every image, aligned to that of a reference picture where one is "
+        "connected. For WanVideo UniAnimate Pose Input. Needs onnxruntime and the DWPose models in models/detection."
     )
     CATEGORY = CATEGORY
     FUNCTION = "process"

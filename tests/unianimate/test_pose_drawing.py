@@ -38,9 +38,9 @@ def test_a_limb_is_an_ellipse(ends):
     length = math.dist(*ends)
     along = ((x - (ax + bx) / 2) * (bx - ax) + (y - (ay + by) / 2) * (by - ay)) / length
     across = ((x - (ax + bx) / 2) * (by - ay) - (y - (ay + by) / 2) * (bx - ax)) / length
-    # A pixel more or less, and a degree.
-    assert picture[(along / (length / 2 - 2)) ** 2 + (across / 4.5) ** 2 < 1].any(axis=1).all()
-    assert not picture[(along / (length / 2 + 2)) ** 2 + (across / 7.5) ** 2 > 1].any()
+    # Whole pixels, and whole degrees: a pixel at the ends.
+    assert picture[(along / (length / 2 - 3)) ** 2 + (across / 4.5) ** 2 < 1].any(axis=1).all()
+    assert not picture[(along / (length / 2 + 3)) ** 2 + (across / 8) ** 2 > 1].any()
     assert colors(picture) == {(0, int(0.6 * 85), int(0.6 * 255))}
 
 
