@@ -1,5 +1,6 @@
 """Every published key and shape of the base families is what the model is built with; other systems are named."""
 
+import itertools
 import json
 import math
 import re
@@ -136,13 +137,18 @@ STORED = {
 }  # fmt: skip
 
 
+def is_large(name, shape):
+    """Whether files hold this tensor in few bits."""
+    return name.endswith(".weight") and "blocks." in name and len(shape) == 2 and shape[1] % 256 == 0
+
+
 def stored_file(path, shapes, storage):
     """The file with its large linear layers in this storage, as ComfyUI and Kijai write it."""
     make, mark = STORED[storage]
     tensors, marks = {}, {}
     for name, shape in shapes.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf != "weight" or "blocks." not in name or len(shape) != 2 or shape[1] % 256:
+        layer = name.rpartition(".")[0]
+        if not is_large(name, shape):
             tensors[name] = ("BF16", shape)
             continue
         marks[layer] = mark
@@ -161,7 +167,7 @@ def gguf_file(path, shapes):
         fields += struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 5, len(shape))
         fields += struct.pack(f"<{len(shape)}i", *shape)
     for name, shape in shapes.items():
-        quantized = name.endswith(".weight") and "blocks." in name and len(shape) == 2 and shape[1] % 256 == 0
+        quantized = is_large(name, shape)
         dims, count = (math.prod(shape),) if name in large else shape[::-1], math.prod(shape)
         infos += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(dims))
         infos += struct.pack(f"<{len(dims)}QIQ", *dims, 12 if quantized else 1, offset)
@@ -223,7 +229,7 @@ def test_module_joins_its_base(module, base, tmp_path):
         path = gguf_file(path, shapes) if path.suffix == ".gguf" else stored_file(path, shapes, storage)
         stored = with_aliases(open_checkpoint(path), SYSTEMS)
         assert SYSTEMS.kind_of(stored.shapes) == kind and stored.shapes == part.shapes
-        assert storage in stored.formats.values() or not any(len(shape) == 2 for shape in shapes.values())
+        assert (storage in stored.formats.values()) == any(itertools.starmap(is_large, shapes.items()))
     part = part.chosen(lambda key: not key.startswith(kind.own))
     assert len(part.shapes) >= 8
     whole = with_aliases(base, SYSTEMS).joined([part])

@@ -26,7 +26,7 @@ from wanvideo_wrapper.wanvideo.modules.model import WanModel
 
 HOST = StandaloneHost(device="cpu")
 DIM, FFN = 512, 2048
-LARGEST = DIM * FFN * 4
+LARGEST = DIM * FFN * 2
 BF16 = torch.bfloat16
 
 
@@ -50,39 +50,48 @@ def held(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "option", "base"),
+    ("name", "option", "base", "more"),
     [
-        ("bf16", "disabled", BF16), ("bf16", "disabled", torch.float32), ("bf16", "fp8_e4m3fn", BF16),
-        ("bf16", "fp4_scaled", BF16), ("fp8", "disabled", BF16), ("fp8", "fp8_e4m3fn_scaled_fast", BF16),
-        ("fp8", "fp4_scaled", BF16),
+        ("bf16", "disabled", BF16, 0), ("bf16", "disabled", torch.float32, 1), ("bf16", "fp8_e4m3fn", BF16, 1),
+        # NVFP4 is made in float32, in several steps.
+        ("bf16", "fp4_scaled", BF16, 2.75), ("fp8", "disabled", BF16, 0), ("fp8", "fp8_e4m3fn_scaled_fast", BF16, 0),
+        ("fp8", "fp4_scaled", BF16, 1.75),
     ],
 )  # fmt: skip
-def test_no_second_copy_of_a_model(file, name, option, base):
+def test_no_second_copy_of_a_layer(file, name, option, base, more):
+    """more: what the peak may be above all that is kept, in weights of the largest layer as the file has them."""
     with LiveBytes() as live:
         model = load_wan_model(
             file / f"{name}.safetensors", LoadOptions(base_dtype=base, quantization=option), HOST, SYSTEMS
         )
     kept = held(model.transformer)
-    assert kept > 12e6 and kept <= live.now
-    # NVFP4 is made in float32, in several steps.
-    assert live.peak - kept < (10 if option == "fp4_scaled" else 2.5) * LARGEST
+    assert kept > 12e6 and live.now == kept
+    assert live.peak - kept <= more * LARGEST
+
+
+@pytest.fixture
+def exact_memory():
+    """Large memory goes back to the system as it is freed: what others left in the allocator would hide as much."""
+    allocator, threshold = ctypes.CDLL(None), -3
+    allocator.mallopt(threshold, 2**17)
+    yield
+    # As much as the allocator's own choice becomes in a process that frees large memory.
+    allocator.mallopt(threshold, 2**25)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("option", ["disabled", "fp8_e4m3fn"])
-def test_the_process_takes_what_is_kept_and_some_layers(file, option, tmp_path):
+def test_the_process_takes_what_is_kept_and_some_layers(file, option, tmp_path, exact_memory):
     """What torch does not count as well: pages of mapped files, and bytes that Python holds."""
     options = LoadOptions(base_dtype=BF16, quantization=option)
     tiny.transformer(in_dim=16).save(tmp_path / "first.safetensors")
     load_wan_model(tmp_path / "first.safetensors", options, HOST, SYSTEMS)
-    # What earlier tests left in the allocator would hide as much.
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
     forget_peak()
     before = memory("VmRSS")
     model = load_wan_model(file / "bf16.safetensors", options, HOST, SYSTEMS)
     taken = memory("VmHWM") - before - held(model.transformer)
-    assert taken < 4 * LARGEST < 0.4 * (file / "bf16.safetensors").stat().st_size
+    assert taken < 8 * LARGEST < 0.4 * (file / "bf16.safetensors").stat().st_size
 
 
 def test_no_second_copy_where_a_lora_is_merged(file, tmp_path):
@@ -98,7 +107,7 @@ def test_no_second_copy_where_a_lora_is_merged(file, tmp_path):
     )
     with LiveBytes() as live:
         model = load_wan_model(file / "bf16.safetensors", options, HOST, SYSTEMS)
-    assert live.peak - held(model.transformer) < 6 * LARGEST
+    assert live.now == held(model.transformer) and live.peak - live.now < 5.5 * LARGEST
 
 
 def test_what_is_mapped_is_given_back(file):
@@ -107,7 +116,7 @@ def test_what_is_mapped_is_given_back(file):
     checkpoint.tensor(names[0], mapped=True).sum()
     before = resident()
     total = sum(float(checkpoint.tensor(name, mapped=True).float().sum()) for name in names)
-    assert resident() - before < 1.5 * LARGEST
+    assert resident() - before < 3 * LARGEST
     assert total == sum(float(checkpoint.tensor(name).float().sum()) for name in names)
 
 
