@@ -31,11 +31,11 @@ KINDS = {
     "vae": Kind("decoding and encoding with the VAE"),
     "load": Kind("loading a file", ("speakers", "quantization")),
     "swap": Kind("forwards with blocks in main memory", ("speakers", "quantization", "attention", "swap")),
-    "run": Kind("a whole video", ("speakers", "quantization", "attention", "swap", "steps", "limit")),
+    "run": Kind("a whole video", ("speakers", "quantization", "attention", "swap", "steps", "limit", "encoders")),
 }
 DEFAULTS = {
     "speakers": 0, "quantization": "disabled", "attention": "sdpa", "compile": False, "swap": None, "steps": 6,
-    "limit": None,
+    "limit": None, "encoders": False,
 }  # fmt: skip
 MOST_SPEAKERS = 6
 
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--swap", type=int, metavar="N", help="blocks in main memory; for swap and run")
     parser.add_argument("--steps", type=int, metavar="N", help="of run (default: 6)")
     parser.add_argument("--limit", type=float, metavar="GIB", help="GPU memory that run may take (default: all)")
+    parser.add_argument("--encoders", action="store_true", help="run encodes prompt and picture first")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of all that step compares")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, versions and command here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a bar chart (PNG; needs matplotlib)")

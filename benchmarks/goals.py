@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 COMMAND = (sys.executable, "-c", "import sys; from wanvideo_wrapper.headless.cli import main; sys.exit(main())")
 BEST = ("--quantization", "fp8_e4m3fn_fast", "--attention", "cudnn_fp8")
 LARGE, TALK = ("--size", "1280x720x81"), ("--size", "768x768x81")
-SMALL_CARD = ("--steps", "3", "--swap", "40", "--limit", "8")
+SMALL_CARD = ("--steps", "3", "--swap", "40", "--limit", "8", "--encoders")
 TALKING = (*TALK, "--speakers", "1")
 
 
@@ -55,7 +55,7 @@ JOBS = {
     "memory": (
         Job("14B_480p_swapped", 110, ("swap", *BEST)),
         Job("talk_swapped", 130, ("swap", *TALKING, *BEST)),
-        Job("talk_480p_in_8_GiB", 140, ("run", "--speakers", "1", *SMALL_CARD, *BEST)),
+        Job("talk_480p_in_8_GiB", 170, ("run", "--speakers", "1", *SMALL_CARD, *BEST)),
         Job("14B_720p_swapped", 170, ("swap", *LARGE, *BEST)),
         Job("14B_480p_bf16_swapped", 130, ("swap",)),
     ),

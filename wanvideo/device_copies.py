@@ -104,9 +104,13 @@ class CudaCopies:
         self._stream.synchronize()
 
     def free(self) -> int:
-        """What the driver has left, and what torch's cache holds without need."""
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + cached
+        """What the driver has left and torch may take, and what torch's cache holds without need."""
+        left, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        # It does not take a device without a number.
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(index)) - reserved
+        return min(left, allowed) + reserved - torch.cuda.memory_allocated(self.device)
 
     def pin(self, memory: Tensor) -> bool:
         """By registration of exactly this memory: torch's pinned allocator would round up to a power of two."""

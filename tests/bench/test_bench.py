@@ -58,11 +58,13 @@ def test_peers_are_of_the_same_case(tmp_path):
 def test_what_the_first_step_costs_is_told_apart(tmp_path, monkeypatch):
     inner = ModuleOnDevice.acquire
     monkeypatch.setattr(ModuleOnDevice, "acquire", lambda self, working=0: (time.sleep(0.05), inner(self, working))[1])
-    rows = {name: row["s"] for name, row in bench(tmp_path, "run", "--steps", "2").items()}
+    rows = {name: row["s"] for name, row in bench(tmp_path, "run", "--steps", "2", "--encoders").items()}
     moving, above = rows["of it, moving weights"], rows["of it, above a later step"]
-    # Once for sampling; the VAE's move is not the model's.
+    # Once for sampling; moves of encoders and VAE are not the model's.
     assert 0.05 <= moving < rows["until the first step is done"]
     assert moving + above + rows["a later step"] == pytest.approx(rows["until the first step is done"])
+    encoding = sum(seconds for name, seconds in rows.items() if name.startswith("encoding"))
+    assert encoding > 0.1 and rows["all"] > encoding + rows["until the first step is done"]
 
 
 def test_swapped_blocks_give_the_same_numbers(tmp_path):

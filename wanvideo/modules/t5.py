@@ -22,6 +22,7 @@ from ..assign import check, fill, layer_count, read
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..gguf_file import BLOCKS
 from ..model_file import part_paths
+from ..streaming import Streamed
 from ..text_cache import content_digest
 from .tokenizer import EMBEDDED, Tokenizer, find_tokenizer
 
@@ -102,7 +103,8 @@ class TextEncoder:
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, path: Path, host: Host, name: str) -> None:
         self.path = path
         self.name = name
-        self.managed = host.manage(model)
+        self._place = Streamed(model, model.encoder.block)
+        self.managed = host.manage(model, place=self._place)
         self._model = model
         self._tokenizer = tokenizer
 
@@ -115,8 +117,9 @@ class TextEncoder:
         if device is None:
             device = self.managed.acquire()
         else:
-            self._model.to(device)
-        return [self._encode_one(prompt, device) for prompt in prompts]
+            self._place(device)
+        with self._place.turns():
+            return [self._encode_one(prompt, device) for prompt in prompts]
 
     def _encode_one(self, prompt: str, device: torch.device) -> Tensor:
         plain, weights = parse_weights(prompt)
