@@ -72,13 +72,18 @@ def check_painted(masks: Tensor | None, speakers: Sequence[str]) -> None:
 def token_masks(masks: Tensor | None, speakers: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     """Masks of the speakers and the background on the token grid: [P + 1, S], 0 or 1, float32.
 
-    masks [P or P + 1, height, width] in any size; a missing background is what no speaker covers. None is allowed for
-    two speakers, who then stand in the left and the right half. Raises ValueError where the counts do not fit.
+    masks [P or P + 1, height, width] in any size, of which each that is painted has a token; a missing background is
+    what no speaker covers. None is allowed for two speakers, who then stand in the left and the right half. Raises
+    ValueError where the counts do not fit.
     """
     _, height, width = grid
     check_masks(masks, [f"speaker {number + 1}" for number in range(speakers)])
     masks = half_masks(height, width, device) if masks is None else masks
-    on_grid = F.interpolate(masks[None].float().to(device), size=(height, width), mode="nearest")[0] > 0
+    painted = masks[None].float().to(device)
+    on_grid = F.interpolate(painted, size=(height, width), mode="nearest")[0] > 0
+    # A face may be smaller than a token, and lie between the places that are looked at: its speaker would be mute.
+    touched = F.adaptive_max_pool2d(painted, (height, width))[0] > 0
+    on_grid = torch.where(on_grid.flatten(1).any(dim=1)[:, None, None], on_grid, touched)
     if masks.shape[0] == speakers:
         on_grid = torch.cat((on_grid, ~on_grid.any(dim=0, keepdim=True)))
     return on_grid.flatten(1).float()

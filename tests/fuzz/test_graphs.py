@@ -78,7 +78,7 @@ class Choices:
         return {**node, "_meta": self.value()} if self.below(4) == 3 else node
 
     def level(self):
-        nodes = [self.rarely_odd(self.ui_node()) for _ in range(self.below(5))]
+        nodes = [self.rarely_odd(self.ui_node(number)) for number in range(self.below(5))]
         links = [self.rarely_odd(self.ends()) for _ in range(self.below(5))]
         return {"nodes": nodes, "links": self.rarely_odd(links)}
 
@@ -87,8 +87,10 @@ class Choices:
         keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
         return dict(zip(keys, places, strict=False)) if self.below(3) == 2 else places
 
-    def ui_node(self):
-        node = {"id": self.rarely_odd(self.below(5)), "type": self.rarely_odd(self.pick(KINDS + INNER))}
+    def ui_node(self, number):
+        # Rarely that of another: two nodes of one id are refused before anything else is looked at.
+        own = number if self.below(8) else self.below(5)
+        node = {"id": self.rarely_odd(own), "type": self.rarely_odd(self.pick(KINDS + INNER))}
         for name in ("inputs", "outputs"):
             if self.below(2):
                 node[name] = self.rarely_odd([self.rarely_odd(self.slot()) for _ in range(self.below(4))])

@@ -192,6 +192,16 @@ def test_two_speakers_default_to_the_halves_and_the_background_is_the_rest():
     assert torch.equal(masks.sum(0), torch.ones(10, 20))
 
 
+def test_a_speaker_smaller_than_a_token_keeps_one():
+    """Wherever the one pixel lies, the token that holds it is the speaker's, and no other is."""
+    for row, column in torch.randint(80, (20, 2)).tolist():
+        painted = torch.zeros(2, 80, 80)
+        painted[0, row, column], painted[1, 40:] = 1, 1
+        masks = token_masks(painted, 2, (1, 10, 10), torch.device("cpu")).view(3, 10, 10)
+        assert masks[0].nonzero().tolist() == [[row // 8, column // 8]]
+        assert torch.equal(masks[1], torch.arange(10)[:, None].expand(10, 10).ge(5).float())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("trailing", [0, 1])
 @pytest.mark.parametrize("speakers", [1, 2, 3])
