@@ -1,8 +1,6 @@
 """A tiny talking video for the tests: model files, and requests that are equal in every process."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from wanvideo_wrapper.demo import tiny
@@ -84,6 +82,3 @@ def killed_at(frame, folder, **options):
     footage.write_frame = dying
     run(request(folder, **options))
 
-
-if __name__ == "__main__":
-    killed_at(int(sys.argv[2]), Path(sys.argv[1]), mode=sys.argv[3], output_path=sys.argv[4])

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from forked import forked  # noqa: F401
 from layouts import Layout, bits
 from wanvideo_wrapper.attention_backends import cudnn as attention_cudnn
 from wanvideo_wrapper.attention_backends import packages
@@ -53,8 +54,8 @@ def test_reasons(monkeypatch):
     assert "pip install triton" in why_not(CUDA, 128)
 
 
-@pytest.mark.slow
-def test_a_broken_triton_is_a_reason(monkeypatch, tmp_path):
+def test_a_broken_triton_is_a_reason(monkeypatch, tmp_path, forked):  # noqa: F811
+    monkeypatch.setattr(packages, "other_process", forked)
     capable(monkeypatch)
     monkeypatch.delitem(sys.modules, "triton")
     (tmp_path / "triton.py").write_text("raise ImportError('DLL load failed while importing libtriton\\nSee the docs')")
@@ -65,7 +66,6 @@ def test_a_broken_triton_is_a_reason(monkeypatch, tmp_path):
     assert reason.endswith("'triton' cannot be imported: ImportError: DLL load failed while importing libtriton")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "why"),
     [
@@ -74,7 +74,8 @@ def test_a_broken_triton_is_a_reason(monkeypatch, tmp_path):
         ("", "AttributeError: cudnn has no 'pygraph'"),
     ],
 )
-def test_it_is_first_imported_in_a_process_of_its_own(body, why, monkeypatch, tmp_path):
+def test_it_is_first_imported_in_a_process_of_its_own(body, why, monkeypatch, tmp_path, forked):  # noqa: F811
+    monkeypatch.setattr(packages, "other_process", forked)
     capable(monkeypatch)
     monkeypatch.delitem(sys.modules, "cudnn", raising=False)
     (tmp_path / "cudnn.py").write_text(body)

@@ -64,6 +64,7 @@ assert sys.modules["xformers"] is before
 assert kernels() == {"flash_attn", "flash_attn.flash_attn_interface", "xformers"}, kernels()
 import sageattention
 """
+# Runs behind EVERYTHING, which may have left an answer.
 TRANSFORMERS_REMEMBERS_NOTHING = """
 from transformers.utils import import_utils
 torch.cuda.is_available = lambda: True
@@ -100,9 +101,9 @@ def run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_import", [RAISES, ABORTS, WORKS], ids=["raises", "aborts", "works"])
-def test_every_model_loads_and_imports_no_kernels(run, tmp_path, on_import):
-    done, imported = run(PREPARE + EVERYTHING, on_import, str(tmp_path))
+def test_every_model_loads_and_imports_no_kernels_that_transformers_can_use_later(run, tmp_path):
+    """Packages that raise or work are not imported either: what one does would happen behind its line in the log."""
+    done, imported = run(PREPARE + EVERYTHING + TRANSFORMERS_REMEMBERS_NOTHING, ABORTS, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert imported == ""
 
@@ -116,12 +117,6 @@ def test_without_it_diffusers_imports_them(run):
 def test_what_another_pack_loaded_is_used_and_the_rest_can_be_imported_later(run):
     done, _ = run(PREPARE + ANOTHER_PACK_CAME_FIRST, WORKS)
     assert done.returncode == 0, done.stderr
-
-
-def test_transformers_can_use_flash_attention_later(run):
-    done, imported = run(PREPARE + TRANSFORMERS_REMEMBERS_NOTHING, WORKS)
-    assert done.returncode == 0, done.stderr
-    assert imported == ""
 
 
 def of_libraries(tree):

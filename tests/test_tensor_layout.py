@@ -1,8 +1,6 @@
 """The layout contract, checked against its own definition on generated views."""
 
-import os
-import subprocess
-import sys
+import importlib.util
 
 import pytest
 import torch
@@ -126,11 +124,16 @@ def test_without_checking_nothing_is_watched():
 
 
 @pytest.mark.slow
-def test_the_environment_turns_checking_on(tmp_path):
-    program = (
-        "import torch; from wanvideo_wrapper import tensor_layout; assert tensor_layout.CHECKING; "
-        "tensor_layout.check_entry('kernel', x=torch.randn(65)[1:])"
-    )
-    env = {**os.environ, "WAN_LAYOUT_CHECK": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
-    assert "AssertionError: kernel in no watched module: argument 'x'" in done.stderr
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_the_environment_turns_checking_on(value, monkeypatch):
+    """Read when the module is imported: here anew, under another name."""
+    monkeypatch.setenv("WAN_LAYOUT_CHECK", value)
+    spec = importlib.util.spec_from_file_location("layout_anew", tensor_layout.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    bad = torch.randn(65)[1:]
+    if value == "0":
+        anew.check_entry("kernel", x=bad)
+        return
+    with pytest.raises(AssertionError, match="kernel in no watched module: argument 'x'"):
+        anew.check_entry("kernel", x=bad)

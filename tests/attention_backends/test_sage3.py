@@ -10,6 +10,7 @@ import pytest
 import sage3_stand_in
 import torch
 from attention_stand_ins import PACKAGES, blackwell, install, pretend  # noqa: F401
+from forked import forked  # noqa: F401
 from layouts import relative
 from test_attention import formula
 from wanvideo_wrapper.attention import AttentionSpec, resolve
@@ -95,34 +96,40 @@ def test_each_option_runs_what_it_says(blackwell):  # noqa: F811
 
 
 @pytest.fixture
-def other_process(monkeypatch, tmp_path):
-    """write(body): the package sageattn3 of processes that are started."""
+def other_process(monkeypatch, tmp_path, forked):  # noqa: F811
+    """write(body): the package sageattn3 of other processes; these are forked, or `started` as they are for users."""
     pretend(monkeypatch, (12, 0))
     install(monkeypatch, {"sageattn3": PACKAGES["sageattn3"]})
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(Path(sage3_stand_in.__file__).parent), *sys.path])
     monkeypatch.setattr(probe, "_verdicts", {})
 
-    def write(body):
+    def write(body, *, started=False):
+        if not started:
+            monkeypatch.setattr(packages, "other_process", forked)
+            monkeypatch.setattr(probe, "other_process", forked)
         (tmp_path / "sageattn3.py").write_text(f"from sage3_stand_in import sageattn3_blackwell as good\n{body}\n")
 
     return write
 
 
-@pytest.mark.slow
+CRASHES = "import os\ndef sageattn3_blackwell(*a, **k): os.abort()"
+
+
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "why", "started"),
     [
-        ("sageattn3_blackwell = good", None),
-        ("import os\ndef sageattn3_blackwell(*a, **k): os.abort()", "the process crashed"),
-        ("def sageattn3_blackwell(q, k, v, **_): return q * float('nan')", "it gave NaN or infinite values"),
-        ("import torch\ndef sageattn3_blackwell(q, *a, **_): return torch.randn_like(q)", "its result was wrong by"),
-        ("def sageattn3_blackwell(q, k, v): return good(q, k, v)", "unexpected keyword argument 'per_block_mean'"),
-        ("import torch\ndef sageattn3_blackwell(*a, **_): raise torch.OutOfMemoryError", None),
-        ("def sageattn3_blackwell(*a, **_): raise RuntimeError('CUDA error: out of memory')", None),
+        ("sageattn3_blackwell = good", None, True),
+        (CRASHES, "the process crashed", True),
+        (CRASHES, "the process crashed", False),
+        ("def sageattn3_blackwell(q, k, v, **_): return q * float('nan')", "it gave NaN or infinite values", False),
+        ("import torch\ndef sageattn3_blackwell(q, *a, **_): return torch.randn_like(q)", "was wrong by", False),
+        ("def sageattn3_blackwell(q, k, v): return good(q, k, v)", "keyword argument 'per_block_mean'", False),
+        ("import torch\ndef sageattn3_blackwell(*a, **_): raise torch.OutOfMemoryError", None, False),
+        ("def sageattn3_blackwell(*a, **_): raise RuntimeError('CUDA error: out of memory')", None, False),
     ],
 )
-def test_the_kernel_is_tried_in_a_process_of_its_own(body, why, other_process):
-    other_process(body)
+def test_the_kernel_is_tried_in_a_process_of_its_own(body, why, started, other_process):
+    other_process(body, started=started)
     plan = plan_for("sageattn_3_fp4", SPEC)
     if why is None:
         plan.try_out(SPEC, 200)
@@ -132,7 +139,6 @@ def test_the_kernel_is_tried_in_a_process_of_its_own(body, why, other_process):
     assert why in str(error.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("module", "function"), NAMES)
 def test_every_name_can_be_tried(module, function, other_process, monkeypatch, tmp_path):
     other_process("sageattn3_blackwell = good")
@@ -145,7 +151,6 @@ def test_every_name_can_be_tried(module, function, other_process, monkeypatch, t
     packages._tried.cache_clear()
 
 
-@pytest.mark.slow
 def test_as_many_videos_are_tried_as_share_a_forward(other_process):
     other_process("def sageattn3_blackwell(q, *a, **k):\n    assert len(q) < 2, 'two'\n    return good(q, *a, **k)")
     plan = plan_for("sageattn_3_fp4", SPEC)
@@ -154,7 +159,6 @@ def test_as_many_videos_are_tried_as_share_a_forward(other_process):
         plan.try_out(SPEC, 200, batch=2)
 
 
-@pytest.mark.slow
 def test_every_video_of_a_trial_is_compared(other_process):
     other_process(
         "def sageattn3_blackwell(q, *a, **k):\n    out = good(q, *a, **k)\n    out[1:] = q[1:]\n    return out"
