@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import wanvideo_wrapper
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
+from wanvideo_wrapper.nodes_unbuilt import UnbuiltNode
+from wanvideo_wrapper.saved_values import RENAMED
 
 ORIGINAL = json.loads((Path(__file__).parent / "data/node_interfaces.json").read_text())
 NODES = wanvideo_wrapper.NODE_CLASS_MAPPINGS
@@ -97,6 +99,20 @@ def test_outputs_and_names(name):
 def test_every_node_of_the_original_is_registered():
     assert len(ORIGINAL) == 146
     assert set(NODES) == set(wanvideo_wrapper.NODE_DISPLAY_NAME_MAPPINGS) == set(ORIGINAL) | OWN
+
+
+def test_every_difference_is_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs/differences.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    added = [(node, name) for node, parts in APPENDED.items() for names in parts.values() for name in names]
+    added += [(node, option) for (node, _), options in APPENDED_OPTIONS.items() for option in options]
+    added += [(node, name) for node, name in WIDER] + [(node, node) for node in OWN]
+    assert len(added) >= 20
+    for node, name in added:
+        assert any(f"`{node}`" in row and f"`{name}`" in row for row in rows), (node, name)
+    unbuilt = [node for node, cls in NODES.items() if issubclass(cls, UnbuiltNode)]
+    assert unbuilt and all(f"`{node}`" in page for node in unbuilt)
+    assert all(f"`{name}`" in page for renamed in RENAMED.values() for name in (*renamed, *renamed.values()))
 
 
 @pytest.mark.parametrize("family", wanvideo_wrapper.FAMILIES)
