@@ -1,9 +1,10 @@
-"""The graphs of example_workflows: `python tests/example_graphs.py` writes them."""
+"""The graphs of example_workflows: `python tests/example_graphs.py` writes them and their thumbnails."""
 
 import json
 from pathlib import Path
 
 from graph_builder import Graph
+from graph_thumbnails import thumbnail
 from wanvideo_wrapper.headless.model_list import published
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
@@ -51,8 +52,9 @@ def demo():
     graph = Graph("demo_infinitetalk", note(
         "A talking portrait",
         "Press Run: the tiny models, the portrait and the sentence come with the pack. Half a minute to two minutes "
-        "later Save Video shows the video, with sound: press its play button. The models know drawn faces only "
-        "(`demo/MODEL_CARD.md`). `num_frames` 143 takes the whole sentence instead of its first four seconds.\n\n"
+        "later Save Video shows the video, with sound: press its play button. The preview on the sampler has false "
+        "colors, as the latents of these models are not Wan's. They know drawn faces only (`demo/MODEL_CARD.md`). "
+        "`num_frames` 143 takes the whole sentence instead of its first four seconds.\n\n"
         "Your own: Load Image and Load Audio in the place of *WanVideo Demo Inputs*, 25 frames a second.",
     ))  # fmt: skip
     demo_inputs = graph.add("WanVideoDemoInputs")
@@ -281,6 +283,9 @@ def main():
     for graph in all_graphs():
         text = json.dumps(graph.saved(), indent=1, ensure_ascii=False)
         (FOLDER / f"{graph.name}.json").write_text(f"{text}\n", encoding="utf-8")
+        # The demo's is a frame of its video.
+        if graph.name != "demo_infinitetalk":
+            thumbnail(graph).save(FOLDER / f"{graph.name}.jpg", quality=90)
 
 
 if __name__ == "__main__":

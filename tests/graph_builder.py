@@ -8,8 +8,13 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_IN
 from wanvideo_wrapper.headless.widgets import SEEDS, UPLOADS, inputs_of
 
 PACK = "comfyui-wanvideo-aligned"
-WIDTH, GAP, TITLE = 340, 60, 30
+WIDTH, GAP, TITLE = 340, 50, 30
 SLOT, WIDGET, TEXT = 20, 26, 90
+NOTE = WIDTH + 100
+# Below the node whose result they take.
+STACKED = {"CreateVideo", "SaveVideo"}
+# What is seen first: the note in the upper left corner, at a size that can be read (text vanishes below 0.6).
+VIEW = {"scale": 0.62, "offset": [120, 140]}
 # What a node shows below its widgets.
 PICTURES = {"LoadImage": 320, "SaveVideo": 320, "LoadAudio": 60, "PreviewImage": 220, "PreviewAny": 500}
 
@@ -77,7 +82,7 @@ class Graph:
             "links": links,
             "groups": [],
             "config": {},
-            "extra": {},
+            "extra": {"ds": VIEW},
             "version": 0.4,
         }
 
@@ -94,25 +99,28 @@ class Graph:
         return links
 
     def _places(self, links):
-        """Each node one column before the first that takes what it makes; columns are filled downwards."""
+        """Makers are left of takers, each in the column with most room; those that write the video stand below."""
         takers = {node.id: [link[3] for link in links if link[1] == node.id] for node in self.nodes}
+        makers = {node.id: [link[1] for link in links if link[3] == node.id] for node in self.nodes}
+        step = {node.id: node.type not in STACKED for node in self.nodes}
 
-        def distance(key):
-            return 1 + max(map(distance, takers[key]), default=-1)
+        def last(key):
+            return min((last(taker) - step[taker] for taker in takers[key]), default=0)
 
-        distances = {node.id: distance(node.id) for node in self.nodes}
-        columns = max(distances.values())
-        filled, places = {}, {}
+        first_of_all = min(map(last, takers))
+        columns, filled, places = {}, {}, {}
         for node in self.nodes:
-            column = columns - distances[node.id]
+            earliest = max((columns[maker] + step[node.id] for maker in makers[node.id]), default=first_of_all)
+            column = min(range(last(node.id), earliest - 1, -1), key=lambda place: filled.get(place, 0))
             top = filled.get(column, 0)
-            places[node.id] = [(column + 1) * (WIDTH + GAP) + 100, top]
+            columns[node.id] = column
+            places[node.id] = [(column - first_of_all) * (WIDTH + GAP) + NOTE + GAP, top]
             filled[column] = top + node.height + TITLE + GAP
         return places
 
     def _note(self):
         return {
-            "id": 1, "type": "MarkdownNote", "pos": [0, 0], "size": [WIDTH + 100, 420], "flags": {}, "mode": 0,
+            "id": 1, "type": "MarkdownNote", "pos": [0, 0], "size": [NOTE, 420], "flags": {}, "mode": 0,
             "inputs": [], "outputs": [], "title": "Start here", "properties": {}, "widgets_values": [self.note],
             "color": "#432", "bgcolor": "#653",
         }  # fmt: skip
