@@ -11,6 +11,8 @@ PACK = "comfyui-wanvideo-aligned"
 WIDTH, GAP, TITLE = 340, 50, 30
 SLOT, WIDGET, TEXT = 20, 26, 90
 NOTE = WIDTH + 100
+# A table of text, in the last column.
+WIDER = {"PreviewAny": 800}
 # Below the node whose result they take.
 STACKED = {"CreateVideo", "SaveVideo"}
 # What is seen first: the note in the upper left corner, at a size that can be read (text vanishes below 0.6).
@@ -46,6 +48,10 @@ class Made:
     @property
     def widgets(self):
         return [entry for entry in inputs_of(self.cls) if entry.is_widget]
+
+    @property
+    def width(self):
+        return WIDER.get(self.type, WIDTH)
 
     @property
     def height(self):
@@ -140,7 +146,7 @@ def _saved_node(node, links, place):
         for slot, (name, kind) in enumerate(node.outputs)
     ]
     return {
-        "id": node.id, "type": node.type, "pos": place, "size": [WIDTH, node.height], "flags": {}, "mode": 0,
+        "id": node.id, "type": node.type, "pos": place, "size": [node.width, node.height], "flags": {}, "mode": 0,
         "inputs": inputs, "outputs": outputs, **({"title": node.title} if node.title else {}),
         "properties": {"Node name for S&R": node.type, "cnr_id": PACK if ours else "comfy-core"},
         "widgets_values": _values(node),
