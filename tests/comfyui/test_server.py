@@ -7,6 +7,7 @@ from comfy_server import RefusedError
 from posted_graphs import api_prompt
 from saved_models import GRAPH_RUNS, GRAPHS, ROOT
 from system_graphs import frames_of
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.demo import WORKFLOW
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
@@ -68,3 +69,30 @@ def test_saved_graph(name, filled_server):
     prompt, workflow = api_prompt(graph, filled_server.base, edits, bypassed)
     (path,) = videos(filled_server.run(prompt, workflow))
     assert frames_of(path) == frames
+
+
+def wrong_values(value):
+    """A prompt with this value in one widget of each node: a number, or a list."""
+    prompt = {}
+    for name, node in NODE_CLASS_MAPPINGS.items():
+        declared = node.INPUT_TYPES()
+        for entry, (kind, *_) in {**declared.get("required", {}), **declared.get("optional", {})}.items():
+            if kind in ("INT", "FLOAT") or isinstance(kind, list):
+                key = f"{name}.{entry}"
+                shown = node_named("PreviewAny", source=[key, 0])
+                prompt |= {key: node_named(name, **{entry: value}), f"{key} shown": shown}
+    return prompt
+
+
+# NaN is not among them: ComfyUI lets it pass, and the node refuses it.
+@pytest.mark.parametrize("value", ["of no kind", {}, [1], -(10**9), 10**400], ids=lambda value: str(value)[:12])
+def test_wrong_values_are_refused_in_sentences(value, server):
+    prompt = wrong_values(value)
+    with pytest.raises(RefusedError) as refusal:
+        server.queue(prompt)
+    told = json.loads(str(refusal.value))["node_errors"]
+    assert set(told) >= {key for key in prompt if not key.endswith(" shown")} and len(told) > 500
+    for key, entry in told.items():
+        for error in entry["errors"]:
+            assert "\n" not in error["message"] + error["details"], key
+            assert error["extra_info"].get("exception_type", "ValueError") == "ValueError", (key, error)
