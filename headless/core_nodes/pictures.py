@@ -189,10 +189,12 @@ class ImageResizeKJv2:
         cls, upscale_method: str = "lanczos", keep_proportion: str = "stretch", pad_color: str = "0"
     ) -> bool | str:
         """Modes that are built, and a color."""
-        if upscale_method not in METHODS or keep_proportion in ("pillarbox_blur", "pad_edge", "pad_edge_pixel"):
+        if upscale_method not in METHODS:
+            return f"upscale_method '{upscale_method}' runs in ComfyUI only: choose lanczos."
+        if keep_proportion in ("pillarbox_blur", "pad_edge", "pad_edge_pixel"):
             return (
-                f"ImageResizeKJv2 with '{upscale_method}' and '{keep_proportion}' runs in ComfyUI only: choose "
-                "lanczos, and stretch, resize, crop, pad or total_pixels."
+                f"keep_proportion '{keep_proportion}' runs in ComfyUI only: choose stretch, resize, crop, pad or "
+                "total_pixels."
             )
         if keep_proportion == "pad":
             to_color(pad_color)
