@@ -283,3 +283,10 @@ def test_audio_encoder(host, tmp_path, large):
     assert torch.equal(heard["encoded_audio"], heard["encoded_audio_all_layers"][-1])
     with pytest.raises(ValueError, match=r"over before 3\.0 s"):
         call("VHS_LoadAudio", "input/a.wav", 3.0)
+
+
+def test_a_refusal_to_resize_names_the_widget_that_stops_it():
+    judge = NODES["ImageResizeKJv2"].VALIDATE_INPUTS
+    assert judge("lanczos", "pad_edge_pixel").startswith("keep_proportion 'pad_edge_pixel' runs in ComfyUI only")
+    assert judge("nvidia_rtx_vsr", "pad_edge").startswith("upscale_method 'nvidia_rtx_vsr' runs in ComfyUI only")
+    assert judge("lanczos", "crop") is True
