@@ -41,8 +41,15 @@ lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
 
 # The real server and front end; skips, with the reason, what this machine lacks.
-comfyui-test: $(VENV)/.installed
+comfyui-test: $(VENV)/.installed $(COMFYUI_PATH)/main.py
 	COMFYUI_PATH="$(COMFYUI_PATH)" COMFYUI_PYTHON="$(COMFYUI_PYTHON)" $(BIN)/python -m pytest tests/comfyui -m comfyui -rs
+
+# Only where there is none yet. It needs a network, and makes COMFYUI_PATH/.venv, which COMFYUI_PYTHON then is.
+$(COMFYUI_PATH)/main.py: | $(VENV)/.installed
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt comfy-cli \
+	    && $(BIN)/comfy --skip-prompt --workspace "$(COMFYUI_PATH)" install --cpu --skip-manager \
+	    && "$(COMFYUI_PATH)/.venv/bin/python" -m pip install --quiet -r requirements.txt playwright \
+	    && "$(COMFYUI_PATH)/.venv/bin/python" -m playwright install chromium
 
 gpu-test: $(VENV)/.installed
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
