@@ -1,8 +1,10 @@
 """The sequence on its way to the blocks, by itself: what is appended behind it, and what readers read of attention."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
-from wanvideo_wrapper.wanvideo.shard import WHOLE
+from wanvideo_wrapper.wanvideo.shard import WHOLE, Shard
 from wanvideo_wrapper.wanvideo.tokens import HeadsRead, KeysValues, Text, Tokens, video_tokens
 
 GRID = (3, 2, 2)
@@ -72,6 +74,32 @@ def test_a_whole_sequence_stays_as_it_is():
         again = tokens.on(WHOLE)
         assert all(torch.equal(getattr(again, name), getattr(tokens, name)) for name in ("x", "rope", "mod"))
         assert (again.grid, again.text) == (GRID, tokens.text) and (again.rows is None) == (tokens.rows is None)
+
+
+class Evens(Shard):
+    """Every second token."""
+
+    def take(self, t, dim=1):
+        return t.index_select(dim, torch.arange(0, t.shape[dim], 2))
+
+    def grid(self, whole):
+        return (*whole[:2], whole[2] // 2)
+
+
+@pytest.mark.parametrize("rows", [None, FRAMES])
+def test_a_part_of_the_sequence(rows):
+    class Part(NamedTuple):
+        shard: Shard | None = None
+
+        def on(self, shard):
+            return Part(shard)
+
+    whole, shard = sequence(rows)._replace(text=Part()), Evens()
+    part = whole.on(shard)
+    assert torch.equal(part.x, whole.x[:, ::2]) and torch.equal(part.rope, whole.rope[::2])
+    assert part.rows is None if rows is None else torch.equal(part.rows, rows[::2])
+    assert part.grid == (3, 2, 1) and part.text == Part(shard)
+    assert all(getattr(part, name) is getattr(whole, name) for name in ("mod", "embedding", "latents"))
 
 
 def test_text_is_read_through_the_blocks_own_projections():
