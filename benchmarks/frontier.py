@@ -87,6 +87,10 @@ class MeasuredMagCache(MagCache):
 
     curve: tuple[float, ...]
 
+    def described(self, model: WanVideoModel) -> str:
+        """Without the name of a published curve."""
+        return self.label
+
     def maker(self, model: WanVideoModel) -> Callable[[torch.device], MagCacheMemory]:
         """For the model that the curve is of."""
         return partial(MagCacheMemory, self, self.curve)
