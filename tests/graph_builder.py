@@ -15,8 +15,9 @@ NOTE = WIDTH + 100
 WIDER = {"PreviewAny": 800}
 # Below the node whose result they take.
 STACKED = {"CreateVideo", "SaveVideo"}
-# What is seen first: the note in the upper left corner, at a size that can be read (text vanishes below 0.6).
-VIEW = {"scale": 0.62, "offset": [120, 140]}
+# What is seen first: the note in the upper left corner, at a size that can be read. The demo fits into 1600x900; shown
+# whole on such a screen, larger graphs were boxes without text.
+VIEW = {"scale": 0.62, "offset": [30, 140]}
 # What a node shows below its widgets.
 PICTURES = {"LoadImage": 320, "SaveVideo": 320, "LoadAudio": 60, "PreviewImage": 220, "PreviewAny": 500}
 
