@@ -28,6 +28,8 @@ log = logging.getLogger("wanvideo")
 
 # Less room than this does not hold the shortest video and its frames.
 LEAST_ROOM = 16 * 2**20
+# How the types of group nodes begin, in old graphs and in newer ones.
+GROUPS = ("workflow/", "workflow>")
 
 
 class GraphError(ValueError):
@@ -66,17 +68,19 @@ def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]
         _drop_unused(node, classes)
     outputs = [node for node in prompt.nodes.values() if is_output(node, classes)]
     if not outputs:
-        raise GraphError([_no_output(prompt, classes)])
-    nodes, problems = _in_order(prompt, outputs)
-    known = [node for node in nodes if node.type in classes]
-    problems += _unknown([node for node in nodes if node.type not in classes])
+        groups = [_group(node) for node in prompt.nodes.values() if is_group(node)]
+        raise GraphError(groups or [_no_output(prompt, classes)])
+    needed, problems = _in_order(prompt, outputs)
+    known = [node for node in needed if node.type in classes]
+    problems += [_group(node) for node in needed if is_group(node)]
+    problems += _unknown([node for node in needed if node.type not in classes and not is_group(node)])
     for node in known:
         problems += _problems_of(node, prompt, classes)
     problems += _folder_problems(known, classes, host)
     problems += [text for node in known if (text := _too_small(node, prompt))]
     if problems:
         raise GraphError(problems)
-    return nodes
+    return needed
 
 
 def _drop_unused(node: Node, classes: Mapping[str, type]) -> None:
@@ -89,6 +93,18 @@ def _drop_unused(node: Node, classes: Mapping[str, type]) -> None:
 def is_output(node: Node, classes: Mapping[str, type]) -> bool:
     """Whether the node saves or shows something."""
     return bool(getattr(classes.get(node.type), "OUTPUT_NODE", False))
+
+
+def is_group(node: Node) -> bool:
+    """Whether the node is several that the editor drew as one before it had subgraphs."""
+    return node.type.startswith(GROUPS)
+
+
+def _group(node: Node) -> str:
+    return (
+        f"{node.label}: it is a group node, which only ComfyUI's editor opens up: choose 'Convert to nodes' in its "
+        "menu there, and save the workflow again."
+    )
 
 
 def _no_output(prompt: Prompt, classes: Mapping[str, type]) -> str:

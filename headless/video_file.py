@@ -119,6 +119,15 @@ def check_frames(images: Frames, name: str) -> None:
         raise ValueError(f"There are no frames to write into {name}; check the node that makes them.")
 
 
+def sound_beside(audio: Audio, frames: int, fps: float) -> Audio:
+    """The sound that so many frames last; a frame's length or more that is cut off is told."""
+    rate, length = audio["sample_rate"], audio["waveform"].shape[-1]
+    samples = round(frames / fps * rate)
+    if length - samples >= rate / fps:
+        log.info("The video lasts %.2f s; its sound of %.2f s is cut off there.", frames / fps, length / rate)
+    return {**audio, "waveform": audio["waveform"][..., :samples]}
+
+
 def encode_video(path: Path, images: Frames, encoding: Encoding, audio: Audio | None = None) -> None:
     """As `write_video`, to a file that is broken after an error. Raises OSError if it cannot be written."""
     form = encoding.format

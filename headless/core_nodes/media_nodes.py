@@ -19,7 +19,17 @@ from ...wanvideo.footage import check_room
 from ...wanvideo.images import resize_images
 from ...wanvideo.whole_file import partial_file, publish
 from ..media import MediaError, VideoInfo, probe, read_audio, read_frames
-from ..video_file import FORMATS, PRORES_PROFILES, Encoding, Format, Frames, check_frames, encode_video, to_pixels
+from ..video_file import (
+    FORMATS,
+    PRORES_PROFILES,
+    Encoding,
+    Format,
+    Frames,
+    check_frames,
+    encode_video,
+    sound_beside,
+    to_pixels,
+)
 from .pictures import fit, next_file
 
 log = logging.getLogger("wanvideo")
@@ -278,8 +288,7 @@ class VideoCombine:
         if audio is not None and not form.sound:
             log.warning("The format %s holds no sound; choose a video format to have it.", format)
         elif audio is not None:
-            samples = round(len(order) / frame_rate * audio["sample_rate"])
-            audio = {**audio, "waveform": audio["waveform"][..., :samples]}
+            audio = sound_beside(audio, len(order), frame_rate)
         host = get_host()
         base = host.output_dir() if save_output else host.temp_dir()
         metadata = {}

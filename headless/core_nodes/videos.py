@@ -13,7 +13,7 @@ from torch import Tensor
 from ...host import get_host
 from ...node_tools import Inputs
 from ...wanvideo.whole_file import partial_file, publish
-from ..video_file import FORMATS, Encoding, Frames, Video, check_frames, encode_video
+from ..video_file import FORMATS, Encoding, Frames, Video, check_frames, encode_video, sound_beside
 from .pictures import next_file
 
 log = logging.getLogger("wanvideo")
@@ -86,10 +86,7 @@ class SaveVideo:
         next_name = partial(next_file, get_host().output_dir(), filename_prefix, "_.mp4")
         saved = {"prompt": prompt, **(extra_pnginfo or {})}
         encoding = Encoding(fps=video.fps, metadata={name: json.dumps(v) for name, v in saved.items() if v})
-        sound = video.audio
-        if sound is not None:
-            samples = round(len(video.images) / video.fps * sound["sample_rate"])
-            sound = {**sound, "waveform": sound["waveform"][..., :samples]}
+        sound = None if video.audio is None else sound_beside(video.audio, len(video.images), video.fps)
         with partial_file(next_name().parent, "video.mp4") as unfinished:
             encode_video(unfinished, video.images, encoding, sound)
             path = publish(unfinished, next_name)

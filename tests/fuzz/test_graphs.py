@@ -89,7 +89,7 @@ class Choices:
 
     def ui_node(self, number):
         # Rarely that of another: two nodes of one id are refused before anything else is looked at.
-        own = number if self.below(8) else self.below(5)
+        own = self.below(5) if self.below(8) == 7 else number
         node = {"id": self.rarely_odd(own), "type": self.rarely_odd(self.pick(KINDS + INNER))}
         for name in ("inputs", "outputs"):
             if self.below(2):

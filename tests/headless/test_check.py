@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 
 import pytest
 import torch
@@ -276,6 +277,15 @@ def test_many_takers_of_long_chains_are_fast(tmp_path):
         prompt = read(tmp_path, {"nodes": nodes, "links": links})
     ends = [node for node in prompt.nodes.values() if node.type == "End"]
     assert len(ends) == 10_000 and {node.inputs["image"] for node in ends} == {Link("s", 0)}
+
+
+@pytest.mark.parametrize("kind", ["workflow/mine", "workflow>mine"])
+def test_group_nodes_are_named_with_the_way_out(kind, tmp_path, host):
+    group = {"id": 1, "type": kind, "title": "mine", "outputs": [{"type": "IMAGE", "links": [1]}]}
+    end = {"id": 2, "type": "End", "inputs": [{"name": "image", "type": "IMAGE", "link": 1}]}
+    for nodes in ([group, end], [group]):
+        (problem,) = problems(tmp_path, host, {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "IMAGE"]]})
+        assert re.fullmatch(r"mine \(#1\): it is a group node, .* choose 'Convert to nodes' .*", problem)
 
 
 def test_two_nodes_of_one_id_are_named(tmp_path):

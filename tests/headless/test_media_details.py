@@ -126,17 +126,30 @@ def combine(images, audio=None, **options):
     ("sound", "options", "frames", "seconds"),
     [
         (3.0, {}, 25, 1.0),
+        (1.03, {}, 25, 1.0),
         (0.4, {}, 25, 0.4),
         (0.4, {"trim_to_audio": True}, 10, 0.4),
         (3.0, {"loop_count": 1}, 50, 2.0),
         (3.0, {"pingpong": True}, 48, 1.92),
     ],
 )
-def test_lengths_of_picture_and_sound(sound, options, frames, seconds, host):
+def test_lengths_of_picture_and_sound(sound, options, frames, seconds, host, caplog):
+    caplog.set_level("INFO", "wanvideo")
     path = combine(torch.rand(25, 32, 32, 3), ramp(sound), **options)
     with av.open(path) as container:
         assert sum(1 for _ in container.decode(video=0)) == frames
     assert seconds_of(read_audio(path)) == pytest.approx(seconds, abs=0.05)
+    # Less than a frame is what rounding leaves.
+    cut = f"The video lasts {seconds:.2f} s; its sound of {sound:.2f} s is cut off there."
+    assert (cut in caplog.text) == (sound - seconds > 0.04) and caplog.text.count("is cut off") == (cut in caplog.text)
+
+
+def test_a_saved_video_tells_of_sound_that_it_cuts_off(host, caplog):
+    caplog.set_level("INFO", "wanvideo")
+    (video,) = NODES["CreateVideo"]().create(torch.rand(5, 32, 32, 3), 10.0, ramp(2.0))
+    (path,) = NODES["SaveVideo"]().save(video, "clip", "auto", "auto")["ui"]["videos"]
+    assert seconds_of(read_audio(path)) == pytest.approx(0.5, abs=0.05)
+    assert "The video lasts 0.50 s; its sound of 2.00 s is cut off there." in caplog.text
 
 
 def test_no_metadata_where_none_is_wanted_or_known(host):
