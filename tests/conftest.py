@@ -14,7 +14,10 @@ def pytest_configure(config):
     """Processes of pytest-xdist share the cores: more threads than cores would make each of them slower."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
-        torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+        threads = max((os.cpu_count() or 1) // workers, 1)
+        torch.set_num_threads(threads)
+        # So do those that tests start.
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def pytest_collection_modifyitems(items):

@@ -6,7 +6,10 @@ import pytest
 from wanvideo_wrapper.headless import several
 from wanvideo_wrapper.headless.cli import main
 
-SHORT = ("MultiTalkWav2VecEmbeds.num_frames=13", "WanVideoSampler.steps=1")
+SHORT = (
+    "MultiTalkWav2VecEmbeds.num_frames=13", "WanVideoSampler.steps=1",
+    "WanVideoImageToVideoMultiTalk.width=64", "WanVideoImageToVideoMultiTalk.height=64",
+)  # fmt: skip
 
 
 def frames(folder, *options):
