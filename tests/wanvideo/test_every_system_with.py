@@ -91,4 +91,4 @@ def test_a_lora_beside_all_layers_equals_one_in_the_weights(case, model, tmp_pat
     for name, weight in sums.items():
         model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
     want = model(given)
-    assert (want - plain).norm() > 1e-3 * plain.norm() and (got - want).norm() < 1e-5 * want.norm()
+    assert (want - plain).norm() > 2e-4 * plain.norm() and (got - want).norm() < 1e-5 * want.norm()

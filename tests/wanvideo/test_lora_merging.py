@@ -67,10 +67,11 @@ def test_weights_are_rounded_once(checkpoint, option, kind, tmp_path):
         off = (layer.weight != want.bfloat16()).double().mean()
         assert layer.weight.dtype == torch.bfloat16 and off < 1e-3
     else:
-        kinds = {"fp8_e4m3fn": (Fp8Linear, (torch.float8_e4m3fn,)), "fp4_experimental": (Nvfp4Linear, ())}
-        cls, arguments = kinds[option]
+        # A sum in another order may fall on the other side of a boundary of a value, or of the scale of a block.
+        kinds = {"fp8_e4m3fn": (Fp8Linear, (torch.float8_e4m3fn,), 2e-3), "fp4_experimental": (Nvfp4Linear, (), 2e-2)}
+        cls, arguments, most = kinds[option]
         exact = cls.quantize(want, None, *arguments).expanded(torch.float32)
-        assert ((layer.expanded(torch.float32) - exact).norm() / exact.norm()).item() < 2e-3
+        assert ((layer.expanded(torch.float32) - exact).norm() / exact.norm()).item() < most
     stored = load_file(checkpoint.path)
     for name, change in ((f"{Q}.bias", bias), (f"{NORM}.weight", norm), (f"{NORM}.bias", bias)):
         got = transformer.get_parameter(name)
