@@ -6,10 +6,12 @@ from importlib import import_module
 from pathlib import Path
 
 from .unbuilt import UNBUILT_KEYS
+from .wanvideo.schedulers import add_methods
 from .wanvideo.systems import Systems
 
-# Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, or `prompts.py` (a way to write several
-# prompts as one: `split`, None where the text is not written that way, and `payloads` of the embedded parts).
+# Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, `prompts.py` (a way to write several
+# prompts as one: `split`, None where the text is not written that way, and `payloads` of the embedded parts), or
+# `schedules.py` (SCHEDULES: rows of the scheduler's options).
 FOLDERS = (
     "longcat",
     "diffusion_forcing",
@@ -70,6 +72,8 @@ def _modules(name: str) -> tuple[str, ...]:
 
 NODE_MODULES = _modules("nodes")
 PROMPT_FORMS = tuple(import_module(path) for path in _modules("prompts"))
+for _path in _modules("schedules"):
+    add_methods(import_module(_path).SCHEDULES)
 SYSTEMS = Systems(
     extensions=tuple(import_module(path).EXTENSION for path in _modules("extension")),
     keys=UNBUILT_KEYS,

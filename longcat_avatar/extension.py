@@ -18,18 +18,19 @@ from torch import Tensor
 
 from ..longcat.given import GivenFrames
 from ..longcat.layers import Modulation
-from ..multitalk.extension import OTHER_ATTENTION, PROJECTION, AudioWindow, audio_tokens
-from ..multitalk.multitalk import AUDIO_WINDOW, AudioProjModel, SingleStreamMultiAttention
-from ..multitalk.speakers import speaker_map, token_masks
-from ..wanvideo.extension import Extension
+from ..multitalk.extension import OTHER_ATTENTION, PROJECTION, AudioWindow, MultiTalk, Speech, audio_sizes
+from ..multitalk.multitalk import SingleStreamMultiAttention
+from ..wanvideo.config import WanConfig
+from ..wanvideo.families import Kind
 from ..wanvideo.modules.block import WanAttentionBlock
-from ..wanvideo.modules.layers import HeadRMSNorm, WanLayerNorm, gated_residual, modulate, per_token
+from ..wanvideo.modules.layers import HeadRMSNorm, gated_residual, modulate, per_token
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.modules.stretches import stretches
-from ..wanvideo.shard import WHOLE, Shard
-from ..wanvideo.tokens import Grid, Heads, HeadsRead, ModelInputs, Tokens, video_tokens
+from ..wanvideo.shard import Shard
+from ..wanvideo.tokens import Heads, HeadsRead, ModelInputs, Tokens
 
-OWN_KEYS = re.compile(rf"{re.escape(PROJECTION)}|blocks\.\d+\.(audio_cross_attn|audio_modulation\.1|norm_x)\.")
+MODULATION = "audio_modulation"
+OWN_KEYS = re.compile(rf"blocks\.\d+\.{MODULATION}\.1\.")
 
 
 class LongCatAudioAttention(SingleStreamMultiAttention):
@@ -49,134 +50,95 @@ class LongCatAudioAttention(SingleStreamMultiAttention):
         return self.k_norm(k.flatten(2)).unflatten(-1, self.heads), v
 
 
-class Speech(NamedTuple):
-    """Audio tokens [B, F, P * T, C] and strength; how many frames are given, which hear nothing; the token grid.
+class Heard(NamedTuple):
+    """Speech; how many frames are given, which hear nothing; embedding [B, R, E], rows [L] or None: a token's time."""
 
-    embedding [B, R, E], rows [L] or None: the time of each token. The others are as MultiTalk's.
-    """
-
-    tokens: Tensor
-    scale: Tensor
+    speech: Speech
     given: int
-    grid: Grid
     embedding: Tensor
     rows: Tensor | None
-    masks: Tensor | None
-    speakers: int
-    scores: Tensor | None = None
-    parts: int = 1
-    shard: Shard = WHOLE
 
 
 @dataclass(frozen=True)
-class LongCatAvatar(Extension):
-    """Sizes of the audio layers, as MultiTalk's; width: channels of the time embedding."""
+class LongCatAvatar(MultiTalk):
+    """width: channels of the time embedding."""
 
-    features: int
-    intermediate_dim: int
-    context_tokens: int
-    output_dim: int
     width: int
-    payload: ClassVar[type] = AudioWindow
-    high_precision: ClassVar[tuple[str, ...]] = (PROJECTION.rstrip("."), "audio_modulation")
+    file: ClassVar[Kind | None] = None
+    high_precision: ClassVar[tuple[str, ...]] = (PROJECTION.rstrip("."), MODULATION)
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
         """By the norms of its audio attention."""
-        if OTHER_ATTENTION not in shapes:
+        sizes = audio_sizes(shapes)
+        if sizes is None or OTHER_ATTENTION not in shapes:
             return None
-        first, last = shapes[f"{PROJECTION}proj1.weight"], shapes[f"{PROJECTION}proj3.weight"]
-        output_dim = shapes[f"{PROJECTION}norm.weight"][0]
-        return cls(
-            features=first[1] // AUDIO_WINDOW,
-            intermediate_dim=first[0],
-            context_tokens=last[0] // output_dim,
-            output_dim=output_dim,
-            width=shapes["blocks.0.audio_modulation.1.weight"][1],
-        )
+        return cls(**sizes, width=shapes[f"blocks.0.{MODULATION}.1.weight"][1])
 
     def owns(self, key: str) -> bool:
-        """The projection, and in every block audio attention, its norm and its modulation."""
-        return OWN_KEYS.match(key) is not None
+        """Its modulation, too."""
+        return super().owns(key) or OWN_KEYS.match(key) is not None
 
     def build(self, model: WanModel) -> None:
-        """Adds the projection, and the audio layers to every block."""
-        config = model.config
-        model.multitalk_audio_proj = AudioProjModel(
-            self.features, self.intermediate_dim, self.context_tokens, self.output_dim
-        )
-        for block in model.blocks:
-            block.norm_x = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
-            block.audio_cross_attn = LongCatAudioAttention(config.dim, self.output_dim, config.num_heads, config.eps)
-            block.audio_modulation = Modulation(self.width, config.dim, parts=3)
+        """Adds audio_modulation, too."""
+        super().build(model)
+        for index in self.voiced:
+            model.blocks[index].audio_modulation = Modulation(self.width, model.config.dim, parts=3)
+
+    def attention(self, config: WanConfig) -> LongCatAudioAttention:
+        """With norms of each head."""
+        return LongCatAudioAttention(config.dim, self.output_dim, config.num_heads, config.eps)
 
     def prepare(
         self, model: WanModel, payload: AudioWindow, inputs: ModelInputs, tokens: Tokens
-    ) -> tuple[Tokens, Speech]:
+    ) -> tuple[Tokens, Heard]:
         """Audio tokens of every latent frame. Raises ValueError where speech and video are not of one length."""
         given = next((other for other in inputs.payloads if isinstance(other, GivenFrames)), GivenFrames(frames=0))
-        speakers = int(payload.audio.shape[1])
-        audio = audio_tokens(model.multitalk_audio_proj, payload.audio, self.features).to(tokens.x.dtype)
+        tokens, speech = super().prepare(model, payload, inputs, tokens)
         if given.position is not None:
-            audio = torch.cat((audio[:, :1], audio), dim=1)
+            speech = speech._replace(tokens=torch.cat((speech.tokens[:, :1], speech.tokens), dim=1))
         frames = tokens.grid[0]
-        if audio.shape[1] != frames:
+        if speech.tokens.shape[1] != frames:
             raise ValueError(
-                f"The speech covers {audio.shape[1]} latent frames but the video has {frames}: give the sampler the "
-                "embeds of WanVideo LongCat Avatar Extend Embeds."
+                f"The speech covers {speech.tokens.shape[1]} latent frames but the video has {frames}: give the "
+                "sampler the embeds of WanVideo LongCat Avatar Extend Embeds."
             )
-        masks, parts = None, model.parts(tokens.x.shape)
-        if speakers > 1:
-            # Who speaks where is measured over all tokens.
-            masks, parts = token_masks(payload.masks, speakers, tokens.grid, tokens.x.device), 1
-        return tokens, Speech(
-            audio.expand(tokens.x.shape[0], -1, -1, -1),
-            payload.scale,
-            given.frames,
-            tokens.grid,
-            tokens.embedding,
-            tokens.rows,
-            masks,
-            speakers,
-            parts=parts,
-        )
+        return tokens, Heard(speech, given.frames, tokens.embedding, tokens.rows)
 
-    def on(self, state: Speech, shard: Shard) -> Speech:
-        """As MultiTalk's."""
+    def on(self, state: Heard, shard: Shard) -> Heard:
+        """Times for this part of the tokens."""
         rows = None if state.rows is None else shard.take(state.rows, dim=0)
-        return state._replace(grid=shard.grid(state.grid), rows=rows, shard=shard)
+        return state._replace(speech=super().on(state.speech, shard), rows=rows)
 
-    def reads_heads(self, cond: Speech) -> HeadsRead | None:
+    def reads_heads(self, cond: Heard) -> HeadsRead | None:
         """As MultiTalk's."""
-        if cond.masks is None:
-            return None
-        return HeadsRead(video_tokens(cond.grid), cond.grid[1] * cond.grid[2], result=False)
+        return super().reads_heads(cond.speech)
 
-    def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: Speech) -> tuple[Heads, Speech]:
-        """Measures which speaker each token of a frame that is made belongs to."""
-        count, places = video_tokens(cond.grid), cond.grid[1] * cond.grid[2]
-        keys = cond.shard.frames(heads.k[:, :places])
-        return heads, cond._replace(scores=speaker_map(heads.q[:, cond.given * places : count], keys, cond.masks))
+    def self_attn(self, block: WanAttentionBlock, heads: Heads, cond: Heard) -> tuple[Heads, Heard]:
+        """As MultiTalk's."""
+        heads, speech = super().self_attn(block, heads, cond.speech)
+        return heads, cond._replace(speech=speech)
 
-    def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Speech) -> tuple[Tensor, Speech]:
+    def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Heard) -> tuple[Tensor, Heard]:
         """Adds what the frames that are made hear, some of them at a time."""
-        places, made = cond.grid[1] * cond.grid[2], cond.grid[0] - cond.given
-        out = x.clone()
-        for part in stretches(made, min(cond.parts, made)):
-            frames = slice(cond.given + part.start, cond.given + part.stop)
-            tokens = slice(frames.start * places, frames.stop * places)
+        speech, (frames, height, width) = cond.speech, cond.speech.grid
+        places, made, out = height * width, frames - cond.given, x.clone()
+        for part in stretches(made, min(speech.parts, made)):
+            some = slice(cond.given + part.start, cond.given + part.stop)
+            tokens = slice(some.start * places, some.stop * places)
+            audio = block.audio_cross_attn(
+                block.norm_x(x[:, tokens]).contiguous(),
+                speech.tokens[:, some].flatten(0, 1),
+                (some.stop - some.start, height, width),
+                None if speech.scores is None else speech.scores[:, tokens],
+                speech.speakers,
+                speech.shard,
+            )
             rows = None if cond.rows is None else cond.rows[tokens]
-            out[:, tokens] = self._heard(block, x[:, tokens], cond._replace(tokens=cond.tokens[:, frames], rows=rows))
+            shift, scale, gate = (per_token(row, rows) for row in block.audio_modulation(cond.embedding))
+            heard = modulate(block.norm1, audio, shift, scale)
+            out[:, tokens] = gated_residual(x[:, tokens], heard, gate * speech.scale)
         return out, cond
-
-    @staticmethod
-    def _heard(block: WanAttentionBlock, x: Tensor, cond: Speech) -> Tensor:
-        """x [B, L, C] of some frames with what they hear."""
-        audio, shape = cond.tokens.flatten(0, 1), (cond.tokens.shape[1], *cond.grid[1:])
-        scores = cond.scores, cond.speakers, cond.shard
-        heard = block.audio_cross_attn(block.norm_x(x).contiguous(), audio, shape, *scores)
-        shift, scale, gate = (per_token(part, cond.rows) for part in block.audio_modulation(cond.embedding))
-        return gated_residual(x, modulate(block.norm1, heard, shift, scale), gate * cond.scale)
 
 
 EXTENSION = LongCatAvatar

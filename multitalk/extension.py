@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..wanvideo.conditioning import Payload
+from ..wanvideo.config import WanConfig
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.block import WanAttentionBlock
@@ -104,21 +105,8 @@ class MultiTalk(Extension):
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
         """Present where the file has the audio projection and audio attention in its blocks."""
-        if OTHER_ATTENTION in shapes:
-            return None
-        first, last = shapes.get(f"{PROJECTION}proj1.weight"), shapes.get(f"{PROJECTION}proj3.weight")
-        marks = (key.split(".") for key in shapes if key.endswith(".audio_cross_attn.q_linear.weight"))
-        voiced = tuple(sorted(int(parts[1]) for parts in marks))
-        if first is None or last is None or not voiced:
-            return None
-        output_dim = shapes[f"{PROJECTION}norm.weight"][0]
-        return cls(
-            features=first[1] // AUDIO_WINDOW,
-            intermediate_dim=first[0],
-            context_tokens=last[0] // output_dim,
-            output_dim=output_dim,
-            voiced=voiced,
-        )
+        sizes = audio_sizes(shapes)
+        return None if sizes is None or OTHER_ATTENTION in shapes else cls(**sizes)
 
     def owns(self, key: str) -> bool:
         """The projection, and the audio attention and its norm in every block."""
@@ -133,14 +121,25 @@ class MultiTalk(Extension):
         for index in self.voiced:
             block = model.blocks[index]
             block.norm_x = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
-            block.audio_cross_attn = SingleStreamMultiAttention(config.dim, self.output_dim, config.num_heads)
+            block.audio_cross_attn = self.attention(config)
+
+    def attention(self, config: WanConfig) -> SingleStreamMultiAttention:
+        """The audio attention of a block."""
+        return SingleStreamMultiAttention(config.dim, self.output_dim, config.num_heads)
 
     def prepare(
         self, model: WanModel, payload: AudioWindow, inputs: ModelInputs, tokens: Tokens
     ) -> tuple[Tokens, Speech]:
         """Audio tokens of every latent frame."""
-        speakers = int(payload.audio.shape[1])
-        projected = audio_tokens(model.multitalk_audio_proj, payload.audio, self.features).to(tokens.x.dtype)
+        audio = payload.audio
+        speakers = int(audio.shape[1])
+        if audio.shape[4] * audio.shape[5] != self.features:
+            raise ValueError(
+                f"The audio layers read {self.features} features a frame but the audio encoder gives "
+                f"{audio.shape[4] * audio.shape[5]}: load the Wav2Vec2 model that this checkpoint was trained with."
+            )
+        projected = model.multitalk_audio_proj(*latent_windows(audio.flatten(0, 1))).to(tokens.x.dtype)
+        projected = projected.unflatten(0, (-1, speakers)).transpose(1, 2).flatten(2, 3)
         if projected.shape[1] > tokens.grid[0]:
             raise ValueError(
                 f"The speech covers {projected.shape[1]} latent frames but the video has {tokens.grid[0]}."
@@ -195,18 +194,21 @@ class MultiTalk(Extension):
         return gated_residual(x, spoken, cond.scale)
 
 
-def audio_tokens(projection: AudioProjModel, audio: Tensor, features: int) -> Tensor:
-    """Features [B, P, pixel frames, 5, layers, channels] -> audio tokens [B, F, P * T, C], speaker by speaker.
-
-    Raises ValueError unless a frame has so many features.
-    """
-    if audio.shape[4] * audio.shape[5] != features:
-        raise ValueError(
-            f"The audio layers read {features} features a frame but the audio encoder gives "
-            f"{audio.shape[4] * audio.shape[5]}: load the Wav2Vec2 model that this checkpoint was trained with."
-        )
-    projected = projection(*latent_windows(audio.flatten(0, 1)))
-    return projected.unflatten(0, (-1, audio.shape[1])).transpose(1, 2).flatten(2, 3)
+def audio_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object] | None:
+    """The fields of `MultiTalk`, from tensor shapes; None where there is no speech in them."""
+    first, last = shapes.get(f"{PROJECTION}proj1.weight"), shapes.get(f"{PROJECTION}proj3.weight")
+    marks = (key.split(".") for key in shapes if key.endswith(".audio_cross_attn.q_linear.weight"))
+    voiced = tuple(sorted(int(parts[1]) for parts in marks))
+    if first is None or last is None or not voiced:
+        return None
+    output_dim = shapes[f"{PROJECTION}norm.weight"][0]
+    return {
+        "features": first[1] // AUDIO_WINDOW,
+        "intermediate_dim": first[0],
+        "context_tokens": last[0] // output_dim,
+        "output_dim": output_dim,
+        "voiced": voiced,
+    }
 
 
 EXTENSION = MultiTalk

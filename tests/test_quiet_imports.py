@@ -38,7 +38,7 @@ kernels = lambda: {name for name in sys.modules if name.split('.')[0] in KERNELS
 """
 EVERYTHING = """
 folder, options = Path(sys.argv[1]), dict(dtype=torch.float32, host=StandaloneHost(device="cpu"))
-for make in (methods._unipc, methods._dpm, methods._dpm_sde, methods._deis, methods._euler, methods._lcm):
+for make in (methods._unipc, methods._dpm, methods._dpm_sde, methods._deis, methods.euler_solver, methods._lcm):
     make()
 for name in ("vae", "text_encoder", "clip_vision", "wav2vec"):
     getattr(tiny, name)().save(folder / f"{name}.safetensors")

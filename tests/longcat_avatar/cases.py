@@ -12,7 +12,7 @@ def case(speakers=1):
     speech = AudioWindow(torch.randn(1, speakers, 9, 5, 2, 6), torch.tensor(0.7))
     return Case(
         # In a Wan model the time embedding is as wide as the model.
-        LongCatAvatar(**SPEECH, width=SIZES["dim"]),
+        LongCatAvatar(**SPEECH, voiced=(0, 1, 2), width=SIZES["dim"]),
         speech,
         replace(speech, scale=torch.tensor(0.0)),
         changed=lambda step: replace(speech, scale=torch.tensor(0.5 + 0.1 * step)),

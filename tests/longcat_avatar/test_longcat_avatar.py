@@ -17,7 +17,7 @@ from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow
 from wanvideo_wrapper.wanvideo.conditioning import Window
 
-AVATAR = LongCatAvatar(features=12, intermediate_dim=10, context_tokens=4, output_dim=12, width=8)
+AVATAR = LongCatAvatar(features=12, intermediate_dim=10, context_tokens=4, output_dim=12, voiced=(0, 1, 2), width=8)
 WHOLE = Window(tuple(range(FRAMES)), tuple(range(17)), whole=True)
 
 

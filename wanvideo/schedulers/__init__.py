@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .methods import SCHEDULERS, available
+from .methods import SCHEDULERS, Method, add_methods, available, euler_solver
 from .schedule import Schedule, ScheduleSpec, make_schedule
 
-__all__ = ["SCHEDULERS", "Schedule", "ScheduleSpec", "available", "make_schedule"]
+__all__ = [
+    "SCHEDULERS", "Method", "Schedule", "ScheduleSpec", "add_methods", "available", "euler_solver", "make_schedule",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """Sigma grids, float64, from the first sigma to the last one before zero; `steps` values each.
 
-Sources: Wan-Video/Wan2.2 (wan/utils), huggingface/diffusers (FlowMatchEulerDiscreteScheduler),
-MeiGen-AI/InfiniteTalk (wan/multitalk.py), ModelTC/LightX2V (four-step distillation), Lee et al. 2024 (beta sampling).
+Sources: Wan-Video/Wan2.2 (wan/utils), huggingface/diffusers (FlowMatchEulerDiscreteScheduler), ModelTC/LightX2V
+(four-step distillation), Lee et al. 2024 (beta sampling).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ TRAIN_STEPS = 1000
 LAST_TRAINED = 1 / TRAIN_STEPS
 BETA = 0.6
 DISTILLED = (0.999, 0.75, 0.5, 0.25)
-LONGCAT_DISTILLED = 50
 
 
 def shifted(sigmas: Grid, shift: float) -> Grid:
@@ -42,25 +41,9 @@ def euler_grid(steps: int, shift: float) -> Grid:
     return shifted(np.linspace(1, last, steps), shift)
 
 
-def multitalk_grid(steps: int, shift: float) -> Grid:
-    """InfiniteTalk's own: uniform from timestep 1000 to 1, then shifted."""
-    return shifted(np.linspace(1, LAST_TRAINED, steps), shift)
-
-
 def distill_grid(steps: int, shift: float) -> Grid:
     """The four noise levels that step-distilled models were trained on, shifted."""
     return shifted(np.array(DISTILLED[:steps]), shift)
-
-
-def longcat_distill_grid(steps: int, shift: float) -> Grid:
-    """Steps out of the fifty that LongCat's distilled LoRA was trained on, as evenly as whole numbers allow, shifted.
-
-    Source: meituan-longcat/LongCat-Video (longcat_video/pipeline_longcat_video.py). Raises ValueError for more steps.
-    """
-    if steps > LONGCAT_DISTILLED:
-        raise ValueError(f"longcat_distill_euler is for {LONGCAT_DISTILLED} steps at most, not {steps}.")
-    trained = np.arange(LONGCAT_DISTILLED, 0, -1) / LONGCAT_DISTILLED
-    return shifted(trained[np.floor(np.linspace(0, LONGCAT_DISTILLED, steps + 1)[:-1]).astype(int)], shift)
 
 
 def beta_spaced(grid: Grid) -> Grid:

@@ -1,9 +1,12 @@
-"""The sampler options: which grid and which diffusers solver each of them uses."""
+"""The sampler options: which grid and which diffusers solver each of them uses.
+
+A system whose steps are its own brings the rows of them (`<system>/schedules.py`); `registry.py` adds them.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,6 +17,7 @@ from ...quiet_imports import kernels_hidden
 from . import grids
 from .grids import Grid
 
+# The widget, as saved graphs know it.
 SCHEDULERS: tuple[str, ...] = (
     "unipc",
     "unipc/beta",
@@ -73,7 +77,7 @@ _unipc = _solver("UniPCMultistepScheduler", **_FLOW)
 _dpm = _solver("DPMSolverMultistepScheduler", **_FLOW)
 _dpm_sde = _solver("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", **_FLOW)
 _deis = _solver("DEISMultistepScheduler", **_FLOW)
-_euler = _solver("FlowMatchEulerDiscreteScheduler")
+euler_solver = _solver("FlowMatchEulerDiscreteScheduler")
 _lcm = _solver("FlowMatchLCMScheduler")
 
 
@@ -126,21 +130,23 @@ def _method_rows() -> dict[str, Method]:
         "unipc": Method(grid=grids.unipc_grid, solver=_unipc, whole_timesteps=True, limits=(0.0, below_one)),
         "dpm++": Method(grid=grids.dpm_grid, solver=_dpm, whole_timesteps=True),
         "dpm++_sde": Method(grid=grids.dpm_grid, solver=_dpm_sde, whole_timesteps=True, noisy=True),
-        "euler": Method(grid=grids.euler_grid, solver=_euler),
+        "euler": Method(grid=grids.euler_grid, solver=euler_solver),
         "lcm": Method(grid=grids.euler_grid, solver=_lcm, noisy=True),
     }
     rows = dict(bases)
     for name, row in bases.items():
         rows[f"{name}/beta"] = replace(row, grid=_beta(row.grid))
     rows["deis"] = Method(grid=grids.unipc_grid, solver=_deis, whole_timesteps=True, limits=(1e-6, below_one))
-    rows["flowmatch_pusa"] = Method(grid=grids.dpm_grid, solver=_euler, times_frames=True)
-    rows["longcat_distill_euler"] = Method(grid=grids.longcat_distill_grid, solver=_euler)
-    rows["multitalk"] = Method(grid=grids.multitalk_grid, solver=_euler, for_loops=True)
-    rows["flowmatch_distill"] = Method(grid=grids.distill_grid, solver=_euler, steps=4, fixed_grid=True)
+    rows["flowmatch_distill"] = Method(grid=grids.distill_grid, solver=euler_solver, steps=4, fixed_grid=True)
     return rows
 
 
 METHODS: dict[str, Method] = _method_rows()
+
+
+def add_methods(rows: Mapping[str, Method]) -> None:
+    """Rows of a system's own."""
+    METHODS.update(rows)
 
 
 def available() -> tuple[str, ...]:

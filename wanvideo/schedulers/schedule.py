@@ -38,7 +38,7 @@ class Schedule:
     """The steps of one sampler run and the solver that takes them.
 
     sigmas [n + 1] and timesteps [n] (float32, CPU) are the part that is run; first_index is where it starts in the
-    whole schedule of `total` steps. A first-order solver (euler, lcm, multitalk, flowmatch_distill) split in two runs
+    whole schedule of `total` steps. A first-order solver (euler, lcm, flowmatch_distill) split in two runs
     equals the single run; a multistep solver starts its history anew at the split.
     """
 
