@@ -52,6 +52,7 @@ class ExactLongCat(Exact):
         for index in self.blocks:
             s1, c1, g1, s2, c2, g2 = self.by_token(f"blocks.{index}", e, 6)
             q, k, v = self.self_qkv(index, self.norm(x) * (1 + c1) + s1, turns)
+            self.placed = q, k
             scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
             out = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v).flatten(2)
             x = x + g1 * self.linear(f"blocks.{index}.self_attn.o", out)

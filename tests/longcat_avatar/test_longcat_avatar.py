@@ -24,30 +24,56 @@ WHOLE = Window(tuple(range(FRAMES)), tuple(range(17)), whole=True)
 class ExactAvatar(ExactLongCat):
     """What each frame that is made hears of its own sound."""
 
-    def hear(self, audio, given, scale, repeat_first):
-        """audio [pixel frames, 5, layers, channels] of one speaker."""
-        groups = audio[1:].double().unflatten(0, (-1, 4))
+    def hear(self, speakers, given, scale, repeat_first, masks=None):
+        """speakers: audio [pixel frames, 5, layers, channels] of each. masks [P + 1, places]: where they are."""
+        tokens = [self.audio_tokens(audio.double()) for audio in speakers]
+        tokens = torch.cat(tokens, dim=1)
+        self.audio = torch.cat((tokens[:1], tokens)) if repeat_first else tokens
+        self.given, self.scale, self.masks = given, scale, masks
+
+    def audio_tokens(self, audio):
+        """[pixel frames, 5, layers, channels] -> [F, 4, 12]."""
+        groups = audio[1:].unflatten(0, (-1, 4))
         later = torch.cat((groups[:, 0, :3], groups[:, 1, 2:3], groups[:, 2, 2:3], groups[:, 3, 2:]), dim=1)
         name = "multitalk_audio_proj"
         hidden = torch.cat((
-            self.linear(f"{name}.proj1", audio[:1].double().flatten(1)).relu(),
+            self.linear(f"{name}.proj1", audio[:1].flatten(1)).relu(),
             self.linear(f"{name}.proj1_vf", later.flatten(1)).relu(),
         ))  # fmt: skip
         tokens = self.linear(f"{name}.proj3", self.linear(f"{name}.proj2", hidden).relu()).unflatten(-1, (4, 12))
         weights = (self.weights[f"{name}.norm.weight"], self.weights[f"{name}.norm.bias"])
-        tokens = F.layer_norm(tokens, (12,), *weights, eps=1e-5)
-        self.audio = torch.cat((tokens[:1], tokens)) if repeat_first else tokens
-        self.given, self.scale = given, scale
+        return F.layer_norm(tokens, (12,), *weights, eps=1e-5)
+
+    def speaker_places(self):
+        """Rotary position of every token that is made: within 0..4 or 20..24 by how much it sees a speaker, else 12."""
+        q, k = (part[0] for part in self.placed)
+        q = q[self.given * ROOM :]
+        seen = torch.einsum("qhd,khd->hqk", q, k[:ROOM]) * q.shape[-1] ** -0.5
+        shares = seen.softmax(-1).mean(0) @ self.masks.double().t() / self.masks.sum(1)
+        low, high = shares.amin(0), shares.amax(0)
+        within = (shares - low) / (high - low) * 4 + torch.tensor([0.0, 20.0, 0.0])
+        within[:, 2] = 12
+        return within.gather(1, shares.argmax(1, keepdim=True))[:, 0]
+
+    def on_a_line(self, x, positions):
+        """Heads [1, L, H, D] turned to positions [L]."""
+        size = x.shape[-1]
+        angles = positions.double()[:, None] * 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        return self.turned(x, torch.polar(torch.ones_like(angles), angles))
 
     def between(self, index, x, e):
         name = f"blocks.{index}"
-        heard = []
-        for frame in range(self.given, FRAMES):
+        heard, several = [], self.masks is not None
+        placed = self.speaker_places() if several else None
+        for number, frame in enumerate(range(self.given, FRAMES)):
             mine = x[:, frame * ROOM : (frame + 1) * ROOM]
             q = self.linear(f"{name}.audio_cross_attn.q_linear", self.norm(mine, f"{name}.norm_x"))
             q = self.heads(self.rms(f"{name}.audio_cross_attn.q_norm", q))
             k, v = self.linear(f"{name}.audio_cross_attn.kv_linear", self.audio[frame][None]).chunk(2, dim=-1)
             k = self.heads(self.rms(f"{name}.audio_cross_attn.k_norm", k))
+            if several:
+                q = self.on_a_line(q, placed[number * ROOM : (number + 1) * ROOM])
+                k = self.on_a_line(k, torch.tensor([2.0, 22.0]).repeat_interleave(4))
             heard.append(self.linear(f"{name}.audio_cross_attn.proj", self.attention(q, k, self.heads(v))))
         rows = self.linear(f"{name}.audio_modulation.1", F.silu(e[:, self.given :]))
         shift, scale, gate = rows.repeat_interleave(ROOM, dim=1).chunk(3, dim=-1)
@@ -80,26 +106,25 @@ def test_one_speaker(reference, parts):
         positions = places((7,), *map(range, GRID[1:])) + places(range(FRAMES - 1), *map(range, GRID[1:]))
     else:
         seen[0, 1:] = False
-    exact.hear(audio[0, 0], frames.frames, 0.7, reference)
+    exact.hear(audio[0], frames.frames, 0.7, reference)
     want = exact.run(given.latents, given.timestep[0], given.text[0], frames.frames, seen, positions)
     with model.sparing(parts):
         assert relative(model(given), want) < 1e-5
 
 
-def test_both_speakers_are_heard_where_they_are():
+def test_two_speakers():
+    """Masks on the token grid, two wide and two high: one on the left, one in a corner, the rest is background."""
     model, masks = model_of(), torch.zeros(2, HEIGHT, WIDTH)
-    masks[0, :, : WIDTH // 2] = masks[1, :, WIDTH // 2 :] = 1
+    masks[0, :, : WIDTH // 2] = masks[1, : HEIGHT // 2, WIDTH // 2 :] = 1
     audio = torch.randn(1, 2, 17, 5, 2, 6)
     frames = GivenFrames(frames=1)
-    given = given_inputs(AudioWindow(audio, torch.tensor(1.0), masks), frames, frames=1)
-    out = model(given)
-    swapped = replace(given, payloads=(AudioWindow(audio.flip(1), torch.tensor(1.0), masks.flip(0)), frames))
-    assert out.isfinite().all() and relative(model(swapped), out.double()) > 1e-6
-    changed = audio.clone()
-    changed[:, 1] += 1
-    assert (
-        relative(model(replace(given, payloads=(AudioWindow(changed, torch.tensor(1.0), masks), frames))), out) > 1e-4
-    )
+    given = given_inputs(AudioWindow(audio, torch.tensor(0.7), masks), frames, frames=1)
+    exact, seen = ExactAvatar(model), all_seen()
+    seen[0, 1:] = False
+    places_of = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    exact.hear(audio[0], 1, 0.7, False, places_of)
+    want = exact.run(given.latents, given.timestep[0], given.text[0], 1, seen, places(*map(range, GRID)))
+    assert relative(model(given), want) < 1e-5
 
 
 def test_speech_of_another_length_is_refused():
