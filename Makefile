@@ -62,7 +62,7 @@ gpu-memcheck: $(VENV)/.installed
 	    tests/kernels tests/quantized/test_layouts.py tests/quantized/test_systems.py tests/wanvideo/test_quantization.py \
 	    tests/s2v/test_s2v_quantized.py tests/animate/test_animate_quantized.py
 	$(MEMCHECK) --report-api-errors no $(BIN)/python -m pytest -q -m cuda \
-	    tests/attention_backends/test_any_layout.py tests/test_attention_cudnn.py
+	    tests/attention_backends/test_any_layout.py tests/test_attention_fp8.py
 
 # Speed against the best of earlier runs on this card, which TREND keeps; fails where it is 5 % slower.
 TREND ?= output/trend/best.json

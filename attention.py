@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention_backends import sage, sage3
+from .attention_backends.auto_fp8 import AUTO_FP8
 from .attention_backends.comfy import COMFY
 from .attention_backends.contract import (
     Attention,
@@ -22,8 +23,9 @@ from .attention_backends.contract import (
     FusedAttention,
     GridAttention,
 )
-from .attention_backends.cudnn import CudnnFp8, why_not
+from .attention_backends.cudnn import CUDNN_FP8
 from .attention_backends.flash import FLASH_2, FLASH_3
+from .attention_backends.flash_fp8 import FLASH_3_FP8
 from .attention_backends.radial import RADIAL
 from .attention_backends.sol import SOL
 from .attention_backends.torch_sdpa import Sdpa
@@ -63,14 +65,10 @@ BACKENDS: Mapping[str, Backend] = {
     "sageattn_3_fp4": sage3.row("sageattn_3_fp4", "SageAttention 3 (FP4) on every step"),
     "sageattn_3_fp8": sage.EIGHT_BIT,
     "sageattn_varlen": sage.VARLEN,
-    "cudnn_fp8": Backend(
-        runs="cuDNN's FP8 attention, with norm, position and rounding of q and k in one pass",
-        make=lambda spec: CudnnFp8(),
-        any_dtype=True,
-        extra=lambda spec: why_not(spec.device, spec.head_dim),
-        get="pip install nvidia-cudnn-frontend, on Hopper or newer",
-    ),
+    "cudnn_fp8": CUDNN_FP8,
     "sol_attn": SOL,
+    "fa3_fp8": FLASH_3_FP8,
+    "auto_fp8": AUTO_FP8,
 }
 ATTENTION_MODES = tuple(BACKENDS)
 

@@ -110,8 +110,8 @@ class Backend:
     runs: in words, for the log and the doctor. exports: (module, function) pairs of which one must import. least: the
     lowest compute capability; only: those that it has kernels for; both None: any device. head_dims: sizes it takes,
     None for all. any_dtype: whether it computes in the model's precision, not in 16 bits. masks: whether it honours
-    masks. get: how a user gets it. extra: any other reason. ends: the option that runs on the first and last step
-    instead.
+    masks. fused: whether it is a FusedAttention. get: how a user gets it. extra: any other reason. ends: the option
+    that runs on the first and last step instead.
     """
 
     runs: str
@@ -122,6 +122,7 @@ class Backend:
     head_dims: tuple[int, ...] | None = None
     any_dtype: bool = False
     masks: bool = False
+    fused: bool = False
     get: str = ""
     extra: Callable[[AttentionSpec], str | None] = lambda spec: None
     ends: str | None = None

@@ -1,9 +1,8 @@
 """Self-attention in FP8 by cuDNN's fused kernel, through the package `nvidia-cudnn-frontend`.
 
-q, k, v, the probabilities and the result are E4M3, sums are float32. `kernels/norm_rope_fp8.py` says how q and k become
-so without losing accuracy. Nothing is kept from one call to the next but compiled graphs, and nothing waits for the
-device. On Hopper cuDNN gives the result in FP8 only: an output projection in FP8 reads it as it is, anything else gets
-it expanded.
+q, k, v, the probabilities and the result are E4M3, sums are float32. Nothing is kept from one call to the next but
+compiled graphs. On Hopper cuDNN gives the result in FP8 only: an output projection in FP8 reads it as it is, anything
+else gets it expanded.
 
 Source of the calls: the samples and `docs/operations/Attention.md` of NVIDIA/cudnn-frontend.
 """
@@ -12,73 +11,51 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
 import threading
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import op_name
 from ..kernels.fp8_rows import Fp8Rows
-from ..kernels.norm_rope_fp8 import (
-    HEAD_SIZES,
-    expand_fp8,
-    norm_rope_fp8,
-    norm_rope_mean,
-    rotate_fp8,
-    sampled,
-    tensor_fp8,
-)
+from ..kernels.norm_rope_fp8 import expand_fp8
 from ..tensor_layout import check_entry, kernel_ready
 from . import packages
-from .contract import FusedAttention, Projection, capability, dotted
-
-log = logging.getLogger("wanvideo")
+from .contract import Backend, capability, dotted
+from .fp8 import Fp8Attention, Quantized, first_run, rotation_reason
 
 PACKAGE = "cudnn"
 LEAST_CAPABILITY = (9, 0)
-LEAST_TRITON = (3, 4)
 # Older ones give wrong results for token counts that are no multiple of 128 (pytorch/pytorch issue 169849).
 LEAST_CUDNN = 91501
 # Probabilities before they are normalized are at most 1; a power of two below 448 leaves their digits alone.
 PROBABILITY_SCALE = 256.0
 GRAPHS = 64
-PROBE_TOKENS = 256
 INPUTS = ("q", "k", "v", "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
 OUTPUTS = ("o", "amax_s", "amax_o")
 
 
 @dataclass(frozen=True)
-class CudnnFp8(FusedAttention):
-    """cuDNN's FP8 attention. Not differentiable."""
+class CudnnFp8(Fp8Attention[Quantized]):
+    """cuDNN's FP8 attention; its result is E4M3 with v's scale, which fits: no result is larger than the largest of
+    v, which it averages."""
 
     name: str = "cudnn_fp8"
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """q, k, v [B, L, H, D], normalized and placed, -> [B, L, H, D] in v's dtype. Raises ValueError for a mask."""
-        if mask is not None:
-            raise ValueError("attention_mode 'cudnn_fp8' takes no mask; choose sdpa where one is needed.")
-        shift = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1)
-        return expand_fp8(*_attention(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
+    def attend(self, q: Quantized, k: Quantized, v: Quantized) -> Quantized:
+        """The kernel's call."""
+        return _sdpa_fp8(q[0], k[0], v[0], q[1], k[1], v[1]), v[1]
 
-    def fused(
-        self, q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
-    ) -> Tensor:
-        """The same from projections q, k [B, L, C], which are normalized, placed and quantized in one pass.
+    def wide(self, result: Quantized, dtype: torch.dtype) -> Tensor:
+        """Expanded."""
+        return expand_fp8(*result, dtype)
 
-        v [B, L, H, D]; norm_q, norm_k: RMS norms over C with `weight` and `eps`; rope [L or (B, L), D/2, 2].
-        """
-        return expand_fp8(*_fused(q, k, v, norm_q, norm_k, rope))
-
-    def fused_rows(
-        self, q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
-    ) -> Fp8Rows:
-        """The same as FP8 rows [B, L, C], which an output projection in FP8 reads without another rounding."""
-        values, scale, dtype = _fused(q, k, v, norm_q, norm_k, rope)
-        rows = values.flatten(2)
-        return Fp8Rows(rows, scale.expand(*rows.shape[:2], 1).contiguous(), rows.shape[-1], dtype)
+    def rows(self, result: Quantized, dtype: torch.dtype) -> Fp8Rows:
+        """As it is."""
+        values, scale = result[0].flatten(2), result[1]
+        return Fp8Rows(values, scale.expand(*values.shape[:2], 1).contiguous(), values.shape[-1], dtype)
 
 
 def why_not(device: torch.device, head_dim: int) -> str | None:
@@ -94,28 +71,17 @@ def why_not(device: torch.device, head_dim: int) -> str | None:
     if have < LEAST_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {dotted(have)}, and it needs 9.0 (Hopper) or newer"
-    if head_dim not in HEAD_SIZES:
-        return f"the model's heads have {head_dim} channels, and it needs {' or '.join(map(str, HEAD_SIZES))}"
-    return _triton_reason() or _package_reason() or _first_run(device, head_dim)
+    return rotation_reason(head_dim) or _package_reason() or first_run(CudnnFp8(), device, head_dim)
 
 
-def _triton_reason() -> str | None:
-    why = packages.trouble(("triton", "jit"))
-    if why == packages.NOT_INSTALLED:
-        return "the package 'triton' (on Windows 'triton-windows') is not installed; pip install triton"
-    if why is not None:
-        return f"the package 'triton' cannot be imported: {why}"
-    version = _triton_version()
-    if version < LEAST_TRITON:
-        return f"Triton {dotted(version)} cannot compile its rotation, it needs {dotted(LEAST_TRITON)} (PyTorch 2.8)"
-    return None
-
-
-def _triton_version() -> tuple[int, int]:
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
+CUDNN_FP8 = Backend(
+    runs="cuDNN's FP8 attention, with norm, position and rounding of q and k in one pass",
+    make=lambda spec: CudnnFp8(),
+    any_dtype=True,
+    fused=True,
+    extra=lambda spec: why_not(spec.device, spec.head_dim),
+    get="pip install nvidia-cudnn-frontend, on Hopper or newer",
+)
 
 
 def _package_reason() -> str | None:
@@ -138,47 +104,10 @@ def _package_reason() -> str | None:
     return None
 
 
-def _first_run(device: torch.device, head_dim: int) -> str | None:
-    try:
-        q, k, v = torch.randn(3, 1, PROBE_TOKENS, 2, head_dim, device=device, dtype=torch.bfloat16)
-        finite = bool(CudnnFp8()(q, k, v).isfinite().all())
-    except torch.OutOfMemoryError:
-        log.warning("'cudnn_fp8' was not tried: there was not enough free memory on the GPU.")
-        return None
-    # Whatever stops a first small run (no kernel for the GPU, a Triton without a compiler) is the reason.
-    except Exception as error:
-        return f"a first small run failed with {type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}"
-    return None if finite else "a first small run gave numbers that are not finite"
-
-
 def _cudnn() -> ModuleType:
     import cudnn
 
     return cudnn
-
-
-def _fused(
-    q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
-) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Values and their scale as in `_attention`, and the dtype of v. One projection is there in 16 bits at a time."""
-    wide = v()
-    heads, dtype, values = wide.shape[2], wide.dtype, tensor_fp8(wide)
-    # Rebinding alone would free it only once the next one is made.
-    del wide
-    wide = k()
-    shift = norm_rope_mean(wide, norm_k.weight, rope, norm_k.eps, heads)
-    keys = norm_rope_fp8(wide, norm_k.weight, rope, shift, norm_k.eps, heads)
-    del wide
-    queries = norm_rope_fp8(q(), norm_q.weight, rope, None, norm_q.eps, heads)
-    return *_attention(queries, keys, values), dtype
-
-
-def _attention(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Values and scales of q, k, v -> values [B, Lq, H, D] of the result and their scale [1].
-
-    No result is larger than the largest of v, which it averages, so that v's scale fits it.
-    """
-    return _sdpa_fp8(q[0], k[0], v[0], q[1], k[1], v[1]), v[1]
 
 
 @torch.library.custom_op(op_name("sdpa_fp8"), mutates_args=())

@@ -1,4 +1,5 @@
-"""FlashAttention 2 and 3 (Dao 2023, Shah et al. 2024; packages `flash-attn` and `flash_attn_interface`)."""
+"""FlashAttention 2 and 3 (Dao 2023, Shah et al. 2024; packages `flash-attn`, and
+`flash_attn_interface` or `fa3-fwd`)."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ from .contract import AttentionSpec, Backend
 from .third_party import Kernel, backend_of, register
 
 LARGEST_HEAD = 256
+# Built from its authors' source, or of the wheel `fa3-fwd`, which has the forward pass in bfloat16 and FP8.
+FLASH_3_EXPORTS = (("flash_attn_interface", "flash_attn_func"), ("fa3_fwd_interface", "flash_attn_func"))
 TWO = register(Kernel(name="flash_attn_2", exports=(("flash_attn", "flash_attn_func"),)))
-THREE = register(Kernel(name="flash_attn_3", exports=(("flash_attn_interface", "flash_attn_func"),)))
+THREE = register(Kernel(name="flash_attn_3", exports=FLASH_3_EXPORTS))
 
 
 def _head_size(spec: AttentionSpec) -> str | None:
@@ -30,5 +33,5 @@ FLASH_3 = Backend(
     exports=THREE.exports,
     only=((9, 0),),
     extra=_head_size,
-    get="build the folder 'hopper' of Dao-AILab/flash-attention, which gives the module flash_attn_interface",
+    get="pip install fa3-fwd",
 )

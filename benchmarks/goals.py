@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 COMMAND = (sys.executable, "-c", "import sys; from wanvideo_wrapper.headless.cli import main; sys.exit(main())")
-BEST = ("--quantization", "fp8_e4m3fn_fast", "--attention", "cudnn_fp8")
+BEST = ("--quantization", "fp8_e4m3fn_fast", "--attention", "auto_fp8")
+BEST_16_BIT = ("--attention", "flash_attn_3")
 LARGE, TALK = ("--size", "1280x720x81"), ("--size", "768x768x81")
 SMALL_CARD = ("--steps", "3", "--swap", "40", "--limit", "8", "--encoders")
 TALKING = (*TALK, "--speakers", "1")
@@ -43,11 +44,11 @@ JOBS = {
         Job("14B_480p_fp8", 40, ("step", *BEST)),
         Job("talk_1", 35, ("step", *TALKING, *BEST)),
         Job("talk_2", 35, ("step", *TALK, "--speakers", "2", *BEST)),
-        Job("14B_480p_bf16", 45, ("step",)),
+        Job("14B_480p_bf16", 45, ("step", *BEST_16_BIT)),
         Job("vae", 50, ("vae",)),
         Job("14B_720p_fp8", 60, ("step", *LARGE, *BEST)),
         Job("1.3B_fp8", 25, ("step", "--model", "1.3B", *BEST)),
-        Job("1.3B_bf16", 25, ("step", "--model", "1.3B")),
+        Job("1.3B_bf16", 25, ("step", "--model", "1.3B", *BEST_16_BIT)),
         Job("talk_run", 130, ("run", *TALKING, *BEST)),
         Job("talk_run_again", 130, ("run", *TALKING, *BEST)),
         Job("14B_480p_compiled", 90, ("step", "--compile", *BEST)),

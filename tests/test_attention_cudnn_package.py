@@ -10,17 +10,18 @@ from layouts import Layout, bits
 from wanvideo_wrapper.attention_backends import cudnn as attention_cudnn
 from wanvideo_wrapper.attention_backends import packages
 from wanvideo_wrapper.attention_backends.cudnn import compiled_graph, declared_graph, uid, why_not
+from wanvideo_wrapper.attention_backends.fp8 import first_run
 from wanvideo_wrapper.kernels.norm_rope_fp8 import tensor_fp8
 from wanvideo_wrapper.tensor_layout import is_kernel_ready
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def capable(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     with_triton(monkeypatch, "3.4.0")
-    monkeypatch.setattr(attention_cudnn, "_first_run", lambda device, head_dim: None)
+    monkeypatch.setattr(attention_cudnn, "first_run", lambda backend, device, head_dim: None)
 
 
 def with_triton(monkeypatch, version):
@@ -98,10 +99,9 @@ def test_a_package_that_breaks_only_here_is_a_reason(monkeypatch):
 
 
 def test_a_first_run_that_fails_is_a_reason(monkeypatch):
-    first_run = attention_cudnn._first_run
     capable(monkeypatch)
     with_cudnn(monkeypatch, 91900)
-    monkeypatch.setattr(attention_cudnn, "_first_run", lambda device, size: first_run(torch.device("cpu"), size))
+    monkeypatch.setattr(attention_cudnn, "first_run", lambda backend, device, size: first_run(backend, CPU, size))
     assert "a first small run failed with" in why_not(CUDA, 128)
 
 

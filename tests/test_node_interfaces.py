@@ -23,7 +23,7 @@ APPENDED = {
     "MultiTalkSilentEmbeds": {"optional": ["wav2vec_model"]},
     "WanVideoModelLoader": {"optional": ["multi_gpu_args"]},
 }
-ATTENTION = ["sageattn_3_fp4", "sageattn_3_fp8", "sageattn_varlen", "cudnn_fp8", "sol_attn"]
+ATTENTION = ["sageattn_3_fp4", "sageattn_3_fp8", "sageattn_varlen", "cudnn_fp8", "sol_attn", "fa3_fp8", "auto_fp8"]
 APPENDED_OPTIONS = {
     ("WanVideoModelLoader", "quantization"): ["fp4_experimental", "fp4_scaled", "fp4_scaled_fast"],
     ("WanVideoModelLoader", "attention_mode"): ATTENTION,

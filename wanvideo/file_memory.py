@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..attention_backends.cudnn import CudnnFp8
+from ..attention import BACKENDS
 from ..quantized.fp8 import FP8_DTYPES
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import WanConfig
@@ -96,5 +96,5 @@ def _precision(checkpoint: Checkpoint, options: LoadOptions) -> Precision:
         itemsize=options.base_dtype.itemsize,
         fp8_rows=option.fast,
         expands=few_bits and not option.fast,
-        fused=options.attention_mode == CudnnFp8().name,
+        fused=BACKENDS[options.attention_mode].fused,
     )

@@ -14,8 +14,8 @@ HEADS, SIZE = 3, 128
 # Largest relative error against float64; sparse attention has none that holds for noise.
 ERRORS = {
     "sdpa": 0.01, "flash_attn_2": 0.01, "flash_attn_3": 0.01, "sageattn": 0.08, "sageattn_compiled": 0.08,
-    "sageattn_varlen": 0.08, "sageattn_3_fp8": 0.08, "cudnn_fp8": 0.1, "sageattn_3": 0.35, "sageattn_3_fp4": 0.35,
-    "comfy": 0.08,
+    "sageattn_varlen": 0.08, "sageattn_3_fp8": 0.08, "cudnn_fp8": 0.1, "fa3_fp8": 0.1, "auto_fp8": 0.1,
+    "sageattn_3": 0.35, "sageattn_3_fp4": 0.35, "comfy": 0.08,
 }  # fmt: skip
 
 

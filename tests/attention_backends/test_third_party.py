@@ -39,7 +39,7 @@ def test_the_list_is_the_original_s_then_ours():
     assert ATTENTION_MODES == (
         "sdpa", "flash_attn_2", "flash_attn_3", "sageattn", "sageattn_3", "radial_sage_attention",
         "sageattn_compiled", "sageattn_ultravico", "comfy", "sageattn_3_fp4", "sageattn_3_fp8", "sageattn_varlen",
-        "cudnn_fp8", "sol_attn",
+        "cudnn_fp8", "sol_attn", "fa3_fp8", "auto_fp8",
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_equals_the_formula(name, monkeypatch):
     assert relative(resolve(name, SPEC)(q, k, v), formula(q, k, v)) < 0.02
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION_MODES if name != "sdpa"])
+@pytest.mark.parametrize("name", [name for name in ATTENTION_MODES if name not in ("sdpa", "auto_fp8")])
 def test_masks_are_refused(name, monkeypatch):
     install(monkeypatch)
     pretend(monkeypatch, capability_of(name))
@@ -113,6 +113,14 @@ def test_reasons(name, capability, head_dim, why, monkeypatch):
         resolve(name, AttentionSpec(device=CPU, heads=3, head_dim=head_dim))
     message = str(error.value)
     assert why in message and all(mode in message for mode in ATTENTION_MODES)
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface", "fa3_fwd_interface"])
+def test_flash_3_comes_from_either_package(module, monkeypatch):
+    pretend(monkeypatch, (9, 0))
+    install(monkeypatch, {module: PACKAGES["flash_attn_interface"]})
+    q, k, v = (torch.randn(1, 9, 3, 64) for _ in range(3))
+    assert relative(resolve("flash_attn_3", SPEC)(q, k, v), formula(q, k, v)) < 0.02
 
 
 def test_a_model_that_needs_masks_gets_only_what_takes_them(monkeypatch):
