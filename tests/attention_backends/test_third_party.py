@@ -4,6 +4,7 @@ import importlib.metadata
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import attention_stand_ins
@@ -121,6 +122,8 @@ def test_flash_3_comes_from_either_package(module, monkeypatch):
     install(monkeypatch, {module: PACKAGES["flash_attn_interface"]})
     q, k, v = (torch.randn(1, 9, 3, 64) for _ in range(3))
     assert relative(resolve("flash_attn_3", SPEC)(q, k, v), formula(q, k, v)) < 0.02
+    half = attention.reason("flash_attn_3", replace(SPEC, dtype=torch.float16))
+    assert half is None if module == "flash_attn_interface" else "has no kernels for float16" in half
 
 
 def test_a_model_that_needs_masks_gets_only_what_takes_them(monkeypatch):
