@@ -114,8 +114,7 @@ def looped_windows(step: int, frames: int, size: int, overlap: int, *, strides: 
     phase = radical_inverse(step)
     offset = round(frames * phase)
     found = []
-    for power in range(min(strides, math.ceil(math.log2(frames / size)) + 1)):
-        stride = 2**power
+    for stride in (2**power for power in range(strides)):
         if (size - 1) * stride >= frames:
             break
         starts = range(offset + int(phase * stride), offset + frames, size * stride - overlap)
@@ -130,19 +129,17 @@ def unrolled(windows: Sequence[Frames], frames: int, size: int) -> list[Frames]:
     """
     flat: list[Frames] = []
     for number, window in enumerate(windows):
-        over = next((place for place in range(1, size) if window[place] < window[place - 1]), None)
-        if over is None:
+        begin = min(window)
+        if begin == window[0]:
             flat.append(window)
             continue
         spread = [(frame - window[0]) % frames for frame in window]
         flat.append(tuple(frame + frames - 1 - spread[-1] for frame in spread))
-        begin = window[over]
         if begin not in (windows[number + 1] if number + 1 < len(windows) else flat[0]):
             flat.append(tuple(range(begin, begin + size)))
     bare = sorted(set(range(frames)).difference(*flat))
     if bare:
-        start = min(bare[0], frames - size)
-        flat.append(tuple(range(start, start + size)))
+        flat.append(tuple(range(bare[0], bare[0] + size)))
     return list(dict.fromkeys(flat))
 
 
@@ -267,4 +264,4 @@ class WindowedDenoiser:
 
 def _part(values: Sequence[Tensor] | Tensor, window: Frames, count: int) -> Tensor:
     """The one of several prompts or pictures, in the order of the video, that the window's last frame belongs to."""
-    return values[min(int(max(window) / (count / len(values))), len(values) - 1)]
+    return values[max(window) * len(values) // count]

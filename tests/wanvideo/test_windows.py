@@ -80,6 +80,9 @@ def test_windows_that_moved_on_by_hand():
     # A window of every fourth frame would meet itself.
     assert options(schedule="uniform_looped", stride=16).windows(1, 12) == ring
     assert options(schedule="uniform_looped", stride=3).windows(1, 12) == ring[:4]
+    assert options(stride=8).windows(0, 8) == options(stride=4).windows(0, 8)
+    # What the last window lost by being moved back, the first one begins.
+    assert options(stride=8).windows(0, 9) == [(0, 1, 2, 3, 4), (3, 4, 5, 6, 7), (4, 5, 6, 7, 8), (0, 2, 4, 6, 8)]
     # Moving windows of every second frame back leaves a frame that only a window of its own covers.
     assert options(size=29, stride=8).windows(2, 18)[-1] == (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -140,6 +143,7 @@ def test_free_noise_reuses_the_first_window():
         rows = {tuple(got[:, start + 5 + i].flatten().tolist()) for i in range(count)}
         assert rows == {tuple(got[:, start + i].flatten().tolist()) for i in range(count)}
     assert not torch.equal(got[:, 5:8], got[:, :3])
+    assert torch.equal(got, free_noise(noise, options(), torch.Generator().manual_seed(0)))
 
 
 def request(folder, context, prompts=1, base="text"):
@@ -315,3 +319,9 @@ def test_node():
     assert made.reference.shape[0] == 1
     extra = N["WanVideoSamplerExtraArgs"]().process(context_options=made)[0]
     assert extra["context"] is made
+
+
+def test_defaults_are_those_of_the_node():
+    node = N["WanVideoContextOptions"]
+    widgets = {name: spec[-1].get("default", spec[0][0]) for name, spec in node.INPUT_TYPES()["required"].items()}
+    assert node().process(**widgets)[0] == ContextOptions()
