@@ -25,10 +25,12 @@ PACKAGE = "wanvideo_wrapper"
 MODULES = ("extension", "guidance", "windows", "sampling", "conditioning", "tokens", "modules.model", "modules.block")
 TESTS = (
     "wanvideo/test_hooks.py", "wanvideo/test_conditioning.py", "wanvideo/test_guidance.py", "wanvideo/test_sampling.py",
+    "wanvideo/test_sampling_start.py",
     "wanvideo/test_model.py", "wanvideo/test_windows.py", "wanvideo/test_checked_inputs.py",
     "wanvideo/test_run_changes.py", "wanvideo/test_tokens.py", "wanvideo/test_rope.py", "wanvideo/test_own_model.py",
     "wanvideo/test_own_blocks.py", "wanvideo/test_models_without_text.py", "wanvideo/test_stretches.py",
-    "wanvideo/test_shard.py", "freeinit", "prompt_segments", "multitalk/test_multitalk.py",
+    "wanvideo/test_shard.py", "wanvideo/test_advice.py", "freeinit", "prompt_segments", "multitalk/test_multitalk.py",
+    "cache_methods/test_runs.py",
 )  # fmt: skip
 # Keywords that stay: they forbid what nobody does, or name a device where these tests have only one.
 KEPT = ("frozen", "kw_only", "strict", "device")
@@ -151,7 +153,7 @@ def started(name, tree, seconds=0):
                 sys.meta_path.insert(0, Finder(f"{PACKAGE}.wanvideo.{name}", tree))
             import pytest
 
-            near = [test for test in TESTS if f"test_{name.rpartition('.')[2]}." in test]
+            near = [test for test in TESTS if f"test_{name.rpartition('.')[2]}" in test]
             rounds = [near or TESTS[:1], [test for test in TESTS if test not in near]]
             quiet = ["-x", "-q", "-p", "no:cacheprovider"]
             failed = any(pytest.main([*quiet, *(f"{ROOT}/tests/{test}" for test in tests)]) for tests in rounds)

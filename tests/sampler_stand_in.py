@@ -90,7 +90,7 @@ class FakeModel:
         self.path, self.options = Path("wan2.1_t2v.safetensors"), LoadOptions(base_dtype=torch.float32)
 
     def try_attention(self, latent_size, batch):
-        self.tried = tuple(latent_size)
+        self.tried = (*latent_size, batch)
 
     def set_step(self, index, *, filled=True):
         self.events.append(index)
@@ -99,6 +99,7 @@ class FakeModel:
         self.events.append("release")
 
     def work(self, latent_size, batch):
+        self.planned = (*latent_size, batch)
         return Work(math.prod(latent_size) // 4, batch)
 
     @contextlib.contextmanager
