@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def changes(node):
 
 
 def mutants(source):
-    """(line, what, tree) of every mutant of a module."""
+    """(line, what, function that makes the tree) of every mutant of a module."""
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))
     annotations = {id(part) for node in nodes for name in ("annotation", "returns") if getattr(node, name, None)
@@ -87,7 +88,7 @@ def mutants(source):
         if id(node) in annotations | kept or isinstance(node, ast.JoinedStr):
             continue
         for what, change in changes(node):
-            yield node.lineno, what, altered(tree, place, change)
+            yield node.lineno, what, partial(altered, tree, place, change)
         for field in ("body", "orelse"):
             statements = getattr(node, field, None)
             for index, statement in enumerate(statements if isinstance(statements, list) else ()):
@@ -96,7 +97,7 @@ def mutants(source):
                 if isinstance(statement, (ast.Expr, ast.AugAssign, ast.For, ast.Continue)):
                     drop = lambda n, f=field, i=index: getattr(n, f).__setitem__(i, ast.Pass())  # noqa: E731
                     text = " ".join(ast.unparse(statement).split())[:50]
-                    yield statement.lineno, f"'{text}' goes", altered(tree, place, drop)
+                    yield statement.lineno, f"'{text}' goes", partial(altered, tree, place, drop)
 
 
 def altered(tree, place, change):
@@ -106,13 +107,13 @@ def altered(tree, place, change):
 
 
 def asked_for(place):
-    """(module, line, what, tree) of every mutant of MODULE or MODULE:LINE that is not explained."""
+    """(module, line, what, function that makes the tree) of every mutant of a place that is not explained."""
     name, _, only = place.partition(":")
     source = (ROOT / "wanvideo" / f"{name.replace('.', '/')}.py").read_text()
     lines = source.splitlines()
-    for line, what, tree in mutants(source):
+    for line, what, made in mutants(source):
         if only in ("", str(line)) and (name, lines[line - 1].strip(), what) not in EXPLAINED:
-            yield name, line, what, tree
+            yield name, line, what, made
 
 
 class Mutated(importlib.machinery.SourceFileLoader):
@@ -138,8 +139,8 @@ class Finder:
         return spec
 
 
-def started(name, tree, seconds=0):
-    """A child process that runs the tests with this mutant (None: without one); it ends with 0 if all pass.
+def started(name, made, seconds=0):
+    """A child process that runs the tests with the mutant that is made (None: without one); 0 is its end if all pass.
 
     seconds: when SIGALRM ends it, 0 for never.
     """
@@ -149,8 +150,8 @@ def started(name, tree, seconds=0):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-            if tree is not None:
-                sys.meta_path.insert(0, Finder(f"{PACKAGE}.wanvideo.{name}", tree))
+            if made is not None:
+                sys.meta_path.insert(0, Finder(f"{PACKAGE}.wanvideo.{name}", made()))
             import pytest
 
             near = [test for test in TESTS if f"test_{name.rpartition('.')[2]}" in test]
@@ -185,8 +186,8 @@ def main():
     left, late, running, waiting = 0, 0, {}, list(reversed(work))
     while waiting or running:
         while waiting and len(running) < options.jobs:
-            name, line, what, tree = waiting.pop()
-            running[started(name, tree, seconds)] = f"{name}:{line}  {what}\n"
+            name, line, what, made = waiting.pop()
+            running[started(name, made, seconds)] = f"{name}:{line}  {what}\n"
         child, status = os.wait()
         told, code = running.pop(child), os.waitstatus_to_exitcode(status)
         left, late = left + (code == 0), late + (code == -signal.SIGALRM)
