@@ -11,11 +11,12 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .graph import Link, Node, Prompt
+from .group_nodes import closed_because, is_group
 from .packs import is_of_this_pack, pack_of
 from .ui_graph import WRAPPED
 from .video_file import FORMATS, too_small
@@ -28,8 +29,6 @@ log = logging.getLogger("wanvideo")
 
 # Less room than this does not hold the shortest video and its frames.
 LEAST_ROOM = 16 * 2**20
-# How the types of group nodes begin, in old graphs and in newer ones.
-GROUPS = ("workflow/", "workflow>")
 
 
 class GraphError(ValueError):
@@ -68,12 +67,11 @@ def check(prompt: Prompt, classes: Mapping[str, type], host: Host) -> list[Node]
         _drop_unused(node, classes)
     outputs = [node for node in prompt.nodes.values() if is_output(node, classes)]
     if not outputs:
-        groups = [_group(node) for node in prompt.nodes.values() if is_group(node)]
-        raise GraphError(groups or [_no_output(prompt, classes)])
+        raise GraphError([*_groups(prompt.nodes.values(), prompt, classes)] or [_no_output(prompt, classes)])
     needed, problems = _in_order(prompt, outputs)
     known = [node for node in needed if node.type in classes]
-    problems += [_group(node) for node in needed if is_group(node)]
-    problems += _unknown([node for node in needed if node.type not in classes and not is_group(node)])
+    problems += _groups(needed, prompt, classes)
+    problems += _unknown([node for node in needed if node.type not in classes and not is_group(node.type)])
     for node in known:
         problems += _problems_of(node, prompt, classes)
     problems += _folder_problems(known, classes, host)
@@ -95,16 +93,20 @@ def is_output(node: Node, classes: Mapping[str, type]) -> bool:
     return bool(getattr(classes.get(node.type), "OUTPUT_NODE", False))
 
 
-def is_group(node: Node) -> bool:
-    """Whether the node is several that the editor drew as one before it had subgraphs."""
-    return node.type.startswith(GROUPS)
-
-
-def _group(node: Node) -> str:
-    return (
-        f"{node.label}: it is a group node, which only ComfyUI's editor opens up: choose 'Convert to nodes' in its "
-        "menu there, and save the workflow again."
-    )
+def _groups(nodes: Iterable[Node], prompt: Prompt, classes: Mapping[str, type]) -> Iterator[str]:
+    """A sentence for each group node that could not be opened."""
+    reasons: dict[str, str] = {}
+    for node in nodes:
+        if not is_group(node.type):
+            continue
+        if node.type not in reasons:
+            reasons[node.type] = closed_because(node.type, prompt.workflow, classes)
+        # The editor opens none there, whatever it holds.
+        reason = "inside a subgraph" if ":" in node.id else reasons[node.type]
+        yield (
+            f"{node.label}: it is a group node {reason}: choose 'Convert to nodes' in its menu in ComfyUI, or put the "
+            "nodes in its place, and save the workflow again."
+        )
 
 
 def _no_output(prompt: Prompt, classes: Mapping[str, type]) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .ui_graph import BYPASSED, MUTED, WRAPPED, LoopError, as_slot, convert, subgraphs_of
+from .group_nodes import Insides
+from .ui_graph import BYPASSED, MUTED, WRAPPED, LoopError, as_slot, convert
 from .widgets import Input, from_text, inputs_of
 
 # As large as ComfyUI's server takes; a value of a byte or two in the file takes up to 200 in memory.
@@ -177,27 +178,26 @@ def _value(value: object) -> object:
 def _from_ui(
     data: Mapping[str, object], classes: Mapping[str, type], switches: Mapping[int, Sequence[str]]
 ) -> Prompt:
-    subgraphs = subgraphs_of(data)
+    insides = Insides(data, classes)
     switched = {}
     for mode, names in switches.items():
         for name in names:
-            switched |= _switch(data, subgraphs, name, mode)
+            switched |= _switch(data, insides, name, mode)
     nodes = {}
-    for entry in convert(data, classes, switched):
+    for entry in convert(data, insides, classes, switched):
         inputs = {name: Link(*v) if isinstance(v, tuple) else v for name, v in entry.inputs.items()}
         nodes[entry.id] = Node(id=entry.id, type=entry.type, title=entry.title, inputs=inputs, pack=entry.pack)
     return Prompt(nodes, data)
 
 
-def _switch(
-    data: Mapping[str, object], subgraphs: Mapping[str, Mapping[str, object]], name: str, mode: int
-) -> dict[str, int]:
+def _switch(data: Mapping[str, object], insides: Insides, name: str, mode: int) -> dict[str, int]:
     """Sets the mode of the nodes of this id, title or class; returns it by full id for one inside a subgraph's use."""
-    if ":" in name and _inside(data, subgraphs, name.split(":")) is not None:
+    if ":" in name and _inside(data, insides, name.split(":")) is not None:
         return {name: mode}
-    inside = [node for subgraph in subgraphs.values() for node in subgraph["nodes"]]
     nodes = [node for node in data["nodes"] if name == str(node["id"])]
-    nodes = nodes or [node for node in (*data["nodes"], *inside) if name in (node.get("title"), node["type"])]
+    if not nodes:
+        every = (*data["nodes"], *insides.all_nodes())
+        nodes = [node for node in every if name in (node.get("title"), node["type"])]
     if not nodes:
         raise ValueError(f"There is no node '{name}' in the workflow: give its id, title or class name.")
     for node in nodes:
@@ -205,16 +205,14 @@ def _switch(
     return {}
 
 
-def _inside(
-    graph: Mapping[str, object], subgraphs: Mapping[str, Mapping[str, object]], path: Sequence[str]
-) -> Mapping[str, object] | None:
-    """The node at the end of a path of ids, each but the last that of a use of a subgraph."""
+def _inside(graph: Mapping[str, object], insides: Insides, path: Sequence[str]) -> Mapping[str, object] | None:
+    """The node at the end of a path of ids, each but the last that of a node that stands for several."""
     node = None
     for position, key in enumerate(path):
         node = next((node for node in graph["nodes"] if str(node["id"]) == key), None)
         if node is None or position == len(path) - 1:
             return node
-        graph = subgraphs.get(node["type"], {"nodes": ()})
+        graph = insides.of(node, top=position == 0) or {"nodes": ()}
     return node
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .widgets import inputs_of, values_by_name
 
@@ -49,6 +49,14 @@ class Untouched:
 Source = tuple[str, int] | Literal | Untouched | None
 
 
+class Insides(Protocol):
+    """What lies inside nodes that stand for several."""
+
+    def of(self, node: Mapping[str, object], *, top: bool) -> Mapping[str, object] | None:
+        """Nodes and links inside the node; None for one that stands for itself. top: whether it lies in no other."""
+        ...
+
+
 class LoopError(Exception):
     """Subgraphs, or Set, Get or Reroute nodes, lead back to themselves."""
 
@@ -71,7 +79,7 @@ class Scope:
     def __init__(
         self,
         graph: Mapping[str, object],
-        subgraphs: Mapping[str, Mapping[str, object]],
+        insides: Insides,
         switched: Mapping[str, int],
         outer: Outer | None = None,
     ) -> None:
@@ -87,11 +95,12 @@ class Scope:
         for key, node in self.nodes.items():
             if not isinstance(node["type"], str):
                 raise TypeError(f"node {key} has the type {node['type']}")
-            if node["type"] in subgraphs and self.mode(node) not in (MUTED, BYPASSED):
+            inside = None if self.mode(node) in (MUTED, BYPASSED) else insides.of(node, top=outer is None)
+            if inside is not None:
                 use = Outer(self, node)
                 if use.depth > DEEPEST:
                     raise LoopError
-                self.inner[key] = Scope(subgraphs[node["type"]], subgraphs, switched, use)
+                self.inner[key] = Scope(inside, insides, switched, use)
                 self.total += self.inner[key].total
                 if self.total > MOST_NODES:
                     raise ValueError(f"Its subgraphs open up to more than {MOST_NODES} nodes; split the workflow.")
@@ -202,13 +211,13 @@ class Outer:
 
 
 def convert(
-    workflow: Mapping[str, object], classes: Mapping[str, type], switched: Mapping[str, int]
+    workflow: Mapping[str, object], insides: Insides, classes: Mapping[str, type], switched: Mapping[str, int]
 ) -> list[Converted]:
-    """All nodes that can run, subgraphs opened up.
+    """All nodes that can run, subgraphs and group nodes opened up.
 
-    classes: node classes by name, for widget values by position. switched: modes of nodes inside subgraphs, by full id.
+    classes: node classes by name, for widget values by position. switched: modes of nodes inside others, by full id.
     """
-    return list(_converted(Scope(workflow, subgraphs_of(workflow), switched), classes))
+    return list(_converted(Scope(workflow, insides, switched), classes))
 
 
 def subgraphs_of(workflow: Mapping[str, object]) -> dict[str, Mapping[str, object]]:

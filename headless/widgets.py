@@ -28,8 +28,11 @@ class Input(NamedTuple):
     @property
     def is_widget(self) -> bool:
         """Whether the front end shows a widget for it."""
-        if self.options.get("forceInput"):
-            return False
+        return self.has_widget_type and not self.options.get("forceInput")
+
+    @property
+    def has_widget_type(self) -> bool:
+        """Whether a widget could hold its values."""
         return isinstance(self.kind, list) or self.kind in CASTS
 
     @property
@@ -63,11 +66,13 @@ def values_by_name(cls: type, saved: Sequence[object] | Mapping[str, object] | N
     widgets = [entry for entry in inputs_of(cls) if entry.is_widget]
     if isinstance(saved, Mapping):
         return {entry.name: saved.get(entry.name, entry.default) for entry in widgets}
+    return {entry.name: value for entry, value in zip(widgets, positional_values(widgets, saved), strict=True)}
+
+
+def positional_values(widgets: Sequence[Input], saved: Sequence[object] | None) -> list[object]:
+    """The saved value of each widget, in order; missing ones are the default."""
     rest = _Saved(saved or ())
-    values = {}
-    for entry in widgets:
-        values[entry.name] = rest.take(entry)
-    return values
+    return [rest.take(entry) for entry in widgets]
 
 
 class _Saved:
@@ -84,6 +89,9 @@ class _Saved:
         controlled = entry.name in SEEDS or entry.options.get("control_after_generate")
         if controlled and self._values and self._values[0] in CONTROL_VALUES:
             self._values.pop(0)
+            if isinstance(entry.kind, list) and self._values:
+                # A list has a filter besides.
+                self._values.pop(0)
         if any(entry.options.get(upload) for upload in UPLOADS) and self._values:
             self._values.pop(0)
         return value
