@@ -49,7 +49,6 @@ FOLDERS = (
     "mocha",
     "vace",
     "stand_in",
-    "lynx",
     "slg",
     "freeinit",
     "pusa",
@@ -60,6 +59,7 @@ FOLDERS = (
     "longvie2",
     "one_to_all",
     "story_mem",
+    "lynx",
     "ovi",
 )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..attention import AttentionCall, attend
 from ..kernels.rope import apply_rope
 from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.config import ROPE_THETA
@@ -31,18 +32,21 @@ FRAME_JUMP, TEXT_JUMP = 4, 4
 PADDING_JUMP = 10
 # Prompts of all shots together are padded to this many times the length of one.
 TEXT_LENGTHS = 4
+ALL_SHOWN = torch.ones(1, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class ShotPrompts(Payload):
-    """prompts: one [tokens, text_dim] a shot; empty in passes without the prompt, whose text stands for every shot.
+    """prompts: one [tokens, text_dim] a shot.
 
     places: of each latent frame that the forward sees, its shot; None: shots share out the frames of the forward.
+    shown [B] of truth values: the passes that read the prompts; the text of the others stands for every shot.
     """
 
     prompts: tuple[Tensor, ...]
     shots: int
     places: tuple[int, ...] | None = None
+    shown: Tensor = ALL_SHOWN
     needs: ClassVar[str] = "EchoShot works with every Wan model that reads text; this one was built without extensions."
 
     def window(self, window: Window) -> Self:
@@ -55,7 +59,11 @@ class ShotPrompts(Payload):
 
     def without(self, names: frozenset[str]) -> Self:
         """Of the prompt: the same shots under the negative one."""
-        return replace(self, prompts=()) if "text" in names else self
+        return replace(self, shown=~ALL_SHOWN) if "text" in names else self
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Which passes read the prompts is asked by the host in every forward."""
+        return replace(super().to(device, dtype), shown=self.shown)
 
 
 def shots_of(frames: int, shots: int) -> tuple[int, ...]:
@@ -71,12 +79,13 @@ class ShotText(NamedTuple):
     """Text source: prompts [B, T, C] one behind the other, and phases.
 
     queries [V, D/2, 2]: of the video's tokens; others behind them, of references, belong to no shot and do not turn.
-    keys [T, D/2, 2]: of the prompts' tokens.
+    keys [B, T, D/2, 2]: of the prompts' tokens. lengths: how many of them each row has.
     """
 
     tokens: Tensor
     queries: Tensor
     keys: Tensor
+    lengths: tuple[int, ...]
     tokenwise = False
 
     def attend(self, cross: CrossAttention, q: Tensor) -> Tensor:
@@ -85,17 +94,17 @@ class ShotText(NamedTuple):
         # Other sources may leave only the first queries to this one.
         count = min(self.queries.shape[0], q.shape[1])
         q = torch.cat((apply_rope(q[:, :count], self.queries[:count]), q[:, count:]), dim=1)
-        return cross.attention(q, apply_rope(k, self.keys), v)
+        return attend(cross.attention, AttentionCall(q, apply_rope(k, self.keys), v, k_lens=self.lengths))
 
     def on(self, shard: Shard) -> ShotText:
         """The phases of this part's tokens."""
         return self._replace(queries=shard.take(self.queries, dim=0))
 
 
-def phases(positions: Sequence[int], head_dim: int, device: torch.device) -> Tensor:
-    """Rotations [len(positions), D/2, 2] of whole heads, whose channels all turn with the one position."""
+def phases(positions: Tensor, head_dim: int, device: torch.device) -> Tensor:
+    """Rotations [..., D/2, 2] of whole heads, whose channels all turn with the one position [...]."""
     frequencies = ROPE_THETA ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.tensor(positions, dtype=torch.float64), frequencies)
+    angles = positions.double()[..., None] * frequencies
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
 
 
@@ -117,20 +126,25 @@ class EchoShot(Extension):
         shots = payload.places or shots_of(tokens.grid[0], payload.shots)
         count, device = video_tokens(tokens.grid), tokens.x.device
         rope = torch.cat((_placed(model, tokens.grid, shots, inputs.riflex_index, device), tokens.rope[count:]))
-        rows = [payload.prompts or (text,) * payload.shots for text in inputs.text]
-        lengths = [len(prompt) for prompt in rows[0]]
-        if any([len(prompt) for prompt in row] != lengths for row in rows):
-            raise ValueError("The passes of a batch have prompts of different lengths: turn batched_cfg off.")
-        padded = max(TEXT_LENGTHS * model.config.text_len, sum(lengths))
-        joined = [functional.pad(text := torch.cat(row), (0, 0, 0, padded - len(text))) for row in rows]
-        keys = [shot * TEXT_JUMP for shot, length in enumerate(lengths) for _ in range(length)]
-        keys += [payload.shots - 1 + PADDING_JUMP] * (padded - len(keys))
-        queries = [shot * TEXT_JUMP for shot in shots for _ in range(tokens.grid[1] * tokens.grid[2])]
-        head_dim = model.config.head_dim
-        text = ShotText(
-            model.embed_text(joined, tokens.x.dtype), phases(queries, head_dim, device), phases(keys, head_dim, device)
-        )
+        queries = torch.tensor(shots).repeat_interleave(tokens.grid[1] * tokens.grid[2]) * TEXT_JUMP
+        shown = payload.shown.expand(len(inputs.text)).tolist()
+        passes = zip(shown, inputs.text, strict=True)
+        rows = [payload.prompts if own else (text,) * payload.shots for own, text in passes]
+        text = _shot_text(model, rows, queries, tokens)
         return tokens._replace(rope=rope, text=text), None
+
+
+def _shot_text(model: WanModel, rows: Sequence[Sequence[Tensor]], queries: Tensor, tokens: Tokens) -> ShotText:
+    """The prompts of each row one behind the other, with the padding that they have without other rows."""
+    lengths = [[len(prompt) for prompt in row] for row in rows]
+    padded = tuple(max(TEXT_LENGTHS * model.config.text_len, sum(row)) for row in lengths)
+    joined = [torch.cat(row) for row in rows]
+    joined = [functional.pad(text, (0, 0, 0, count - len(text))) for text, count in zip(joined, padded, strict=True)]
+    keys = torch.full((len(rows), max(padded)), len(rows[0]) - 1 + PADDING_JUMP)
+    for row, own in zip(keys, lengths, strict=True):
+        row[: sum(own)] = torch.arange(len(own)).repeat_interleave(torch.tensor(own)) * TEXT_JUMP
+    turned = (phases(positions, model.config.head_dim, tokens.x.device) for positions in (queries, keys))
+    return ShotText(model.embed_text(joined, tokens.x.dtype), *turned, padded)
 
 
 def _placed(

@@ -11,7 +11,8 @@ from wanvideo_wrapper.echoshot import prompts
 from wanvideo_wrapper.echoshot.extension import EchoShot, ShotPrompts, ShotText, shots_of
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo.conditioning import Window
+from wanvideo_wrapper.wanvideo.conditioning import Step, Window
+from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.sampling import whole_window
@@ -84,6 +85,27 @@ def test_without_the_prompt_every_shot_reads_the_negative_one():
     bare = payload.without(frozenset({"text"}))
     want = model(inputs(ShotPrompts((negative, negative), 2), seed=3))
     assert torch.equal(model(inputs(bare, seed=3)), want) and payload.without(frozenset({"audio"})) is payload
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(2, 3), (9, 12)])
+def test_passes_that_share_a_forward_read_prompts_of_their_own(lengths):
+    """Each is padded as it is alone: to 16 tokens, or not at all."""
+    _, model = build(EchoShot())
+    payload, negative, together = ShotPrompts(tuple(torch.randn(n, 8) for n in lengths), 2), torch.randn(3, 8), []
+    payload, latents = payload.window(whole_window(3)), torch.randn(16, 3, HEIGHT, WIDTH)
+    model.blocks[0].register_forward_pre_hook(lambda block, args: together.append(len(args[0])))
+
+    def velocity(*, batched):
+        denoiser = Denoiser(
+            model, Conditions(positive=payload.prompts[0], negative=negative, payloads=(payload,)),
+            guidance=Guidance(cfg=(6.0,), payloads=(payload,), batched=batched), device=torch.device("cpu"),
+            dtype=torch.float32,
+        )  # fmt: skip
+        return denoiser(latents, torch.tensor(731.0), Step(index=3, total=10, in_run=3))
+
+    got, want = velocity(batched=True), velocity(batched=False)
+    assert together == [2, 1, 1] and (got - want).norm() < 1e-5 * want.norm()
 
 
 @pytest.mark.parametrize(
