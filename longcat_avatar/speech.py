@@ -25,7 +25,15 @@ class LongCatSpeech(MultiTalkEmbeds):
     frames: int
 
     def window(self, window: Window) -> AudioWindow:
-        """The features of each frame, with their two neighbors on both sides; the last is repeated behind the end."""
+        """The features of each frame, with their two neighbors on both sides; the last is repeated behind the end.
+
+        Raises ValueError for a part of the video.
+        """
+        if not window.whole:
+            raise ValueError(
+                "LongCat avatar makes a long video in parts that go on from each other, not in context windows: "
+                "disconnect the context options."
+            )
         half = AUDIO_WINDOW // 2
         centers = self.start + STRIDE * torch.arange(self.frames)
         index = (centers[:, None] + torch.arange(-half, half + 1)).clamp(0, self.num_frames - 1)

@@ -26,7 +26,8 @@ class Case:
 
     payload: for those latents. absent: a payload of strength 0, bit-identical to none; None where there is no such.
     changed: the payload of step i, where its strength can change; joins: channels that the payload joins; sizes: of the
-    model, where they differ from SIZES.
+    model, where they differ from SIZES. video: the payload of a whole video, of which `payload` is a window. leading:
+    how many of the latents are references in front.
     """
 
     extension: object
@@ -35,6 +36,8 @@ class Case:
     changed: Callable[[int], object] | None = None
     joins: int = 0
     sizes: tuple[tuple[str, int], ...] = ()
+    video: object | None = None
+    leading: int = 0
 
     def at_step(self, step):
         return self.payload if self.changed is None else self.changed(step)

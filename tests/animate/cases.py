@@ -21,6 +21,6 @@ def stronger(step):
 # One model reads one image condition: the text length, which is the usual one, keeps HuMo from being paired with it.
 OWN_CHANNELS = (("in_dim", 36), ("text_len", 4))
 CASES = {
-    "animate": Case(SIZES, SEEN, changed=stronger, sizes=OWN_CHANNELS),
-    "animate_poses": Case(SIZES, replace(SEEN, faces=None), sizes=OWN_CHANNELS),
+    "animate": Case(SIZES, SEEN, changed=stronger, sizes=OWN_CHANNELS, leading=1),
+    "animate_poses": Case(SIZES, replace(SEEN, faces=None), sizes=OWN_CHANNELS, leading=1),
 }

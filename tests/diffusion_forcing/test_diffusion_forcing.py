@@ -13,12 +13,14 @@ from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.guidance import Conditions
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import TextEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
+from windowed import LEAST, blended, denoisers, windowed
 
 HEADS, HEAD, TEXT = 3, 24, 40
 STEPS, SHIFT, FRAMES = 3, 4.0, 4
@@ -88,6 +90,25 @@ def test_known_frames_are_noised_anew_in_every_step_and_have_a_time_of_their_own
     assert torch.equal(again(latents, torch.tensor(731.0), Step()), seen[0][0])
     clean = KnownFrames(first=0, count=2, noise=0, seed=9).around_velocity(lambda x, times, step: x)
     assert clean(latents, torch.tensor(5.0), Step()) is latents
+
+
+@torch.no_grad()
+def test_windows_are_the_same_frames_alone_at_their_times(pair):
+    """The first one begins with known frames, the second has none."""
+    _, model = pair
+    latents, time, payloads = torch.randn(16, 5, 4, 6), torch.tensor(731.0), (FrameRate.of(16.0),)
+    conditions = Conditions(positive=torch.randn(9, TEXT), payloads=payloads)
+    known = KnownFrames(first=0, count=2, noise=40, seed=3)
+    got = known.around_velocity(windowed(conditions, denoisers(model), size=9))(latents, time, Step())
+    seen, times = known.around_velocity(lambda *given: given[:2])(latents, time, Step())
+
+    def alone(*places):
+        given = dict(latents=seen[None, :, places], timestep=times[None, list(places)], payloads=payloads)
+        return model(ModelInputs(text=(conditions.positive,), **given))[0]
+
+    parts = [((0, 1, 2), (1.0, 1.0, 1.0), alone(0, 1, 2)), ((2, 3, 4), (LEAST, 1.0, 1.0), alone(2, 3, 4))]
+    assert times.tolist() == [40.0, 40.0, 731.0, 731.0, 731.0]
+    torch.testing.assert_close(got, blended(parts, 5))
 
 
 class ForcedRuns(Runs):

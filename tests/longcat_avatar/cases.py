@@ -3,6 +3,7 @@ from dataclasses import replace
 import torch
 from contract import SIZES, Case
 from wanvideo_wrapper.longcat_avatar.extension import LongCatAvatar
+from wanvideo_wrapper.longcat_avatar.speech import LongCatSpeech
 from wanvideo_wrapper.multitalk.extension import AudioWindow
 
 SPEECH = dict(features=2 * 6, intermediate_dim=10, context_tokens=4, output_dim=12)
@@ -16,6 +17,7 @@ def case(speakers=1):
         speech,
         replace(speech, scale=torch.tensor(0.0)),
         changed=lambda step: replace(speech, scale=torch.tensor(0.5 + 0.1 * step)),
+        video=LongCatSpeech(features=tuple(torch.randn(speakers, 20, 2, 6)), start=0, frames=9),
     )
 
 

@@ -23,6 +23,7 @@ from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
+from windowed import LEAST, blended, denoisers, windowed
 
 CONFIG = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=3, text_dim=8, text_len=4)
 GRID, SIDES = (3, 2, 3), (4, 6)
@@ -150,6 +151,21 @@ def test_passes_add_up_as_published(cfg, batched):
     if share == 1.0:
         want = nothing + 6.0 * (whole - nothing)
     assert relative(got, want.double()) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batched", [False, True])
+def test_windows_are_the_same_frames_alone(batched):
+    """Each under the whole face, with guidance by it."""
+    model, latents, step = randomize(WanModel(CONFIG, (FULL,))), rand(16, 5, *SIDES, seed=6), Step(index=3, total=10)
+    conditions = Conditions(positive=rand(4, 8, seed=7), negative=rand(3, 8, seed=8), payloads=(face(cfg=(2.5,)),))
+    make, time = denoisers(model, 6.0, batched=batched), torch.tensor(731.0)
+    alone = [
+        (places, shares, make(conditions)(latents[:, places], time, step))
+        for places, shares in (([0, 1, 2], (1.0, 1.0, 1.0)), ([2, 3, 4], (LEAST, 1.0, 1.0)))
+    ]
+    got = windowed(conditions, make, size=9)(latents, time, step)
+    assert relative(got, blended(alone, 5).double()) < 1e-5
 
 
 def test_what_passes_go_without():

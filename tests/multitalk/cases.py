@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import torch
 from contract import Case
+from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 
 FEATURES = dict(features=2 * 6, intermediate_dim=10, context_tokens=4, output_dim=12)
@@ -14,6 +15,7 @@ def case(voiced, speakers=1):
         speech,
         replace(speech, scale=torch.tensor(0.0)),
         changed=lambda step: replace(speech, scale=torch.tensor(0.5 + 0.1 * step)),
+        video=MultiTalkEmbeds(features=tuple(torch.randn(speakers, 9, 2, 6)), scale=0.7),
     )
 
 

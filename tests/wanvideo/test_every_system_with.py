@@ -8,13 +8,19 @@ from contract import ALL_CASES, inputs, randomize
 from safetensors.torch import save_file
 from swap_stand_in import DEVICE, LateCopies
 from torch import nn
+from wanvideo_wrapper.cache_methods.teacache import TeaCache
+from wanvideo_wrapper.longcat.extension import LongCat
+from wanvideo_wrapper.longcat_avatar.extension import LongCatAvatar
+from wanvideo_wrapper.ovi.extension import Ovi
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs, Placement
-from wanvideo_wrapper.wanvideo.conditioning import Step
+from wanvideo_wrapper.wanvideo.conditioning import Step, Window
+from wanvideo_wrapper.wanvideo.guidance import Conditions
 from wanvideo_wrapper.wanvideo.loading import quantizable
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.lora.beside import beside
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
-from wanvideo_wrapper.wanvideo.step_cache import StepCache, StepMemory
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
+from windowed import LEAST, blended, denoisers, windowed
 
 CPU = torch.device("cpu")
 
@@ -49,29 +55,53 @@ def test_waiting_blocks(case, model):
     assert copies.copied >= 2 * blocks and copies.bytes_on_device() == 0
 
 
-class Cache(StepCache):
-    def maker(self, model):
-        raise NotImplementedError
-
-
-class Memory(StepMemory):
-    """Leaves out the blocks of every other step."""
-
-    def blocks(self, moment, step, run):
-        follows = self.goes_on(step)
-        return self.skip(moment.tokens, step) if follows else self.run_and_keep(moment.tokens, step, run)
-
-
 @torch.no_grad()
-def test_a_step_whose_blocks_are_left_out(case, model):
+def test_a_step_that_teacache_leaves_out(case, model):
     """With the same inputs it is the step before."""
-    memory, ran = Memory(Cache(), CPU), []
+    memory, ran = TeaCache(threshold=1.0, use_coefficients=False).maker(None)(CPU), []
     hook = model.blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
     given = [replace(inputs(case.payload), step=Step(index=2, total=8, in_run=place)) for place in (2, 3)]
     first, second = (model(each, memory) for each in given)
     hook.remove()
     assert len(ran) == 1 and memory.skipped == [3]
     assert (second - first).norm() < 1e-5 * first.norm()
+
+
+# Each is made in one piece: its parts are longer runs, given frames and sound.
+IN_ONE_PIECE = (LongCat, LongCatAvatar, Ovi)
+# Of three latent frames, the first two and the last two, and how much each counts. A window's first latent frame is one
+# pixel frame.
+OVERLAPPING = (
+    (Window((0, 1), (0, 1, 2, 3, 4), total=3), (1.0, 1.0)),
+    (Window((1, 2), (4, 5, 6, 7, 8), total=3), (LEAST, 1.0)),
+)
+# Behind a reference, one latent frame each.
+BEHIND = (
+    (Window((0, 1), (0,), leading=1, total=3), (1.0, 1.0)),
+    (Window((0, 2), (4,), leading=1, total=3), (1.0, 1.0)),
+)
+
+
+@torch.no_grad()
+def test_context_windows(case, model):
+    """The velocity of two windows is that of their frames alone, each under its part of the payload."""
+    prompt, latents, time = rand(4, 8, seed=1), rand(16, 3, 4, 4, seed=2), torch.tensor(731.0)
+    video, step = (case.video or case.payload).fitted(case.config), Step(index=2, total=8, in_run=2)
+    conditions = Conditions(positive=prompt, payloads=(video,))
+    velocity = windowed(conditions, denoisers(model), size=1 if case.leading else 5, leading=case.leading)
+    if isinstance(case.extension, IN_ONE_PIECE):
+        with pytest.raises(ValueError, match="disconnect .*context"):
+            velocity(latents, time, step)
+        return
+    parts = []
+    for window, shares in BEHIND if case.leading else OVERLAPPING:
+        part = video.window(window)
+        given = ModelInputs(
+            latents=latents[None, :, list(window.latents)], timestep=time[None], text=(prompt,), prompts=(prompt,),
+            payloads=() if part is None else (part,), step=step,
+        )  # fmt: skip
+        parts.append((window.latents, shares, model(given)[0]))
+    torch.testing.assert_close(velocity(latents, time, step), blended(parts, 3))
 
 
 @torch.no_grad()
