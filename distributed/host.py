@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..host import Managed, Place, Progress, StandaloneHost
 from ..wanvideo.modules.model import WanModel
 from .ranks import ProcessRanks
+from .told import Tell, ToldProgress
 
 
 class SilentProgress:
@@ -26,9 +27,10 @@ class SilentProgress:
 
 
 class RankHost(StandaloneHost):
-    """A StandaloneHost whose transformers are shared by all ranks."""
+    """A StandaloneHost whose transformers are shared by all ranks. tell: takes its progress, if not its terminal."""
 
     ranks: ProcessRanks
+    tell: Tell | None = None
 
     def manage(
         self, module: nn.Module, *, place: Place | None = None, resident: Callable[[], int] | None = None
@@ -41,4 +43,6 @@ class RankHost(StandaloneHost):
 
     def progress(self, total: int, label: str = "") -> Progress:
         """On the first rank."""
-        return super().progress(total, label) if self.ranks.leads else SilentProgress()
+        if not self.ranks.leads:
+            return SilentProgress()
+        return super().progress(total, label) if self.tell is None else ToldProgress(self.tell, total, label)

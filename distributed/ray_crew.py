@@ -6,27 +6,19 @@ It carries jobs and reasons, never tensors. Every host needs this package, and t
 from __future__ import annotations
 
 from functools import partial
-from types import ModuleType
 
 from .crew import End, Work, attempt
-
-GET = "pip install 'comfyui-wanvideo-aligned[ray]'"
+from .ray_cluster import connect, room, why
 
 
 class RayCrew:
     """As many workers as were asked for, or as the cluster has room for. gpus: of each; 0 runs on a CPU."""
 
     def __init__(self, work: Work, *, address: str, gpus: int, workers: int | None = None) -> None:
-        ray = self._ray = _ray()
-        _connect(ray, address)
+        ray = self._ray = connect(address)
         kind, each = ("GPU", gpus) if gpus else ("CPU", 1)
-        room = int(ray.cluster_resources().get(kind, 0)) // each
-        if room < (workers or 1):
-            raise ValueError(
-                f"{workers or 1} workers of {each} {kind} each were asked for, but the Ray cluster at '{address}' has "
-                f"room for {room}: start more nodes (ray start --address ...), or ask for fewer."
-            )
-        self.size = workers or room
+        found = room(ray, address, kind=kind, each=each, wanted=workers or 1)
+        self.size = workers or found
         actor = ray.remote(num_gpus=gpus, num_cpus=1)(_Actor)
         self._new = partial(actor.remote, work)
         self._actors = [self._new() for _ in range(self.size)]
@@ -43,10 +35,9 @@ class RayCrew:
         try:
             shown, failure, again = self._ray.get(done)
         except self._ray.exceptions.RayActorError as error:
-            why = (str(error).strip().splitlines() or ["no reason"])[0]
             # One that Ray restarts refuses jobs meanwhile; a new one queues them.
             self._actors[worker] = self._new()
-            return End(worker, failure=f"its worker or machine died ({why})", again=True)
+            return End(worker, failure=f"its worker or machine died ({why(error)})", again=True)
         if again:
             # After a fault of the GPU a process is of no more use.
             self._ray.kill(self._actors[worker])
@@ -64,20 +55,3 @@ class _Actor:
 
     def run(self, job: object) -> tuple[object, ...]:
         return attempt(self._work, job)
-
-
-def _ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(f"--ray needs the package 'ray', which is not installed: {GET}.") from error
-    return ray
-
-
-def _connect(ray: ModuleType, address: str) -> None:
-    """'local' starts a cluster of this host for this run. Raises ConnectionError where there is none."""
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        why = f"There is no Ray cluster at '{address}' ({error}): ray start --head starts one."
-        raise ConnectionError(why) from error

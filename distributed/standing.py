@@ -6,7 +6,6 @@ them all where one dies, fails or is too slow, or the user cancels; the next run
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -23,11 +22,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import recipes
-from .launch import LAST_WORDS_SECONDS, NO_MULTICAST, START_SECONDS, death, devices, late_start
-from .standing_rank import REQUEST, RESULT, Bar, Ended, Order, Shown, Start
+from .launch import devices
+from .standing_rank import REQUEST, RESULT, Ended, Order, Start
+from .told import Terminal
+from .watch import LAST_WORDS_SECONDS, START_SECONDS, death, ended, late_start
 
 if TYPE_CHECKING:
-    from ..host import Host, Progress
+    from ..host import Host
 
 # ComfyUI loads the pack by its path, under a name that cannot be imported, and its main module starts a server when
 # multiprocessing imports it anew. So a rank gets the package by name and folder, without running its nodes.
@@ -96,12 +97,11 @@ class _Team:
         self._pipes: list[Connection] = []
         # Also when nobody holds the object any more, and when the interpreter ends.
         self.end = weakref.finalize(self, _end, self._processes, meeting)
-        environment = {**dict((NO_MULTICAST,)), **os.environ}
         for rank in range(len(places)):
             mine, theirs = Pipe()
             number = theirs.fileno()
             command = (sys.executable, "-P", "-c", PROGRAM, PACKAGE, str(FOLDER), str(number))
-            self._processes.append(subprocess.Popen(command, pass_fds=(number,), env=environment))
+            self._processes.append(subprocess.Popen(command, pass_fds=(number,)))
             theirs.close()
             self._pipes.append(mine)
             _send(mine, Start(rank, places, meeting.name, host.output_dir(), host.reserved_memory()))
@@ -120,7 +120,7 @@ class _Team:
         last = None if start_seconds is None else time.monotonic() + start_seconds
         busy = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         with ExitStack() as stack:
-            bars = _Bars(host, stack)
+            terminal = Terminal(host.progress, stack)
             while busy:
                 host.check_cancelled()
                 if last is not None and time.monotonic() > last:
@@ -128,7 +128,7 @@ class _Team:
                 for pipe in wait(list(busy), timeout=0.1):
                     said = self._said(pipe)
                     if not isinstance(said, Ended):
-                        bars.take(said)
+                        terminal.take(said)
                     elif said.error is None:
                         del busy[pipe]
                     else:
@@ -155,30 +155,10 @@ class _Team:
         while True:
             for rank, process in enumerate(self._processes):
                 if process.poll() is not None:
-                    raise RuntimeError(death(rank, len(self._processes), process.returncode)) from None
+                    raise RuntimeError(death(rank, len(self._processes), ended(process.returncode))) from None
             if time.monotonic() >= end:
                 return
             time.sleep(0.02)
-
-
-class _Bars:
-    """The host's progress bars, as the first rank asks for them."""
-
-    def __init__(self, host: Host, stack: ExitStack) -> None:
-        self._host = host
-        self._stack = stack
-        self._open: list[tuple[Progress, ExitStack]] = []
-
-    def take(self, said: Bar | Shown) -> None:
-        """A bar that begins or ends, or the last one that began moves."""
-        if isinstance(said, Shown):
-            preview = None if said.preview is None else torch.from_numpy(said.preview)
-            self._open[-1][0].update(said.done, note=said.note, preview=preview)
-        elif said.total is None:
-            self._open.pop()[1].close()
-        else:
-            own = self._stack.enter_context(ExitStack())
-            self._open.append((own.enter_context(self._host.progress(said.total, said.label)), own))
 
 
 def _write(request: object, path: Path) -> None:

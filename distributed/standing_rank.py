@@ -15,17 +15,15 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Self
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from ..host import Progress, set_host
+from ..host import set_host
 from ..wanvideo.sampling import sample
 from . import recipes
-from .host import RankHost, SilentProgress
-from .launch import STOPS, join
+from .host import RankHost
+from .rank import join, meeting
+from .watch import STOPS
 
 REQUEST, RESULT = "request.pt", "result.pt"
 
@@ -50,61 +48,16 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A progress bar begins; without a total, the last one that began ends."""
-
-    total: int | None = None
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The bar moves. preview: latents [C, 1, H, W], the frame in the middle."""
-
-    done: int
-    note: str
-    # A tensor would go as a handle to shared memory, which only processes of one multiprocessing family can open.
-    preview: np.ndarray | None
-
-
-@dataclass(frozen=True)
 class Ended:
     """The rank has started, or run an order; or it cannot."""
 
     error: BaseException | None = None
 
 
-class ToldProgress:
-    """A bar of the process at the other end of the pipe."""
-
-    def __init__(self, pipe: Connection, total: int, label: str) -> None:
-        self._pipe = pipe
-        self._bar = Bar(total, label)
-
-    def __enter__(self) -> Self:
-        self._pipe.send(self._bar)
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._pipe.send(Bar())
-
-    def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
-        """Of the latents, only what will be seen goes through the pipe."""
-        if preview is not None:
-            middle = preview.shape[1] // 2
-            preview = preview[:, middle : middle + 1].detach().float().cpu()
-        self._pipe.send(Shown(done, note, None if preview is None else preview.numpy()))
-
-
 class StandingHost(RankHost):
     """A rank's host whose progress is shown by the process that asked."""
 
-    pipe: Connection
     reserved: int
-
-    def progress(self, total: int, label: str = "") -> Progress:
-        """Of the first rank."""
-        return ToldProgress(self.pipe, total, label) if self.ranks.leads else SilentProgress()
 
     def reserved_memory(self) -> int:
         """As ComfyUI's command line says."""
@@ -143,8 +96,9 @@ def _read(pipe: Connection, orders: queue.SimpleQueue[Order]) -> None:
 
 def _host(start: Start, pipe: Connection) -> StandingHost:
     host = StandingHost(outputs=start.outputs, device=start.places[start.rank])
-    host.ranks = join(start.rank, start.places, start.folder)
-    host.pipe, host.reserved = pipe, start.reserved
+    count = len(start.places)
+    host.ranks = join(start.rank, count, start.places[start.rank], meeting(start.folder, count))
+    host.tell, host.reserved = pipe.send, start.reserved
     set_host(host)
     return host
 

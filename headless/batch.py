@@ -204,10 +204,7 @@ def run(options: argparse.Namespace) -> None:
     if options.gpus_per_job < 1 or (options.workers is not None and options.workers < 1):
         raise ValueError("--gpus-per-job and --workers are 1 or more.")
     results = Results(options.out)
-    folders = Folders(
-        models=None if options.models is None else options.models.absolute(),
-        inputs=None if options.input is None else options.input.absolute(),
-    )
+    folders = Folders(models=options.models, inputs=options.input).absolute()
     jobs = entries(options.jobs, results, folders)
     crew = _crew(options, results) if any(entry.done() is None for entry in jobs) else None
     try:

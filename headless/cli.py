@@ -18,7 +18,7 @@ from ..demo.quality import command as quality_command
 from ..host import CancelledError, StandaloneHost, set_host
 from ..registry import SYSTEMS
 from . import batch as batch_command
-from .job import Edits, Folders, Job, show
+from .job import Edits, Folders, Job, lines, show
 
 if TYPE_CHECKING:
     from .graph import Prompt
@@ -64,15 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a workflow (UI or API form) and write its video")
-    run.add_argument("workflow", type=Path)
-    run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="assignments")
-    run.add_argument("--bypass", action="append", default=[], metavar="NODE", help="pass a node's input through")
-    run.add_argument("--mute", action="append", default=[], metavar="NODE", help="leave a node out")
-    run.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
-    run.add_argument("--input", type=Path, help="folder of pictures and sounds (default: ./input)")
-    run.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of this host that make the video together")
-    run.add_argument("--check", action="store_true", help="say all that is wrong with the workflow, and run nothing")
-    run.add_argument("--allow-path", action="append", default=[], type=Path, metavar="DIR")
+    _add_run_arguments(run)
     run.set_defaults(command=_run)
 
     demo = commands.add_parser("demo", help="make the demo's talking video")
@@ -130,6 +122,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run_arguments(run: argparse.ArgumentParser) -> None:
+    run.add_argument("workflow", type=Path)
+    run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="assignments")
+    run.add_argument("--bypass", action="append", default=[], metavar="NODE", help="pass a node's input through")
+    run.add_argument("--mute", action="append", default=[], metavar="NODE", help="leave a node out")
+    run.add_argument("--models", type=Path, help="folder with ComfyUI's model folders (default: ./models)")
+    run.add_argument("--input", type=Path, help="folder of pictures and sounds (default: ./input)")
+    run.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that make the video together")
+    run.add_argument(
+        "--ray", metavar="ADDRESS", help="take them from a Ray cluster: host:port, auto, or local to start one here"
+    )
+    run.add_argument("--check", action="store_true", help="say all that is wrong with the workflow, and run nothing")
+    run.add_argument("--allow-path", action="append", default=[], type=Path, metavar="DIR")
+
+
 def _run(options: argparse.Namespace) -> None:
     folders = Folders(models=options.models, inputs=options.input, outputs=options.out, allowed=options.allow_path)
     _execute(options.workflow, folders, options)
@@ -140,7 +147,7 @@ def _demo(options: argparse.Namespace) -> None:
     from ..demo.own_files import connect, folders
 
     allowed = folders(options.speech, options.portrait)
-    options.bypass, options.mute, options.check = [], [], False
+    options.bypass, options.mute, options.check, options.ray = [], [], False, None
     own = Folders(models=MODELS, inputs=INPUT, outputs=options.out, allowed=allowed)
     _execute(WORKFLOW, own, options, partial(connect, speech=options.speech, portrait=options.portrait))
 
@@ -152,10 +159,10 @@ def _execute(
     job = Job(workflow=workflow.absolute(), folders=folders, edits=edits)
     if options.gpus < 1:
         raise ValueError(f"--gpus must be 1 or more, not {options.gpus}.")
-    if options.gpus > 1 and not options.check:
+    if (options.gpus > 1 or options.ray is not None) and not options.check:
         from .several import run_on_several
 
-        run_on_several(job, options.gpus, options.device)
+        show(run_on_several(job, options.gpus, options.device, options.ray))
     else:
         _run_alone(job, options)
     if without := job.without():
@@ -183,7 +190,7 @@ def _run_job(job: Job, host: StandaloneHost, *, check: bool) -> None:
         runner.check()
         sys.stdout.write("Nothing is wrong with the workflow that can be seen before it runs.\n")
         return
-    show(runner.run())
+    show(lines(runner.run()))
 
 
 def _interrupt(host: StandaloneHost) -> None:

@@ -31,6 +31,16 @@ class Folders:
             models=self.models, inputs=self.inputs, outputs=self.outputs, device=device, allowed=tuple(self.allowed)
         )
 
+    def absolute(self) -> Folders:
+        """The same for a process that works in another folder; defaults are those of this one."""
+        host = self.host(StandaloneHost, "cpu")
+        return Folders(
+            models=host.models_dir("vae").parent.absolute(),
+            inputs=host.input_dir().absolute(),
+            outputs=host.output_dir().absolute(),
+            allowed=[folder.absolute() for folder in self.allowed],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edits:
@@ -89,8 +99,8 @@ def lines(shown: Sequence[Mapping[str, object]]) -> list[str]:
     return [str(value) for entry in shown for values in entry.values() for value in values]
 
 
-def show(shown: Sequence[Mapping[str, object]]) -> None:
-    """Write it to stdout; a character that stdout cannot show becomes its escape, since the work is done by now."""
+def show(shown: Sequence[str]) -> None:
+    """Write lines to stdout; a character that stdout cannot show becomes its escape, since the work is done by now."""
     encoding = sys.stdout.encoding or "utf-8"
-    text = "".join(f"{line}\n" for line in lines(shown))
+    text = "".join(f"{line}\n" for line in shown)
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))

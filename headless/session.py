@@ -43,8 +43,7 @@ class Session:
         if self.gpus > 1:
             from .several import run_on_several
 
-            run_on_several(job, self.gpus, self.device)
-            return ()
+            return run_on_several(job, self.gpus, self.device)
         host = job.folders.host(SessionHost, self.device)
         host.shared_cache = self.cache
         set_host(host)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from ..distributed.host import RankHost
-from ..distributed.launch import Rank, launch
+from ..distributed.launch import launch
+from ..distributed.rank import Rank
+from ..distributed.ray_ranks import launch_on_ray
+from ..distributed.told import ToldLog
 from ..host import set_host
+from ..host.standalone import TerminalProgress
 from .check import check
 from .graph import Link, Node
-from .job import Job, show
+from .job import Job, lines
 from .memory_plan import head_counts
 from .runner import Runner, samples
 
 
-def run_on_several(job: Job, count: int, device: str) -> None:
-    """Run it on so many ranks of this host.
+def run_on_several(job: Job, count: int, device: str, ray: str | None = None) -> Sequence[str]:
+    """Run it on so many ranks of this host, or of the Ray cluster at this address; returns the lines that it shows.
 
-    Raises as `launch`, before anything starts GraphError for what is wrong with the workflow, and ValueError for a
-    transformer that so many cannot share.
+    Raises as `launch` and `launch_on_ray`, before anything starts GraphError for what is wrong with the workflow, and
+    ValueError for a transformer that so many cannot share.
     """
     host = job.folders.host(RankHost, "cpu")
     set_host(host)
@@ -31,7 +35,10 @@ def run_on_several(job: Job, count: int, device: str) -> None:
             raise ValueError(
                 f"{name} has {heads} attention heads, which {count} GPUs cannot share: use --gpus {heads} or fewer."
             )
-    launch(partial(_work, job), count=count, device=device)
+    if ray is None:
+        return launch(partial(_work, job), count=count, device=device)
+    job = replace(job, folders=job.folders.absolute())
+    return launch_on_ray(partial(_work, job), address=ray, count=count, device=device, progress=TerminalProgress)
 
 
 class FollowingRunner(Runner):
@@ -46,14 +53,11 @@ class FollowingRunner(Runner):
         return [node for node in nodes if node.id in wanted]
 
 
-def _work(job: Job, rank: Rank) -> None:
+def _work(job: Job, rank: Rank) -> Sequence[str]:
     leads = rank.ranks.leads
-    logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    voice = logging.StreamHandler() if rank.tell is None else ToldLog(rank.tell)
+    logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="%(message)s", handlers=[voice])
     host = job.folders.host(RankHost, rank.device)
-    host.ranks = rank.ranks
+    host.ranks, host.cancel, host.tell = rank.ranks, rank.cancel, rank.tell
     set_host(host)
-    if leads:
-        signal.signal(signal.SIGTERM, lambda *_: host.cancel.set())
-        show(Runner(*job.prompt(), host).run())
-    else:
-        FollowingRunner(*job.prompt(), host).run()
+    return lines((Runner if leads else FollowingRunner)(*job.prompt(), host).run())

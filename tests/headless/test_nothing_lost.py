@@ -216,7 +216,7 @@ def test_a_result_that_the_terminal_cannot_show_is_shown_in_escapes(monkeypatch)
     """The work is done by then: an exit status of 2 would tell of a failure."""
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="cp1252"))
-    show([{"videos": ["视频/é.mp4"], "text": ["\ud800"]}])
+    show(["视频/é.mp4", "\ud800"])
     sys.stdout.flush()
     assert raw.getvalue().decode("cp1252").splitlines() == [r"\u89c6\u9891/é.mp4", r"\ud800"]
 
