@@ -24,10 +24,10 @@ FOLDERS = {
 
 
 def note(title, text, *files):
-    """What a graph does, and the files that it needs."""
-    lines = [f"# {title}", "", text]
+    """What a graph does, in letters of headings as ComfyUI's other ones are half as large, and the files it needs."""
+    lines = [f"# {title}", "", *(f"## {paragraph}\n" for paragraph in text.split("\n\n"))]
     if files:
-        lines += ["", "Put these files below `ComfyUI/models`, in any subfolder, and press R:", ""]
+        lines += ["## Put these files below `ComfyUI/models`, in any subfolder, and press R:", ""]
     for name in files:
         row = published(name)
         lines.append(f"- `{FOLDERS.get(name, 'diffusion_models')}`: [{name}]({row.url(name)}) ({row.gigabytes:g} GB)")

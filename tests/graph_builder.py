@@ -13,6 +13,8 @@ SLOT, WIDGET, TEXT = 20, 26, 90
 NOTE = WIDTH + 100
 # A table of text, in the last column.
 WIDER = {"PreviewAny": 800}
+# What a letter of a file's name takes, and what stands beside it: a shorter field cuts its end off.
+LETTER, BESIDE = 6.2, 100
 # Below the node whose result they take.
 STACKED = {"CreateVideo", "SaveVideo"}
 # What is seen first: the note in the upper left corner, at a size that can be read. The demo fits into 1600x900; shown
@@ -52,7 +54,9 @@ class Made:
 
     @property
     def width(self):
-        return WIDER.get(self.type, WIDTH)
+        lists = [self.inputs.get(entry.name) for entry in self.widgets if isinstance(entry.kind, list)]
+        longest = max((len(value) for value in lists if isinstance(value, str)), default=0)
+        return max(WIDER.get(self.type, WIDTH), round(LETTER * longest) + BESIDE)
 
     @property
     def height(self):
@@ -79,7 +83,7 @@ class Graph:
     def saved(self):
         links = self._links()
         places = self._places(links)
-        nodes = [self._note(), *(_saved_node(node, links, places[node.id]) for node in self.nodes)]
+        nodes = [self._note(), *(_saved_node(node, links, *places[node.id]) for node in self.nodes)]
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{self.name}")),
             "revision": 0,
@@ -106,7 +110,10 @@ class Graph:
         return links
 
     def _places(self, links):
-        """Makers are left of takers, each in the column with most room; those that write the video stand below."""
+        """(position, width) of nodes: makers are left of takers, each in the column with most room.
+
+        Those that write the video stand below the node whose result they take.
+        """
         takers = {node.id: [link[3] for link in links if link[1] == node.id] for node in self.nodes}
         makers = {node.id: [link[1] for link in links if link[3] == node.id] for node in self.nodes}
         step = {node.id: node.type not in STACKED for node in self.nodes}
@@ -115,15 +122,15 @@ class Graph:
             return min((last(taker) - step[taker] for taker in takers[key]), default=0)
 
         first_of_all = min(map(last, takers))
-        columns, filled, places = {}, {}, {}
+        columns, filled, tops, widths = {}, {}, {}, {}
         for node in self.nodes:
             earliest = max((columns[maker] + step[node.id] for maker in makers[node.id]), default=first_of_all)
             column = min(range(last(node.id), earliest - 1, -1), key=lambda place: filled.get(place, 0))
-            top = filled.get(column, 0)
-            columns[node.id] = column
-            places[node.id] = [(column - first_of_all) * (WIDTH + GAP) + NOTE + GAP, top]
-            filled[column] = top + node.height + TITLE + GAP
-        return places
+            columns[node.id], tops[node.id] = column, filled.get(column, 0)
+            widths[column] = max(widths.get(column, 0), node.width)
+            filled[column] = tops[node.id] + node.height + TITLE + GAP
+        left = {column: NOTE + GAP + sum(w + GAP for c, w in widths.items() if c < column) for column in widths}
+        return {key: ([left[column], tops[key]], widths[column]) for key, column in columns.items()}
 
     def _note(self):
         return {
@@ -133,7 +140,7 @@ class Graph:
         }  # fmt: skip
 
 
-def _saved_node(node, links, place):
+def _saved_node(node, links, place, width):
     ours = node.type in NODE_CLASS_MAPPINGS
     into = {link[4]: link[0] for link in links if link[3] == node.id}
     inputs = []
@@ -147,7 +154,7 @@ def _saved_node(node, links, place):
         for slot, (name, kind) in enumerate(node.outputs)
     ]
     return {
-        "id": node.id, "type": node.type, "pos": place, "size": [node.width, node.height], "flags": {}, "mode": 0,
+        "id": node.id, "type": node.type, "pos": place, "size": [width, node.height], "flags": {}, "mode": 0,
         "inputs": inputs, "outputs": outputs, **({"title": node.title} if node.title else {}),
         "properties": {"Node name for S&R": node.type, "cnr_id": PACK if ours else "comfy-core"},
         "widgets_values": _values(node),
