@@ -1,6 +1,6 @@
 """Several benches one after the other on one GPU, each in a process of its own, within a given time; one table of all.
 
-    python benchmarks/goals.py speed --out DIR [--seconds 540]
+    python benchmarks/goals.py speed --out DIR [--seconds 540] [--only BENCH ...]
     python benchmarks/goals.py memory --out DIR [--seconds 540]
 
 The most wanted figures come first. What would not fit into the time that is left is named and not begun; what fails is
@@ -117,10 +117,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", choices=JOBS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", nargs="+", metavar="BENCH", help="these of the list (default: all)")
     parser.add_argument("--seconds", type=float, default=540, help="for all of them (default: 540)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    sys.stdout.write("\n".join(all_of(JOBS[options.list], options.out, options.seconds)) + "\n")
+    jobs = [job for job in JOBS[options.list] if options.only is None or job.name in options.only]
+    sys.stdout.write("\n".join(all_of(jobs, options.out, options.seconds)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One 14B video on two GPUs of one host against one of them, in the same processes and with the same weights.
 
-    NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py [--gpus 2] [--option fp8_e4m3fn_fast:cudnn_fp8] [--blocks 40]
+    NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py [--gpus 2] [--option fp8_e4m3fn_fast:auto_fp8] [--blocks 40]
         [--overlap none projections] [--trace trace.json]
     NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py --option disabled:sdpa --other-kernel
 
@@ -220,7 +220,7 @@ def main() -> None:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--option", default="fp8_e4m3fn_fast:cudnn_fp8", help="QUANTIZATION:ATTENTION")
+    parser.add_argument("--option", default="fp8_e4m3fn_fast:auto_fp8", help="QUANTIZATION:ATTENTION")
     parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES))
