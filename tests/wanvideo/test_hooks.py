@@ -13,6 +13,7 @@ from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.modules.block import WanAttentionBlock
+from wanvideo_wrapper.wanvideo.rope import rope_table
 from wanvideo_wrapper.wanvideo.tokens import Text, Tokens, video_tokens
 
 # Norms take out what all channels have in common.
@@ -93,6 +94,25 @@ def test_prepare_sees_the_latents_that_the_patch_embedding_read():
     _, model = build(Joins())
     model(inputs(Toy(torch.tensor(0.5))))
     assert torch.equal(seen[0], inputs().latents + 0.5)
+
+
+@pytest.mark.parametrize("riflex", [0, 2])
+def test_prepare_sees_positions_and_the_types_that_blocks_read(riflex):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looks(ToyExtension):
+        def prepare(self, model, payload, inputs, tokens):
+            seen.append(tokens)
+            return tokens, None
+
+    _, model = build(Looks())
+    model.bfloat16().patch_embedding.float()
+    model(inputs(Toy(torch.tensor(0.5)), riflex_index=riflex))
+    (tokens,) = seen
+    assert torch.equal(tokens.rope, rope_table((3, 2, 2), 12, riflex_index=riflex)) and tokens.grid == (3, 2, 2)
+    assert tokens.x.dtype == tokens.text.tokens.dtype == torch.bfloat16
+    assert tokens.mod.dtype == tokens.embedding.dtype == torch.float32
 
 
 def test_prepare_changes_the_tokens():

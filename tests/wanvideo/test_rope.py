@@ -60,6 +60,13 @@ def test_a_model_turns_by_scaled_bases_inside_the_context_only():
     assert not torch.equal(before, rope_table((3, 2, 4), 24, base_scales=(2.0, 3.0, 4.0)))
 
 
+def test_positions_of_a_model_are_those_of_the_table():
+    model = WanModel(WanConfig(dim=48, ffn_dim=8, num_heads=2, num_layers=1, text_dim=8))
+    grid, more = (2, 2, 3), {"start": (3, 1, 2), "riflex_index": 2, "riflex_frames": 3}
+    assert torch.equal(model.rope(grid), rope_table(grid, 24))
+    assert torch.equal(model.rope(grid, **more), rope_table(grid, 24, **more))
+
+
 def test_axes_fill_the_head():
     assert axis_sizes(128) == (44, 42, 42)
     assert all(sum(axis_sizes(d)) == d for d in range(2, 258, 2))
