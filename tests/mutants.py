@@ -30,8 +30,9 @@ TESTS = (
     "wanvideo/test_checked_inputs.py", "wanvideo/test_run_changes.py", "wanvideo/test_tokens.py",
     "wanvideo/test_rope.py", "wanvideo/test_own_model.py", "wanvideo/test_own_blocks.py",
     "wanvideo/test_models_without_text.py", "wanvideo/test_stretches.py", "wanvideo/test_shard.py",
-    "wanvideo/test_advice.py", "freeinit", "prompt_segments", "multitalk/test_multitalk.py",
-    "cache_methods/test_runs.py", "wanvideo/test_extension_contract.py::test_pieces_of_the_tokens_equal_all_at_once",
+    "wanvideo/test_advice.py", "wanvideo/test_peak_memory.py", "wanvideo/test_attention_plan.py", "freeinit",
+    "prompt_segments", "multitalk/test_multitalk.py", "cache_methods/test_runs.py",
+    "wanvideo/test_extension_contract.py::test_pieces_of_the_tokens_equal_all_at_once",
     "wanvideo/test_extension_contract.py::test_layers_in_bfloat16_get_what_they_can_multiply",
 )  # fmt: skip
 # Keywords that stay: they forbid what nobody does, or name a device where these tests have only one.
