@@ -25,7 +25,6 @@ from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.guidance import NO_TEXT, at_step
 from ..wanvideo.modules.block import WanAttentionBlock
-from ..wanvideo.modules.layers import sinusoidal_embedding
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import CrossAttention, Heads, HeadsRead, ModelInputs, Projections, Text, TextSource, Tokens
@@ -289,14 +288,11 @@ def _with_picture(model: WanModel, payload: LynxFace, tokens: Tokens) -> Tokens:
     config, embedding, batch = model.config, model.patch_embedding, tokens.x.shape[0]
     latents = F.pad(payload.picture, (0, 0, 0, 0, 0, 0, 0, config.in_dim - payload.picture.shape[1]))
     patches = embedding(latents.to(embedding.weight.dtype))
-    x = patches.flatten(2).transpose(1, 2).expand(batch, -1, -1)
-    weight = model.time_embedding[0].weight
-    zero = sinusoidal_embedding(torch.zeros(1, 1, device=x.device), config.freq_dim)
-    clean = model.modulation(model.time_embedding(zero.to(weight.dtype)))
+    x = patches.flatten(2).transpose(1, 2)
     rope = model.rope(tuple(patches.shape[2:]), device=x.device)
     start = tokens.x.shape[1]
     own = model.embed_text(list(payload.prompt), tokens.x.dtype).expand(batch, -1, -1)
-    tokens = tokens.appended(x, rope, clean.expand(batch, -1, -1, -1))
+    tokens = tokens.appended(x, rope, model.clean_modulation())
     return tokens._replace(text=PictureText(tokens.text, own, start, start + x.shape[1]))
 
 

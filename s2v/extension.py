@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..wanvideo.assign import layer_count
 from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.extension import Extension
-from ..wanvideo.modules.layers import sinusoidal_embedding
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens, video_tokens
 from .modules import CausalAudioEncoder, FramePacker, SpeechAttention, SpeechModulation, past_positions
@@ -162,13 +161,13 @@ class SpeechInjection(Extension):
             reference = _patches(model.patch_embedding, payload.reference, tokens, "ref_latent", model.config.out_dim)
             start = (max(REFERENCE_TIME, grid[0] + REFERENCE_DISTANCE), 0, 0)
             rope = model.rope((payload.reference.shape[2], *grid[1:]), start=start, device=device)
-            tokens = _with_clean(model, tokens, reference + marks[REFERENCE], rope)
+            tokens = tokens.appended(reference + marks[REFERENCE], rope, model.clean_modulation())
         if payload.past is not None:
             if min(grid[1:]) < LEAST_SIDE:
                 raise ValueError("The loop of S2V needs a width and height of at least 64 pixels.")
             rope = past_positions(model.config.head_dim, *grid[1:], device)
             packed = model.frame_packer(payload.past).to(tokens.x.dtype)
-            tokens = _with_clean(model, tokens, packed + marks[PAST], rope)
+            tokens = tokens.appended(packed + marks[PAST], rope, model.clean_modulation())
         return tokens, None if payload.audio is None else self._speech(model, payload, tokens)
 
     def _speech(self, model: WanModel, payload: SpeechToVideo, tokens: Tokens) -> Speech:
@@ -226,15 +225,6 @@ def _pose_tokens(model: WanModel, pose: Tensor | None, tokens: Tokens) -> Tensor
     if pose.shape[2] != tokens.grid[0]:
         raise ValueError(f"pose_latent has {pose.shape[2]} latent frames but the video has {tokens.grid[0]}.")
     return _patches(model.cond_encoder, pose, tokens, "pose_latent", model.cond_encoder.in_channels)
-
-
-def _with_clean(model: WanModel, tokens: Tokens, x: Tensor, rope: Tensor) -> Tokens:
-    """With tokens [1 or B, N, C] behind the others that are clean: modulated as at time 0."""
-    batch, layer = tokens.x.shape[0], model.time_embedding[0]
-    zero = torch.zeros(1, 1, device=x.device)
-    time = sinusoidal_embedding(zero, model.config.freq_dim).to(layer.weight.dtype)
-    mod = model.modulation(model.time_embedding(time)).expand(batch, -1, -1, -1)
-    return tokens.appended(x.expand(batch, -1, -1), rope, mod)
 
 
 EXTENSION = SpeechInjection

@@ -20,7 +20,6 @@ from ..wanvideo.conditioning import Payload
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.block import WanAttentionBlock
-from ..wanvideo.modules.layers import sinusoidal_embedding
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import ModelInputs, Projections, Tokens
@@ -131,11 +130,9 @@ class StandIn(Extension):
             riflex_frames=tokens.grid[0],
             device=tokens.x.device,
         )
-        batch, start, x = tokens.x.shape[0], tokens.x.shape[1], patches.flatten(2).transpose(1, 2)
+        start, x = tokens.x.shape[1], patches.flatten(2).transpose(1, 2)
         face = Face(start, start + x.shape[1], torch.tensor(float(self.strength), device=x.device))
-        return tokens.appended(
-            x.expand(batch, -1, -1), rope.repeat(frames, 1, 1), _clean(model, tokens).expand(batch, -1, -1, -1)
-        ), face
+        return tokens.appended(x, rope.repeat(frames, 1, 1), model.clean_modulation()), face
 
     def on(self, state: Face, shard: Shard) -> Face:
         """The reference's tokens of this part; attention sees all of them."""
@@ -167,15 +164,6 @@ class StandIn(Extension):
     def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Face) -> tuple[Tensor, Face]:
         """Puts it back."""
         return cond.replaced(x, cond.stream), cond
-
-
-def _clean(model: WanModel, tokens: Tokens) -> Tensor:
-    """Modulation [1, 1, 6, C] of time 0."""
-    zero = torch.zeros(1, 1, device=tokens.x.device)
-    weight = model.time_embedding[0].weight
-    return model.modulation(
-        model.time_embedding(sinusoidal_embedding(zero, model.config.freq_dim).to(weight.dtype))
-    )
 
 
 EXTENSION = StandIn

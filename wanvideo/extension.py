@@ -41,6 +41,9 @@ class Transformer(Protocol):
     def modulation(self, embedding: Tensor) -> Tensor:
         """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C] float32."""
 
+    def clean_modulation(self) -> Tensor:
+        """Modulation [1, 1, 6, C] float32 of time 0: of tokens that hold no noise."""
+
     def rope(
         self,
         grid: Grid,

@@ -183,19 +183,23 @@ class Tokens(NamedTuple):
         return self.mod[:, self.rows[last - 1 : last]]
 
     def appended(self, x: Tensor, rope: Tensor, mod: Tensor | None = None) -> Tokens:
-        """With more tokens x [B, N, C] at positions rope [N, D/2, 2] behind the others.
+        """With more tokens x [1 or B, N, C] at positions rope [N, D/2, 2] behind the others.
 
-        mod [B, 1, 6, C]: their own modulation (reference tokens at time 0, say); None is that of the first frame.
+        mod [1 or B, 1, 6, C]: their own modulation (`Transformer.clean_modulation`, say); None is that of the first
+        frame. Raises ValueError for more or fewer positions than tokens.
         """
-        count, rows, rows_of = x.shape[1], self.rows, self.mod
+        batch, count, rows, rows_of = self.x.shape[0], x.shape[1], self.rows, self.mod
+        if rope.shape[0] != count:
+            raise ValueError(f"{count} tokens are appended at {rope.shape[0]} positions: give each a row of `rope`.")
         if mod is not None:
             before = rows if rows is not None else torch.zeros(self.x.shape[1], dtype=torch.long, device=x.device)
             rows = torch.cat((before, before.new_full((count,), rows_of.shape[1])))
-            rows_of = torch.cat((rows_of, mod.to(rows_of)), dim=1)
+            rows_of = torch.cat((rows_of, mod.to(rows_of).expand(batch, -1, -1, -1)), dim=1)
         elif rows is not None:
             rows = torch.cat((rows, rows.new_zeros(count)))
+        more = x.to(self.x.dtype).expand(batch, -1, -1)
         return self._replace(
-            x=torch.cat((self.x, x.to(self.x.dtype)), dim=1), mod=rows_of, rows=rows, rope=torch.cat((self.rope, rope))
+            x=torch.cat((self.x, more), dim=1), mod=rows_of, rows=rows, rope=torch.cat((self.rope, rope))
         )
 
 

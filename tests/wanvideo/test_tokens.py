@@ -61,6 +61,15 @@ def test_appended_tokens(rows, own):
     assert torch.equal(after.mod[:, places], want)
 
 
+def test_one_row_serves_all_and_each_token_has_a_position():
+    before, x, rope, mod = sequence(), torch.randn(1, 3, 8), torch.randn(3, 2, 2), torch.randn(1, 1, 6, 8)
+    after, want = before.appended(x, rope, mod), before.appended(*(t.expand(2, *t.shape[1:]) if t is not rope else t
+                                                                   for t in (x, rope, mod)))  # fmt: skip
+    assert torch.equal(after.x, want.x) and torch.equal(after.mod, want.mod) and after.mod.shape[0] == 2
+    with pytest.raises(ValueError, match="3 tokens are appended at 2 positions"):
+        before.appended(x, rope[:2])
+
+
 def test_modulation_of_the_last_frame():
     assert sequence().last_frame_mod is None
     tokens = sequence(FRAMES)

@@ -177,9 +177,7 @@ class WanModel(nn.Module):
         if any(size % patch for size, patch in zip(sizes, config.patch_size, strict=True)):
             raise ValueError(f"Latent sizes {tuple(sizes)} are not multiples of the patch {config.patch_size}.")
         x, grid = self._patches(latents)
-        weight = self.time_embedding[0].weight
-        timestep = inputs.timestep if inputs.timestep.dim() == 2 else inputs.timestep[:, None]
-        embedding = self.time_embedding(sinusoidal_embedding(timestep, config.freq_dim).to(weight.dtype))
+        embedding = self._time(inputs.timestep if inputs.timestep.dim() == 2 else inputs.timestep[:, None])
         rows = None
         if embedding.shape[1] > 1:
             rows = torch.arange(grid[0], device=x.device).repeat_interleave(grid[1] * grid[2])
@@ -193,6 +191,11 @@ class WanModel(nn.Module):
             embedding=embedding.float(),
             latents=latents,
         )
+
+    def _time(self, timestep: Tensor) -> Tensor:
+        """Time embedding [B, R, C] of timesteps [B, R]."""
+        sinusoids = sinusoidal_embedding(timestep, self.config.freq_dim)
+        return self.time_embedding(sinusoids.to(self.time_embedding[0].weight.dtype))
 
     def _patches(self, latents: Tensor) -> tuple[Tensor, Grid]:
         """Tokens [B, L, C] of latents, and their grid. The convolution is in float32, in pieces of some frames."""
@@ -216,6 +219,10 @@ class WanModel(nn.Module):
         """Time embedding [B, R, C] -> rows of modulation [B, R, 6, C] float32."""
         embedding = embedding.to(self.time_embedding[0].weight.dtype)
         return self.time_projection(embedding).float()
+
+    def clean_modulation(self) -> Tensor:
+        """Modulation [1, 1, 6, C] float32 of time 0: of tokens that hold no noise."""
+        return self.modulation(self._time(torch.zeros(1, 1, device=self.time_embedding[0].weight.device)))
 
     def rope(
         self,
