@@ -56,16 +56,21 @@ def check(
     wanted = dict(model.named_parameters())
     missing = sorted(name for name in wanted if names.get(name) not in checkpoint.shapes)
     if missing:
+        modules = [file.path.name for file in checkpoint.files[1:]]
+        cause = f"it is another kind of file or incomplete; choose a {what} file"
+        if modules:
+            cause = "one of these files is incomplete or not made for the other; choose another"
         raise ValueError(
-            f"{checkpoint.path.name} lacks {len(missing)} of the {len(wanted)} tensors of a {what}, first "
-            f"'{missing[0]}': it is another kind of file or incomplete; choose a {what} file."
+            f"{' with '.join((checkpoint.path.name, *modules))} lacks {len(missing)} of the {len(wanted)} tensors of a "
+            f"{what}, first '{missing[0]}': {cause}."
         )
     for name, parameter in wanted.items():
         shape = checkpoint.shapes[names[name]]
         if not _fits(shape, parameter.shape, checkpoint.formats[names[name]]):
+            file = checkpoint.file_of(names[name]).path.name
             raise ValueError(
-                f"{checkpoint.path.name}: '{names[name]}' has the shape {tuple(shape)} where a {what} has "
-                f"{tuple(parameter.shape)}; choose another file."
+                f"{file}: '{names[name]}' has the shape {tuple(shape)} where a {what} has {tuple(parameter.shape)}; "
+                "choose another file."
             )
     used = {names[name] for name in wanted} | set(besides)
     report = LoadReport(matched=len(wanted), unused=tuple(sorted(set(checkpoint.shapes) - used)))

@@ -58,10 +58,18 @@ class Checkpoint:
         return tuple(name for name, entry in self._entries.items() if entry.weight.quantized)
 
     @property
+    def files(self) -> tuple[TensorFile, ...]:
+        """Those that the tensors are in, the main one first."""
+        return tuple(dict.fromkeys(entry.file for entry in self._entries.values()))
+
+    def file_of(self, name: str) -> TensorFile:
+        """Where the tensor `name` is."""
+        return self._entries[name].file
+
+    @property
     def asking_full_precision(self) -> tuple[str, ...]:
         """Names of the files whose `scaled_fp8` mark asks for products in base precision."""
-        files = dict.fromkeys(entry.file for entry in self._entries.values())
-        return tuple(file.path.name for file in files if asks_full_precision(file))
+        return tuple(file.path.name for file in self.files if asks_full_precision(file))
 
     @property
     def parameters(self) -> int:
@@ -89,8 +97,7 @@ class Checkpoint:
 
     def array(self, name: str) -> list[str | int | float | bool]:
         """An array of a GGUF header, such as a vocabulary; empty where there is none of this name."""
-        files = dict.fromkeys(entry.file for entry in self._entries.values())
-        return next((found for file in files if isinstance(file, GgufFile) and (found := file.array(name))), [])
+        return next((found for file in self.files if isinstance(file, GgufFile) and (found := file.array(name))), [])
 
     def full_precision(self, name: str) -> bool:
         """Whether the file asks that products with this weight are computed in base precision."""

@@ -1,5 +1,7 @@
 """Module files are told apart, and measured against the model, before anything is loaded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fantasy_models import talking_module
@@ -24,6 +26,16 @@ def test_a_module_of_a_larger_model(tmp_path):
     assert load(tmp_path, module, 3, None).config.num_layers == 3
     with pytest.raises(ValueError, match=r"^module.safetensors belongs .* at least 3 blocks, but the chosen one has 2"):
         load(tmp_path, module, 2, None)
+
+
+def test_a_module_that_does_not_fit_is_named_and_not_the_model(tmp_path):
+    module = talking_module()
+    cut = next(key for key in module.tensors if key.startswith("blocks.1."))
+    with pytest.raises(ValueError, match=rf"^base.safetensors with module.safetensors lacks 1 of .* '{cut}': one of"):
+        load(tmp_path, replace(module, tensors={k: v for k, v in module.tensors.items() if k != cut}), 3, None)
+    wide = {key: torch.randn(3, 5) if key == cut else value for key, value in module.tensors.items()}
+    with pytest.raises(ValueError, match=rf"^module.safetensors: '{cut}' has the shape \(3, 5\) where"):
+        load(tmp_path, replace(module, tensors=wide), 3, None)
 
 
 def test_a_module_of_another_system(tmp_path):
