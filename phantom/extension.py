@@ -73,11 +73,20 @@ class Phantom(Extension):
     def prepare(
         self, model: WanModel, payload: SubjectReferences, inputs: ModelInputs, tokens: Tokens
     ) -> tuple[Tokens, None]:
-        """Appends the references as frames that go on in time; condition channels, if there are any, are empty."""
+        """Appends the references as frames that go on in time; condition channels, if there are any, are empty.
+
+        Raises ValueError for another size, or latents of another VAE than the model's.
+        """
         if not inputs.step.within(payload.start, payload.end):
             return tokens, None
-        room = model.config.in_dim - payload.latents.shape[1]
-        latents = F.pad(payload.latents, (0, 0, 0, 0, 0, 0, 0, room)).to(model.patch_embedding.weight.dtype)
+        channels, config = payload.latents.shape[1], model.config
+        if channels != config.out_dim:
+            raise ValueError(
+                f"The Phantom references have {channels} latent channels but the video {config.out_dim}: encode the "
+                "pictures with the model's own VAE."
+            )
+        latents = F.pad(payload.latents, (0, 0, 0, 0, 0, 0, 0, config.in_dim - channels))
+        latents = latents.to(model.patch_embedding.weight.dtype)
         patches = model.patch_embedding(latents)
         frames, *size = tokens.grid
         if list(patches.shape[3:]) != size:

@@ -139,8 +139,10 @@ def test_without_either_scale_text_guides_alone():
     assert len(Guidance(cfg=(6.0,), payloads=(references(cfg=(1.0,)),)).rows(step)) == 2
 
 
-def test_references_of_another_size_are_named():
+def test_references_of_another_size_or_vae_are_named():
     model, _ = build()
+    with pytest.raises(ValueError, match="have 48 latent channels but the video 16"):
+        model(inputs(SubjectReferences(rand(1, 48, 1, HEIGHT, WIDTH))))
     with pytest.raises(ValueError, match=r"references give \(3, 3\).*video has \(2, 3\)"):
         model(inputs(SubjectReferences(rand(1, 16, 1, 6, 6))))
 
