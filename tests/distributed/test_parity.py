@@ -41,8 +41,8 @@ HALF_AS_MANY_HEADS = ("longvie2", "longvie2_history")
     ],
 )
 def test_a_system_is_the_same_on_several_ranks(request, ranks, name):
-    several = request.getfixturevalue(ranks)
-    assert same(several.run("ranked", "case_difference", name))
+    answers = request.getfixturevalue(ranks).run("ranked", "case_difference", name)
+    assert same(answers), f"{answers}: what a hook reads of all tokens comes through `on` and its shard"
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
