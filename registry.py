@@ -11,7 +11,7 @@ from .wanvideo.systems import Systems
 
 # Folders with `extension.py` (its class under the name EXTENSION), `nodes.py`, `prompts.py` (a way to write several
 # prompts as one: `split`, None where the text is not written that way, and `payloads` of the embedded parts), or
-# `schedules.py` (SCHEDULES: rows of the scheduler's options).
+# `schedules.py` (SCHEDULES: rows of the scheduler's options). Ovi, whose sound ends the sequence, appends last.
 FOLDERS = (
     "longcat",
     "diffusion_forcing",

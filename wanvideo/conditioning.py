@@ -87,11 +87,11 @@ class Payload:
 
     Its Tensor fields lead with a batch axis, or are 0-d. needs: one sentence for users whose model lacks the weights:
     which key is missing, which loader input gives it. optional: such a model ignores the payload, with that sentence as
-    a warning. encoded: it holds latents of a VAE, so that the noise must have their channels. fills_channels: its
-    system gives the model all condition channels that it reads, so that no picture need be connected. holds_given:
-    latents that were given before sampling are put back after every step. together: a pass leaves more than its
-    velocity, so that all processes must run it. part: what `window` returns, where that is
-    another type, which the model reads.
+    a warning. encoded: it holds latents of a VAE at the size of the embeds, which therefore keep their channels; its
+    system compares them with the model's. fills_channels: its system gives the model all condition channels that it
+    reads, so that no picture need be connected. holds_given: latents that were given before sampling are put back after
+    every step. together: a pass leaves more than its velocity, so that all processes must run it. part: what `window`
+    returns, where that is another type, which the model reads.
     """
 
     needs: ClassVar[str]
