@@ -23,15 +23,17 @@ from ..wanvideo.modules.attention import WanSelfAttention, WanT2VCrossAttention
 from ..wanvideo.modules.layers import (
     FeedForward,
     WanLayerNorm,
+    at_tokens,
     gated_residual,
     modulate,
-    per_token,
     sinusoidal_embedding,
 )
-from ..wanvideo.own_model import OwnModel, load_own
+from ..wanvideo.modules.stretches import stretched
+from ..wanvideo.own_model import BesideModel, fill_own, in_turns
 from ..wanvideo.quantization import Plan, plan_of
 from ..wanvideo.rope import rope_table
 from ..wanvideo.tokens import BlockInputs, Text
+from ..wanvideo.turns import InTurns
 
 KIND = Kind("Wan ControlNet", "WanVideo Controlnet Loader", (r"^control_encoder\.0\.0\.weight$",), whole=True)
 HEAD_SIZE = 128
@@ -96,15 +98,20 @@ class ControlBlock(nn.Module):
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         """x [B, L, D] -> [B, L, D]."""
         rows = (self.modulation.to(inputs.mod.dtype).unsqueeze(1) + inputs.mod).unbind(2)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (per_token(row, inputs.rows) for row in rows)
+        shift, scale, gate = at_tokens(rows[:3], inputs.rows, slice(None))
         y, _ = self.self_attn(modulate(self.norm1, x, shift, scale, self.self_attn.readers()), inputs, (), self)
         x = gated_residual(x, y, gate)
         y, _ = self.cross_attn(x, inputs, (), self)
         x = x + y
-        return gated_residual(x, self.ffn(modulate(self.norm2, x, ffn_shift, ffn_scale, (self.ffn[0],))), ffn_gate)
+
+        def fed(tokens: slice) -> Tensor:
+            piece, (shift, scale, gate) = x[:, tokens], at_tokens(rows[3:], inputs.rows, tokens)
+            return gated_residual(piece, self.ffn(modulate(self.norm2, piece, shift, scale, self.ffn.readers())), gate)
+
+        return stretched(fed, x.shape[1], inputs.parts)
 
 
-class WanControlnet(nn.Module):
+class WanControlnet(InTurns):
     """Runs block by block beside the transformer (extension.py), so that no states but the last are held."""
 
     def __init__(self, sizes: ControlnetSizes) -> None:
@@ -123,10 +130,10 @@ class WanControlnet(nn.Module):
         self.blocks = nn.ModuleList(ControlBlock(config) for _ in range(config.num_layers))
         self.controlnet_blocks = nn.ModuleList(nn.Linear(dim, sizes.out_dim) for _ in range(config.num_layers))
 
-    def entrance(self) -> tuple[nn.Module, ...]:
-        """The parts that `embed` runs."""
+    def turns(self) -> list[tuple[nn.Module, ...]]:
+        """What `embed` runs, then each block with its projection."""
         embeddings = (self.patch_embedding, self.text_embedding, self.time_embedding, self.time_projection)
-        return self.control_encoder, *embeddings
+        return [(self.control_encoder, *embeddings), *zip(self.blocks, self.controlnet_blocks, strict=True)]
 
     def embed(
         self, latents: Tensor, timestep: Tensor, prompts: Sequence[Tensor], control: Tensor
@@ -184,7 +191,7 @@ def _stage(channels: int, out: int, place: int, stride: int) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class ControlnetModel(OwnModel):
+class ControlnetModel(BesideModel):
     """A loaded controlnet (socket WANVIDEOCONTROLNET)."""
 
 
@@ -203,7 +210,5 @@ def load_controlnet(
             return None
         return feed_forward if ".ffn." in name else plan
 
-    managed = load_own(
-        module, checkpoint, what=KIND.name, plan_of=plan_for, dtype_of=lambda name: base_dtype, host=host
-    )
-    return ControlnetModel(path, (str(base_dtype), quantization), managed)
+    fill_own(module, checkpoint, what=KIND.name, plan_of=plan_for, dtype_of=lambda name: base_dtype)
+    return ControlnetModel(path, (str(base_dtype), quantization), *in_turns(module, host))

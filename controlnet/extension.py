@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from ..wanvideo.conditioning import Payload, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
+from ..wanvideo.modules.layers import steered
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens
@@ -54,9 +54,9 @@ class ControlArgs(Payload):
         control = self.control[:, :, list(window.pixels)]
         return replace(self, control=control, leading=window.leading, trailing=window.trailing)
 
-    def active(self) -> AbstractContextManager[None]:
-        """Holds the controlnet beside the transformer."""
-        return self.controlnet.held()
+    def active(self, *, swapped: bool) -> AbstractContextManager[None]:
+        """Holds the controlnet beside the transformer, and lets it wait where the transformer's blocks do."""
+        return self.controlnet.held(streamed=swapped)
 
     def acts(self, step: Step) -> bool:
         """Whether the step lies in the part of the schedule, as the authors count: its end is not in it."""
@@ -104,7 +104,7 @@ class Controlnet(Extension):
         noise = inputs.latents[:, : model.config.out_dim, frames]
         timestep = inputs.timestep if inputs.timestep.dim() == 1 else inputs.timestep[:, frames]
         prompts = inputs.text if inputs.prompts is None else inputs.prompts
-        with owner.brought(tokens.x.device, *module.entrance()):
+        with owner.turn(0, tokens.x.device):
             x, own = module.embed(noise, timestep, prompts, payload.control)
         first = payload.leading * tokens.grid[1] * tokens.grid[2]
         return tokens, Steering(payload, own, x, first)
@@ -123,19 +123,18 @@ class Controlnet(Extension):
     def after_block(self, model: WanModel, index: int, x: Tensor, inputs: BlockInputs, state: Steering) -> Tensor:
         """Adds the next state of the controlnet behind every block whose number the stride divides."""
         owner, module = state.payload.controlnet, state.payload.controlnet.module
-        place, rest = divmod(index, state.payload.stride)
-        if rest or place >= len(module.blocks):
+        last, rest = divmod(index, state.payload.stride)
+        if rest or last >= len(module.blocks):
             return x
         # More than one where the transformer went around blocks: the controlnet's own chain has no gaps.
-        for block in module.blocks[state.done : place + 1]:
-            with owner.brought(x.device, block):
-                state.x = block(state.x, state.inputs)
-        state.done = place + 1
-        projection = module.controlnet_blocks[place]
-        with owner.brought(x.device, projection):
-            control = projection(state.x).to(x.dtype) * state.payload.strength
-        first, last = state.first, state.first + control.shape[1]
-        return torch.cat((x[:, :first], x[:, first:last] + control, x[:, last:]), dim=1)
+        for place in range(state.done, last + 1):
+            with owner.turn(1 + place, x.device):
+                state.x = module.blocks[place](state.x, state.inputs._replace(parts=inputs.parts))
+                if place == last:
+                    projection, strength = module.controlnet_blocks[place], state.payload.strength
+                    x = steered(x, state.x, projection, strength, first=state.first, parts=inputs.parts)
+        state.done = last + 1
+        return x
 
 
 def _check_sizes(payload: ControlArgs, model: WanModel) -> None:

@@ -1,17 +1,24 @@
 """Counts the bytes of live tensors, of models in their true sizes: the tensors have shapes but no values."""
 
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
+from wanvideo_wrapper.controlnet.controlnet import ControlnetModel, ControlnetSizes, WanControlnet
+from wanvideo_wrapper.controlnet.extension import ControlArgs, Controlnet
 from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVideo
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
+from wanvideo_wrapper.uni3c.controlnet import Uni3CControlnet, Uni3CModel, Uni3CSizes
+from wanvideo_wrapper.uni3c.extension import Uni3C, Uni3CArgs
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.modules import layers
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
@@ -137,3 +144,47 @@ GOALS = {
     "720p": ((720, 1280), {}, 4.6),
     "infinitetalk": ((768, 768), dict(extensions=SPEECH, payloads=talking((768, 768)), in_dim=36), 4.0),
 }
+
+
+def beside(model, module):
+    """A model of a system's own, of two blocks, whose parts are all there; its weights are the mode's."""
+
+    class There(model):
+        def turn(self, place, device):
+            return nullcontext()
+
+    return There(Path("published.safetensors"), (), SimpleNamespace(module=module), None)
+
+
+def uni3c(size):
+    """As published, two blocks deep: its extension, what makes its payload, and its largest turn's bytes."""
+    config = WanConfig(dim=1024, ffn_dim=8192, num_heads=16, num_layers=2, in_dim=36)
+    sizes = Uni3CSizes(config=config, wide=5120, time_dim=5120, out_dim=5120, extra=7, middle=256)
+    with torch.device("meta"):
+        module = Uni3CControlnet(sizes, sdpa()).half()
+        module.controlnet_patch_embedding.float()
+
+    def payloads():
+        give_fake_weights(module)
+        return (Uni3CArgs(beside(Uni3CModel, module), torch.empty(1, 16, 21, size[0] // 8, size[1] // 8)),)
+
+    return Uni3C(), payloads, largest_turn(module)
+
+
+def controlnet(size):
+    """The same of the Wan controlnet of the 14B model."""
+    config = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=2, in_dim=64, text_dim=4096)
+    with torch.device("meta"):
+        sizes = ControlnetSizes(config=config, encoder=(3, 192, 96, 48), stride=8, out_dim=5120)
+        module = WanControlnet(sizes).bfloat16()
+
+    def payloads():
+        give_fake_weights(module)
+        video = torch.empty(1, 3, 81, *size, dtype=torch.bfloat16)
+        return (ControlArgs(beside(ControlnetModel, module), video, stride=1),)
+
+    return Controlnet(), payloads, largest_turn(module)
+
+
+def largest_turn(module):
+    return max(sum(-(-p.nbytes // 256) * 256 for part in parts for p in part.parameters()) for parts in module.turns())

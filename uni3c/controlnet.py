@@ -23,9 +23,11 @@ from ..wanvideo.config import PATCH_SIZE, WanConfig
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.attention import WanSelfAttention
 from ..wanvideo.modules.layers import FeedForward, WanLayerNorm, gated_residual, per_token
-from ..wanvideo.own_model import OwnModel, load_own
+from ..wanvideo.modules.stretches import stretched
+from ..wanvideo.own_model import BesideModel, fill_own, in_turns
 from ..wanvideo.quantization import plan_of
 from ..wanvideo.tokens import BlockInputs
+from ..wanvideo.turns import InTurns
 
 LOADER = "WanVideo Uni3C Controlnet Loader"
 KIND = Kind("Uni3C controlnet", LOADER, (r"^controlnet_patch_embedding\.weight$",), whole=True)
@@ -115,8 +117,13 @@ class Uni3CBlock(nn.Module):
         y, gate = self.norm1(x, embedding, inputs.rows)
         y, _ = self.self_attn(y, inputs, (), self)
         x = gated_residual(x, y, gate)
-        y, gate = self.norm2(x, embedding, inputs.rows)
-        return gated_residual(x, self.ffn(y), gate)
+
+        def fed(tokens: slice) -> Tensor:
+            piece, rows = x[:, tokens], None if inputs.rows is None else inputs.rows[tokens]
+            y, gate = self.norm2(piece, embedding, rows)
+            return gated_residual(piece, self.ffn(y), gate)
+
+        return stretched(fed, x.shape[1], inputs.parts)
 
 
 class MaskEmbedding(nn.Module):
@@ -137,7 +144,7 @@ class MaskEmbedding(nn.Module):
         return self.mask_zero_proj(self.mask_proj(padded))
 
 
-class Uni3CControlnet(nn.Module):
+class Uni3CControlnet(InTurns):
     """Runs block by block beside the transformer (extension.py), so that no states but the last are held."""
 
     def __init__(self, sizes: Uni3CSizes, attention: Attention) -> None:
@@ -152,16 +159,27 @@ class Uni3CControlnet(nn.Module):
         self.controlnet_blocks = nn.ModuleList(Uni3CBlock(sizes, attention) for _ in range(config.num_layers))
         self.proj_out = nn.ModuleList(nn.Linear(config.dim, sizes.out_dim) for _ in range(config.num_layers))
 
-    def entrance(self) -> tuple[nn.Module, ...]:
-        """The parts that `embed` runs."""
-        return self.controlnet_patch_embedding, self.controlnet_mask_embedding, self.proj_in
+    def turns(self) -> list[tuple[nn.Module, ...]]:
+        """What `embed` runs, then each block with its projection."""
+        entrance = (self.controlnet_patch_embedding, self.controlnet_mask_embedding, self.proj_in)
+        return [entrance, *zip(self.controlnet_blocks, self.proj_out, strict=True)]
 
-    def embed(self, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """Latents [B, in_dim, F, h, w], mask [1, 1, T, 8 h, 8 w] -> tokens [B, L, D]."""
-        x = self.controlnet_patch_embedding(latents.to(self.controlnet_patch_embedding.weight.dtype))
+    def embed(self, latents: Tensor, mask: Tensor | None, parts: int = 1) -> Tensor:
+        """Latents [B, in_dim, F, h, w], mask [1, 1, T, 8 h, 8 w] -> tokens [B, L, D], in pieces of some frames."""
+        patch_embedding, marks = self.controlnet_patch_embedding, None
         if mask is not None:
-            x = x + self.controlnet_mask_embedding(mask)
-        return self.proj_in(x.flatten(2).transpose(1, 2).to(self.proj_in.weight.dtype).contiguous())
+            marks = self.controlnet_mask_embedding(mask)
+
+        def embedded(frames: slice) -> Tensor:
+            x = patch_embedding(latents[:, :, frames].to(patch_embedding.weight.dtype))
+            if marks is not None:
+                x = x + marks[:, :, frames]
+            places = x.shape[-2] * x.shape[-1]
+            x = x.flatten(2).transpose(1, 2).to(self.proj_in.weight.dtype).contiguous()
+            return self.proj_in(x).unflatten(1, (-1, places))
+
+        frames = latents.shape[2]
+        return stretched(embedded, frames, min(parts, frames)).flatten(1, 2)
 
 
 def joined_latents(latents: Tensor, render: Tensor) -> Tensor:
@@ -190,7 +208,7 @@ def renamed(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Uni3CModel(OwnModel):
+class Uni3CModel(BesideModel):
     """A loaded controlnet (socket WANVIDEOCONTROLNET)."""
 
     compile: CompileArgs | None = None
@@ -216,13 +234,12 @@ def load_uni3c(path: Path, opened: Checkpoint, options: Uni3COptions, host: Host
     attention = resolve(options.attention_mode, spec)
     with torch.device("meta"):
         module = Uni3CControlnet(sizes, attention)
-    managed = load_own(
+    fill_own(
         module,
         checkpoint,
         what=KIND.name,
         plan_of=lambda name: plan if QUANTIZED.match(f"{name}.") else None,
         dtype_of=lambda name: torch.float32 if name.startswith("controlnet_patch_embedding.") else base,
-        host=host,
     )
     chosen = (str(base), options.quantization, options.attention_mode)
-    return Uni3CModel(path, chosen, managed, options.compile)
+    return Uni3CModel(path, chosen, *in_turns(module, host), options.compile)

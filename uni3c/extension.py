@@ -15,6 +15,7 @@ from ..wanvideo.compilation import compiled
 from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
+from ..wanvideo.modules.layers import steered
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.rope import rope_table
 from ..wanvideo.shard import WHOLE, Shard
@@ -28,7 +29,7 @@ class Uni3CArgs(Payload):
 
     render [1, c, F, h, w]: the rendered video through the VAE. strength, and the part of the steps (0..1) in which it
     acts. mask [1, 1, T, H, W]: where the render is valid, for files that read a mask alone. offload: the controlnet
-    waits in main memory and is brought block by block.
+    waits in main memory and comes block by block.
     """
 
     controlnet: Uni3CModel
@@ -61,11 +62,10 @@ class Uni3CArgs(Payload):
             raise ValueError(f"The {name} of Uni3C has {frames} frames but the video needs {wanted}: render all of it.")
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Holds the controlnet beside the transformer unless it is offloaded, its blocks compiled where asked."""
+    def active(self, *, swapped: bool) -> Iterator[None]:
+        """Holds the controlnet beside the transformer, all of it unless it is offloaded; compiles where asked."""
         with ExitStack() as stack:
-            if not self.offload:
-                stack.enter_context(self.controlnet.held())
+            stack.enter_context(self.controlnet.held(streamed=self.offload))
             stack.enter_context(compiled((self.controlnet.module.controlnet_blocks,), self.controlnet.compile))
             yield
 
@@ -103,8 +103,8 @@ class Uni3C(Extension):
         module = payload.controlnet.module
         _check_sizes(payload, model)
         mask = None if payload.mask is None else _fitted_mask(payload.mask, tokens.latents.shape)
-        with payload.controlnet.brought(tokens.x.device, *module.entrance()):
-            x = module.embed(joined_latents(tokens.latents, payload.render), mask)
+        with payload.controlnet.turn(0, tokens.x.device):
+            x = module.embed(joined_latents(tokens.latents, payload.render), mask, model.parts(tokens.x.shape))
         rope = rope_table(tokens.grid, module.sizes.config.head_dim, device=tokens.x.device)
         return tokens, Steering(payload, tokens.embedding, rope, x)
 
@@ -122,14 +122,14 @@ class Uni3C(Extension):
         rows = None if inputs.rows is None else inputs.rows[:count]
         own = inputs._replace(rope=state.rope, rows=rows, attention=None, shard=state.shard)
         # More than one where the transformer went around blocks: the controlnet's own chain has no gaps.
-        for block in module.controlnet_blocks[state.done : index + 1]:
-            with owner.brought(x.device, block):
-                state.x = block(state.x, state.embedding, own)
+        for place in range(state.done, index + 1):
+            with owner.turn(1 + place, x.device):
+                state.x = module.controlnet_blocks[place](state.x, state.embedding, own)
+                if place == index:
+                    projection = module.proj_out[place]
+                    x = steered(x, state.x, projection, state.payload.strength, parts=inputs.parts)
         state.done = index + 1
-        with owner.brought(x.device, module.proj_out[index]):
-            control = module.proj_out[index](state.x)
-        steered = x[:, :count] + control.to(x.dtype) * state.payload.strength
-        return steered if count == x.shape[1] else torch.cat((steered, x[:, count:]), dim=1)
+        return x
 
 
 def _check_sizes(payload: Uni3CArgs, model: WanModel) -> None:

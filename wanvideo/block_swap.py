@@ -17,7 +17,7 @@ from torch import nn
 from ..attention import Attention
 from ..host.residence import Residence, tensors_of
 from .device_copies import Copies, copies_for
-from .host_slabs import Unit
+from .host_slabs import Unit, warn_of_pageable
 from .memory import AT_ONCE, WORKSPACES, Footprint, footprint_of, gigabytes, usual_work
 from .modules.model import WanModel
 from .swapper import Swapper
@@ -47,6 +47,11 @@ class BlockSwapArgs:
     use_non_blocking: bool = False
     prefetch_blocks: int = 0
     block_swap_debug: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether any blocks are to wait, or may."""
+        return self.blocks_to_swap != 0 if self.share is None else self.share > 0
 
 
 class ShortOfMemoryError(torch.OutOfMemoryError):
@@ -195,7 +200,7 @@ class Placement:
     def working_bytes(self) -> int:
         """What a run takes besides: slabs and activations."""
         footprint, count = self.footprint(), len(self._model.blocks)
-        swaps = self.swap is not None and (self.swap.blocks_to_swap != 0 or bool(self.swap.share))
+        swaps = self.swap is not None and self.swap.waits
         slabs = (max(self.swap.prefetch_blocks, 1) + 1) * max(footprint.blocks) if swaps and count else 0
         return slabs + (footprint.in_pieces if swaps else footprint.all_at_once) + WORKSPACES
 
@@ -233,15 +238,7 @@ class Placement:
             self._residence.move(unit.tensors(), self._offload)
             unit.gather(self._copies)
         self._move(device)
-        pageable = sum(not unit.pinned for unit in self._units.values())
-        if pageable and not self._told:
-            self._told = True
-            log.warning(
-                "Block swap: the system refuses to pin the memory of %d of %d waiting parts, so that their copies to "
-                "the GPU are slower; free main memory, or let fewer blocks wait.",
-                pageable,
-                len(self._units),
-            )
+        self._told = self._told or warn_of_pageable(self._units.values())
 
     def _move(self, device: torch.device) -> None:
         """What has no slab goes to the device."""

@@ -126,8 +126,11 @@ class Payload:
         """Whether its condition channels hold anything in this step: control LoRAs, which read them, wait for it."""
         return True
 
-    def active(self) -> AbstractContextManager[object]:
-        """Entered for as long as the model is on the device: holds modules of the payload's own there."""
+    def active(self, *, swapped: bool) -> AbstractContextManager[object]:
+        """Entered for as long as the model is on the device: holds modules of the payload's own there.
+
+        swapped: whether blocks of the model wait in main memory.
+        """
         return _nothing_to_hold()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:

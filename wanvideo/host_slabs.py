@@ -6,13 +6,16 @@ device each tensor has the same offset, a multiple of 256 bytes, so that kernels
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .device_copies import SLAB_ALIGNMENT, Copies, aligned_bytes
+
+log = logging.getLogger("wanvideo")
 
 PAGE = 4096
 
@@ -114,6 +117,19 @@ class Unit:
             layout += [(tensor, before + offset) for tensor, offset in offsets if offset is not None]
             before += slab.memory.nbytes
         return layout
+
+
+def warn_of_pageable(units: Collection[Unit]) -> bool:
+    """Whether any of them could not be pinned; the log says how many."""
+    pageable = sum(not unit.pinned for unit in units)
+    if pageable:
+        log.warning(
+            "Block swap: the system refuses to pin the memory of %d of %d waiting parts, so that their copies to "
+            "the GPU are slower; free main memory, or let fewer blocks wait.",
+            pageable,
+            len(units),
+        )
+    return pageable > 0
 
 
 def padded_bytes(size: int) -> int:

@@ -92,6 +92,11 @@ class WanVideoModel:
         """Precision of activations."""
         return self.options.base_dtype
 
+    @property
+    def swapped(self) -> bool:
+        """Whether blocks wait in main memory, or may."""
+        return self.block_swap is not None and self.block_swap.waits
+
     def try_attention(self, latent_size: Sequence[int], batch: int) -> None:
         """Try the attention kernels on latents of this size (frames, height, width), before the model needs the memory.
 

@@ -5,7 +5,7 @@ Their files are told by the `Kind` of the system's extension (`whole=True`). Lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,29 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..tensor_layout import kernel_ready, watch
+from ..tensor_layout import watch
 from .assign import check, fill
 from .checkpoint import Checkpoint, open_checkpoint
 from .families import Kind
 from .lora import MergedLoras
 from .quantization import Plan, describe
 from .systems import Systems
+from .turns import InTurns, Turns
 
 if TYPE_CHECKING:
     from ..host import Host, Managed
-
-
-@contextmanager
-def brought(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules' weights are on `device`; after it they are where they wait. Nothing is copied back."""
-    waiting = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
-    for parameter, value in waiting:
-        parameter.data = kernel_ready(value.to(device), strided=False)
-    try:
-        yield
-    finally:
-        for parameter, value in waiting:
-            parameter.data = value
 
 
 @dataclass(frozen=True)
@@ -52,18 +40,35 @@ class OwnModel:
         """The model itself."""
         return self.managed.module
 
+
+@dataclass(frozen=True)
+class BesideModel(OwnModel):
+    """One that runs beside the transformer, in turn with its blocks."""
+
+    turns: Turns = field(compare=False)
+
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, the model has its place on the device; the host may still move it out for a larger one."""
+    def held(self, *, streamed: bool) -> Iterator[None]:
+        """Inside, the model has its place on the device; the host may still move it out for a larger one.
+
+        streamed: its parts wait in main memory and come for their turns, copied ahead through two slabs.
+        """
+        self.turns.streamed = streamed
         self.managed.acquire()
         try:
             yield
         finally:
             self.managed.release()
 
-    def brought(self, device: torch.device, *parts: nn.Module) -> AbstractContextManager[None]:
-        """Inside, these parts of the model are on `device`, whether it is held, was moved out, or was never there."""
-        return brought(parts, device)
+    def turn(self, place: int, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, the parts of this turn are on `device`, whether the model is held, was moved out, or never held."""
+        return self.turns.visit(place, device)
+
+
+def in_turns(module: InTurns, host: Host) -> tuple[Managed, Turns]:
+    """The module under memory management, and where its parts are: the last two fields of a `BesideModel`."""
+    turns = Turns(module, host.offload_device())
+    return host.manage(module, place=turns, resident=turns.resident_bytes), turns
 
 
 def open_own(path: Path, kind: Kind, systems: Systems) -> Checkpoint:
@@ -86,7 +91,20 @@ def load_own(
     dtype_of: Callable[[str], torch.dtype],
     host: Host,
 ) -> Managed:
-    """Fill a module that was built on the meta device, and put it under memory management.
+    """`fill_own`, and put the module under memory management as a whole."""
+    fill_own(module, checkpoint, what=what, plan_of=plan_of, dtype_of=dtype_of)
+    return host.manage(module)
+
+
+def fill_own(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    what: str,
+    plan_of: Callable[[str], Plan | None],
+    dtype_of: Callable[[str], torch.dtype],
+) -> None:
+    """Fill a module that was built on the meta device.
 
     plan_of: of a linear layer's name, how it is quantized, None for not at all. dtype_of: of a parameter's name, its
     precision. Raises ValueError if tensors are missing or do not fit.
@@ -103,4 +121,3 @@ def load_own(
     fill(module, checkpoint, names, dtype_of=dtype_of)
     describe(module)
     watch(module)
-    return host.manage(module)

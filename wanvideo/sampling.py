@@ -182,7 +182,7 @@ def active_model(request: SampleRequest, size: Sequence[int], passes: int) -> It
     """
     with ExitStack() as stack:
         for payload in request.all_payloads:
-            stack.enter_context(payload.active())
+            stack.enter_context(payload.active(swapped=request.model.swapped))
         yield stack.enter_context(request.model.active(request.model.work(size, passes)))
 
 

@@ -6,6 +6,7 @@ from wanvideo_wrapper.controlnet.controlnet import ControlnetModel, ControlnetSi
 from wanvideo_wrapper.controlnet.extension import ControlArgs, Controlnet
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.own_model import in_turns
 
 
 def controlnet(dim=24, layers=2, channels=16):
@@ -17,7 +18,7 @@ def controlnet(dim=24, layers=2, channels=16):
     generator = torch.Generator().manual_seed(4)
     for parameter in module.parameters():
         parameter.normal_(std=0.3, generator=generator)
-    return ControlnetModel(Path("tiny_controlnet.safetensors"), (), StandaloneHost(device="cpu").manage(module))
+    return ControlnetModel(Path("tiny_controlnet.safetensors"), (), *in_turns(module, StandaloneHost(device="cpu")))
 
 
 NET = controlnet()

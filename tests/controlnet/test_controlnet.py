@@ -245,51 +245,10 @@ def test_other_lengths_and_sizes_are_named():
         model(inputs(PAYLOAD))
 
 
-class Watched:
-    def __init__(self):
-        self.module, self.events = NET.module, []
-
-    def acquire(self):
-        self.events.append("acquire")
-
-    def release(self):
-        self.events.append("release")
-
-
-def test_it_is_held_beside_the_model_and_brought_where_it_was_moved_out(monkeypatch):
-    net = replace(NET, managed=Watched())
-    payload = replace(PAYLOAD, controlnet=net)
-    with payload.active():
-        assert net.managed.events == ["acquire"]
-    assert net.managed.events == ["acquire", "release"]
-    inside, ran = [], []
-
-    class Brought:
-        def __init__(self, parts, device):
-            self.parts = parts
-
-        def __enter__(self):
-            inside.extend(self.parts)
-
-        def __exit__(self, *_):
-            for part in self.parts:
-                inside.remove(part)
-
-    monkeypatch.setattr("wanvideo_wrapper.wanvideo.own_model.brought", Brought)
-    module = NET.module
-    covered = {id(m): top for top in module.children() for m in top.modules()}
-    for stack in (module.blocks, module.controlnet_blocks):
-        covered |= {id(m): block for block in stack for m in block.modules()}
-    hooks = [
-        m.register_forward_pre_hook(lambda m, _: ran.append(any(covered[id(m)] is top for top in inside)))
-        for m in module.modules()
-        if any(True for _ in m.parameters(recurse=False))
-    ]
-    _, model = build(Controlnet(), config=CASE.config)
-    model(inputs(payload))
-    for hook in hooks:
-        hook.remove()
-    assert len(ran) > 40 and all(ran)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_it_waits_where_the_blocks_of_the_transformer_do(swapped):
+    with PAYLOAD.active(swapped=swapped):
+        assert NET.turns.streamed == swapped
 
 
 @torch.no_grad()

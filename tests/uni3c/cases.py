@@ -7,6 +7,7 @@ from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.uni3c.controlnet import Uni3CControlnet, Uni3CModel, Uni3CSizes
 from wanvideo_wrapper.uni3c.extension import Uni3C, Uni3CArgs
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.own_model import in_turns
 
 
 def controlnet(dim=24, extra=7, layers=2, render=16):
@@ -17,7 +18,7 @@ def controlnet(dim=24, extra=7, layers=2, render=16):
     generator = torch.Generator().manual_seed(3)
     for parameter in module.parameters():
         parameter.normal_(std=0.3, generator=generator)
-    return Uni3CModel(Path("tiny_uni3c.safetensors"), (), StandaloneHost(device="cpu").manage(module))
+    return Uni3CModel(Path("tiny_uni3c.safetensors"), (), *in_turns(module, StandaloneHost(device="cpu")))
 
 
 NET = controlnet()

@@ -8,11 +8,14 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from contract import build, cases_of, inputs
+from swap_stand_in import LateCopies
 from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.uni3c.controlnet import Uni3CControlnet, joined_latents, resized
 from wanvideo_wrapper.uni3c.extension import Uni3C
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.conditioning import Window
+from wanvideo_wrapper.wanvideo.own_model import in_turns
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.tokens import BlockInputs
 
@@ -255,46 +258,11 @@ def test_other_sizes_are_named():
         model(inputs(replace(PAYLOAD, render=torch.randn(1, 48, 3, 4, 4))))
 
 
-class Watched:
-    def __init__(self):
-        self.module, self.events = NET.module, []
-
-    def acquire(self):
-        self.events.append("acquire")
-
-    def release(self):
-        self.events.append("release")
-
-
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("offload", [False, True])
-def test_it_is_held_beside_the_model_or_brought_part_by_part(offload, monkeypatch):
-    net = replace(NET, managed=Watched())
-    payload, brought = replace(PAYLOAD, controlnet=net, offload=offload), []
-    with payload.active():
-        assert net.managed.events == ([] if offload else ["acquire"])
-    assert net.managed.events == ([] if offload else ["acquire", "release"])
-    inside, ran = [], []
-
-    class Brought:
-        def __init__(self, parts, device):
-            self.parts = parts
-
-        def __enter__(self):
-            inside.extend(self.parts)
-            brought.append(len(self.parts))
-
-        def __exit__(self, *_):
-            for part in self.parts:
-                inside.remove(part)
-
-    monkeypatch.setattr("wanvideo_wrapper.wanvideo.own_model.brought", Brought)
-    parts = (*NET.module.entrance(), *NET.module.controlnet_blocks, *NET.module.proj_out)
-    hooks = [p.register_forward_pre_hook(lambda m, _: ran.append(any(m is other for other in inside))) for p in parts]
-    _, model = build(Uni3C(), config=CASE.config)
-    model(inputs(payload))
-    for hook in hooks:
-        hook.remove()
-    assert len(ran) == 2 + 2 + 2 and all(ran) and brought == [3, 1, 1, 1, 1]
+def test_offload_alone_says_whether_it_waits(offload, swapped):
+    with replace(PAYLOAD, offload=offload).active(swapped=swapped):
+        assert NET.turns.streamed == offload
 
 
 @torch.no_grad()
@@ -315,18 +283,23 @@ def test_every_linear_layer_reads_dense_rows():
     assert len(found) > 30 and all(found)
 
 
-def test_compiled_blocks_are_full_graphs_that_are_compiled_once():
+@pytest.mark.parametrize("streamed", [False, True])
+def test_compiled_blocks_are_full_graphs_that_are_compiled_once(streamed):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    net = replace(NET, compile=CompileArgs(backend=counter, fullgraph=True))
+    net, copies = replace(NET, compile=CompileArgs(backend=counter, fullgraph=True)), LateCopies()
+    if streamed:
+        managed, turns = in_turns(NET.module, StandaloneHost(device="cpu:0"))
+        turns.copies_for = lambda device: copies
+        net = replace(net, managed=managed, turns=turns)
     _, model = build(Uni3C(), config=CASE.config)
     want = model(inputs(PAYLOAD))
-    with replace(PAYLOAD, controlnet=net).active():
+    with replace(PAYLOAD, controlnet=net).active(swapped=False):
         for step in range(3):
             payload = replace(PAYLOAD, controlnet=net, strength=1.0 + 0.5 * step)
             got = model(inputs(payload, step=step))
             if not step:
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert 0 < counter.frame_count <= 2
+    assert 0 < counter.frame_count <= 2 and (copies.copied > 6) == streamed
     assert all(block._compiled_call_impl is None for block in NET.module.controlnet_blocks)
 

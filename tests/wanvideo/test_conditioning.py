@@ -52,7 +52,7 @@ def test_a_payload_asks_for_nothing_that_it_does_not_say():
     part = Window((0,), pixels=(0,))
     assert not part.whole and payload.window(part) is payload and payload.without(frozenset({"text"})) is payload
     assert payload.fitted(None) is payload and payload.joined((payload,)) == (payload,)
-    with payload.active():
+    with payload.active(swapped=True):
         pass
 
 

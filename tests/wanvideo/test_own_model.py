@@ -1,6 +1,7 @@
 """Models of a system's own: told by their kind, filled, quantized where asked, brought to the device for their turn."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -11,11 +12,10 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, quantize_rows
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo import own_model
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.families import Kind
 from wanvideo_wrapper.wanvideo.fingerprint import digest
-from wanvideo_wrapper.wanvideo.own_model import OwnModel, load_own, open_own
+from wanvideo_wrapper.wanvideo.own_model import BesideModel, OwnModel, load_own, open_own
 from wanvideo_wrapper.wanvideo.quantization import Plan
 from wanvideo_wrapper.wanvideo.systems import Systems
 
@@ -97,23 +97,12 @@ class Watched:
 
 
 def test_it_is_held_inside_and_released_after_a_failure(path):
-    watched = Watched(ToyModel())
-    model = OwnModel(path, (), watched)
-    with pytest.raises(KeyError), model.held():
-        assert watched.events == ["acquire"]
+    watched, turns = Watched(ToyModel()), SimpleNamespace(streamed=False)
+    model = BesideModel(path, (), watched, turns)
+    with pytest.raises(KeyError), model.held(streamed=True):
+        assert watched.events == ["acquire"] and turns.streamed
         raise KeyError
     assert watched.events == ["acquire", "release"] and model.module is watched.module
-
-
-def test_parts_are_brought_and_wait_where_they_were(path, monkeypatch):
-    _, model = load(path)
-    waiting = [p.data_ptr() for p in model.module.parameters()]
-    monkeypatch.setattr(own_model, "kernel_ready", lambda t, strided: t.clone())
-    with pytest.raises(KeyError), model.brought(CPU, model.module.toy.inner):
-        inside = [p.data_ptr() for p in model.module.parameters()]
-        assert [a == b for a, b in zip(waiting, inside, strict=True)] == [False, False, True, True]
-        raise KeyError
-    assert [p.data_ptr() for p in model.module.parameters()] == waiting
 
 
 def test_runs_are_told_apart_by_file_and_options_not_by_place(path):

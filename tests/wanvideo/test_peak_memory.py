@@ -6,7 +6,7 @@ activation: they are what fits beside the weights on a small card, and break whe
 
 import pytest
 import torch
-from memory_count import GIB, GOALS, LiveBytes, peaks
+from memory_count import GIB, GOALS, LiveBytes, controlnet, peaks, uni3c
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8
 from wanvideo_wrapper.wanvideo.config import WanConfig
@@ -24,6 +24,20 @@ def test_a_swapped_14b_model_fits(name, monkeypatch):
     activations, outside, block, unit = peaks(monkeypatch, size, attention=CudnnFp8(), **more)
     assert activations + outside + 2 * block + WORKSPACES < 0.95 * gib * GIB
     assert activations < 5.2 * unit
+
+
+@pytest.mark.parametrize("name", ["480p", "720p"])
+@pytest.mark.parametrize("made", [uni3c, controlnet])
+def test_a_model_beside_a_swapped_one_adds_two_slabs_and_its_stream(made, name, monkeypatch):
+    """Its stream is narrower than the transformer's; the 2.3 GB of Uni3C's weights would break the limits."""
+    size, _, gib = GOALS[name]
+    extension, payloads, turn = made(size)
+    activations, outside, block, unit = peaks(
+        monkeypatch, size, extensions=(extension,), payloads=payloads, attention=CudnnFp8()
+    )
+    plain, *_ = peaks(monkeypatch, size, attention=CudnnFp8())
+    assert 0 < activations - plain < 0.36 * unit and turn < 1.3e8
+    assert activations + outside + 2 * (block + turn) + WORKSPACES < gib * GIB
 
 
 @pytest.mark.parametrize(("fp8", "units"), [(True, 5.7), (False, 6.2)], ids=["fp8", "bf16"])

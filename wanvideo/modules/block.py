@@ -19,7 +19,7 @@ from ..config import WanConfig
 from ..extension import Extension, Hooks, acts, hooked, run_hooks
 from ..tokens import BlockInputs
 from .attention import WanSelfAttention, WanT2VCrossAttention
-from .layers import FeedForward, WanLayerNorm, gated_residual, modulate, normalize, per_token
+from .layers import FeedForward, WanLayerNorm, at_tokens, gated_residual, modulate, normalize
 from .stretches import stretched
 
 
@@ -64,14 +64,14 @@ class WanAttentionBlock(nn.Module):
         readers = () if plain else self.self_attn.readers()
 
         def modulated(tokens: slice) -> Tensor | Fp8Rows:
-            shift, scale, _ = _at(rows, inputs.rows, tokens)
+            shift, scale, _ = at_tokens(rows, inputs.rows, tokens)
             return modulate(self.norm1, x[:, tokens], shift, scale, readers)
 
         read, hooks = run_hooks("self_attn_input", self, stretched(modulated, count, parts), hooks)
         y, hooks = self.self_attn(read, inputs, hooks, self)
         del read
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
-        x = stretched(lambda t: gated_residual(x[:, t], y[:, t], _at(rows, inputs.rows, t)[2]), count, parts)
+        x = stretched(lambda t: gated_residual(x[:, t], y[:, t], at_tokens(rows, inputs.rows, t)[2]), count, parts)
         return run_hooks("before_cross_attn", self, x, hooks)
 
     def read(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> Tensor:
@@ -98,17 +98,7 @@ class WanAttentionBlock(nn.Module):
         """x and the feed-forward, whose hidden layer is the largest activation of all."""
 
         def fed(tokens: slice) -> Tensor:
-            piece, (shift, scale, gate) = x[:, tokens], _at(rows, inputs.rows, tokens)
+            piece, (shift, scale, gate) = x[:, tokens], at_tokens(rows, inputs.rows, tokens)
             return gated_residual(piece, self.ffn(modulate(self.norm2, piece, shift, scale, self.ffn.readers())), gate)
 
         return stretched(fed, x.shape[1], inputs.parts)
-
-
-def _at(rows: Sequence[Tensor], places: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Three rows of modulation [B, R, C] as they apply to these tokens.
-
-    One by one: in a comprehension a slice is a constant to the compiler, and every length would be a graph of its own.
-    """
-    shift, scale, gate = rows
-    places = None if places is None else places[tokens]
-    return per_token(shift, places), per_token(scale, places), per_token(gate, places)

@@ -86,6 +86,16 @@ def per_token(rows_of: Tensor, rows: Tensor | None) -> Tensor:
     return rows_of if rows is None else rows_of[:, rows]
 
 
+def at_tokens(modulation: Sequence[Tensor], rows: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift, scale and gate [B, R, C] as they apply to these tokens; rows [L]: of all tokens.
+
+    One by one: in a comprehension a slice is a constant to the compiler, and every length would be a graph of its own.
+    """
+    shift, scale, gate = modulation
+    rows = None if rows is None else rows[tokens]
+    return per_token(shift, rows), per_token(scale, rows), per_token(gate, rows)
+
+
 def modulate(
     norm: WanLayerNorm, x: Tensor, shift: Tensor, scale: Tensor, readers: Sequence[nn.Module] = ()
 ) -> Tensor | Fp8Rows:
@@ -140,6 +150,23 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if _runs_fused(x):
         return gated_residual_fused(x, y, gate)
     return torch.addcmul(x, y, gate).to(x.dtype)
+
+
+def steered(
+    x: Tensor, states: Tensor, projection: nn.Module, strength: float, *, first: int = 0, parts: int = 1
+) -> Tensor:
+    """x [B, L, C] with `strength` times the projection of states [B, n, D] added to its tokens from `first` on.
+
+    In pieces, as a projection, its product and the sum for all tokens would be three activations.
+    """
+    end = first + states.shape[1]
+    video = x[:, first:end]
+
+    def added(tokens: slice) -> Tensor:
+        return video[:, tokens] + projection(states[:, tokens].contiguous()).to(x.dtype) * strength
+
+    result = stretched(added, states.shape[1], parts)
+    return result if result.shape == x.shape else torch.cat((x[:, :first], result, x[:, end:]), dim=1)
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:

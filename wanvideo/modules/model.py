@@ -112,12 +112,7 @@ class WanModel(nn.Module):
         latents = inputs.latents
         for _, extension, payload in readers:
             latents = extension.latents(self, payload, latents, inputs)
-        tokens = self._embed(latents, inputs)
-        active = []
-        for place, extension, payload in readers:
-            tokens, state = extension.prepare(self, payload, inputs, tokens)
-            if state is not None:
-                active.append(Active(place, extension, state))
+        tokens, active = self._prepared(readers, inputs, self._embed(latents, inputs))
 
         grid, attention = tokens.grid, self._attention(inputs.step, tokens.grid)
         shard = self.ranks.shard(grid, tokens.x.shape[1])
@@ -137,6 +132,20 @@ class WanModel(nn.Module):
         rows = None if tokens.rows is None else tokens.rows[:count]
         patches = self.head(x[:, :count], tokens.embedding, rows, self.parts(x.shape))
         return self._unpatchify(shard.frames(patches), grid)
+
+    def _prepared(
+        self, readers: Sequence[tuple[int, Extension, Payload]], inputs: ModelInputs, tokens: Tokens
+    ) -> tuple[Tokens, list[Active]]:
+        """The sequence that the blocks read, and the extensions that have something to do with it.
+
+        Apart from the forward, whose frame would hold the states as they are here, when blocks have changed them.
+        """
+        active = []
+        for place, extension, payload in readers:
+            tokens, state = extension.prepare(self, payload, inputs, tokens)
+            if state is not None:
+                active.append(Active(place, extension, state))
+        return tokens, active
 
     def _run_blocks(
         self, x: Tensor, tokens: Tokens, active: Sequence[Active], attention: Sequence[Attention | None], shard: Shard
