@@ -34,3 +34,8 @@ def test_widgets_of_block_swap():
     )  # fmt: skip
     (other,) = node.setargs(0, False, True)
     assert (other.blocks_to_swap, other.embeddings) == (0, ("text_embedding",))
+
+
+def test_no_share_lets_no_block_wait():
+    assert [BlockSwapArgs(share=share).waits for share in (None, 0.0, 0.1)] == [True, False, True]
+    assert [BlockSwapArgs(blocks_to_swap=count).waits for count in (0, 1, -1)] == [False, True, True]
