@@ -12,6 +12,7 @@ def adds(folder, rank):
     value = torch.tensor(float(dist.get_rank() + 1))
     dist.all_reduce(value)
     (folder / str(dist.get_rank())).write_text(f"{value:.0f} {rank.device}")
+    return [f"{value:.0f}"]
 
 
 def fails(folder, rank):
@@ -31,3 +32,17 @@ def never_ends(folder, rank):
     dist.barrier()
     (folder / str(dist.get_rank())).touch()
     time.sleep(60)
+
+
+def differs(case, rank):
+    """Of a case's velocity, from that of one process."""
+    import ranked
+
+    return [str(ranked.case_difference(case)[0])]
+
+
+class Holder:
+    """An actor that holds a place of a cluster."""
+
+    def here(self):
+        return os.getpid()

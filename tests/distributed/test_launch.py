@@ -14,11 +14,11 @@ from wanvideo_wrapper.host import CancelledError
 
 
 def run(work, folder, **options):
-    launch(partial(work, folder), count=2, device="cpu", **options)
+    return launch(partial(work, folder), count=2, device="cpu", **options)
 
 
 def test_ranks_meet(tmp_path):
-    run(launched.adds, tmp_path)
+    assert run(launched.adds, tmp_path) == ["3"]
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["3 cpu", "3 cpu"]
 
 

@@ -15,6 +15,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.distributed import launch, recipes, standing
 from wanvideo_wrapper.distributed.host import RankHost
+from wanvideo_wrapper.headless.frame_folder import FrameFolder
 from wanvideo_wrapper.host import CancelledError, StandaloneHost, get_host, set_host
 from wanvideo_wrapper.wanvideo.sampling import sample
 
@@ -183,8 +184,9 @@ def test_a_dead_rank_is_one_sentence_and_finished_windows_stay(runs, ranks, tmp_
         sample(asked, Watched(runs.folder, at))
     assert len(before) == 2 and not any(map(alive, before))
     for number in range(WINDOW):
-        name = f"frame_{number:05d}.png"
-        assert (folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+        made, want = (255 * FrameFolder(place)[number] for place in (folder, tmp_path / "alone"))
+        # A value between two levels may be rounded to either.
+        assert want.std() > 5 and (made - want).abs().max() < 1.1 and (made - want).abs().mean() < 0.01
 
 
 def test_a_rank_that_does_not_start_is_named(runs):

@@ -83,18 +83,8 @@ def ranks(driver):
 
 
 def actors(driver):
-    """Ray starts them elsewhere in the tree: by the environment that they inherit, and by the name of what they do."""
-    mark = dict(item.split("=", 1) for item in _read(driver.pid, "environ") if "=" in item)[MARK]
-    every = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
-    actors = [pid for pid in every if _read(pid, "cmdline")[0] == "ray::_Actor.run"]
-    return [pid for pid in actors if f"{MARK}={mark}" in _read(pid, "environ")]
-
-
-def _read(pid, name):
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace").split("\0")
-    except OSError:
-        return [""]
+    (mark,) = (item for item in small_cluster.read(driver.pid, "environ") if item.startswith(f"{MARK}="))
+    return small_cluster.actors(mark)
 
 
 @pytest.fixture(scope="module")
