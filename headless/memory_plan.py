@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from ..node_tools import DTYPES
 from ..registry import SYSTEMS
 from ..wanvideo.file_memory import config_and_footprint
 from ..wanvideo.frames import latent_frames
-from ..wanvideo.load_plan import LoadOptions, contents, module_files
+from ..wanvideo.load_plan import LoadOptions, ModuleFile, contents
 from ..wanvideo.memory import Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
 from .model_list import ENDINGS, needed_models
@@ -141,12 +141,11 @@ def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float
     video = video_of(reader)
     lines, planned = [f"Video      {video}"], 0
     for node in loaders:
-        path = _path(host, str(reader.value(node, "model")))
-        unknown = [file for file in (path, *_module_paths(reader, node, host)) if not is_known(file)]
-        # Nodes may read their files as soon as they run.
-        files = None if unknown else (path, _options(reader, node))
-        lines += [_unplanned(path, unknown)] if files is None else _lines(reader, node, files, video, vram)
-        planned += files is not None
+        path, modules = _path(host, str(reader.value(node, "model"))), tuple(_module_paths(reader, node, host))
+        unknown = [file for file in (path, *modules) if not is_known(file)]
+        files = path, _options(reader, node, modules)
+        lines += [_unplanned(path, unknown)] if unknown else _lines(reader, node, files, video, vram)
+        planned += not unknown
     if not planned:
         raise FileNotFoundError(_all_missing(prompt, host))
     return [*lines, *_others(prompt, host), *_missing(prompt, host)]
@@ -213,36 +212,23 @@ def advice(footprint: Footprint, vram: float) -> str:
     return f"with {vram:g} GiB: WanVideoBlockSwap, blocks_to_swap {least} (or -1), peak {peak}"
 
 
-def _options(reader: Reader, node: Node) -> LoadOptions:
+def _options(reader: Reader, node: Node, modules: Sequence[Path]) -> LoadOptions:
     values = {name: reader.value(node, name) for name in ("base_precision", "quantization", "attention_mode")}
     return LoadOptions(
         base_dtype=DTYPES[str(values["base_precision"])],
         quantization=str(values["quantization"]),
         attention_mode=str(values["attention_mode"]),
-        modules=module_files(_modules(reader, node)),
+        modules=tuple(map(ModuleFile, modules)),
     )
 
 
-def _modules(reader: Reader, node: Node) -> Iterator[tuple[str, object]]:
-    """The module files at a node's sockets; a node that chooses one may have another in front of it."""
-    for name, maker in _module_nodes(reader, node):
-        cls = reader.classes[maker.type]
-        values = {entry.name: reader.value(maker, entry.name) for entry in inputs_of(cls, maker.inputs)}
-        arguments = {key: value for key, value in values.items() if value is not None} | dict(_modules(reader, maker))
-        yield name, getattr(cls(), cls.FUNCTION)(**arguments)[node.inputs[name].slot]
-
-
-def _module_nodes(reader: Reader, node: Node) -> Iterator[tuple[str, Node]]:
-    for name in node.inputs:
-        maker = reader.maker(node, name)
-        if maker is not None and reader.classes[maker.type].RETURN_TYPES[node.inputs[name].slot].endswith(MODULES):
-            yield name, maker
-
-
 def _module_paths(reader: Reader, node: Node, host: Host) -> Iterator[Path]:
-    """The files that the nodes at its sockets name, and those behind them."""
-    for _, maker in _module_nodes(reader, node):
-        for name in maker.inputs.values():
+    """The files that the nodes at its sockets name, and those behind them. The nodes do not run: some read the file."""
+    for socket in node.inputs:
+        maker = reader.maker(node, socket)
+        if maker is None or not reader.classes[maker.type].RETURN_TYPES[node.inputs[socket].slot].endswith(MODULES):
+            continue
+        for name in (reader.value(maker, entry) for entry in maker.inputs):
             if isinstance(name, str) and name.lower().endswith(ENDINGS):
                 yield _path(host, name)
         yield from _module_paths(reader, maker, host)

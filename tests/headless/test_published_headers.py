@@ -11,12 +11,17 @@ from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_IN
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.memory_plan import plan
 from wanvideo_wrapper.headless.model_list import published
-from wanvideo_wrapper.headless.published_headers import PlanningHost, is_known, open_or_make
+from wanvideo_wrapper.headless.published_headers import Header, PlanningHost, is_known, open_or_make
 from wanvideo_wrapper.host import get_host, set_host
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.checkpoint import checkpoint_of
+from wanvideo_wrapper.wanvideo.load_plan import with_aliases
+from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor
 
 CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
 # Bits of a value, scales included.
 BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "GGUF": 8.5, "F16": 16, "BF16": 16, "F32": 32}
+# Files of which all keys are known, by the name of those.
 FILES = {
     "wan2.1_t2v_1.3B_fp16.safetensors": "wan21_t2v_1_3B",
     "wan2.2_ti2v_5B_fp16.safetensors": "wan22_ti2v_5B",
@@ -29,6 +34,51 @@ FILES = {
     "Wan2_1-InfiniteTalk_Single_Q8.gguf": "infinitetalk_module",
     "Wan2_1-VACE_module_14B_fp8_e4m3fn.safetensors": "vace_module_only_14B",
     "Wan2_1-VACE_module_1_3B_bf16.safetensors": "vace_module_only_1_3B",
+    "wan2.1_vace_14B_fp16.safetensors": "vace_14B",
+    "wan2.1_vace_1.3B_fp16.safetensors": "vace_1_3B",
+    "wan2.1_fun_inp_1.3B_bf16.safetensors": "wan21_fun_inp_1_3B",
+    "wan2.1_fun_camera_v1.1_14B_bf16.safetensors": "wan21_fun_control_camera_14B",
+    "Wan2_2-Fun-Control-A14B-LOW_fp8_e4m3fn_scaled_KJ_fixed.safetensors": "wan22_fun_control_A14B",
+    "Wan2_2-Fun-Control-Camera-A14B-HIGH_fp8_e4m3fn_scaled_KJ.safetensors": "wan22_fun_control_camera_A14B",
+    "Wan2_1-HuMo-14B_fp8_e4m3fn_scaled_KJ.safetensors": "humo_17B",
+    "Wan2_2-S2V-14B_fp8_e4m3fn_scaled_KJ.safetensors": "s2v_14B",
+    "Wan2_2-Animate-14B_fp8_e4m3fn_scaled_KJ.safetensors": "wananimate_14B",
+    "Wan2.1-SteadyDancer_fp8_scaled_KJ.safetensors": "steadydancer_14B",
+    "Wan2_1_kwai_recammaster_1_3B_step20000_bf16.safetensors": "recammaster_1_3B",
+    "Wan2_1-SkyReels-V2-DF-1_3B-540P_fp32.safetensors": "skyreels_v2_df_1_3B",
+    "Wan2_1-SkyReels-V2-DF-14B-720P_fp16.safetensors": "skyreels_v2_df_14B",
+    "Wan2_1-MiniMaxRemover_1_3B_fp16.safetensors": "minimaxremover_1_3B",
+    "Wan2_1_MTV-Crafter_motion_adapter_bf16.safetensors": "mtvcrafter_module",
+    "Wan2_1_FlashVSR_LQ_proj_model_bf16.safetensors": "flashvsr_extra",
+    "Wan2_1-T2V-Lynx_lite_ip_layers_fp16.safetensors": "lynx_lite_module",
+    "LongCat_TI2V_comfy_fp8_e4m3fn_scaled_KJ.safetensors": "longcat_13B",
+    "LongCat-Avatar_bf16.safetensors": "longcat_avatar_13B",
+    "model_960x960_10s.safetensors": "ovi_11B",
+    "Wan_2_1_Ovi_video_model_bf16.safetensors": "ovi_video_5B",
+    "Wan_2_1_Ovi_audio_model_bf16.safetensors": "ovi_audio_5B",
+}
+# Others that saved graphs name, and the systems that own tensors of theirs.
+OTHERS = {
+    "Wan2_1-T2V-1-3B-EchoShot_fp16.safetensors": (),
+    "Wan2_1-T2V-1_3B_FlashVSR_fp32.safetensors": (),
+    "Wan2_1_UniLumos_1_3B_bf16.safetensors": (),
+    "wan2.1_fun_control_1.3B_bf16.safetensors": ("ClipImageExtension",),
+    "Wan2.1-Fun-V1.1-1.3B-Control-Camera.safetensors": ("FunCamera", "ClipImageExtension"),
+    "Wan2_1-Wan-I2V-ATI-14B_fp8_e4m3fn.safetensors": ("ClipImageExtension",),
+    "Wan2_1-I2V-14B-MAGREF_fp8_e4m3fn_scaled_KJ.safetensors": ("ClipImageExtension",),
+    "Wan21-WanMove_fp8_scaled_e4m3fn_KJ.safetensors": ("ClipImageExtension",),
+    "Wan2_1_SkyreelsA2_fp8_e4m3fn.safetensors": ("ClipImageExtension",),
+    "Wan21_SkyReelsV3-A2V_fp8_scaled_mixed.safetensors": ("ClipImageExtension", "MultiTalk"),
+    "Wan2_1_mocha-14B-preview_fp8_e4m3fn_scaled_KJ.safetensors": (),
+    "Wan2_1-T2V-14B-Phantom_fp8_e4m3fn_scaled_KJ.safetensors": (),
+    "Wan2_1-T2V-14B_fp8_e4m3fn.safetensors": (),
+    "Wan2_2-T2V-A14B-HIGH_fp8_e4m3fn_scaled_KJ.safetensors": (),
+    "Wan2_2-TI2V-5B-FastWanFullAttn_bf16.safetensors": (),
+    "Wan21-14B-SCAIL-preview_fp8_e4m3fn_scaled_KJ.safetensors": ("Scail", "ClipImageExtension"),
+    "Wan21-OneToAllAnimation_fp8_e4m3fn_scaled_KJ.safetensors": ("OneToAll",),
+    "Wan2_1-T2V-Lynx_full_ref_layers_fp16.safetensors": ("Lynx",),
+    "Wan2_1_FantasyPortrait_fp16.safetensors": ("FantasyPortrait",),
+    "fantasytalking_fp16.safetensors": ("FantasyTalking",),
 }
 
 
@@ -40,16 +90,33 @@ def host(tmp_path):
     set_host(before)
 
 
+def facts_of(path, name):
+    """The shapes of a published file, under the names that models have."""
+    tensors = {key: StoredTensor(shape=shape, format="BF16") for key, shape in keys_of(name).items()}
+    return with_aliases(checkpoint_of(path, (Header(path, tensors),)), SYSTEMS).shapes
+
+
+def check_size(checkpoint, name):
+    row = published(name)
+    if row is not None:
+        forms = checkpoint.formats.items()
+        bits = sum(math.prod(checkpoint.shapes[key]) * BITS[form.split()[0]] for key, form in forms)
+        assert bits / 8e9 == pytest.approx(row.gigabytes, rel=0.06)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_keys_and_shapes_are_those_of_the_file(name, tmp_path):
     made = open_or_make(tmp_path / name)
-    facts = {key.replace("audio_proj.", "multitalk_audio_proj.", 1) if key.startswith("audio_proj.") else key: shape
-             for key, shape in keys_of(FILES[name]).items()}  # fmt: skip
-    assert {key: tuple(shape) for key, shape in made.shapes.items()} == facts
-    row = published(name)
-    if row is not None:
-        size = sum(math.prod(made.shapes[key]) * BITS[form.split()[0]] / 8 for key, form in made.formats.items())
-        assert size / 1e9 == pytest.approx(row.gigabytes, rel=0.06)
+    assert made.shapes == facts_of(tmp_path / name, FILES[name])
+    check_size(made, name)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_systems_are_those_of_the_file(name, tmp_path):
+    made = with_aliases(open_or_make(tmp_path / name), SYSTEMS)
+    owners = [system for system in SYSTEMS.detect(made.shapes) if any(map(system.owns, made.shapes))]
+    assert tuple(type(system).__name__ for system in owners) == OTHERS[name]
+    check_size(made, name)
 
 
 def node(key, kind, **inputs):
@@ -81,6 +148,25 @@ def test_modules_behind_modules_count(host):
     assert "in 48 blocks" in lines[1] and "InfiniteTalk" in lines[2] and "VACE" in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "socket", "file"),
+    [
+        ("FantasyTalkingModelLoader", "fantasytalking_model", "fantasytalking_fp16.safetensors"),
+        ("FantasyPortraitModelLoader", "fantasyportrait_model", "Wan2_1_FantasyPortrait_fp16.safetensors"),
+    ],
+)
+def test_nodes_that_read_their_file_do_not_run(host, kind, socket, file):
+    module = node("2", kind, model=file, base_precision="fp16")
+    with_module, without = (
+        plan(workflow("Wan2_1-I2V-14B-720P_fp8_e4m3fn.safetensors", module, **links), CLASSES, host)
+        for links in ({socket: Link("2", 0)}, {})
+    )
+    assert file in with_module[2] and file not in without[2]
+    # Keys and values of 2048 channels in 40 blocks, in fp16.
+    weights = [float(lines[1].split(": ")[1].split(" GB")[0]) for lines in (with_module, without)]
+    assert weights[0] - weights[1] == pytest.approx(40 * 2 * 2048 * 5120 * 2e-9, abs=0.11)
+
+
 def test_one_model_that_is_not_known_leaves_the_other(host):
     prompt = workflow("of_nobody.safetensors")
     other = workflow("wan2.2_ti2v_5B_fp16.safetensors").nodes["1"]
@@ -91,13 +177,12 @@ def test_one_model_that_is_not_known_leaves_the_other(host):
 
 
 def test_all_that_is_missing_is_named_at_once(host, tmp_path):
-    """A node that reads its file when it runs does not run for that."""
     vae = node("2", "WanVideoVAELoader", model_name="Wan2_1_VAE_bf16.safetensors")
-    ear = node("3", "FantasyTalkingModelLoader", model="x/fantasytalking_fp16.safetensors", base_precision="fp16")
-    prompt = workflow("wan2.1-i2v-14b-480p-Q8_0.gguf", vae, ear, fantasytalking_model=Link("3", 0))
+    ear = node("3", "MultiTalkModelLoader", model="x/of_nobody_fp16.safetensors")
+    prompt = workflow("wan2.1-i2v-14b-480p-Q8_0.gguf", vae, ear, multitalk_model=Link("3", 0))
     with pytest.raises(FileNotFoundError) as refusal:
         plan(prompt, CLASSES, host)
-    assert "diffusion_models/x/fantasytalking_fp16.safetensors" in str(refusal.value)
+    assert "diffusion_models/x/of_nobody_fp16.safetensors" in str(refusal.value)
     with pytest.raises(FileNotFoundError) as refusal:
         plan(workflow("of_nobody.safetensors", vae), CLASSES, host)
     assert "diffusion_models/of_nobody.safetensors" in str(refusal.value)
