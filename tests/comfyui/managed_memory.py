@@ -42,6 +42,10 @@ def setup(root):
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    from comfy.cli_args import args
+
+    # On the command line 0.3.64 takes --cpu or --lowvram, not both.
+    args.cpu = True
     import comfy.model_management as management
     import folder_paths  # noqa: F401
     import torch
@@ -142,7 +146,7 @@ def loaders(management, gpu, host, folder):
 
 
 def main(folder, root, *options):
-    sys.argv = ["main.py", "--cpu", *options]
+    sys.argv = ["main.py", *options]
     management, gpu = setup(root)
     from wanvideo_wrapper.host import get_host
 
