@@ -194,8 +194,7 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
         noise = request.noise
     elif request.context is not None and request.context.freenoise:
         first, last = request.image.leading_latents, shape[1] - request.image.trailing_latents
-        if request.context.apply_to(last - first):
-            noise[:, first:last] = free_noise(noise[:, first:last], request.context, generator)
+        noise[:, first:last] = free_noise(noise[:, first:last], request.context, generator)
     latents = noise
     samples = request.samples or {}
     if samples.get("generator_state") is not None:

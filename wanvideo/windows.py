@@ -165,7 +165,11 @@ def blend_weights(window: Frames, frames: int, options: ContextOptions) -> Tenso
 
 
 def free_noise(noise: Tensor, options: ContextOptions, generator: torch.Generator) -> Tensor:
-    """FreeNoise: from the second window on, noise [C, F, h, w] is the first frames' in another order."""
+    """FreeNoise: from the second window on, noise [C, F, h, w] is the first frames' in another order.
+
+    Raises ValueError as `ContextOptions.check`.
+    """
+    options.check()
     noise = noise.clone()
     frames, size = noise.shape[1], options.latent_size
     for start in range(0, frames - size, size - options.latent_overlap):

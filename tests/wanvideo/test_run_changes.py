@@ -1,5 +1,6 @@
 """What payloads make of one another, and what changes the start of a run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -77,6 +78,24 @@ def test_noise_is_told_from_samples():
     got = latents_of(sample(request(model, image=embeds, samples={"samples": given}), FakeHost()))
     torch.testing.assert_close(model.transformer.calls[0].latents, 2.0 * given)
     assert torch.equal(got, noise)
+
+
+@dataclass(frozen=True)
+class Changed(Modifier):
+    """The velocity as `change` makes it."""
+
+    change: Callable
+
+    def around_velocity(self, velocity):
+        return lambda *given: self.change(velocity(*given))
+
+
+def test_modifiers_change_the_velocity_from_the_inside():
+    asked = request(schedule=schedule(steps=1), modifiers=(Changed(lambda v: 2 * v), Changed(lambda v: v + 1)))
+    got = latents_of(sample(asked, FakeHost()))
+    transformer, sigmas = asked.model.transformer, asked.schedule.sigmas
+    (call,) = transformer.calls
+    torch.testing.assert_close(got, (call.latents + 2 * (transformer(call) + 1) * (sigmas[1] - sigmas[0]))[0])
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def test_a_model_that_runs_elsewhere_is_given_the_request_as_it_is():
 
 
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize(("context", "frames"), [(None, 15), (WINDOWS, 9), (replace(WINDOWS, size=37), 15)])
+@pytest.mark.parametrize(("context", "frames"), [(None, 15), (WINDOWS, 9), (replace(WINDOWS, size=45), 15)])
 def test_the_model_is_prepared_for_what_a_forward_sees(context, frames, batched):
     asked = request(image=LONG, context=context, cfg=3.0, batched_cfg=batched)
     sample(asked, FakeHost())

@@ -144,6 +144,8 @@ def test_free_noise_reuses_the_first_window():
         assert rows == {tuple(got[:, start + i].flatten().tolist()) for i in range(count)}
     assert not torch.equal(got[:, 5:8], got[:, :3])
     assert torch.equal(got, free_noise(noise, options(), torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="must be less"):
+        free_noise(noise, options(overlap=20), torch.Generator())
 
 
 def request(folder, context, prompts=1, base="text"):

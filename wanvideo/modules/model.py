@@ -75,8 +75,7 @@ class WanModel(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = TimeProjection(dim)
         self.blocks = nn.ModuleList(WanAttentionBlock(config, attention or sdpa()) for _ in range(config.num_layers))
-        patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-        self.head = Head(dim, config.out_dim * patch_volume, config.eps)
+        self.head = Head(dim, config.out_dim * math.prod(config.patch_size), config.eps)
         for extension in self.extensions:
             extension.build(self)
         for block in self.blocks:
