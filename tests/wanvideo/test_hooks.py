@@ -14,6 +14,7 @@ from wanvideo_wrapper.wanvideo.conditioning import Payload
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.modules.block import WanAttentionBlock
 from wanvideo_wrapper.wanvideo.rope import rope_table
+from wanvideo_wrapper.wanvideo.shard import Ranks, Shard
 from wanvideo_wrapper.wanvideo.tokens import Text, Tokens, video_tokens
 
 # Norms take out what all channels have in common.
@@ -512,6 +513,33 @@ def test_appended_tokens_are_not_in_the_video():
     base, model = build(Appends())
     got = model(inputs(Toy(torch.tensor(2.0))))
     assert got.shape == base(inputs()).shape and not torch.equal(got, base(inputs()))
+
+
+def test_systems_and_blocks_are_given_the_part_of_the_sequence_that_the_ranks_chose():
+    part, asked, seen = Shard(), [], []
+
+    class Chosen(Ranks):
+        def shard(self, grid, tokens):
+            asked.append((grid, tokens))
+            return part
+
+    @dataclass(frozen=True)
+    class Looks(ToyExtension):
+        def prepare(self, model, payload, inputs, tokens):
+            return tokens.appended(tokens.x[:, :2], tokens.rope[:2]), Amount(payload.value)
+
+        def on(self, state, shard):
+            seen.append(shard)
+            return state
+
+        def after_block(self, model, at, x, inputs, state):
+            seen.append(inputs.shard)
+            return x
+
+    _, model = build(Looks())
+    with model.shared_by(Chosen()):
+        model(inputs(Toy(torch.tensor(1.0))))
+    assert asked == [((3, 2, 2), 12 + 2)] and len(seen) == 1 + 3 and all(shard is part for shard in seen)
 
 
 def test_rope_starts_where_it_is_asked_to():

@@ -96,14 +96,22 @@ def test_image_to_video(positions):
 
 
 @torch.no_grad()
-def test_timestep_per_frame():
+@pytest.mark.parametrize("times", [(0.0, 731.0, 402.5), (0.0, 731.0)])
+def test_timestep_per_frame(times):
     reference, model = pair(16)
-    latents = torch.randn(1, 16, 3, 4, 6)
-    timestep = torch.tensor([[0.0, 731.0, 402.5]])
+    latents = torch.randn(1, 16, len(times), 4, 6)
+    timestep = torch.tensor([times])
     text = (torch.randn(9, TEXT),)
     per_token = timestep.repeat_interleave(2 * 3, dim=1)
     want = reference(latents, per_token, padded(text), return_dict=False)[0]
     assert relative(model(ModelInputs(latents=latents, timestep=timestep, text=text)), want) < 1e-5
+
+
+def test_pieces_are_counted_over_the_whole_batch():
+    _, model = pair(16)
+    assert model.parts((2, 90, 72)) == 1
+    with model.sparing(50):
+        assert model.parts((2, 90, 72)) == 4
 
 
 def test_wrong_inputs_are_named():
