@@ -24,6 +24,8 @@ def test_they_are_models_whose_attention_to_text_adds_nothing():
         block.cross_attn.o.weight.zero_(), block.cross_attn.o.bias.zero_()
     torch.testing.assert_close(model(inputs(batch=2)), twin(inputs(batch=2)), rtol=1e-5, atol=1e-6)
     assert model.compute_dtype is torch.float32
+    empty = model.embed_text(inputs(batch=2).text, torch.bfloat16)
+    assert empty.shape == (2, 0, WORDLESS.dim) and empty.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("lost", ["text_embedding.0.weight", "blocks.0.cross_attn.q.weight"])

@@ -258,7 +258,7 @@ class WanModel(nn.Module):
         T is 0 where the model reads no text.
         """
         if not self.config.text_dim:
-            return torch.zeros(len(text), 0, self.config.dim, dtype=dtype, device=self.time_embedding[0].weight.device)
+            return self.time_embedding[0].weight.new_zeros(len(text), 0, self.config.dim, dtype=dtype)
         length = max(self.config.text_len, *(t.shape[0] for t in text))
         padded = torch.stack([F.pad(t, (0, 0, 0, length - t.shape[0])) for t in text])
         return self.text_embedding(padded.to(self.compute_dtype)).to(dtype)
