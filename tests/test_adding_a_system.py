@@ -39,8 +39,9 @@ def echo():
             del sys.modules[name]
 
 
-def test_all_of_it_is_run(echo):
+def test_all_of_it_is_run_and_fits_the_line_length_of_the_linter(echo):
     assert set(echo) == set(FILES)
+    assert all(len(line) <= 120 for text in FILES.values() for line in text.splitlines())
 
 
 def test_its_key_is_found_and_owned_and_an_idle_one_changes_nothing(echo):
