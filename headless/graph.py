@@ -64,7 +64,7 @@ class Prompt:
         if not found:
             inner = [node.label for node in self.nodes.values() if node.id.startswith(f"{name}:")]
             if inner:
-                raise ValueError(f"Node {name} is a subgraph: name one of the nodes inside, {', '.join(inner)}.")
+                raise ValueError(f"Node {name} holds other nodes: name one of them, {', '.join(inner)}.")
             raise ValueError(f"There is no node '{name}' in the workflow: give its id, title or class name.")
         ids = ", ".join(node.id for node in found)
         raise ValueError(f"'{name}' names {len(found)} nodes of the workflow; give the id of one: {ids}.")

@@ -2,7 +2,8 @@
 
 The file keeps what lies inside: nodes, which go by their place in the list, and links. What the group node shows
 of it (names of inputs, order of values and outputs) follows from the interfaces of the nodes inside. Facts: ComfyUI's
-front end 1.15 to 1.58, src/extensions/core/groupNode.ts.
+front end 1.15 to 1.58, src/extensions/core/groupNode.ts. Versions of it lose some links (1.16 to 1.27 those through
+reroutes inside, and those to widgets where older versions made the group): here all are followed as they are drawn.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ PREFIXES = ("workflow/", "workflow>")
 def is_group(node_type: str) -> bool:
     """Whether nodes of this type are group nodes."""
     return node_type.startswith(PREFIXES)
+
+
+def _label(node: Mapping[str, object]) -> str:
+    return f"{node.get('title') or node['type']} (#{node['id']})"
 
 
 class Insides:
@@ -49,12 +54,16 @@ class Insides:
             return self._subgraphs.get(node["type"])
         if node["id"] not in self._groups:
             try:
-                self._groups[node["id"]] = self._opened(node)
-            except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as error:
+                inside = self._opened(node)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
-                    f"{node.get('title') or node['type']} (#{node['id']}): what this group node holds is damaged "
-                    f"({error!r}); make it again in ComfyUI, or bypass it."
+                    f"{_label(node)}: what this group node holds is damaged ({error!r}); make it again in ComfyUI, or "
+                    "bypass it."
                 ) from error
+            self._groups[node["id"]] = inside
+            self._total += 0 if inside is None else len(inside["nodes"])
+            if self._total > MOST_NODES:
+                raise ValueError(f"Its group nodes open up to more than {MOST_NODES} nodes; split the workflow.")
         return self._groups[node["id"]]
 
     def all_nodes(self) -> Iterator[Mapping[str, object]]:
@@ -69,11 +78,7 @@ class Insides:
             self._closed[kind] = closed_because(kind, self._workflow, self._classes)
         if self._closed[kind]:
             return None
-        definition = _definition(kind, self._workflow)
-        self._total += len(definition["nodes"])
-        if self._total > MOST_NODES:
-            raise ValueError(f"Its group nodes open up to more than {MOST_NODES} nodes; split the workflow.")
-        return _Group(definition, self._classes).opened(node)
+        return _Group(_definition(kind, self._workflow), self._classes).opened(node)
 
 
 def _definition(kind: str, workflow: Mapping[str, object]) -> Mapping[str, object] | None:
@@ -128,7 +133,7 @@ class _Group:
             if outer.get("link") is None:
                 continue
             if outer["name"] not in self.shown:
-                log.warning("%s (#%s) has no input '%s': its link is left out.", node["type"], node["id"], outer["name"])
+                log.warning("%s shows no input '%s': what is linked to it is left out.", _label(node), outer["name"])
                 continue
             place, entry = self.shown[outer["name"]]
             _socket(nodes[place], entry)["link"] = len(links)
@@ -138,27 +143,34 @@ class _Group:
         return {"nodes": nodes, "links": links}
 
     def _show(self) -> None:
-        late = []
+        """Goes through the inputs in the editor's order, on which names and the order of values depend."""
+        last: list[tuple[int, int, Input]] = []
         for place, node in enumerate(self.nodes):
             entries, outputs = self._interface(place, node)
-            sockets = [entry["name"] if entry.get("widget") else None for entry in node.get("inputs") or ()]
-            plain = [entry for entry in entries if not entry.has_widget_type]
-            linkable = [entry for entry in entries if entry.has_widget_type and entry.name in sockets]
-            for entry in entries:
-                if entry.has_widget_type and entry.name not in sockets:
-                    self.shown[self._name(place, entry.name)] = place, entry
-            for slot, entry in enumerate(plain):
-                if slot not in self.into.get(place, {}):
-                    name = self._name(place, entry.name)
-                    if self._chosen(place, "input", entry.name).get("visible") is not False:
-                        self.shown[name] = place, entry
-            # The editor sorts numbers of slots as texts: 10 stands before 9.
-            linkable.sort(key=lambda entry: str(sockets.index(entry.name)))
-            late += [(place, len(plain) + number, entry) for number, entry in enumerate(linkable)]
             self.outputs += [(place, slot) for slot in range(outputs) if self._is_output(place, slot)]
-        for place, slot, entry in late:
+            # Widgets that could be linked when the group was made stand behind everything else.
+            sockets = [entry["name"] if entry.get("widget") else None for entry in node.get("inputs") or ()]
+            widgets = [entry for entry in entries if entry.has_widget_type]
+            others = [entry for entry in entries if not entry.has_widget_type]
+            for entry in widgets:
+                if entry.name not in sockets:
+                    self.shown[self._name(place, entry)] = place, entry
+            for slot, entry in enumerate(others):
+                self._show_socket(place, slot, entry)
+            # The editor sorts numbers of slots as texts: 10 stands before 9.
+            with_socket = sorted((e for e in widgets if e.name in sockets), key=lambda e: str(sockets.index(e.name)))
+            last += [(place, slot, entry) for slot, entry in enumerate(with_socket, len(others))]
+        for place, slot, entry in last:
             if slot not in self.into.get(place, {}):
-                self.shown[self._name(place, entry.name)] = place, entry
+                self.shown[self._name(place, entry)] = place, entry
+
+    def _show_socket(self, place: int, slot: int, entry: Input) -> None:
+        if slot in self.into.get(place, {}):
+            return
+        # One that the user hid keeps its name from others all the same.
+        name = self._name(place, entry)
+        if self._chosen(place, "input", entry.name).get("visible") is not False:
+            self.shown[name] = place, entry
 
     def _interface(self, place: int, node: Mapping[str, object]) -> tuple[list[Input], int]:
         """Inputs, and how many outputs; none of nodes that are for the editor only."""
@@ -195,33 +207,33 @@ class _Group:
         """What the user set for an input or output of a node inside: name, visible."""
         return ((self.config.get(str(place)) or {}).get(side) or {}).get(str(slot)) or {}
 
-    def _name(self, place: int, name: str) -> str:
-        """A name that no other input of the group node has."""
+    def _name(self, place: int, entry: Input) -> str:
+        """What the group node calls the input of the node inside: its own name, or one that no other input has."""
         node = self.nodes[place]
-        labels = [entry.get("label") for entry in node.get("inputs") or () if entry["name"] == name]
-        chosen = [self._chosen(place, "input", name).get("name"), *labels[:1]]
-        key = result = str(next((label for label in chosen if label is not None), name))
+        labels = [socket.get("label") for socket in node.get("inputs") or () if socket["name"] == entry.name]
+        own = [self._chosen(place, "input", entry.name).get("name"), *labels[:1], entry.name]
+        key = name = str(next(text for text in own if text is not None))
         if (node["type"] == "PrimitiveNode" and node.get("title")) or key in self._named:
             prefix = node["type"] if node.get("title") is None else node["title"]
-            key = result = f"{prefix} {name}"
+            key = name = f"{prefix} {entry.name}"
             if key in self._named:
-                result = f"{prefix} {self._named[key]} {name}"
+                name = f"{prefix} {self._named[key]} {entry.name}"
         self._named[key] = self._named.get(key, 1) + 1
-        return result
+        return name
 
     def _values(self, saved: Sequence[object] | None) -> dict[int, dict[str, object]]:
         """What the widgets of the group node say, by the place of the node inside."""
-        widgets = [(place, entry) for place, entry in self.shown.values() if entry.is_widget]
+        places, entries = zip(*self.shown.values(), strict=True) if self.shown else ((), ())
         values: dict[int, dict[str, object]] = {}
-        by_position = positional_values([entry for _, entry in widgets], saved)
-        for (place, entry), value in zip(widgets, by_position, strict=True):
-            values.setdefault(place, {})[entry.name] = value
+        for number, value in positional_values(entries, saved):
+            values.setdefault(places[number], {})[entries[number].name] = value
         return values
 
     def _inner(self, place: int, values: Mapping[str, object]) -> dict[str, object]:
         node = self.nodes[place]
         saved, cls = node.get("widgets_values"), self.classes.get(node["type"])
         if cls is not None:
+            # VideoHelperSuite's are saved by name, with some that no class declares.
             more = saved if isinstance(saved, Mapping) else {}
             saved = {**more, **values_by_name(cls, saved), **values}
         elif values:

@@ -36,6 +36,21 @@ class Input(NamedTuple):
         return isinstance(self.kind, list) or self.kind in CASTS
 
     @property
+    def is_controlled(self) -> bool:
+        """Whether the front end shows a second widget, for what becomes of the value after a run."""
+        return self.name in SEEDS or bool(self.options.get("control_after_generate"))
+
+    @property
+    def is_upload(self) -> bool:
+        """Whether the front end shows a button for uploads, which has a value of its own."""
+        return any(self.options.get(upload) for upload in UPLOADS)
+
+    @property
+    def saved_values(self) -> int:
+        """How many values are saved for the widget."""
+        return 1 + self.is_controlled + self.is_upload
+
+    @property
     def default(self) -> object:
         """The value of an untouched widget."""
         if "default" in self.options:
@@ -63,16 +78,23 @@ def values_by_name(cls: type, saved: Sequence[object] | Mapping[str, object] | N
 
     A list goes by position; a value for the seed's control or an upload button in between is passed over.
     """
-    widgets = [entry for entry in inputs_of(cls) if entry.is_widget]
+    entries = inputs_of(cls)
     if isinstance(saved, Mapping):
-        return {entry.name: saved.get(entry.name, entry.default) for entry in widgets}
-    return {entry.name: value for entry, value in zip(widgets, positional_values(widgets, saved), strict=True)}
+        return {entry.name: saved.get(entry.name, entry.default) for entry in entries if entry.is_widget}
+    return {entries[place].name: value for place, value in positional_values(entries, saved)}
 
 
-def positional_values(widgets: Sequence[Input], saved: Sequence[object] | None) -> list[object]:
-    """The saved value of each widget, in order; missing ones are the default."""
+def positional_values(entries: Sequence[Input], saved: Sequence[object] | None) -> list[tuple[int, object]]:
+    """(place of the entry, saved value) of each that has a widget, in order; missing values are the default.
+
+    Editors before 1.16 saved a value for inputs that only lack one (forceInput) too, which is passed over.
+    """
+    widgets = [(place, entry) for place, entry in enumerate(entries) if entry.has_widget_type]
+    if len(saved or ()) != sum(entry.saved_values for _, entry in widgets):
+        widgets = [(place, entry) for place, entry in widgets if entry.is_widget]
     rest = _Saved(saved or ())
-    return [rest.take(entry) for entry in widgets]
+    values = [(place, entry, rest.take(entry)) for place, entry in widgets]
+    return [(place, value) for place, entry, value in values if entry.is_widget]
 
 
 class _Saved:
@@ -86,13 +108,12 @@ class _Saved:
         if not self._values:
             return entry.default
         value = self._values.pop(0)
-        controlled = entry.name in SEEDS or entry.options.get("control_after_generate")
-        if controlled and self._values and self._values[0] in CONTROL_VALUES:
+        if entry.is_controlled and self._values and self._values[0] in CONTROL_VALUES:
             self._values.pop(0)
             if isinstance(entry.kind, list) and self._values:
                 # A list has a filter besides.
                 self._values.pop(0)
-        if any(entry.options.get(upload) for upload in UPLOADS) and self._values:
+        if entry.is_upload and self._values:
             self._values.pop(0)
         return value
 
@@ -157,4 +178,3 @@ def _choice(entry: Input, value: object, where: str) -> object:
     if option is not None:
         return option
     raise ValueError(f"{where}: {choices.refusal(entry.name, value, _shown(value))}")
-

@@ -8,6 +8,7 @@ FUZZ_EXAMPLES sets how many cases each test gets (default: a short run; `make fu
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from wanvideo_wrapper.headless.graph import as_api, load
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-WORKFLOWS = {path.name: path.read_bytes() for path in Path(__file__).parents[2].glob("example_workflows/*.json")}
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = {path.name: path.read_bytes() for path in ROOT.glob("example_workflows/*.json")}
+for path in ROOT.glob("tests/data/group_nodes/*.json"):
+    WORKFLOWS[path.name] = json.dumps(json.loads(path.read_bytes())["workflow"]).encode()
 CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
 run = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
@@ -35,7 +39,7 @@ ODD = (
 )  # fmt: skip
 NAMES = ("images", "image", "self", "format", "frame_rate", "source", "any", "crf", "filename_prefix", "value", "")
 KINDS = ("LoadImage", "PreviewAny", "VHS_VideoCombine", "EmptyImage", "SaveImage", "Gone", "SimpleMath+", "CreateVideo")
-INNER = ("Reroute", "GetNode", "SetNode", "PrimitiveNode", "Note", "g", "h")
+INNER = ("Reroute", "GetNode", "SetNode", "PrimitiveNode", "Note", "g", "h", "workflow>k", "workflow/k")
 
 
 class Choices:
@@ -60,7 +64,8 @@ class Choices:
                 return "".join(map(chr, (next(self._bytes, 65) for _ in range(self.below(8)))))
             case 7:
                 return next(self._bytes, 0) * 10 ** self.below(12) - 1000
-        return self.pick(ODD)
+        # A copy: what takes it may write into it.
+        return deepcopy(self.pick(ODD))
 
     def rarely_odd(self, value):
         """The value, or in one of eight cases an odd one."""
@@ -114,8 +119,48 @@ class Choices:
                     entry |= {side: [self.rarely_odd(self.slot())] for side in ("inputs", "outputs")}
             graph["definitions"] = self.rarely_odd({"subgraphs": self.rarely_odd(inner)})
         if self.below(4) == 3:
-            graph["extra"] = self.value()
+            graph["extra"] = self.pick(({"groupNodes": self.rarely_odd({"k": self.group()})}, self.value()))
         return graph
+
+    def grouped(self):
+        """A group node between one that makes a picture and one that shows it."""
+        names = [self.pick(NAMES) for _ in range(self.below(4))]
+        sockets = [{"name": name, "type": "IMAGE", "link": self.pick((1, None))} for name in names]
+        values = [self.value(depth=1) for _ in range(self.below(9))]
+        group = {"id": 2, "type": self.pick(("workflow>k", "workflow/k")), "inputs": sockets, "widgets_values": values}
+        takers = [{"name": "source", "type": "*", "link": 2}]
+        nodes = [{"id": 1, "type": "EmptyImage"}, group, {"id": 3, "type": "PreviewAny", "inputs": takers}]
+        links = [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, self.below(3), 3, 0, "IMAGE"]]
+        groups = {"k": self.group()}
+        return {"nodes": nodes, "links": links, "extra": self.rarely_odd({"groupNodes": groups})}
+
+    def group(self):
+        """What a group node holds: few nodes that are not known, which would keep it closed."""
+        kinds = ("LoadImage", "EmptyImage", "PreviewAny", "ImageResizeKJ", "PrimitiveNode", "Reroute", "SetNode")
+        nodes = [{"type": self.pick(kinds), "inputs": [self.socket() for _ in range(3)]} for _ in range(3)]
+        for node in nodes:
+            node["outputs"] = [{"name": self.pick(NAMES), "type": self.pick(("IMAGE", "*"))}] * 2
+            if self.below(4) == 3:
+                node[self.pick(("type", "inputs", "outputs", "widgets_values", "title", "mode"))] = self.value()
+        made = {"nodes": nodes, "links": [self.group_link() for _ in range(self.below(5))]}
+        if self.below(2):
+            made["external"] = [[self.below(3), self.below(2), self.pick(("IMAGE", "*", None))]]
+        if self.below(2):
+            chosen = {"name": self.pick(NAMES), "visible": self.pick((True, False, None, 0))}
+            sides = {"input": {self.pick(NAMES): chosen}, "output": {self.pick("01"): self.rarely_odd(chosen)}}
+            made["config"] = {self.pick("012"): sides}
+        if self.below(4) == 3:
+            made[self.pick(tuple(made))] = self.value()
+        return made
+
+    def socket(self):
+        name = self.pick(NAMES)
+        widget = {"widget": {"name": name}} if self.below(2) else {}
+        return {"name": name, "type": self.pick(("IMAGE", "INT", "*")), **widget}
+
+    def group_link(self):
+        ends = [self.pick((0, 1, 2, None)), self.below(2), self.below(3), self.below(3)]
+        return [*ends, self.below(9), self.pick(("IMAGE", "INT", "COMBO"))]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +189,16 @@ def read(path):
 def test_graphs(data, folder):
     choices = Choices(data)
     graph = choices.api() if choices.below(2) else choices.ui()
+    note(repr(graph))
+    path = folder / "graph.json"
+    path.write_text(json.dumps(graph))
+    read(path)
+
+
+@run
+@given(data=st.binary(min_size=100, max_size=800))
+def test_group_nodes(data, folder):
+    graph = Choices(data).grouped()
     note(repr(graph))
     path = folder / "graph.json"
     path.write_text(json.dumps(graph))

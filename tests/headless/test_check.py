@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import re
 
 import pytest
 import torch
@@ -279,15 +278,6 @@ def test_many_takers_of_long_chains_are_fast(tmp_path):
     assert len(ends) == 10_000 and {node.inputs["image"] for node in ends} == {Link("s", 0)}
 
 
-@pytest.mark.parametrize("kind", ["workflow/mine", "workflow>mine"])
-def test_group_nodes_are_named_with_the_way_out(kind, tmp_path, host):
-    group = {"id": 1, "type": kind, "title": "mine", "outputs": [{"type": "IMAGE", "links": [1]}]}
-    end = {"id": 2, "type": "End", "inputs": [{"name": "image", "type": "IMAGE", "link": 1}]}
-    for nodes in ([group, end], [group]):
-        (problem,) = problems(tmp_path, host, {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "IMAGE"]]})
-        assert re.fullmatch(r"mine \(#1\): it is a group node, .* choose 'Convert to nodes' .*", problem)
-
-
 def test_two_nodes_of_one_id_are_named(tmp_path):
     """Links cannot tell them apart, and one of them would be left out."""
     nodes = [{"id": 1, "type": "Source"}, {"id": "1", "type": "End", "inputs": [{"name": "image", "link": 1}]}]
@@ -331,7 +321,7 @@ def test_one_use_of_a_subgraph_is_bypassed_by_full_id(tmp_path):
     assert set(load(path, CLASSES, mute=["2"]).nodes) == {"1:5"}
     with pytest.raises(ValueError, match="no node '1:6'"):
         load(path, CLASSES, bypass=["1:6"])
-    with pytest.raises(ValueError, match=r"1 is a subgraph: name one of the nodes inside, End \(#1:5\)"):
+    with pytest.raises(ValueError, match=r"1 holds other nodes: name one of them, End \(#1:5\)"):
         load(path, CLASSES).set("1.image=x", CLASSES)
 
 

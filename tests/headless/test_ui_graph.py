@@ -78,6 +78,11 @@ def test_missing_widget_values_are_defaults_and_dicts_go_by_name(tmp_path):
     assert got["2"][1] == {"image": Link("1", 1), "count": 3, "size": 9.0, "extra": 1}
 
 
+def test_values_that_old_editors_saved_for_inputs_without_a_widget_are_passed_over(tmp_path):
+    """Editors before 1.16 saved one for `forced`, too."""
+    assert read(tmp_path, [source(widgets=(7, "fixed", "b", False, 0, "words"))], [])["1"][1] == PLAIN
+
+
 def test_a_link_overrides_its_widget(tmp_path):
     links = [[1, 1, 1, 2, 0, "IMAGE"], [2, 1, 0, 2, 1, "INT"]]
     assert read(tmp_path, [source(), sink(count=2)], links)["2"][1]["count"] == Link("1", 0)
