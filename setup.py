@@ -6,5 +6,6 @@ LEFT_OUT = ("tests*", "benchmarks*", "docs*", "web*", "example_workflows*")
 
 setup(
     package_dir={"wanvideo_wrapper": "."},
+    py_modules=["wanvideo_command"],
     packages=["wanvideo_wrapper", *(f"wanvideo_wrapper.{name}" for name in find_packages(exclude=LEFT_OUT))],
 )

@@ -18,7 +18,7 @@ FLOORS = (
     ("distributed",),
     ("NODES", "doctor", "node_checks", "node_tools", "node_tips", "saved_values", "__init__"),
     ("headless", "demo", "bench"),
-    ("benchmarks",),
+    ("benchmarks", "wanvideo_command"),
 )
 FOLDERS = ast.literal_eval(
     (ROOT / "registry.py").read_text().split("FOLDERS = ")[1].split("\n)")[0] + "\n)"
