@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from .group_nodes import Insides
-from .ui_graph import BYPASSED, MUTED, WRAPPED, LoopError, as_slot, convert
+from .ui_graph import BYPASSED, MUTED, WRAPPED, LoopError, as_slot, convert, parts
 from .widgets import Input, from_text, inputs_of
 
 # As large as ComfyUI's server takes; a value of a byte or two in the file takes up to 200 in memory.
@@ -135,16 +135,10 @@ def _json(path: Path) -> object:
         raise ValueError(f"{path.name} is no workflow: it is not JSON ({error}).") from error
     level = [data]
     for _ in range(DEEPEST_VALUE):
-        level = [v for entry in level for v in _parts(entry)]
+        level = [v for entry in level for v in parts(entry)]
         if not level:
             return data
     raise ValueError(f"{path.name} is no workflow: its values are nested too deeply.")
-
-
-def _parts(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _from_api(data: Mapping[str, object]) -> Prompt:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .ui_graph import EDITOR_ONLY, MOST_NODES, SUBGRAPH_INPUT, SUBGRAPH_OUTPUT, as_slot, subgraphs_of
+from .ui_graph import EDITOR_ONLY, SUBGRAPH_INPUT, SUBGRAPH_OUTPUT, Growth, as_slot, subgraphs_of
 from .widgets import Input, inputs_of, positional_values, values_by_name
 
 log = logging.getLogger("wanvideo")
@@ -39,10 +39,10 @@ class Insides:
     def __init__(self, workflow: Mapping[str, object], classes: Mapping[str, type]) -> None:
         self._workflow, self._classes = workflow, classes
         self._subgraphs = subgraphs_of(workflow)
+        self._groups: dict[str, _Group | None] = {}
         # By id: each use of a group has values of its own.
-        self._groups: dict[object, Mapping[str, object] | None] = {}
-        self._closed: dict[str, str] = {}
-        self._total = 0
+        self._uses: dict[object, Mapping[str, object] | None] = {}
+        self._growth = Growth()
 
     def of(self, node: Mapping[str, object], *, top: bool) -> Mapping[str, object] | None:
         """Nodes and links, as a subgraph has them; None for nodes that stand for themselves, or that stay closed.
@@ -52,19 +52,19 @@ class Insides:
         """
         if not is_group(node["type"]) or not top:
             return self._subgraphs.get(node["type"])
-        if node["id"] not in self._groups:
+        if node["id"] not in self._uses:
             try:
-                inside = self._opened(node)
+                group = self._group(node["type"])
+                inside = None if group is None else group.opened(node)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"{_label(node)}: what this group node holds is damaged ({error!r}); make it again in ComfyUI, or "
                     "bypass it."
                 ) from error
-            self._groups[node["id"]] = inside
-            self._total += 0 if inside is None else len(inside["nodes"])
-            if self._total > MOST_NODES:
-                raise ValueError(f"Its group nodes open up to more than {MOST_NODES} nodes; split the workflow.")
-        return self._groups[node["id"]]
+            self._uses[node["id"]] = inside
+            if inside is not None:
+                self._growth.add(inside)
+        return self._uses[node["id"]]
 
     def all_nodes(self) -> Iterator[Mapping[str, object]]:
         """All nodes that lie inside others."""
@@ -72,13 +72,11 @@ class Insides:
         for inside in (*self._subgraphs.values(), *filter(None, groups)):
             yield from inside["nodes"]
 
-    def _opened(self, node: Mapping[str, object]) -> Mapping[str, object] | None:
-        kind = node["type"]
-        if kind not in self._closed:
-            self._closed[kind] = closed_because(kind, self._workflow, self._classes)
-        if self._closed[kind]:
-            return None
-        return _Group(_definition(kind, self._workflow), self._classes).opened(node)
+    def _group(self, kind: str) -> _Group | None:
+        if kind not in self._groups:
+            closed = closed_because(kind, self._workflow, self._classes)
+            self._groups[kind] = None if closed else _Group(_definition(kind, self._workflow), self._classes)
+        return self._groups[kind]
 
 
 def _definition(kind: str, workflow: Mapping[str, object]) -> Mapping[str, object] | None:
@@ -120,6 +118,7 @@ class _Group:
         self.outputs: list[tuple[int, int]] = []
         self._named: dict[str, int] = {}
         self._show()
+        self._saved = [self._saved_values(node) for node in self.nodes]
 
     def opened(self, node: Mapping[str, object]) -> dict[str, object]:
         """The nodes and links inside this group node, with its values."""
@@ -229,13 +228,18 @@ class _Group:
             values.setdefault(places[number], {})[entries[number].name] = value
         return values
 
-    def _inner(self, place: int, values: Mapping[str, object]) -> dict[str, object]:
-        node = self.nodes[place]
+    def _saved_values(self, node: Mapping[str, object]) -> object:
+        """The values that the node inside has of its own; by name where they are known."""
         saved, cls = node.get("widgets_values"), self.classes.get(node["type"])
-        if cls is not None:
-            # VideoHelperSuite's are saved by name, with some that no class declares.
-            more = saved if isinstance(saved, Mapping) else {}
-            saved = {**more, **values_by_name(cls, saved), **values}
+        if cls is None:
+            return saved
+        # VideoHelperSuite's are saved by name, with some that no class declares.
+        return {**(saved if isinstance(saved, Mapping) else {}), **values_by_name(cls, saved)}
+
+    def _inner(self, place: int, values: Mapping[str, object]) -> dict[str, object]:
+        node, saved = self.nodes[place], self._saved[place]
+        if node["type"] in self.classes:
+            saved = {**saved, **values}
         elif values:
             saved = list(values.values())
         inputs = [{**entry, "link": None} for entry in node.get("inputs") or ()]

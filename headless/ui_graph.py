@@ -6,7 +6,7 @@ bypassed nodes. Links are followed back to the node that really makes the value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 from .widgets import inputs_of, values_by_name
 
 MUTED, BYPASSED = 2, 4
-# Subgraphs in subgraphs multiply: a file of a few kilobytes can name more nodes than memory holds.
-MOST_NODES, DEEPEST = 20_000, 50
+# Subgraphs in subgraphs multiply: a file of a few kilobytes can name more nodes than memory holds, or few nodes with as
+# many inputs.
+MOST_NODES, MOST_OPENED, DEEPEST = 20_000, 2_000_000, 50
 WRAPPED = "__value__"
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 NOTES = ("Note", "MarkdownNote")
@@ -57,6 +58,33 @@ class Insides(Protocol):
         ...
 
 
+class Growth:
+    """How much the nodes of a workflow stand for."""
+
+    def __init__(self) -> None:
+        self._nodes = self._values = 0
+
+    def add(self, graph: Mapping[str, object]) -> None:
+        """Count what one node stands for. Raises ValueError where it has become too much."""
+        self._nodes += len(graph["nodes"])
+        level = [graph["nodes"], graph.get("links")]
+        while level and self._values <= MOST_OPENED:
+            level = [part for value in level for part in parts(value)]
+            self._values += len(level)
+        if self._nodes > MOST_NODES or self._values > MOST_OPENED:
+            raise ValueError(
+                f"Its subgraphs and group nodes open up to more than {MOST_NODES} nodes or {MOST_OPENED} values; split "
+                "the workflow."
+            )
+
+
+def parts(value: object) -> Iterable[object]:
+    """The values that a JSON value is made of."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
 class LoopError(Exception):
     """Subgraphs, or Set, Get or Reroute nodes, lead back to themselves."""
 
@@ -73,7 +101,7 @@ class Scope:
     """One level of the workflow: the top, or the inside of one use of a subgraph.
 
     switched: modes by full id ("263:249"), which hold in one use of a subgraph. Raises ValueError where subgraphs in
-    subgraphs multiply to more than MOST_NODES nodes, LoopError where one contains itself.
+    subgraphs multiply to too much, LoopError where one contains itself.
     """
 
     def __init__(
@@ -84,12 +112,14 @@ class Scope:
         outer: Outer | None = None,
     ) -> None:
         self.outer = outer
+        self.growth: Growth = Growth() if outer is None else outer.scope.growth
+        if outer is not None:
+            self.growth.add(graph)
         self.switched = switched
         self.prefix = "" if outer is None else f"{outer.scope.prefix}{outer.node['id']}:"
         self.nodes: dict[object, Mapping[str, object]] = {node["id"]: node for node in graph["nodes"]}
         _no_id_twice(graph["nodes"])
         self.links = dict(_links(graph.get("links", ())))
-        self.total = len(self.nodes)
         self.inner: dict[object, Scope] = {}
         self._known: dict[tuple[object, int], Source] = {}
         for key, node in self.nodes.items():
@@ -101,9 +131,6 @@ class Scope:
                 if use.depth > DEEPEST:
                     raise LoopError
                 self.inner[key] = Scope(inside, insides, switched, use)
-                self.total += self.inner[key].total
-                if self.total > MOST_NODES:
-                    raise ValueError(f"Its subgraphs open up to more than {MOST_NODES} nodes; split the workflow.")
 
     def mode(self, node: Mapping[str, object]) -> object:
         """Whether this use of the node is muted or bypassed."""

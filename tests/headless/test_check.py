@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from limits import interrupted
+from limits import interrupted, limited
 from PIL import Image
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.headless import check as checking
@@ -308,6 +308,10 @@ def test_subgraphs_do_not_grow_without_bound(tmp_path):
     assert set(read(tmp_path, nested(1, 3)).nodes) == {"9:0:0:0:1"}
     with pytest.raises(ValueError, match="more than 20000 nodes"):
         read(tmp_path, nested(2, 40))
+    wide = nested(1000, 1)
+    wide["definitions"]["subgraphs"][1]["links"] = [[n, 1, 0, 2, 0] for n in range(5000)]
+    with limited(tmp_path), pytest.raises(ValueError, match="or 2000000 values"):
+        read(tmp_path, wide)
     with pytest.raises(ValueError, match="form a loop"):
         read(tmp_path, nested(1, 200))
 

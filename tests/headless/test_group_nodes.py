@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from limits import interrupted
+from limits import limited
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.headless.check import GraphError, check
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
@@ -167,13 +167,12 @@ def test_a_link_to_an_input_that_the_group_does_not_show_is_told(tmp_path, caplo
 
 
 def test_growth_is_bounded(tmp_path):
-    many = {"nodes": [SOURCE] * 1000, "links": []}
-    graph = workflow(many)
-    graph["nodes"] += [{"id": 100 + n, "type": "workflow>pair"} for n in range(2000)]
-    unknown = json.loads(json.dumps(graph))
-    unknown["extra"]["groupNodes"]["pair"]["nodes"].append({"type": "Gone"})
-    with interrupted():
-        for options in ({}, {"bypass": ["Join"]}):
-            with pytest.raises(ValueError, match="open up to more than 20000 nodes"):
-                read(tmp_path, graph, **options)
-        assert len(read(tmp_path, unknown).nodes) == 2002
+    many, wide = {"nodes": [SOURCE] * 1000, "links": []}, {"nodes": [{**JOIN, "inputs": SOCKETS * 20000}], "links": []}
+    for definition, options in ((many, {}), (many, {"bypass": ["Join"]}), (wide, {})):
+        graph = workflow(definition)
+        graph["nodes"] += [{"id": 100 + n, "type": "workflow>pair"} for n in range(2000)]
+        with limited(tmp_path), pytest.raises(ValueError, match="more than 20000 nodes or 2000000 values"):
+            read(tmp_path, graph, **options)
+    definition["nodes"].append({"type": "Gone"})
+    with limited(tmp_path):
+        assert len(read(tmp_path, graph).nodes) == 2002

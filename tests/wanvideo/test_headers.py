@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from wanvideo_wrapper.wanvideo.checkpoint import open_checkpoint
 from wanvideo_wrapper.wanvideo.model_file import open_file
 
-HEADERS_MEMORY = 200 * 2**20
+HEADERS_MEMORY = 200 * 10**6
 SETTINGS = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "150")), deadline=None, database=None,
     suppress_health_check=list(HealthCheck),
