@@ -282,7 +282,7 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
         whole = whole_window(frames, *references)
         parts = tuple(part for p in conditions.payloads if (part := p.window(whole)) is not None)
         return make_denoiser(request, transformer, host=host, conditions=replace(conditions, payloads=parts))
-    return WindowedDenoiser(
+    denoiser = WindowedDenoiser(
         conditions,
         options=context,
         texts=text.positive,
@@ -294,6 +294,8 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
         memories=lambda: new_memories(request, host),
         model=transformer,
     )
+    denoiser.check(frames)
+    return denoiser
 
 
 def whole_window(frames: int, leading: int = 0, trailing: int = 0) -> Window:

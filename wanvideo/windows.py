@@ -206,6 +206,15 @@ class WindowedDenoiser:
         self._make, self._memories = make, memories
         self._remembered: dict[Frames, StepMemories | None] = {}
 
+    def check(self, frames: int) -> None:
+        """Raises ValueError where a payload has no part for one of the windows of so many latents, references included.
+
+        Otherwise the first windows would have run when a later one finds that there are too few poses, say.
+        """
+        count = frames - self._leading - self._trailing
+        for window in self._options.windows(0, count):
+            self._conditions_of(self._window(window, count), window, count)
+
     def __call__(self, latents: Tensor, timestep: Tensor, step: Step) -> Tensor:
         """As Denoiser."""
         latents = latents.to(self.device, torch.float32)

@@ -8,6 +8,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.diffusion_forcing.extension import FrameRate, FrameRateEmbedding
+from wanvideo_wrapper.diffusion_forcing.nodes import _extended
 from wanvideo_wrapper.diffusion_forcing.prefix import KnownFrames
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
@@ -17,7 +18,7 @@ from wanvideo_wrapper.wanvideo.guidance import Conditions
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
-from wanvideo_wrapper.wanvideo.request import TextEmbeds
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds, TextEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import ScheduleSpec, make_schedule
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 from windowed import LEAST, blended, denoisers, windowed
@@ -90,6 +91,14 @@ def test_known_frames_are_noised_anew_in_every_step_and_have_a_time_of_their_own
     assert torch.equal(again(latents, torch.tensor(731.0), Step()), seen[0][0])
     clean = KnownFrames(first=0, count=2, noise=0, seed=9).around_velocity(lambda x, times, step: x)
     assert clean(latents, torch.tensor(5.0), Step()) is latents
+
+
+def test_the_noise_of_known_frames_is_not_that_of_the_start():
+    embeds = ImageEmbeds(latent_shape=(4, 5, 8, 8), num_frames=17)
+    _, known = _extended(embeds, {"samples": torch.randn(1, 4, 2, 8, 8)}, noise=1000, seed=7)
+    seen = known.around_velocity(lambda x, times, step: x)(torch.randn(4, 5, 8, 8), torch.tensor(5.0), Step())
+    start = torch.randn(4, 5, 8, 8, generator=torch.Generator().manual_seed(7))
+    assert (seen[:, :2].flatten()[:64] - start.flatten()[:64]).abs().min() > 0
 
 
 @torch.no_grad()

@@ -301,6 +301,22 @@ def test_references_are_in_every_window_and_what_steps_remember_stays_with_it(ca
     assert [call[1] for call in calls[8:]] == made[4:] and len(made) == 8
 
 
+def test_a_window_that_cannot_be_is_refused_before_the_first_runs(folder, calls):
+    @dataclass(frozen=True)
+    class Short(ImageCondition):
+        def window(self, window):
+            if FRAMES - 1 in window.latents:
+                raise ValueError("too short")
+            return super().window(window)
+
+    asked = request(folder, options(schedule="static_standard"), base="base")
+    (picture,) = asked.image.payloads
+    asked = replace(asked, image=replace(asked.image, payloads=(Short(picture.cond, picture.mask),)))
+    with pytest.raises(ValueError, match="too short"):
+        sample(asked, StandaloneHost(device="cpu"))
+    assert not calls
+
+
 def test_a_short_video_is_not_cut(folder, calls):
     long = options(size=81)
     first = sample(request(folder, long), StandaloneHost(device="cpu"))[0]["samples"]
