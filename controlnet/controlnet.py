@@ -130,6 +130,10 @@ class WanControlnet(InTurns):
         self.blocks = nn.ModuleList(ControlBlock(config) for _ in range(config.num_layers))
         self.controlnet_blocks = nn.ModuleList(nn.Linear(dim, sizes.out_dim) for _ in range(config.num_layers))
 
+    def quantizable(self, name: str) -> bool:
+        """All of the blocks, and what they give to the transformer."""
+        return name.startswith(("blocks.", "controlnet_blocks."))
+
     def turns(self) -> list[tuple[nn.Module, ...]]:
         """What `embed` runs, then each block with its projection."""
         embeddings = (self.patch_embedding, self.text_embedding, self.time_embedding, self.time_projection)
@@ -195,18 +199,23 @@ class ControlnetModel(BesideModel):
     """A loaded controlnet (socket WANVIDEOCONTROLNET)."""
 
 
+def unfilled(checkpoint: Checkpoint) -> WanControlnet:
+    """The module of such a file, on the meta device. Raises ValueError, naming a key that the file lacks."""
+    with torch.device("meta"):
+        return WanControlnet(ControlnetSizes.of(checkpoint))
+
+
 def load_controlnet(
     path: Path, checkpoint: Checkpoint, *, base_dtype: torch.dtype, quantization: str, host: Host
 ) -> ControlnetModel:
     """Load a controlnet of any size. Raises ValueError if the file is incomplete, or an option cannot run."""
-    with torch.device("meta"):
-        module = WanControlnet(ControlnetSizes.of(checkpoint))
+    module = unfilled(checkpoint)
     option = quantization.removesuffix(NO_FAST_FFN)
     plan = plan_of(option, checkpoint, device=host.device(), base=base_dtype)
     feed_forward = plan if option == quantization else replace(plan, fast=False)
 
     def plan_for(name: str) -> Plan | None:
-        if not name.startswith(("blocks.", "controlnet_blocks.")):
+        if not module.quantizable(name):
             return None
         return feed_forward if ".ffn." in name else plan
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from ..wanvideo.checkpoint import Checkpoint
 from ..wanvideo.conditioning import Payload, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
@@ -17,7 +18,7 @@ from ..wanvideo.modules.layers import steered
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens
-from .controlnet import KIND, ControlnetModel
+from .controlnet import KIND, ControlnetModel, WanControlnet, unfilled
 
 log = logging.getLogger("wanvideo")
 
@@ -88,6 +89,11 @@ class Controlnet(Extension):
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """Needs no weights of the transformer's."""
         return cls()
+
+    @classmethod
+    def beside(cls, checkpoint: Checkpoint) -> tuple[WanControlnet, Checkpoint]:
+        """The controlnet."""
+        return unfilled(checkpoint), checkpoint
 
     def prepare(
         self, model: WanModel, payload: ControlArgs, inputs: ModelInputs, tokens: Tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,10 @@ import torch
 
 from ..node_tools import DTYPES
 from ..registry import SYSTEMS
-from ..wanvideo.file_memory import config_and_footprint
+from ..wanvideo.file_memory import beside, config_and_footprint
 from ..wanvideo.frames import latent_frames
 from ..wanvideo.load_plan import LoadOptions, ModuleFile, contents
-from ..wanvideo.memory import Footprint, Work, gigabytes
+from ..wanvideo.memory import NOTHING_BESIDE, Beside, Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
 from .model_list import ENDINGS, needed_models
 from .published_headers import is_known, open_or_make
@@ -29,6 +30,8 @@ IMAGE_EMBEDS = "WANVIDIMAGE_EMBEDS"
 CONTEXT = 0.6 * 2**30
 # Sockets whose nodes only find a file that belongs to the transformer.
 MODULES = ("VACEPATH", "FANTASYTALKINGMODEL", "MULTITALKMODEL", "FANTASYPORTRAITMODEL")
+# What nodes hand on that load a model of a system's own, which runs beside the transformer.
+OWN_MODEL = "WANVIDEOCONTROLNET"
 FRAMES = ("num_frames", "frame_window_size", "length")
 
 
@@ -74,6 +77,13 @@ class Reader:
         link = node.inputs.get(name)
         maker = self.prompt.nodes.get(link.node) if isinstance(link, Link) else None
         return maker if maker is not None and maker.type in self.classes else None
+
+    def takers(self, maker: Node) -> Iterator[Node]:
+        """The nodes of this pack that take something of a node's."""
+        for node in self.prompt.nodes.values():
+            links = (value for value in node.inputs.values() if isinstance(value, Link))
+            if node.type in self.classes and any(link.node == maker.id for link in links):
+                yield node
 
     def _made(self, link: Link) -> object | None:
         node = self.prompt.nodes.get(link.node)
@@ -138,17 +148,51 @@ def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float
     loaders = [node for node in prompt.nodes.values() if node.type == LOADER]
     if not loaders:
         raise ValueError(f"The workflow has no {LOADER}, so that there is nothing to plan.")
-    video = video_of(reader)
+    video, others = video_of(reader), dict(_models_beside(reader, host))
+    taken = reduce(Beside.plus, (found for found in others.values() if found is not None), NOTHING_BESIDE)
     lines, planned = [f"Video      {video}"], 0
     for node in loaders:
         path, modules = _path(host, str(reader.value(node, "model"))), tuple(_module_paths(reader, node, host))
         unknown = [file for file in (path, *modules) if not is_known(file)]
         files = path, _options(reader, node, modules)
-        lines += [_unplanned(path, unknown)] if unknown else _lines(reader, node, files, video, vram)
+        lines += [_unplanned(path, unknown)] if unknown else _lines(reader, node, files, video, taken, vram)
         planned += not unknown
     if not planned:
         raise FileNotFoundError(_all_missing(prompt, host))
-    return [*lines, *_others(prompt, host), *_missing(prompt, host)]
+    lines += [_beside_line(name, found) for name, found in others.items()]
+    return [*lines, *_others(prompt, host, frozenset(others)), *_missing(prompt, host)]
+
+
+def _models_beside(reader: Reader, host: Host) -> Iterator[tuple[str, Beside | None]]:
+    """Files of the models beside the transformer, and what these take; None where that is not known.
+
+    The node that takes one says by `offload` whether it waits; otherwise it waits where blocks of the transformer do.
+    """
+    for node in reader.prompt.nodes.values():
+        cls = reader.classes.get(node.type)
+        if cls is None or OWN_MODEL not in cls.RETURN_TYPES:
+            continue
+        name = str(reader.value(node, "model")).replace("\\", "/")
+        path = host.find_file("controlnet", name)
+        values = [value for taker in reader.takers(node) if (value := reader.value(taker, "offload")) is not None]
+        found = beside(path, _own_options(reader, node), SYSTEMS) if path.is_file() else None
+        if found is not None and values:
+            there = found.swapped if all(values) else found.resident
+            found = Beside(there, there)
+        yield name, found
+
+
+def _own_options(reader: Reader, node: Node) -> LoadOptions:
+    quantization = str(reader.value(node, "quantization")).removesuffix("_no_ffn")
+    return LoadOptions(base_dtype=DTYPES[str(reader.value(node, "base_precision"))], quantization=quantization)
+
+
+def _beside_line(name: str, found: Beside | None) -> str:
+    if found is None:
+        return f"Beside     {name}: not counted, as its sizes are not known before the file is there"
+    one, other = gigabytes(found.resident), gigabytes(found.swapped)
+    where = f"{one} of it on the GPU" if one == other else f"{one} on the GPU, {other} where blocks are swapped"
+    return f"Beside     {name}: {where}, counted above"
 
 
 def _unplanned(path: Path, unknown: list[Path]) -> str:
@@ -172,13 +216,15 @@ def _all_missing(prompt: Prompt, host: Host) -> str:
 
 
 def _lines(
-    reader: Reader, node: Node, files: tuple[Path, LoadOptions], video: Video, vram: float | None
+    reader: Reader, node: Node, files: tuple[Path, LoadOptions], video: Video, taken: Beside, vram: float | None
 ) -> Iterator[str]:
+    """taken: by models that run beside this one."""
     path, options = files
     batched = any(reader.value(n, "batched_cfg") for n in reader.prompt.nodes.values() if "batched_cfg" in n.inputs)
     config, _ = config_and_footprint(path, options, SYSTEMS, Work(1), reader=open_or_make)
     work = video.work(config.token_side, 2 if batched else 1)
     _, footprint = config_and_footprint(path, options, SYSTEMS, work, reader=open_or_make)
+    footprint = replace(footprint, beside=taken)
     count = len(footprint.blocks)
     total = footprint.outside + sum(footprint.blocks)
     yield f"Model      {path.name}: {gigabytes(total)} of weights, {gigabytes(sum(footprint.blocks))} in {count} blocks"
@@ -239,10 +285,10 @@ def _path(host: Host, name: str) -> Path:
     return host.find_file(kind, name)
 
 
-def _others(prompt: Prompt, host: Host) -> Iterator[str]:
+def _others(prompt: Prompt, host: Host, counted: frozenset[str]) -> Iterator[str]:
     """Encoders and VAE, which are on the GPU before or after the transformer."""
     for needed in needed_models(prompt, host):
-        if needed.folder in ("diffusion_models", "loras"):
+        if needed.folder in ("diffusion_models", "loras") or needed.name in counted:
             continue
         if needed.present:
             size = host.find_file(needed.folder, needed.name).stat().st_size

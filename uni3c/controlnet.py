@@ -159,6 +159,10 @@ class Uni3CControlnet(InTurns):
         self.controlnet_blocks = nn.ModuleList(Uni3CBlock(sizes, attention) for _ in range(config.num_layers))
         self.proj_out = nn.ModuleList(nn.Linear(config.dim, sizes.out_dim) for _ in range(config.num_layers))
 
+    def quantizable(self, name: str) -> bool:
+        """Attention, feed-forward and what they give to the transformer; norms are not."""
+        return QUANTIZED.match(f"{name}.") is not None
+
     def turns(self) -> list[tuple[nn.Module, ...]]:
         """What `embed` runs, then each block with its projection."""
         entrance = (self.controlnet_patch_embedding, self.controlnet_mask_embedding, self.proj_in)
@@ -224,6 +228,12 @@ class Uni3COptions:
     compile: CompileArgs | None = None
 
 
+def unfilled(sizes: Uni3CSizes, attention: Attention) -> Uni3CControlnet:
+    """On the meta device."""
+    with torch.device("meta"):
+        return Uni3CControlnet(sizes, attention)
+
+
 def load_uni3c(path: Path, opened: Checkpoint, options: Uni3COptions, host: Host) -> Uni3CModel:
     """Load a controlnet of any size. Raises ValueError if the file is incomplete, or an option cannot run."""
     checkpoint = opened.renamed(renamed)
@@ -232,13 +242,12 @@ def load_uni3c(path: Path, opened: Checkpoint, options: Uni3COptions, host: Host
     config = sizes.config
     spec = AttentionSpec(device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=base)
     attention = resolve(options.attention_mode, spec)
-    with torch.device("meta"):
-        module = Uni3CControlnet(sizes, attention)
+    module = unfilled(sizes, attention)
     fill_own(
         module,
         checkpoint,
         what=KIND.name,
-        plan_of=lambda name: plan if QUANTIZED.match(f"{name}.") else None,
+        plan_of=lambda name: plan if module.quantizable(name) else None,
         dtype_of=lambda name: torch.float32 if name.startswith("controlnet_patch_embedding.") else base,
     )
     chosen = (str(base), options.quantization, options.attention_mode)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import sdpa
+from ..wanvideo.checkpoint import Checkpoint
 from ..wanvideo.compilation import compiled
 from ..wanvideo.conditioning import Payload, Window
 from ..wanvideo.extension import Extension
@@ -20,7 +22,18 @@ from ..wanvideo.modules.model import WanModel
 from ..wanvideo.rope import rope_table
 from ..wanvideo.shard import WHOLE, Shard
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens, video_tokens
-from .controlnet import KIND, MASK_STRIDE, READ_CHANNELS, Uni3CModel, joined_latents, resized
+from .controlnet import (
+    KIND,
+    MASK_STRIDE,
+    READ_CHANNELS,
+    Uni3CControlnet,
+    Uni3CModel,
+    Uni3CSizes,
+    joined_latents,
+    renamed,
+    resized,
+    unfilled,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,12 @@ class Uni3C(Extension):
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """Needs no weights of the transformer's."""
         return cls()
+
+    @classmethod
+    def beside(cls, checkpoint: Checkpoint) -> tuple[Uni3CControlnet, Checkpoint]:
+        """The controlnet."""
+        checkpoint = checkpoint.renamed(renamed)
+        return unfilled(Uni3CSizes.of(checkpoint), sdpa()), checkpoint
 
     def prepare(
         self, model: WanModel, payload: Uni3CArgs, inputs: ModelInputs, tokens: Tokens

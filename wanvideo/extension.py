@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionCall
+from .checkpoint import Checkpoint
 from .conditioning import Payload
 from .config import WanConfig
 from .families import Kind, Layout
@@ -94,6 +95,14 @@ class Extension:
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> Self | None:
         """The extension whose weights are among these tensor shapes (published names), or None."""
         raise NotImplementedError(f"{cls.__name__} does not say how it is detected.")
+
+    @classmethod
+    def beside(cls, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint] | None:
+        """The model that runs beside the transformer (`InTurns`), on the meta device, and its file by the names in it.
+
+        checkpoint: a file of the kind `file`. None: the system has no such model.
+        """
+        return None
 
     def owns(self, key: str) -> bool:
         """Whether the published key belongs to this system."""

@@ -13,9 +13,10 @@ from ..attention import BACKENDS
 from ..quantized.fp8 import FP8_DTYPES
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import WanConfig
+from .host_slabs import padded_bytes
 from .load_plan import LoadOptions, contents
 from .loading import parameter_dtype, quantizable
-from .memory import Footprint, Precision, Work, footprint
+from .memory import SLABS, Beside, Footprint, Precision, Work, footprint
 from .modules.model import WanModel
 from .quantization import NVFP4, QUANTIZATIONS, STORED_AS
 
@@ -46,7 +47,13 @@ def config_and_footprint(
     config, checkpoint = files.config, files.checkpoint
     with torch.device("meta"):
         model = WanModel(config, files.extensions)
-    sizes = _sizes(model, checkpoint, options)
+    sizes = _sizes(
+        model,
+        checkpoint,
+        options,
+        may_quantize=lambda name: quantizable(model, name),
+        dtype_of=lambda name: parameter_dtype(name, checkpoint, options.base_dtype),
+    )
     blocks = [
         sum(sizes.get(f"{stack}.{index}.{name}", 0) for name, _ in block.named_parameters())
         for stack, blocks in model.stacks().items()
@@ -56,12 +63,42 @@ def config_and_footprint(
     return config, footprint(config, blocks, outside, work=work, precision=precision)
 
 
-def _sizes(model: WanModel, checkpoint: Checkpoint, options: LoadOptions) -> dict[str, int]:
-    """Bytes of every parameter as the loader will store it."""
+def beside(
+    path: Path,
+    options: LoadOptions,
+    systems: Systems,
+    *,
+    reader: Callable[[Path], Checkpoint] = open_checkpoint,
+) -> Beside | None:
+    """Bytes of the model beside the transformer that this file holds: as a whole, and through its slabs.
+
+    None: it holds no such model. Raises ValueError for an incomplete file.
+    """
+    found = systems.beside(reader(path))
+    if found is None:
+        return None
+    module, checkpoint = found
+    sizes = _sizes(
+        module, checkpoint, options, may_quantize=module.quantizable, dtype_of=lambda name: options.base_dtype
+    )
+    by_tensor = {id(parameter): padded_bytes(sizes[name]) for name, parameter in module.named_parameters()}
+    turns = [sum(by_tensor[id(p)] for part in parts for p in part.parameters()) for parts in module.turns()]
+    return Beside(sum(sizes.values()), SLABS * max(turns))
+
+
+def _sizes(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    *,
+    may_quantize: Callable[[str], bool],
+    dtype_of: Callable[[str], torch.dtype],
+) -> dict[str, int]:
+    """Bytes of every parameter as the loader will store it. dtype_of: of those that stay plain."""
     linear = {
         f"{name}.weight"
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and quantizable(model, name)
+        if isinstance(layer, nn.Linear) and may_quantize(name)
     }
     storage = QUANTIZATIONS[options.quantization].storage
     sizes = {}
@@ -75,7 +112,7 @@ def _sizes(model: WanModel, checkpoint: Checkpoint, options: LoadOptions) -> dic
             bits = _gguf_bits(form) if kind == "gguf" else BITS[kind]
         else:
             known = name in checkpoint.shapes
-            bits = 8 * (parameter_dtype(name, checkpoint, options.base_dtype) if known else options.base_dtype).itemsize
+            bits = 8 * (dtype_of(name) if known else options.base_dtype).itemsize
         sizes[name] = math.ceil(parameter.numel() * bits / 8)
     return sizes
 

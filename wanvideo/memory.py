@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -56,22 +57,38 @@ class Precision:
     fused: bool = False
 
 
+class Beside(NamedTuple):
+    """Bytes of models that run beside a transformer: with all of its blocks on the GPU, and with some swapped."""
+
+    resident: int
+    swapped: int
+
+    def plus(self, other: Beside) -> Beside:
+        """Both together."""
+        return Beside(self.resident + other.resident, self.swapped + other.swapped)
+
+
+NOTHING_BESIDE = Beside(0, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
     """What a model takes. outside: bytes of all that is in no block; blocks: of each block; all_at_once, in_pieces: of
-    activations when all tokens run at once, and when they run in pieces."""
+    activations when all tokens run at once, and when they run in pieces; beside: of models that run beside it."""
 
     outside: int
     blocks: tuple[int, ...]
     all_at_once: int
     in_pieces: int
+    beside: Beside = NOTHING_BESIDE
 
     def peak(self, waiting: int, slabs: int = SLABS) -> int:
         """Bytes with so many blocks in main memory; with any, tokens run in pieces."""
         blocks = sorted(self.blocks)
         staying = sum(blocks[: len(blocks) - waiting])
         moving = min(slabs, waiting) * blocks[-1] if waiting else 0
-        return self.outside + staying + moving + (self.in_pieces if waiting else self.all_at_once) + WORKSPACES
+        more = self.in_pieces + self.beside.swapped if waiting else self.all_at_once + self.beside.resident
+        return self.outside + staying + moving + more + WORKSPACES
 
     @property
     def resident_in_pieces(self) -> int:

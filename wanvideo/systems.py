@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import nn
+
+from .checkpoint import Checkpoint
 from .extension import Extension
 from .families import Kind, Shapes, kind_of
 
@@ -41,6 +44,13 @@ class Systems:
         built = [kind.file for kind in self.extensions if kind.file is not None]
         others = [file for kind in self.extensions for file in kind.other_files]
         return kind_of(shapes, (*built, *others))
+
+    def beside(self, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint] | None:
+        """What `Extension.beside` gives of the system whose model such a file holds."""
+        kind = self.kind_of(checkpoint.shapes)
+        if kind is None:
+            return None
+        return next((system.beside(checkpoint) for system in self.extensions if system.file == kind), None)
 
     def missing(self, shapes: Shapes) -> dict[str, str]:
         """Systems that these tensors belong to and that are not built: name -> the first key that shows it."""

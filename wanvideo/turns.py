@@ -41,6 +41,10 @@ class InTurns(nn.Module):
         """The parts that run in each turn, in order: all of the model, each part once."""
         raise NotImplementedError(f"{type(self).__name__} does not say what runs in its turns.")
 
+    def quantizable(self, name: str) -> bool:
+        """Whether the linear layer of this name may be quantized."""
+        return False
+
 
 class Turns:
     """Where such a model is. Serves as the `place` of the host's memory management.

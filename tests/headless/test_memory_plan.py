@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,19 @@ from wanvideo_wrapper.headless import cli
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.memory_plan import plan
+from wanvideo_wrapper.headless.published_headers import PlanningHost
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo import checkpoint
-from wanvideo_wrapper.wanvideo.file_memory import config_and_footprint
+from wanvideo_wrapper.wanvideo.file_memory import beside, config_and_footprint
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.memory import Work
 from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor
 
 CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
-SHAPES = Path(__file__).parents[1] / "data/checkpoints/skyreels_v3_talking_avatar_14B.json"
-NAME = "skyreels_a2v.safetensors"
+SHAPES = Path(__file__).parents[1] / "data/checkpoints"
+NAME = "skyreels_v3_talking_avatar_14B.safetensors"
+BESIDE = ("uni3c_controlnet.safetensors", "wan_controlnet_14B.safetensors")
 
 
 class Header:
@@ -31,7 +34,7 @@ class Header:
 
     def __init__(self, path):
         self.path, self.tensors = path, {}
-        for key, value in json.loads(SHAPES.read_text()).items():
+        for key, value in json.loads((SHAPES / f"{path.stem}.json").read_text()).items():
             if key == "_meta":
                 continue
             shape = tuple(value["shape"] if isinstance(value, dict) else value)
@@ -44,6 +47,9 @@ def host(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "open_files", lambda path: (Header(path),))
     (tmp_path / "models/diffusion_models").mkdir(parents=True)
     (tmp_path / "models/diffusion_models" / NAME).write_bytes(b"")
+    (tmp_path / "models/controlnet").mkdir()
+    for name in BESIDE:
+        (tmp_path / "models/controlnet" / name).write_bytes(b"")
     return StandaloneHost(models=tmp_path / "models", device="cpu")
 
 
@@ -82,6 +88,54 @@ def test_weights_and_peaks_of_14b_in_fp8(host):
 )
 def test_what_to_swap(host, vram, says):
     assert any(re.search(says, line) for line in plan(workflow(), CLASSES, host, vram=vram))
+
+
+def steered(**embeds):
+    loader = {"model": BESIDE[0], "base_precision": "fp16", "quantization": "disabled"}
+    return {
+        "6": Node("6", "WanVideoUni3C_ControlnetLoader", "", loader),
+        "7": Node("7", "WanVideoUni3C_embeds", "", {"controlnet": Link("6", 0), **embeds}),
+    }
+
+
+def peaks_of(lines):
+    return torch.tensor(said(lines, r"peak: ([\d.]+) GB; all blocks swapped ([\d.]+) GB"))
+
+
+@pytest.mark.parametrize(
+    ("embeds", "more", "says"),
+    [({}, (0.23, 0.23), "0.2 GB of it on the GPU"), ({"offload": False}, (2.33, 2.33), "2.3 GB of it on the GPU")],
+)
+def test_uni3c_waits_or_is_there_as_a_whole(host, embeds, more, says):
+    """1.17 billion values in 16 bits, two slabs of a twentieth of them."""
+    plain, lines = plan(workflow(), CLASSES, host), plan(workflow(**steered(**embeds)), CLASSES, host)
+    torch.testing.assert_close(peaks_of(lines) - peaks_of(plain), torch.tensor(more), atol=0.11, rtol=0)
+    (line,) = [line for line in lines if BESIDE[0] in line]
+    assert line == f"Beside     {BESIDE[0]}: {says}, counted above"
+
+
+def test_a_controlnet_waits_where_blocks_are_swapped(host):
+    """0.35 billion values; its blocks in FP8 halve most of both."""
+    for option, whole, slabs in (("disabled", 0.71, 0.22), ("fp8_e4m3fn_fast_no_ffn", 0.38, 0.11)):
+        loader = {"model": BESIDE[1], "base_precision": "bf16", "quantization": option}
+        nodes = {"6": Node("6", "WanVideoControlnetLoader", "", loader)}
+        path, options = host.find_file("controlnet", BESIDE[1]), LoadOptions(base_dtype=torch.bfloat16)
+        found = beside(path, replace(options, quantization=option.removesuffix("_no_ffn")), SYSTEMS)
+        assert (found.resident / 1e9, found.swapped / 1e9) == pytest.approx((whole, slabs), abs=0.006)
+        lines = plan(workflow(**nodes), CLASSES, host)
+        more = peaks_of(lines) - peaks_of(plan(workflow(), CLASSES, host))
+        torch.testing.assert_close(more, torch.tensor([whole, slabs]), atol=0.11, rtol=0)
+        assert any(f"{whole:.1f} GB on the GPU, {slabs:.1f} GB where blocks are swapped" in line for line in lines)
+
+
+def test_files_that_are_nothing_beside_and_those_that_are_not_there(host):
+    options = LoadOptions(base_dtype=torch.bfloat16)
+    assert beside(host.find_file("diffusion_models", NAME), options, SYSTEMS) is None
+    nodes = steered()
+    nodes["6"].inputs["model"] = "new.safetensors"
+    planning = PlanningHost(models=host.models_dir("controlnet").parent, device="cpu")
+    lines = plan(workflow(**nodes), CLASSES, planning)
+    assert any(line.startswith("Beside     new.safetensors: not counted") for line in lines)
 
 
 def test_less_precision_takes_less(host):

@@ -1,12 +1,14 @@
 """The arithmetic of memory: held to a count of a forward's tensors at true sizes, and what is chosen by it."""
 
+from dataclasses import replace
+
 import pytest
 from memory_count import GOALS, SIZES, peaks
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8
 from wanvideo_wrapper.attention_backends.flash_fp8 import Flash3Fp8
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.memory import AT_ONCE, WORKSPACES, Footprint, Precision, Work, activations
+from wanvideo_wrapper.wanvideo.memory import AT_ONCE, WORKSPACES, Beside, Footprint, Precision, Work, activations
 
 ROUTES = {
     "fp8": (CudnnFp8(), Precision(fp8_rows=True, fused=True)),
@@ -40,6 +42,13 @@ FOOTPRINT = Footprint(outside=100, blocks=(10,) * 8, all_at_once=70, in_pieces=3
 )
 def test_a_peak_is_what_stays_and_slabs_and_activations(waiting, bytes_of):
     assert FOOTPRINT.peak(waiting) == bytes_of + WORKSPACES
+
+
+def test_models_beside_it_count_whole_or_by_their_slabs():
+    two = replace(FOOTPRINT, beside=Beside(30, 5).plus(Beside(10, 3)))
+    more = [two.peak(waiting) - FOOTPRINT.peak(waiting) for waiting in (0, 1, 8)]
+    assert more == [40, 8, 8] and two.resident_in_pieces - FOOTPRINT.resident_in_pieces == 40
+    assert two.least_waiting(two.peak(0)) == 0 and two.least_waiting(two.peak(4)) == 4
 
 
 @pytest.mark.parametrize(("room", "waiting"), [(250, 0), (210, 0), (209, 3), (200, 3), (199, 4), (150, 8), (149, None)])
