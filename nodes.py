@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distributed.host import ranks_of
 from .host import get_host
 from .node_checks import Types, verdict
 from .node_tools import CATEGORY, TILE_TIP, VIDEO_SIZE, Inputs, Latent, mappings, round_size, whole_frames
@@ -190,7 +191,7 @@ def _closed(vae: WanVAE, latents: Tensor, video: Tensor, tile: Tile | None) -> T
     a stride: they are decoded again behind the last ones.
     """
     before, start = latents[:, -LOOP_LEAD:], latents[:, :LOOP_START]
-    joined = vae.decode(torch.cat((before, start), dim=1), tile=tile)
+    joined = vae.decode(torch.cat((before, start), dim=1), tile=tile, ranks=ranks_of(get_host()))
     skipped = VAE_TIME_STRIDE * (before.shape[1] - 1) + 1
     decoded_anew = VAE_TIME_STRIDE * (start.shape[1] - 1) + 1
     return torch.cat((joined[:, skipped:], video[:, decoded_anew:]), dim=1)
@@ -248,7 +249,7 @@ class WanVideoDecode(Tiled):
             latents = latents[:, :-1]
         tile = Tile(x=tile_x, y=tile_y, stride_x=tile_stride_x, stride_y=tile_stride_y) if enable_vae_tiling else None
         try:
-            video = vae.decode(latents, tile=tile)
+            video = vae.decode(latents, tile=tile, ranks=ranks_of(get_host()))
             if samples.get("looped"):
                 video = _closed(vae, latents, video, tile)
         except torch.OutOfMemoryError as error:

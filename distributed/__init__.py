@@ -1,1 +1,1 @@
-"""One video on several GPUs of one host, and many videos on many machines."""
+"""One video on several GPUs, of one host or of several, and many videos on many machines."""

@@ -7,8 +7,9 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from ..host import Managed, Place, Progress, StandaloneHost
+from ..host import Host, Managed, Place, Progress, StandaloneHost
 from ..wanvideo.modules.model import WanModel
+from ..wanvideo.shard import ALONE, Ranks
 from .ranks import ProcessRanks
 from .told import Tell, ToldProgress
 
@@ -46,3 +47,8 @@ class RankHost(StandaloneHost):
         if not self.ranks.leads:
             return SilentProgress()
         return super().progress(total, label) if self.tell is None else ToldProgress(self.tell, total, label)
+
+
+def ranks_of(host: Host) -> Ranks:
+    """Those that all execute the node that asks, where the runner lets them: samplers, and decoding by tiles."""
+    return host.ranks if isinstance(host, RankHost) else ALONE

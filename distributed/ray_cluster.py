@@ -48,6 +48,6 @@ def room(ray: ModuleType, address: str, *, kind: str, each: int = 1, wanted: int
 
 
 def why(error: Exception) -> str:
-    """Of what Ray says about a process that it lost, the line that says why."""
+    """Of what Ray says about a process that it lost, the line that says why: of a traceback the last one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason"]
-    return lines[0].rstrip(".")
+    return lines[-1 if "ray::" in lines[0] else 0].rstrip(".")

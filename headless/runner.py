@@ -199,6 +199,12 @@ def samples(cls: type) -> bool:
     return "LATENT" in cls.RETURN_TYPES and "WANVIDEOMODEL" in kinds
 
 
+def decodes_tiles(cls: type, inputs: Mapping[str, object]) -> bool:
+    """Whether the node decodes by tiles, or may, if another node says so: ranks share them."""
+    kinds = {entry.kind for entry in inputs_of(cls) if isinstance(entry.kind, str)}
+    return "IMAGE" in cls.RETURN_TYPES and "WANVAE" in kinds and bool(inputs.get("enable_vae_tiling"))
+
+
 def _takes_any_name(cls: type) -> bool:
     parameters = inspect.signature(getattr(cls, cls.FUNCTION)).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

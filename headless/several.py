@@ -1,4 +1,4 @@
-"""A workflow on several GPUs: every rank runs the nodes up to the samplers, the first one alone what follows."""
+"""A workflow on several GPUs: all ranks run samplers, decoding by tiles and what these need, the first one the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .check import check
 from .graph import Link, Node
 from .job import Job, lines
 from .memory_plan import head_counts
-from .runner import Runner, samples
+from .runner import Runner, decodes_tiles, samples
 
 
 def run_on_several(job: Job, count: int, device: str, ray: str | None = None) -> Sequence[str]:
@@ -42,12 +42,13 @@ def run_on_several(job: Job, count: int, device: str, ray: str | None = None) ->
 
 
 class FollowingRunner(Runner):
-    """Executes samplers, and what they need: nothing that decodes, saves or shows a result."""
+    """Executes samplers, decoding by tiles, and what they need: nothing else that decodes, saves or shows a result."""
 
     def _needed(self, nodes: list[Node]) -> list[Node]:
         wanted: set[str] = set()
         for node in reversed(nodes):
-            if node.id in wanted or samples(self._classes[node.type]):
+            cls = self._classes[node.type]
+            if node.id in wanted or samples(cls) or decodes_tiles(cls, node.inputs):
                 wanted.add(node.id)
                 wanted |= {value.node for value in node.inputs.values() if isinstance(value, Link)}
         return [node for node in nodes if node.id in wanted]

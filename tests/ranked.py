@@ -10,11 +10,13 @@ torch.manual_seed(7)  # Some cases are drawn as they are imported.
 from contract import ALL_CASES, build, inputs  # noqa: E402
 from talking import request, run  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N  # noqa: E402
 from wanvideo_wrapper.attention import BACKENDS  # noqa: E402
 from wanvideo_wrapper.cache_methods.easycache import EasyCache  # noqa: E402
+from wanvideo_wrapper.distributed.host import RankHost  # noqa: E402
 from wanvideo_wrapper.distributed.ranks import ProcessRanks  # noqa: E402
 from wanvideo_wrapper.distributed.sequence import shares, span  # noqa: E402
-from wanvideo_wrapper.host import StandaloneHost  # noqa: E402
+from wanvideo_wrapper.host import StandaloneHost, get_host, set_host  # noqa: E402
 from wanvideo_wrapper.ovi.stream import SoundStream  # noqa: E402
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan  # noqa: E402
 from wanvideo_wrapper.wanvideo.conditioning import Step  # noqa: E402
@@ -219,6 +221,25 @@ def tiles(folder):
     )
     assert want is None or all(map(torch.equal, got, want))
     return [float(t.std()) for t in got], len(made)
+
+
+def decoded(folder):
+    """Whether the decoding node makes the same of a ring as one process does, and tiles made for it and made here."""
+    vae = load_vae(folder / "vae.safetensors", dtype=torch.float32, host=StandaloneHost(device="cpu"))
+    # Three tiles of the video, three of its seam.
+    samples = {"samples": torch.randn(1, 16, 3, 4, 8, generator=torch.Generator().manual_seed(6)), "looped": True}
+    made, chunks = [], vae._decode_chunks
+    vae._decode_chunks = lambda *part: made.append(1) or chunks(*part)
+    shared, alone = RankHost(device="cpu"), StandaloneHost(device="cpu")
+    shared.ranks = ProcessRanks(CPU)
+    pictures, counts, before = [], [], get_host()
+    for host in (alone, shared):
+        set_host(host)
+        pictures.append(N["WanVideoDecode"]().decode(vae, samples, True, 32, 32, 16, 16)[0])
+        counts.append(len(made) - sum(counts))
+    set_host(before)
+    assert pictures[0].std() > 0.01
+    return torch.equal(*pictures), counts
 
 
 def talking(folder, output):

@@ -137,6 +137,11 @@ def test_tiles_of_the_vae_are_shared_out_and_the_video_is_the_same(two, tmp_path
     assert spreads[0] == spreads[1] and min(spreads[0]) > 0.01 and counts == (4, 2)
 
 
+def test_the_decoding_node_shares_tiles_out(two, tmp_path):
+    save(tmp_path)
+    assert two.run("ranked", "decoded", tmp_path) == [(True, [6, 4]), (True, [6, 2])]
+
+
 def test_one_rank_writes_a_long_video_and_the_others_follow(two, tmp_path):
     save(tmp_path)
     run(request(tmp_path, output_path=str(tmp_path / "one"), total=17))

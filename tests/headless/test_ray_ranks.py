@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from functools import partial
 
 import launched
@@ -127,6 +128,15 @@ def test_a_stop_takes_less_than_two_seconds(address, actors, tmp_path, monkeypat
 def test_the_reason_of_the_first_that_fails_is_told(address, tmp_path):
     with pytest.raises(RuntimeError, match=r"^The file is of another kind; choose another\.$"):
         launch(partial(launched.fails, tmp_path), address)
+
+
+def test_a_host_without_what_the_work_needs_is_named(address, tmp_path, monkeypatch):
+    module = types.ModuleType("here_alone")
+    exec("def work(rank): pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "here_alone", module)
+    why = r"^Rank . of 2 died \(on .*: ModuleNotFoundError: No module named 'here_alone'\);"
+    with pytest.raises(RuntimeError, match=why):
+        launch(module.work, address)
 
 
 def test_the_start_is_bounded(address, tmp_path):

@@ -142,12 +142,14 @@ class WanVAE:
         """
         return samples["samples"][0].float()
 
-    def decode(self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False) -> Tensor:
+    def decode(
+        self, latents: Tensor, *, tile: Tile | None = None, quiet: bool = False, ranks: Ranks = ALONE
+    ) -> Tensor:
         """Normalized latents [z, F, h, w] -> video [3, 4 (F - 1) + 1, H, W] in about -1..1, float32 on the CPU.
 
-        quiet: no progress bar. Raises ValueError if the latents are not this VAE's.
+        quiet: no progress bar. ranks: as `decode_chunks`. Raises ValueError if the latents are not this VAE's.
         """
-        chunks = self.decode_chunks(latents, tile=tile, quiet=quiet)
+        chunks = self.decode_chunks(latents, tile=tile, quiet=quiet, ranks=ranks)
         factor = self.spatial_factor
         _, frames, height, width = latents.shape
         video = torch.empty(3, VAE_TIME_STRIDE * (frames - 1) + 1, height * factor, width * factor)
