@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from .graph import Prompt
+from .published_files import Published, likely_place, published
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -51,71 +52,6 @@ HUGGING_FACE = re.compile(r"https://huggingface\.co/[\w./-]*[\w/-]")
 
 
 @dataclass(frozen=True)
-class Published:
-    """A file, or a series of files, on Hugging Face.
-
-    pattern: matches the whole file name, in any case. path: inside the repository; "{}" is the name. gigabytes: of one
-    file, 10^9 bytes.
-    """
-
-    pattern: str
-    repository: str
-    path: str
-    gigabytes: float
-
-    def url(self, name: str) -> str:
-        """Where the file of this name can be looked at."""
-        return f"https://huggingface.co/{self.repository}/blob/main/{self.path.format(name)}"
-
-
-KIJAI, SCALED, GGUF = "Kijai/WanVideo_comfy", "Kijai/WanVideo_comfy_fp8_scaled", "Kijai/WanVideo_comfy_GGUF"
-WAN21, WAN22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
-PUBLISHED = (
-    Published(r"wan2\.1_t2v_1\.3B_(fp16|bf16)\.safetensors", WAN21, "split_files/diffusion_models/{}", 2.8),
-    Published(r"wan2\.2_ti2v_5B_fp16\.safetensors", WAN22, "split_files/diffusion_models/{}", 10.0),
-    Published(r"Wan2_1-T2V-14B_fp8_e4m3fn\.safetensors", KIJAI, "{}", 14.9),
-    Published(r"Wan2_1-T2V-14B_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "T2V/{}", 14.9),
-    Published(r"Wan2_1-I2V-14B-(480P|720P)_fp8_e4m3fn\.safetensors", KIJAI, "{}", 17.0),
-    Published(r"Wan2_1-I2V-14B-(480p|720p)_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "I2V/{}", 17.0),
-    Published(r"Wan2_2-I2V-A14B-(HIGH|LOW)_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "I2V/{}", 15.0),
-    Published(r"wan2\.1-i2v-14b-480p-Q8_0\.gguf", "city96/Wan2.1-I2V-14B-480P-gguf", "{}", 18.0),
-    Published(r"Wan2_1-InfiniteTalk_(Single|Multi)_Q8\.gguf", GGUF, "InfiniteTalk/{}", 2.7),
-    Published(
-        r"Wan2_1-InfiniteTalk-(Single|Multi)_fp8_(e4m3fn|e5m2)_scaled_KJ\.safetensors", SCALED, "InfiniteTalk/{}", 2.8
-    ),
-    Published(r"Wan2_1-VACE_module_14B_fp8_e4m3fn\.safetensors", KIJAI, "{}", 3.1),
-    Published(r"Wan21-SkyReelsV3-A2V_fp8_scaled_mixed\.safetensors", SCALED, "SkyReelsV3/{}", 19.0),
-    Published(r"Wan2_1_VAE_bf16\.safetensors", KIJAI, "{}", 0.25),
-    Published(r"Wan2_2_VAE_bf16\.safetensors", KIJAI, "{}", 1.4),
-    Published(r"umt5-xxl-enc-bf16\.safetensors", KIJAI, "{}", 11.4),
-    Published(r"umt5-xxl-enc-fp8_e4m3fn\.safetensors", KIJAI, "{}", 6.7),
-    Published(r"umt5_xxl_fp16\.safetensors", WAN21, "split_files/text_encoders/{}", 11.4),
-    Published(r"umt5_xxl_fp8_e4m3fn_scaled\.safetensors", WAN21, "split_files/text_encoders/{}", 6.7),
-    Published(r"clip_vision_h\.safetensors", WAN21, "split_files/clip_vision/{}", 1.3),
-    Published(r"open-clip-xlm-roberta-large-vit-huge-14_visual_fp16\.safetensors", KIJAI, "{}", 1.3),
-    Published(r"wav2vec2-chinese-base_fp16\.safetensors", "Kijai/wav2vec2_safetensors", "{}", 0.19),
-    Published(r"lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16\.safetensors", KIJAI, "Lightx2v/{}", 0.74),
-    # Saved graphs write the name with a last '_' that the published file does not have.
-    Published(
-        r"lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16_?\.safetensors",
-        KIJAI,
-        "Lightx2v/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors",
-        0.63,
-    ),
-    Published(r"MelBandRoformer_fp16\.safetensors", "Kijai/MelBandRoFormer_comfy", "{}", 0.46),
-    # The size of the float32 checkpoint that both were made of (KimberleyJSN/melbandroformer, 913 MB).
-    Published(r"MelBandRoformer_fp32\.safetensors", "Kijai/MelBandRoFormer_comfy", "{}", 0.91),
-)
-
-# Where files with such names, in any case, are published, for those that PUBLISHED does not have.
-PLACES = (
-    (r"longcat.*\.safetensors", "Kijai/LongCat-Video_comfy"),
-    (r"wan2[_.]?[12].*fp8.*scaled.*\.safetensors", SCALED),
-    (r"(wan2_?[12][_-]|wananimate|lightx2v_|lynx_|mmaudio_|mtv_crafter_).*\.safetensors", KIJAI),
-)
-
-
-@dataclass(frozen=True)
 class NeededModel:
     """A model file that a workflow names.
 
@@ -143,24 +79,9 @@ class NeededModel:
         if self.published is None and self.noted:
             return f"MISSING   {target}: {self.noted} (a note of the workflow)"
         if self.published is None:
-            return f"MISSING   {target}: for {', '.join(self.nodes)}; {_likely_place(self.name)}"
+            return f"MISSING   {target}: for {', '.join(self.nodes)}; {likely_place(self.name)}"
         url = self.published.url(PurePosixPath(self.name).name)
         return f"MISSING   {target}: {self.published.gigabytes:g} GB, {url}"
-
-
-def published(name: str) -> Published | None:
-    """What is known of a file by its name, in whatever subfolder; None if nothing."""
-    base = PurePosixPath(name.replace("\\", "/")).name
-    return next((row for row in PUBLISHED if re.fullmatch(row.pattern, base, re.IGNORECASE)), None)
-
-
-def _likely_place(name: str) -> str:
-    """What can be said of a file whose own link is not known."""
-    base = PurePosixPath(name).name
-    repository = next((place for pattern, place in PLACES if re.fullmatch(pattern, base, re.IGNORECASE)), None)
-    if repository is None:
-        return "where it is published is not known here"
-    return f"its link is not known here; files with such names are in https://huggingface.co/{repository}/tree/main"
 
 
 def needed_models(prompt: Prompt, host: Host) -> list[NeededModel]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from graph_builder import Graph
 from graph_thumbnails import thumbnail
-from wanvideo_wrapper.headless.model_list import published
+from wanvideo_wrapper.headless.published_files import published
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
 UMT5, VAE = "umt5-xxl-enc-bf16.safetensors", "Wan2_1_VAE_bf16.safetensors"

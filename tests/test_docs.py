@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from wanvideo_wrapper.headless.graph import Node, Prompt
-from wanvideo_wrapper.headless.model_list import needed_models, published
+from wanvideo_wrapper.headless.model_list import needed_models
+from wanvideo_wrapper.headless.published_files import published
 from wanvideo_wrapper.host import StandaloneHost
 
 ROOT = Path(__file__).resolve().parents[1]

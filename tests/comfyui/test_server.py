@@ -50,8 +50,19 @@ def test_a_file_that_was_saved_under_another_folder_and_system_is_taken(server):
     server.run({"1": loader, "2": shown})
     assert "'tiny_wan_vae.safetensors' is taken" in (server.base / "log.txt").read_text()
     loader["inputs"]["model_name"] = "WanVideo\\of_nobody.safetensors"
-    with pytest.raises(RefusedError, match="which is not there: put it into models/vae and press R"):
+    with pytest.raises(RefusedError, match="which is not there: put it into models/vae and press R") as refusal:
         server.queue({"1": loader, "2": shown})
+    told = json.loads(str(refusal.value))["node_errors"]
+    assert {key: len(node["errors"]) for key, node in told.items()} == {"1": 1}, "not once for each input"
+
+
+def test_widgets_that_were_saved_empty_take_their_defaults(server):
+    shown = node_named("PreviewAny", source=["1", 0])
+    options = node_named("WanVideoBlockSwap", blocks_to_swap=None, offload_img_emb=None, offload_txt_emb=None)
+    before = len((server.base / "log.txt").read_text())
+    server.run({"1": options, "2": shown})
+    told = (server.base / "log.txt").read_text()[before:]
+    assert all(f"'{name}'" in told for name in options["inputs"]), told
 
 
 def test_demo(filled_server):

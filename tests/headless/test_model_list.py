@@ -8,7 +8,8 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS
 from wanvideo_wrapper.demo import INPUT, MODELS, WORKFLOW
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Node, Prompt, load
-from wanvideo_wrapper.headless.model_list import PUBLISHED, needed_models, published, report
+from wanvideo_wrapper.headless.model_list import needed_models, report
+from wanvideo_wrapper.headless.published_files import PUBLISHED, published
 from wanvideo_wrapper.headless.widgets import inputs_of
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.saved_values import ModelFiles
@@ -67,10 +68,10 @@ def test_notes_say_where_a_file_is_published(tmp_path):
 @pytest.mark.parametrize(
     ("name", "repository"),
     [
-        ("Wan2_2-S2V-14B_fp8_e4m3fn_scaled_KJ.safetensors", "Kijai/WanVideo_comfy_fp8_scaled"),
-        ("Wan2.1-SteadyDancer_fp8_scaled_KJ.safetensors", "Kijai/WanVideo_comfy_fp8_scaled"),
-        ("Wan2_1_FlashVSR_TCDecoder_fp32.safetensors", "Kijai/WanVideo_comfy"),
-        ("LongCat_TI2V_comfy_fp8_e4m3fn_scaled_KJ.safetensors", "Kijai/LongCat-Video_comfy"),
+        ("Wan2_2-S2V-14B_fp8_e5m2_scaled_KJ.safetensors", "Kijai/WanVideo_comfy_fp8_scaled"),
+        ("Wan2.1-FlashVSR_fp8_scaled_KJ.safetensors", "Kijai/WanVideo_comfy_fp8_scaled"),
+        ("Wan2_1_FlashVSR_TCDecoder_fp16.safetensors", "Kijai/WanVideo_comfy"),
+        ("LongCat_distill_lora_alpha64_bf16.safetensors", "Kijai/LongCat-Video_comfy"),
         ("wan2.1-t2v-14b-Q4_0.gguf", None),
         ("my_wan.safetensors", None),
     ],
@@ -122,10 +123,12 @@ def test_gguf_files_are_found_beside_the_others(tmp_path):
     assert needed.present and needed.line() == "there     models/diffusion_models/a.gguf"
 
 
-def test_the_demo_has_all_it_needs():
-    host = StandaloneHost(models=MODELS, inputs=INPUT, device="cpu")
-    needed = needed_models(load(WORKFLOW, {**STAND_INS, **NODE_CLASS_MAPPINGS}), host)
+def test_the_demo_has_all_it_needs(tmp_path):
+    graph = load(WORKFLOW, {**STAND_INS, **NODE_CLASS_MAPPINGS})
+    needed = needed_models(graph, StandaloneHost(models=MODELS, inputs=INPUT, device="cpu"))
     assert len(needed) >= 4 and all(entry.present for entry in needed)
+    elsewhere = needed_models(graph, StandaloneHost(models=tmp_path, device="cpu"))
+    assert all(entry.line().endswith(f"it comes with this pack: --models {MODELS}") for entry in elsewhere)
 
 
 @pytest.mark.skipif(not GRAPHS.is_dir(), reason=f"no saved graphs in {GRAPHS} (set WANVIDEO_GRAPHS)")
@@ -142,5 +145,7 @@ def test_files_of_saved_graphs_are_known(pattern, tmp_path):
 def test_rows_are_sound(row):
     assert re.compile(row.pattern) and 0.1 < row.gigabytes < 60
     assert row.url("x.gguf").startswith(f"https://huggingface.co/{row.repository}/blob/main/")
-    name = re.sub(r"\(([^|)]+)[^)]*\)", r"\1", row.pattern).replace("\\", "").replace("_?", "_")
+    required = re.sub(r"\([^)]*\)\?", "", row.pattern)
+    first = re.sub(r"\(([^|)]+)[^)]*\)|\[(.)[^]]*\]", r"\1\2", required)
+    name = first.replace("\\", "").replace("_?", "_")
     assert published(f"WanVideo\\{name}") is row

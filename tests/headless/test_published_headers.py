@@ -10,7 +10,7 @@ from wanvideo_wrapper.headless import cli
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.memory_plan import plan
-from wanvideo_wrapper.headless.model_list import published
+from wanvideo_wrapper.headless.published_files import published
 from wanvideo_wrapper.headless.published_headers import Header, PlanningHost, is_known, open_or_make
 from wanvideo_wrapper.host import get_host, set_host
 from wanvideo_wrapper.registry import SYSTEMS
@@ -81,6 +81,9 @@ OTHERS = {
     "fantasytalking_fp16.safetensors": ("FantasyTalking",),
 }
 
+# They hold networks beside what the transformer reads.
+LARGER = {"Wan2_1_FantasyPortrait_fp16.safetensors"}
+
 
 @pytest.fixture
 def host(tmp_path):
@@ -116,7 +119,8 @@ def test_the_systems_are_those_of_the_file(name, tmp_path):
     made = with_aliases(open_or_make(tmp_path / name), SYSTEMS)
     owners = [system for system in SYSTEMS.detect(made.shapes) if any(map(system.owns, made.shapes))]
     assert tuple(type(system).__name__ for system in owners) == OTHERS[name]
-    check_size(made, name)
+    if name not in LARGER:
+        check_size(made, name)
 
 
 def node(key, kind, **inputs):
