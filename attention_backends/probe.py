@@ -7,12 +7,14 @@ process tries again: whatever was wrong may have been mended.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -104,8 +106,16 @@ def _machine(device: torch.device) -> tuple[object, ...]:
     if device.type != "cuda":
         return (device.type, torch.__version__)
     driver = torch.cuda.get_device_properties(device)
-    versions = (torch.version.cuda, torch.__version__, torch._C._cuda_getDriverVersion())
+    versions = (torch.version.cuda, torch.__version__, _driver_version())
     return (driver.name, str(getattr(driver, "uuid", "")), *versions)
+
+
+def _driver_version() -> int:
+    """As the driver itself says: PyTorch's own word for it is private, and not in every version."""
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    version = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _versions(kernel: Kernel) -> tuple[str, ...]:

@@ -102,6 +102,9 @@ class W4a8MatmulLinear(W4a8Linear):
         cls, x: Tensor, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
     ) -> Tensor:
         *parts, group, rotation = _operands(stored, settings)
+        # On a GPU its kernel turns so many columns together, and no other number.
+        if x.is_cuda and rotation != ROTATION:
+            return super().multiply(x, stored, settings, bias, out_features)
         return comfy_kitchen.w4a8_int8_linear(x, *parts, bias, group, rotation, x.dtype)
 
 

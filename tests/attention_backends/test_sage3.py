@@ -255,3 +255,21 @@ def test_the_probe_imports_nothing_of_the_project():
     assert done.stdout.strip() == "False"
     assert json.loads(json.dumps(dict(sage3.KERNEL.options))) == {"per_block_mean": False}
     assert packages.found(()) is None
+
+
+def test_the_driver_says_its_version(monkeypatch):
+    class Driver:
+        def cuDriverGetVersion(self, version):  # noqa: N802
+            version._obj.value = 13000
+            return 0
+
+    opened = []
+    monkeypatch.setattr(probe.ctypes, "CDLL", lambda name: opened.append(name) or Driver())
+    assert probe._driver_version() == 13000
+    assert opened == ["nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"]
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_told_from_others():
+    name, _, cuda, _, driver = probe._machine(torch.device("cuda"))
+    assert name == torch.cuda.get_device_name() and cuda == torch.version.cuda and driver >= 12000

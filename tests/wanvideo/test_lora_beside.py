@@ -224,7 +224,9 @@ def test_compiled_blocks_in_every_order_of_runs(order, storage, kinds, device, t
     compile_blocks(model, compiler)
     for name in order:
         with beside(model, runs[name], device, dtype):
-            assert torch.equal(model(x), eager[name]), name
+            got = model(x)
+            # A GPU's products of float32 may add up in another order where they are compiled.
+            assert torch.equal(got, eager[name]) or (x.is_cuda and relative(got, eager[name]) < 1e-6), name
     assert compiler.graphs == len(set(order))
 
 
