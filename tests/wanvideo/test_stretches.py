@@ -1,10 +1,14 @@
 """Pieces of the tokens cover all of them once, and results are put together as they came."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from contract import build, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from wanvideo_wrapper.kernels.fp8_rows import quantize
+from wanvideo_wrapper.wanvideo.modules import block
 from wanvideo_wrapper.wanvideo.modules.stretches import parts_of, stretched, stretches
 
 
@@ -32,3 +36,21 @@ def test_results_are_whole(parts):
     rows, want = stretched(lambda t: quantize(x[:, t]), 11, parts), quantize(x)
     assert torch.equal(rows.values.float(), want.values.float()) and torch.equal(rows.scale, want.scale)
     assert (rows.features, rows.dtype) == (want.features, want.dtype)
+
+
+@pytest.mark.parametrize(("by_frame", "want"), [(False, [1, 1, 3, 3]), (True, [3, 3, 3, 3])])
+def test_the_modulation_of_self_attention_is_in_pieces_only_where_each_token_has_its_own(by_frame, want, monkeypatch):
+    """Elsewhere it is small, and putting pieces together would be a pass over memory more."""
+    seen = []
+
+    def spied(function, count, parts):
+        seen.append(parts)
+        return stretched(function, count, parts)
+
+    monkeypatch.setattr(block, "stretched", spied)
+    given, (_, model) = inputs(), build()
+    if by_frame:
+        given = replace(given, timestep=torch.rand(1, 3))
+    with model.sparing(5):
+        model(given)
+    assert seen == want * 3

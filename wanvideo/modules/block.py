@@ -31,7 +31,7 @@ class WanAttentionBlock(nn.Module):
         self.extensions: tuple[Extension, ...] = ()
         self.norm1 = WanLayerNorm(config.dim, config.eps)
         self.self_attn = WanSelfAttention(config, attention)
-        self.reads_text = config.text_dim > 0
+        self.reads_text = bool(config.text_dim)
         if self.reads_text:
             self.norm3 = WanLayerNorm(config.dim, config.eps, elementwise_affine=True)
             self.cross_attn = WanT2VCrossAttention(config, sdpa())

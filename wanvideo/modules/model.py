@@ -294,7 +294,7 @@ class WanModel(nn.Module):
         for place, extension in enumerate(self.extensions):
             mine = [payload for payload in unread if isinstance(payload, extension.payload)]
             if len(mine) > 1:
-                raise ValueError(f"The model was given {type(mine[0]).__name__} twice; connect only one.")
+                raise ValueError(f"The model was given {extension.payload.__name__} twice; connect only one.")
             for payload in mine:
                 unread.remove(payload)
                 readers.append((place, extension, payload))
