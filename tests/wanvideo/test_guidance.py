@@ -17,7 +17,7 @@ from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance, per_step, prediction_name, present
 from wanvideo_wrapper.wanvideo.modifier import Modifier
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
-from wanvideo_wrapper.wanvideo.shard import ALONE
+from wanvideo_wrapper.wanvideo.shard import ALONE, Ranks
 
 CPU = torch.device("cpu")
 SHAPE = (16, 3, 4, 4)
@@ -227,7 +227,7 @@ def test_latents_timestep_and_step_reach_the_model():
     (inputs,) = model.seen
     torch.testing.assert_close(inputs.latents, latents.expand(2, -1, -1, -1, -1))
     torch.testing.assert_close(inputs.timestep, timestep.expand(2, -1))
-    assert inputs.step == step and inputs.latents.dtype == torch.float32
+    assert inputs.step == step and inputs.latents.dtype == torch.float32 and inputs.riflex_index == 0
 
 
 def test_passes_of_unlike_shape_do_not_share_a_forward():
@@ -252,6 +252,44 @@ def test_payloads_with_several_tensors_are_compared_by_all_of_them():
     guided = denoiser(model, Guidance(cfg=(5.0,), batched=True), Texts((rand(2), rand(3))))
     guided(rand(*SHAPE), torch.tensor(1.0), Step())
     assert model.batches == [1, 1]
+
+
+@dataclass(frozen=True)
+class Tuned(Payload):
+    strength: float
+    blocks: list[int]
+    needs: ClassVar[str] = "none"
+
+    def without(self, names):
+        return Tuned(float(str(self.strength)), self.blocks)
+
+
+def test_settings_that_are_equal_share_a_forward():
+    model = LinearModel()
+    guided = denoiser(model, Guidance(cfg=(5.0,), batched=True), Tuned(0.37, [1, 2]))
+    guided(rand(*SHAPE), torch.tensor(1.0), Step())
+    assert model.batches == [2]
+
+
+@dataclass(frozen=True)
+class Sounds(Payload):
+    needs: ClassVar[str] = "none"
+    together: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("payloads", [(), (Sounds(),)])
+def test_processes_run_all_passes_together_where_one_leaves_more_than_its_velocity(payloads):
+    asked = []
+
+    class Noting(Ranks):
+        def each(self, jobs, run, *, together=False):
+            asked.append(together)
+            return super().each(jobs, run, together=together)
+
+    model = LinearModel()
+    model.ranks = Noting()
+    denoiser(model, Guidance(cfg=(5.0,)), *payloads)(rand(*SHAPE), torch.tensor(1.0), Step())
+    assert asked == [bool(payloads)]
 
 
 def wan_model(seed=0):
