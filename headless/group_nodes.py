@@ -97,8 +97,8 @@ def closed_because(kind: str, workflow: Mapping[str, object], classes: Mapping[s
 class _Group:
     """A definition, and what a group node shows of it.
 
-    shown: by the name that the group node gives it, a node inside (its place) and one of its inputs. outputs: a node
-    inside and one of its outputs, in order.
+    shown: by the name that the group node gives it, a node inside (its place) and one of its inputs; also inputs that
+    the user hid, which have names and values all the same. outputs: a node inside and one of its outputs, in order.
     """
 
     def __init__(self, definition: Mapping[str, object], classes: Mapping[str, type]) -> None:
@@ -155,21 +155,14 @@ class _Group:
                 if entry.name not in sockets:
                     self.shown[self._name(place, entry)] = place, entry
             for slot, entry in enumerate(others):
-                self._show_socket(place, slot, entry)
+                if slot not in self.into.get(place, {}):
+                    self.shown[self._name(place, entry)] = place, entry
             # The editor sorts numbers of slots as texts: 10 stands before 9.
             with_socket = sorted((e for e in widgets if e.name in sockets), key=lambda e: str(sockets.index(e.name)))
             last += [(place, slot, entry) for slot, entry in enumerate(with_socket, len(others))]
         for place, slot, entry in last:
             if slot not in self.into.get(place, {}):
                 self.shown[self._name(place, entry)] = place, entry
-
-    def _show_socket(self, place: int, slot: int, entry: Input) -> None:
-        if slot in self.into.get(place, {}):
-            return
-        # One that the user hid keeps its name from others all the same.
-        name = self._name(place, entry)
-        if self._chosen(place, "input", entry.name).get("visible") is not False:
-            self.shown[name] = place, entry
 
     def _interface(self, place: int, node: Mapping[str, object]) -> tuple[list[Input], int]:
         """Inputs, and how many outputs; none of nodes that are for the editor only."""
