@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,8 +12,9 @@ from contract import build, inputs
 from wanvideo_wrapper.attention import sdpa
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.conditioning import Payload
-from wanvideo_wrapper.wanvideo.extension import Extension
+from wanvideo_wrapper.wanvideo.extension import Extension, Transformer
 from wanvideo_wrapper.wanvideo.modules.block import WanAttentionBlock
+from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.rope import rope_table
 from wanvideo_wrapper.wanvideo.shard import Ranks, Shard
 from wanvideo_wrapper.wanvideo.tokens import Text, Tokens, video_tokens
@@ -561,6 +563,11 @@ def test_modulation_is_that_of_the_forward():
     _, model = build(Looks())
     model(inputs(Toy(torch.tensor(1.0))))
     assert seen["same"]
+
+
+@pytest.mark.parametrize("name", ["parts", "embed_text", "modulation", "rope"])
+def test_the_model_does_what_systems_may_ask_of_it(name):
+    assert inspect.signature(getattr(WanModel, name)) == inspect.signature(getattr(Transformer, name))
 
 
 def test_nothing_of_a_toy_stays():
