@@ -40,6 +40,7 @@ KEPT = ("frozen", "kw_only", "strict", "device")
 # (module, line of it, what was changed): why no test could notice.
 EXPLAINED = {
     ("sampling", "latents = held.before(latents, 0)", "0 -> 1"): "given latents are the same before every step",
+    ("conditioning", "first = column[0]", "0 -> 1"): "all of a column are equal, or refused",
 }
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

@@ -62,6 +62,7 @@ def test_a_lone_step_is_the_first_of_one():
 
 def test_progress_ends_at_the_last_step():
     assert [Step(index=i, total=5).percent for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [Step(index=i, total=2).percent for i in range(2)] == [0, 1]
 
 
 def test_a_step_is_within_a_part_of_the_schedule():

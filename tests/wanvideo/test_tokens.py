@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from wanvideo_wrapper.wanvideo.shard import WHOLE, Shard
-from wanvideo_wrapper.wanvideo.tokens import HeadsRead, KeysValues, Text, Tokens, video_tokens
+from wanvideo_wrapper.wanvideo.tokens import BlockInputs, HeadsRead, KeysValues, Text, Tokens, video_tokens
 
 GRID = (3, 2, 2)
 COUNT = 12
@@ -123,3 +123,8 @@ def test_text_is_read_through_the_blocks_own_projections():
     got = text.attend(Cross(), q)
     assert text.tokenwise and text.on(WHOLE) is text
     assert all(map(torch.equal, got, (q, text.tokens * 2, text.tokens * 3)))
+
+
+def test_a_block_of_a_systems_own_runs_whole_and_in_one_piece_unless_it_is_told():
+    inputs = BlockInputs(mod=torch.randn(1, 1, 6, 8), rows=None, rope=torch.randn(COUNT, 2, 2), text=None, grid=GRID)
+    assert inputs[5:] == (None, (), 1, WHOLE)
