@@ -52,6 +52,7 @@ FOLDERS = (
     "slg",
     "freeinit",
     "pusa",
+    "vibt",
     "time_to_move",
     "video_loop",
     "experimental",

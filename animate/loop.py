@@ -123,7 +123,7 @@ class WindowMaker:
             result = denoise(
                 make_denoiser(request, transformer, host=self.host, conditions=conditions),
                 schedule,
-                latents=start_noise(shape, self.generator),
+                latents=schedule.from_noise(start_noise(shape, self.generator)),
                 generator=self.generator,
                 modifiers=request.modifiers,
                 watcher=watcher,

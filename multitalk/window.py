@@ -215,7 +215,7 @@ class WindowMaker:
         source = self.request.samples or {}
         samples = source.get("samples")
         if samples is None:
-            return noise, ()
+            return schedule.from_noise(noise), ()
         clean = _frames_of(samples, window, noise.shape)
         latents = add_noise(clean, noise, schedule.sigmas[0]) if self.request.noises_samples else clean
         if source.get("noise_mask") is None:

@@ -70,7 +70,7 @@ class SoundRun(Modifier):
                 "them with WanVideoEmptyMMAudioLatents or WanVideoEncodeOviAudio."
             )
         if not latents.any():
-            return start_noise(latents.shape, generator)
+            return request.schedule.from_noise(start_noise(latents.shape, generator))
         if request.noises_samples:
             return add_noise(latents, start_noise(latents.shape, generator), request.schedule.sigmas[0])
         return latents.cpu()

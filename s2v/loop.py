@@ -143,7 +143,7 @@ class WindowMaker:
             result = denoise(
                 make_denoiser(request, transformer, host=self.host, conditions=conditions),
                 schedule,
-                latents=start_noise((channels, *size), generator),
+                latents=schedule.from_noise(start_noise((channels, *size), generator)),
                 generator=generator,
                 modifiers=request.modifiers,
                 watcher=watcher,

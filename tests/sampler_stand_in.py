@@ -120,7 +120,12 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+# Steps of distilled models that have no others.
+STEPS = {"flowmatch_causvid": 4, "flowmatch_distill": 4, "rcm": 4}
+
+
 def schedule(name="euler", steps=6, **options):
+    steps = STEPS.get(name, steps)
     return make_schedule(ScheduleSpec(**{"name": name, "steps": steps, "shift": 3.0, **options}))
 
 

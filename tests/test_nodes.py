@@ -224,8 +224,8 @@ def test_loader_options_that_are_not_there_are_named(host):
         model(attention_mode="sageattn")
     with pytest.raises(FileNotFoundError, match=r"no model file 'gone\.safetensors'"):
         model("gone.safetensors")
-    with pytest.raises(ValueError, match="scheduler 'res_multistep' is not available"):
-        sample(model(), N["WanVideoEmptyEmbeds"]().process(32, 32, 9)[0], scheduler="res_multistep")
+    with pytest.raises(ValueError, match="scheduler 'ddim' is not available"):
+        sample(model(), N["WanVideoEmptyEmbeds"]().process(32, 32, 9)[0], scheduler="ddim")
 
 
 def test_text_nodes_and_the_disk_cache(host, monkeypatch):

@@ -38,8 +38,8 @@ kernels = lambda: {name for name in sys.modules if name.split('.')[0] in KERNELS
 """
 EVERYTHING = """
 folder, options = Path(sys.argv[1]), dict(dtype=torch.float32, host=StandaloneHost(device="cpu"))
-for make in (methods._unipc, methods._dpm, methods._dpm_sde, methods._deis, methods.euler_solver, methods._lcm):
-    make()
+for row in methods.METHODS.values():
+    row.solver(torch.tensor([0.9, 0.0]), torch.tensor([900.0]), 0)
 for name in ("vae", "text_encoder", "clip_vision", "wav2vec"):
     getattr(tiny, name)().save(folder / f"{name}.safetensors")
 wan = vae.load_vae(folder / "vae.safetensors", **options)

@@ -85,7 +85,11 @@ def sample(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     if request.cache is not None:
         log.info("Steps may be left out by %s.", request.cache.described(request.model))
     own = (modifier for extension in request.model.transformer.extensions for modifier in extension.modifiers())
-    request = replace(request, modifiers=(*request.modifiers, *request.image.modifiers, *own))
+    request = replace(
+        request,
+        schedule=request.schedule.for_width(request.model.config.dim),
+        modifiers=(*request.modifiers, *request.image.modifiers, *own),
+    )
     if request.image.loop is not None and any(type(m).begin is not Modifier.begin for m in request.modifiers):
         raise ValueError(
             "These image embeds make their video in a loop of windows, and something that changes what a run starts "
@@ -195,7 +199,7 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
     elif request.context is not None and request.context.freenoise:
         first, last = request.image.leading_latents, shape[1] - request.image.trailing_latents
         noise[:, first:last] = free_noise(noise[:, first:last], request.context, generator)
-    latents = noise
+    latents = schedule.from_noise(noise)
     samples = request.samples or {}
     if samples.get("generator_state") is not None:
         generator.set_state(samples["generator_state"])

@@ -98,6 +98,14 @@ def test_each_window_begins_with_the_last_frame_of_the_one_before(parts, seen):
     assert result["samples"].shape == (1, 16, 4, 4, 4)
 
 
+def test_a_schedule_that_begins_below_noise_alone_scales_it(parts, seen):
+    rcm = {"schedule": make_schedule(ScheduleSpec(name="rcm", steps=1, shift=5.0))}
+    sample(request_of(parts, frames=9, options=rcm), HOST)
+    ((_, noise),) = seen
+    want = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(7)) * 120 / 121
+    torch.testing.assert_close(noise, want)
+
+
 def test_finished_windows_outlive_a_run_without_memory(parts, tmp_path, monkeypatch):
     sampled = module.WindowMaker._sample
 

@@ -97,7 +97,7 @@ def test_all_problems_come_at_once(tmp_path, host):
         m=("Missing1", {"image": ["n", 0]}), n=("Missing2", {}), o=("Missing3", {"image": ["m", 0]}),
         v=combine(crf=90, filename_prefix="../x"), w=combine(format="video/nvenc_h264-mp4", images=["o", 0]),
         a=("LoadAudio", {"audio": "gone.wav"}), p=("PreviewAny", {"source": ["a", 0]}),
-        q=("WanVideoScheduler", {"scheduler": "vibt_unipc"}), r=("PreviewAny", {"source": ["q", 0]}),
+        q=("WanVideoScheduler", {"scheduler": "rcm"}), r=("PreviewAny", {"source": ["q", 0]}),
         u=("PreviewAny", {"source": ["e", 0]}), e=("LoadImage", {"image": "../../etc/passwd"}),
     )  # fmt: skip
     found = problems(tmp_path, host, graph)
@@ -107,7 +107,7 @@ def test_all_problems_come_at_once(tmp_path, host):
         "'Missing2' (#n)", "'Missing3' (#o)",
         "VHS_VideoCombine (#v): 'crf' must be between 0 and 51, not 90",
         "VHS_VideoCombine (#w): The format 'video/nvenc_h264-mp4' is written by ComfyUI only",
-        "LoadAudio (#a): There is no file 'gone.wav'", "The scheduler 'vibt_unipc' is not available",
+        "LoadAudio (#a): There is no file 'gone.wav'", "The scheduler 'rcm' works with 4 steps at most",
         "LoadImage (#e): '../../etc/passwd' lies outside",
     ):  # fmt: skip
         assert sum(part in problem for problem in found) == 1, (part, found)

@@ -104,6 +104,12 @@ def test_infinitetalk_shows_the_picture_of_the_window(parts, run, pictures):
         torch.testing.assert_close(call.latents[0, 16:], want)
 
 
+def test_a_schedule_that_begins_below_noise_alone_scales_it(parts, run):
+    calls, _ = run(request(parts, schedule=make_schedule(ScheduleSpec(name="rcm", steps=1, shift=5.0))))
+    noise = torch.randn(16, LATENTS, 4, 4, generator=torch.Generator().manual_seed(11))
+    torch.testing.assert_close(calls[0].latents[0, :16, 1:], noise[:, 1:] * 120 / 121)
+
+
 def test_infinitetalk_keeps_the_motion_to_the_end(parts, run):
     asked = request(parts)
     calls, windows = run(asked)

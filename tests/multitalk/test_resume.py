@@ -110,6 +110,16 @@ def test_broken_at_any_frame(folder, tmp_path, monkeypatch, whole, sampled, fram
     assert pictures(tmp_path / "a") == whole
 
 
+@pytest.mark.parametrize("scheduler", ["er_sde", "rcm", "vibt_unipc"])
+def test_noise_of_solvers_goes_on_where_it_was(folder, tmp_path, monkeypatch, sampled, scheduler):
+    whole, broken = (request(folder, scheduler=scheduler, output_path=str(tmp_path / n)) for n in "ab")
+    run(whole)
+    break_off(monkeypatch, broken, 24)
+    sampled.clear()
+    run(broken)
+    assert sampled == [2, 3, 4] and pictures(tmp_path / "b") == pictures(tmp_path / "a")
+
+
 def test_the_folder_of_a_broken_run_takes_the_name_of_the_new_one(folder, tmp_path, monkeypatch, sampled):
     first, second, third = (tmp_path / f"2024010{n}_000000_auto_output" for n in range(3))
     break_off(monkeypatch, request(folder, output_path=str(first)), 20)

@@ -162,15 +162,19 @@ def sample(model, **options):
 
 
 @torch.no_grad()
-def test_a_run_is_the_published_loop(models):
-    """Two solvers side by side, a guidance scale for each stream, one forward for both."""
+@pytest.mark.parametrize(("scheduler", "steps", "share"), [("unipc", STEPS, 1), ("rcm", 1, 120 / 121)])
+def test_a_run_is_the_published_loop(models, scheduler, steps, share):
+    """Two solvers side by side, a guidance scale for each stream, one forward for both.
+
+    share: of noise that both begin with.
+    """
     model = models.load("whole")
     (length,) = N["WanVideoEmptyMMAudioLatents"]().decode(LENGTH)
-    got = sample(model, samples=length)
+    got = sample(model, samples=length, scheduler=scheduler, steps=steps)
     towers = reference.Towers(models.tensors, 2, 512)
     generator = torch.Generator().manual_seed(1)
-    video, sound = torch.randn(48, 3, 4, 4, generator=generator), torch.randn(LENGTH, 20, generator=generator)
-    solvers = [make_schedule(ScheduleSpec(name="unipc", steps=STEPS, shift=5.0)).fresh() for _ in range(2)]
+    video, sound = (share * torch.randn(*size, generator=generator) for size in ((48, 3, 4, 4), (LENGTH, 20)))
+    solvers = [make_schedule(ScheduleSpec(name=scheduler, steps=steps, shift=5.0)).fresh() for _ in range(2)]
     for index, time in enumerate(solvers[0].timesteps):
         times = time.expand(3)
         cond = towers(video, sound, times, prompt(1), prompt(1))

@@ -94,6 +94,14 @@ def test_each_window_goes_on_from_the_frames_before(request_of, seen):
     torch.testing.assert_close(poses[1][:, :, 1:], black[:, :, :3], rtol=1e-4, atol=1e-4)
 
 
+def test_a_schedule_that_begins_below_noise_alone_scales_it(request_of, seen):
+    rcm = make_schedule(ScheduleSpec(name="rcm", steps=1, shift=5.0))
+    sample(request_of(audio=rand(1, 3, 8, WINDOW), schedule=rcm), HOST)
+    ((_, noise),) = seen
+    want = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(7)) * 120 / 121
+    torch.testing.assert_close(noise, want)
+
+
 def test_frames_are_decoded_behind_what_the_window_follows_on(request_of):
     request = request_of(audio=rand(1, 3, 8, WINDOW))
     result, _ = sample(request, HOST)

@@ -43,12 +43,41 @@ from wanvideo_wrapper.wanvideo.windows import ContextOptions
 SPEECH = MultiTalk(features=6, intermediate_dim=8, context_tokens=2, output_dim=4, voiced=(0,))
 
 
-@pytest.mark.parametrize("name", [n for n in available() if n not in ("multitalk", "flowmatch_distill")])
+@pytest.mark.parametrize("name", [name for name in available() if name != "multitalk"])
 def test_every_sampler_runs_and_repeats_exactly(name):
     runs = [latents_of(sample(request(schedule=schedule(name), seed=s), FakeHost())) for s in (42, 42, 43)]
     assert torch.isfinite(runs[0]).all() and runs[0].dtype == torch.float32 and runs[0].shape == SHAPE
     assert torch.equal(runs[0], runs[1])
     assert (runs[0] - runs[2]).abs().max() > 0.1
+
+
+def test_a_schedule_is_that_of_the_models_width():
+    model = FakeModel()
+    sample(request(model, schedule=schedule("flowmatch_causvid")), FakeHost())
+    assert [call.timestep.item() for call in model.transformer.calls] == [1000, 750, 500, 250]
+
+
+def test_rcm_begins_with_the_share_of_noise_of_its_first_level():
+    """Whose angle is that of noise 120 times as strong as the video; clean samples are noised to that level."""
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(42))
+    video = torch.randn(1, *SHAPE)
+    for samples, want in ((None, noise * 120 / 121), ({"samples": video}, (video[0] + 120 * noise) / 121)):
+        model = FakeModel()
+        sample(request(model, schedule=schedule("rcm"), samples=samples, add_noise_to_samples=True), FakeHost())
+        first = model.transformer.calls[0]
+        torch.testing.assert_close(first.latents[0], want, rtol=0, atol=1e-6)
+        assert first.timestep.unique().item() == pytest.approx(120_000 / 121)
+    model = FakeModel()
+    sample(request(model, schedule=schedule("euler", sigmas=torch.tensor([0.9, 0.0]))), FakeHost())
+    assert torch.equal(model.transformer.calls[0].latents[0], noise)
+
+
+@pytest.mark.parametrize("name", ["lcm", "rcm", "vibt_unipc"])
+def test_two_samplers_draw_the_noise_of_one(name):
+    whole = latents_of(sample(request(schedule=schedule(name)), FakeHost()))
+    first, _ = sample(request(schedule=schedule(name, end_step=2)), FakeHost())
+    second = request(schedule=schedule(name, start_step=2), samples=first, seed=5)
+    assert torch.equal(latents_of(sample(second, FakeHost())), whole)
 
 
 def test_a_request_can_be_sampled_twice():
@@ -380,7 +409,7 @@ def test_several_prompts_share_the_frames_of_positive_passes():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", [n for n in available() if n not in ("multitalk", "flowmatch_distill")])
+@pytest.mark.parametrize("name", [name for name in available() if name != "multitalk"])
 def test_every_sampler_gives_the_same_on_the_gpu(name):
     image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, given_latents=((0, rand(16, 1, 4, 6, seed=5)),))
     mask = torch.zeros(3, 4, 6)

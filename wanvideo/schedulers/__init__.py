@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from .methods import SCHEDULERS, Method, add_methods, available, euler_solver
+from .methods import SCHEDULERS, Method, add_methods, available, euler_solver, up_to
 from .schedule import Schedule, ScheduleSpec, make_schedule
+from .solver import FlowSolver, noise_like
 
 __all__ = [
-    "SCHEDULERS", "Method", "Schedule", "ScheduleSpec", "add_methods", "available", "euler_solver", "make_schedule",
+    "SCHEDULERS", "FlowSolver", "Method", "Schedule", "ScheduleSpec", "add_methods", "available", "euler_solver",
+    "make_schedule", "noise_like", "up_to",
 ]  # fmt: skip

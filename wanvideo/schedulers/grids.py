@@ -1,7 +1,8 @@
 """Sigma grids, float64, from the first sigma to the last one before zero; `steps` values each.
 
 Sources: Wan-Video/Wan2.2 (wan/utils), huggingface/diffusers (FlowMatchEulerDiscreteScheduler), ModelTC/LightX2V
-(four-step distillation), Lee et al. 2024 (beta sampling).
+(distilled models), tianweiy/CausVid, NVlabs/rcm, modelscope/DiffSynth-Studio (picked levels), eddyhhlure1Eddy/
+ode-ComfyUI-WanVideoWrapper (settling), Lee et al. 2024 (beta sampling).
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ TRAIN_STEPS = 1000
 LAST_TRAINED = 1 / TRAIN_STEPS
 BETA = 0.6
 DISTILLED = (0.999, 0.75, 0.5, 0.25)
+CAUSVID_14B = (0.999, 0.934, 0.862, 0.756, 0.603, 0.41, 0.25, 0.14, 0.074)
+CAUSVID = (1.0, 0.75, 0.5, 0.25)
+# Angles of TrigFlow; the first is that of noise 120 times as strong as the video.
+RCM = (np.arctan(120), 1.5, 1.4, 1.0)
+LOWEST_PICKED = 0.003 / 1.002
+MOST_UNIFORM = 10
 
 
 def shifted(sigmas: Grid, shift: float) -> Grid:
@@ -44,6 +51,35 @@ def euler_grid(steps: int, shift: float) -> Grid:
 def distill_grid(steps: int, shift: float) -> Grid:
     """The four noise levels that step-distilled models were trained on, shifted."""
     return shifted(np.array(DISTILLED[:steps]), shift)
+
+
+def causvid_grid(steps: int, shift: float) -> Grid:
+    """The first of the nine noise levels that CausVid of 14B was trained on, which are shifted already."""
+    return np.array(CAUSVID_14B[:steps])
+
+
+def small_causvid_grid(steps: int, shift: float) -> Grid:
+    """The four noise levels of CausVid of 1.3B, which are shifted already."""
+    return np.array(CAUSVID[:steps])
+
+
+def rcm_grid(steps: int, shift: float) -> Grid:
+    """The first noise levels of rCM, of which any number of steps takes the leading ones; nothing is shifted."""
+    angles = np.array(RCM[:steps])
+    return np.sin(angles) / (np.cos(angles) + np.sin(angles))
+
+
+def picked_grid(steps: int, shift: float) -> Grid:
+    """Every so many of a thousand noise levels from 1 down to nearly 0, then shifted."""
+    levels = np.linspace(1, LOWEST_PICKED, TRAIN_STEPS)
+    return shifted(levels[np.round(np.arange(steps) * (TRAIN_STEPS / steps)).astype(int)], shift)
+
+
+def settling_grid(steps: int, shift: float) -> Grid:
+    """Uniform for few steps, for more of them half a wave of the cosine: small steps at both ends. Then shifted."""
+    if steps <= MOST_UNIFORM:
+        return dpm_grid(steps, shift)
+    return shifted((1 + np.cos(np.pi * np.arange(steps) / steps)) / 2, shift)
 
 
 def beta_spaced(grid: Grid) -> Grid:

@@ -1,21 +1,21 @@
-"""The sampler options: which grid and which diffusers solver each of them uses.
+"""The sampler options: which grid and which solver each of them uses.
 
 A system whose steps are its own brings the rows of them (`<system>/schedules.py`); `registry.py` adds them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ...quiet_imports import kernels_hidden
 from . import grids
-from .grids import Grid
+from .er_sde import ErSde
+from .grids import TRAIN_STEPS, Grid
+from .res_multistep import ResMultistep
+from .sa_ode import StableOde
+from .solver import MakeSolver, diffusers_solver
 
 # The widget, as saved graphs know it.
 SCHEDULERS: tuple[str, ...] = (
@@ -42,82 +42,54 @@ SCHEDULERS: tuple[str, ...] = (
     "vibt_unipc",
 )
 
-
-class Solver(Protocol):
-    """A diffusers scheduler whose sigmas and timesteps may be replaced."""
-
-    sigmas: Tensor
-    timesteps: Tensor
-
-    def set_timesteps(self, num_inference_steps: int) -> None:
-        """Reset the state."""
-
-    def set_begin_index(self, begin_index: int) -> None:
-        """The first step to take."""
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> tuple[Tensor, ...]:
-        """Move `sample` one step; batch first."""
-
-
-@functools.cache
-def _class(name: str) -> Callable[..., Solver]:
-    """A scheduler of diffusers, which is slow to load and therefore loaded when it is needed."""
-    with kernels_hidden("diffusers"):
-        import diffusers
-
-        return getattr(diffusers, name)
-
-
-def _solver(name: str, **options: str | bool) -> Callable[[], Solver]:
-    return lambda: _class(name)(**options)
-
-
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-_unipc = _solver("UniPCMultistepScheduler", **_FLOW)
-_dpm = _solver("DPMSolverMultistepScheduler", **_FLOW)
-_dpm_sde = _solver("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", **_FLOW)
-_deis = _solver("DEISMultistepScheduler", **_FLOW)
-euler_solver = _solver("FlowMatchEulerDiscreteScheduler")
-_lcm = _solver("FlowMatchLCMScheduler")
+BELOW_ONE = 1 - 1e-6
+_unipc = diffusers_solver("UniPCMultistepScheduler", limits=(0.0, BELOW_ONE), **_FLOW)
+_dpm = diffusers_solver("DPMSolverMultistepScheduler", **_FLOW)
+_dpm_sde = diffusers_solver("DPMSolverMultistepScheduler", noisy=True, algorithm_type="sde-dpmsolver++", **_FLOW)
+_deis = diffusers_solver("DEISMultistepScheduler", limits=(1e-6, BELOW_ONE), **_FLOW)
+euler_solver = diffusers_solver("FlowMatchEulerDiscreteScheduler")
+_lcm = diffusers_solver("FlowMatchLCMScheduler", noisy=True)
+
+# The width of 14B models.
+WIDE = 5120
+
+
+def exact(grid: Grid) -> Grid:
+    """Timesteps of noise levels: 1000 * sigma."""
+    return grid * TRAIN_STEPS
+
+
+def whole(grid: Grid) -> Grid:
+    """Timesteps rounded down, as Wan's multistep solvers give them to the model."""
+    return np.trunc(exact(grid))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One row of the option table.
 
-    whole_timesteps: the model sees 1000 * sigma rounded down, as Wan's multistep solvers give it.
-    limits: range that the solver's sigmas are clamped to, where its log-SNR must stay finite.
-    noisy: the solver draws noise at every step. steps: the only step count, None for any.
-    fixed_grid: custom sigmas are refused. for_loops: only for videos that are made in a loop of windows.
+    timesteps: what the model sees of a grid. steps: the step counts that it has, None for any.
+    fixed_grid: custom sigmas are refused. small: the row for models narrower than those of 14B, where that is another.
+    scales_noise: a run from noise alone begins with as much of it as the first noise level says, where it is below 1.
+    for_loops: only for videos that are made in a loop of windows.
     times_frames: frames that are given before sampling stay as they are, and the model sees them at time 0.
     """
 
     grid: Callable[[int, float], Grid]
-    solver: Callable[[], Solver]
-    whole_timesteps: bool = False
-    limits: tuple[float, float] = (0.0, 1.0)
-    noisy: bool = False
-    steps: int | None = None
+    solver: MakeSolver
+    timesteps: Callable[[Grid], Grid] = exact
+    steps: range | None = None
     fixed_grid: bool = False
+    small: Method | None = None
+    scales_noise: bool = False
     for_loops: bool = False
     times_frames: bool = False
 
-    def solver_for(self, sigmas: Tensor, timesteps: Tensor, first: int) -> Solver:
-        """A fresh solver over the whole schedule (sigmas [n + 1], timesteps [n]) that starts at step `first`."""
-        solver = self.solver()
-        solver.set_timesteps(len(timesteps))
-        solver.sigmas = sigmas.clamp(*self.limits)
-        solver.timesteps = timesteps
-        solver.set_begin_index(first)
-        return solver
 
-    def advance(
-        self, solver: Solver, velocity: Tensor, *, timestep: Tensor, latents: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """One solver step of latents [C, F, H, W] along `velocity`; float32."""
-        noise_source = {"generator": generator} if self.noisy else {}
-        moved = solver.step(velocity.float()[None], timestep, latents.float()[None], return_dict=False, **noise_source)
-        return moved[0][0]
+def up_to(steps: int) -> range:
+    """For schedules of so many steps at most."""
+    return range(1, steps + 1)
 
 
 def _beta(grid: Callable[[int, float], Grid]) -> Callable[[int, float], Grid]:
@@ -125,19 +97,30 @@ def _beta(grid: Callable[[int, float], Grid]) -> Callable[[int, float], Grid]:
 
 
 def _method_rows() -> dict[str, Method]:
-    below_one = 1 - 1e-6
     bases = {
-        "unipc": Method(grid=grids.unipc_grid, solver=_unipc, whole_timesteps=True, limits=(0.0, below_one)),
-        "dpm++": Method(grid=grids.dpm_grid, solver=_dpm, whole_timesteps=True),
-        "dpm++_sde": Method(grid=grids.dpm_grid, solver=_dpm_sde, whole_timesteps=True, noisy=True),
+        "unipc": Method(grid=grids.unipc_grid, solver=_unipc, timesteps=whole),
+        "dpm++": Method(grid=grids.dpm_grid, solver=_dpm, timesteps=whole),
+        "dpm++_sde": Method(grid=grids.dpm_grid, solver=_dpm_sde, timesteps=whole),
         "euler": Method(grid=grids.euler_grid, solver=euler_solver),
-        "lcm": Method(grid=grids.euler_grid, solver=_lcm, noisy=True),
+        "lcm": Method(grid=grids.euler_grid, solver=_lcm),
     }
     rows = dict(bases)
     for name, row in bases.items():
         rows[f"{name}/beta"] = replace(row, grid=_beta(row.grid))
-    rows["deis"] = Method(grid=grids.unipc_grid, solver=_deis, whole_timesteps=True, limits=(1e-6, below_one))
-    rows["flowmatch_distill"] = Method(grid=grids.distill_grid, solver=euler_solver, steps=4, fixed_grid=True)
+    rows["deis"] = Method(grid=grids.unipc_grid, solver=_deis, timesteps=whole)
+    rows["res_multistep"] = Method(grid=grids.picked_grid, solver=ResMultistep, steps=up_to(TRAIN_STEPS))
+    rows["er_sde"] = Method(grid=grids.picked_grid, solver=ErSde, steps=up_to(TRAIN_STEPS))
+    rows["sa_ode_stable"] = Method(grid=grids.settling_grid, solver=StableOde)
+    four = Method(grid=grids.distill_grid, solver=euler_solver, steps=range(4, 5), fixed_grid=True)
+    rows["flowmatch_distill"] = four
+    rows["flowmatch_causvid"] = Method(
+        grid=grids.causvid_grid,
+        solver=euler_solver,
+        steps=up_to(len(grids.CAUSVID_14B)),
+        fixed_grid=True,
+        small=replace(four, grid=grids.small_causvid_grid),
+    )
+    rows["rcm"] = Method(grid=grids.rcm_grid, solver=_lcm, steps=up_to(len(grids.RCM)), scales_noise=True)
     return rows
 
 
@@ -154,8 +137,9 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in SCHEDULERS if name in METHODS)
 
 
-def method_of(name: str) -> Method:
-    """The row of `name`; ValueError, listing what works, if there is none."""
+def method_of(name: str, width: int | None = None) -> Method:
+    """The row of `name` for models of this width (None: those of 14B); ValueError, listing all, if there is none."""
     if name not in METHODS:
         raise ValueError(f"The scheduler '{name}' is not available; choose one of: {', '.join(available())}.")
-    return METHODS[name]
+    row = METHODS[name]
+    return row if row.small is None or (width or WIDE) >= WIDE else row.small

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..conditioning import Step
-from .grids import TRAIN_STEPS, Grid, finer_tail
-from .methods import Method, Solver, method_of
+from .grids import Grid, finer_tail
+from .methods import Method, method_of
+from .solver import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class ScheduleSpec:
     denoise_strength: below 1 starts later in the schedule (video to video).
     start_step, end_step: an int counts steps (end_step -1: to the end); a float is a sigma: steps at or below it
     (start) or above it (end) are run, so that two samplers with one boundary continue each other.
-    enhance_hf: a finer uniform tail at low noise.
+    enhance_hf: a finer uniform tail at low noise. width: of the model; None, where it is not known, means 14B.
     """
 
     name: str
@@ -32,21 +33,22 @@ class ScheduleSpec:
     start_step: int | float = 0
     end_step: int | float = -1
     enhance_hf: bool = False
+    width: int | None = None
 
 
 class Schedule:
     """The steps of one sampler run and the solver that takes them.
 
     sigmas [n + 1] and timesteps [n] (float32, CPU) are the part that is run; first_index is where it starts in the
-    whole schedule of `total` steps. A first-order solver (euler, lcm, flowmatch_distill) split in two runs
-    equals the single run; a multistep solver starts its history anew at the split.
+    whole schedule of `total` steps. A solver that remembers nothing (euler, lcm, rcm) split in two runs equals
+    the single run; a multistep solver starts its history anew at the split.
     """
 
     def __init__(self, spec: ScheduleSpec, grid: Grid, last: float, span: range) -> None:
         self.spec = spec
         self.total = len(grid)
         self.first_index = span.start
-        self._method = method_of(spec.name)
+        self._method = method_of(spec.name, spec.width)
         self._grid, self._last, self._span = grid, last, span
         self._all_sigmas = torch.from_numpy(np.append(grid, last).astype(np.float32))
         self._all_timesteps = _timesteps(grid, self._method)
@@ -78,6 +80,15 @@ class Schedule:
         """Timesteps of the whole schedule [total]."""
         return self._all_timesteps
 
+    def for_width(self, width: int) -> Schedule:
+        """The same schedule for a model of this width. Raises ValueError for steps that it has not."""
+        same = method_of(self.spec.name, width) is self._method
+        return self if same else make_schedule(replace(self.spec, width=width))
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """What a run that begins with noise alone (standard normal, any shape) begins with."""
+        return noise * self.sigmas[0] if self._method.scales_noise else noise
+
     def later(self, steps: int) -> Schedule:
         """The same schedule without the first `steps` of this run. Raises ValueError where none is left."""
         if steps >= len(self):
@@ -102,11 +113,9 @@ class Schedule:
         if index != self._next:
             raise ValueError(f"Step {index} was asked for where {self._next} is due; use fresh() to start over.")
         if self._solver is None:
-            self._solver = self._method.solver_for(self._all_sigmas, self._all_timesteps, self.first_index)
+            self._solver = self._method.solver(self._all_sigmas, self._all_timesteps, self.first_index)
         self._next += 1
-        return self._method.advance(
-            self._solver, velocity, timestep=self.timesteps[index], latents=latents, generator=generator
-        )
+        return self._solver.step(velocity.float(), latents.float(), generator)
 
 
 def make_schedule(spec: ScheduleSpec) -> Schedule:
@@ -114,7 +123,7 @@ def make_schedule(spec: ScheduleSpec) -> Schedule:
 
     Raises ValueError for a scheduler that is not available, for sigmas that are not usable, and for an empty range.
     """
-    grid, last = _whole_grid(spec, method_of(spec.name))
+    grid, last = _whole_grid(spec, method_of(spec.name, spec.width))
     if spec.enhance_hf:
         grid, last = finer_tail(grid), 0.0
     start = _start(spec, grid, last)
@@ -132,10 +141,12 @@ def _whole_grid(spec: ScheduleSpec, method: Method) -> tuple[Grid, float]:
         if method.fixed_grid:
             raise ValueError(f"The scheduler '{spec.name}' has its own sigmas; disconnect 'sigmas'.")
         return _custom_grid(spec.sigmas)
-    if method.steps not in (None, spec.steps):
-        raise ValueError(f"The scheduler '{spec.name}' works with {method.steps} steps only, not {spec.steps}.")
     if spec.steps < 1:
         raise ValueError(f"steps must be at least 1, not {spec.steps}.")
+    if method.steps is not None and spec.steps not in method.steps:
+        most = f"{method.steps[-1]} steps {'only' if len(method.steps) == 1 else 'at most'}"
+        model = "" if spec.width is None else f" in a model of width {spec.width}"
+        raise ValueError(f"The scheduler '{spec.name}' works with {most}{model}, not {spec.steps}: change steps.")
     if spec.shift <= 0:
         raise ValueError(f"shift must be above 0, not {spec.shift}.")
     return method.grid(spec.steps, spec.shift), 0.0
@@ -153,8 +164,7 @@ def _custom_grid(sigmas: Tensor) -> tuple[Grid, float]:
 
 
 def _timesteps(grid: Grid, method: Method) -> Tensor:
-    exact = grid * TRAIN_STEPS
-    return torch.from_numpy((np.trunc(exact) if method.whole_timesteps else exact).astype(np.float32))
+    return torch.from_numpy(method.timesteps(grid).astype(np.float32))
 
 
 def _start(spec: ScheduleSpec, grid: Grid, last: float) -> int:
