@@ -16,7 +16,7 @@ BY_TYPE: Mapping[str, str] = {
     "FANTASYTALKINGMODEL": "FantasyTalking's weights beside the model's; from its loader",
     "FANTASYTALKING_EMBEDS": "Speech for FantasyTalking, which the model must have been loaded with",
     "FETAARGS": "From WanVideo Enhance-A-Video",
-    "FLOWEDITARGS": "Not built in this version: leave it empty",
+    "FLOWEDITARGS": "FlowEdit is gone from the original, too: leave it empty",
     "FREEINITARGS": "Samples several times from better noise; from WanVideo FreeInit Args",
     "IMAGE": "Pictures, or the frames of a video",
     "LATENT": "Latents of a video",

@@ -1,7 +1,7 @@
 """What is wrong with a prompt, all of it, before its first node runs.
 
 Judged is what needs no computation: nodes that are missing, links and their types, widget values, what nodes say of
-their own inputs (VALIDATE_INPUTS, called as ComfyUI's server calls it), files, options that are not built, folders.
+their own inputs (VALIDATE_INPUTS, called as ComfyUI's server calls it), files, options that cannot run, folders.
 """
 
 from __future__ import annotations
