@@ -21,8 +21,10 @@ def connect(address: str) -> ModuleType:
     try:
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        why = f"There is no Ray cluster at '{address}' ({error}): ray start --head starts one."
-        raise ConnectionError(why) from error
+        raise ConnectionError(
+            f"There is no Ray cluster at '{address}' ({error}): ray start --head starts one. One that asks for a token "
+            "needs RAY_AUTH_MODE=token here, and its ~/.ray/auth_token."
+        ) from error
     return ray
 
 
