@@ -47,7 +47,8 @@ def all_of_it(key: str) -> bool:
 class Model:
     """A published transformer with its systems.
 
-    holds: which of its tensors are in the file. own: tensors by which the file is told and which it does not read.
+    holds: which of its tensors are in the file. own: tensors by which the file is told and which the transformer
+    does not read.
     """
 
     config: WanConfig
@@ -56,9 +57,9 @@ class Model:
     own: tuple[tuple[str, Shape], ...] = ()
 
 
-def module(config: WanConfig, system: Extension, **own: Shape) -> Model:
-    """The weights of one system alone."""
-    return Model(config, (system,), system.owns, tuple((name.replace("__", "."), size) for name, size in own.items()))
+def module(config: WanConfig, system: Extension, *own: tuple[str, Shape]) -> Model:
+    """The weights of one system alone, and tensors of its `own`."""
+    return Model(config, (system,), system.owns, own)
 
 
 SMALL, LARGE, FIVE = (PUBLISHED_CONFIGS[size] for size in ("1.3B", "14B", "5B"))
@@ -68,14 +69,14 @@ PICTURES = 16 + 20
 WITH_PICTURES, SMALL_WITH_PICTURES = replace(LARGE, in_dim=PICTURES), replace(SMALL, in_dim=PICTURES)
 CLIP = ClipImageExtension(clip_dim=1280)
 BOTH_ENDS = ClipImageExtension(clip_dim=1280, positions=514)
-# They hear the twelve layers of wav2vec2-base.
-HEARING = {"features": 12 * 768, "intermediate_dim": 512, "context_tokens": 32, "output_dim": 768}
-SPEECH = MultiTalk(**HEARING, voiced=tuple(range(40)))
+# MultiTalk, InfiniteTalk and LongCat's avatar read the twelve layers of wav2vec2-base.
+AUDIO_SIZES = {"features": 12 * 768, "intermediate_dim": 512, "context_tokens": 32, "output_dim": 768}
+SPEECH = MultiTalk(**AUDIO_SIZES, voiced=tuple(range(40)))
 HUMO = HuMo(features=51200, hidden_dim=512, context_tokens=16, output_dim=1536)
-SINGING = SpeechInjection(layers=25, audio_dim=1024, tokens=4, pose_dim=16)
+S2V = SpeechInjection(layers=25, audio_dim=1024, tokens=4, pose_dim=16)
 CAMERA = FunCamera(factor=8, blocks=1)
 OVI = Ovi(channels=20, hidden=8192, kernel=7)
-FACES = Animate(
+ANIMATE = Animate(
     channels=(32, 64, 128, 256, 512, 512, 512, 512), style_dim=512, motion_dim=20, hidden_dim=1024, tokens=4, blocks=8,
     pose_dim=16,
 )  # fmt: skip
@@ -114,17 +115,17 @@ MODELS = (
     (r"Wan2_1-InfiniteTalk[-_](Single|Multi)|WanVideo_2_1_Multitalk_14B", module(LARGE, SPEECH)),
     (r"Wan21[-_]SkyReelsV3-A2V", Model(WITH_PICTURES, (CLIP, SPEECH))),
     (r"Wan2_1-HuMo-14B|humo_17B", Model(WITH_PICTURES, (HUMO,))),
-    (r"fantasytalking", module(LARGE, FantasyTalking(2048), proj_model__proj__weight=(2048, 768))),
+    (r"fantasytalking", module(LARGE, FantasyTalking(2048), ("proj_model.proj.weight", (2048, 768)))),
     (
         r"Wan2_1_FantasyPortrait",
         module(
-            LARGE, FantasyPortrait(2048), mouth_proj_model__proj_in__weight=(1280, 512),
-            emo_proj_model__proj_in__weight=(1280, 30),
+            LARGE, FantasyPortrait(2048), ("mouth_proj_model.proj_in.weight", (1280, 512)),
+            ("emo_proj_model.proj_in.weight", (1280, 30)),
         ),
     ),
     (r"Wan2_1_MTV-Crafter_motion_adapter", module(LARGE, MtvCrafter(tuple(range(0, 40, 4))))),
-    (r"Wan2_2-S2V-14B|wan2\.2_s2v_14B", Model(LARGE, (SINGING,))),
-    (r"Wan2_2-Animate-14B|wan2\.2_animate_14B", Model(WITH_PICTURES, (CLIP, FACES))),
+    (r"Wan2_2-S2V-14B|wan2\.2_s2v_14B", Model(LARGE, (S2V,))),
+    (r"Wan2_2-Animate-14B|wan2\.2_animate_14B", Model(WITH_PICTURES, (CLIP, ANIMATE))),
     (r"(Wan2\.1-|Wan21_)SteadyDancer", Model(WITH_PICTURES, (SteadyDancer(), CLIP))),
     (r"Wan21-14B-SCAIL-preview(_comfy)?", Model(replace(LARGE, in_dim=20), (Scail(20), CLIP))),
     (r"Wan21-OneToAllAnimation", Model(LARGE, (OneToAll(1, 7, channels=32, pose_dim=LARGE.dim),))),
@@ -146,7 +147,7 @@ MODELS = (
     (r"LongCat_TI2V_comfy", Model(LONGCAT, (LongCat(512),))),
     (
         r"LongCat-Avatar(_comfy)?",
-        Model(LONGCAT, (LongCat(512), LongCatAvatar(**HEARING, voiced=tuple(range(48)), width=512))),
+        Model(LONGCAT, (LongCat(512), LongCatAvatar(**AUDIO_SIZES, voiced=tuple(range(48)), width=512))),
     ),
     (r"model_960x960(_10s)?", Model(FIVE, (OVI,))),
     (r"Wan_2_[12]_Ovi_video_model", Model(FIVE, (OVI,), lambda key: not key.startswith("audio_model."))),
