@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from published_keys import keys_of
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
+from wanvideo_wrapper.demo import MODELS
 from wanvideo_wrapper.headless import cli
 from wanvideo_wrapper.headless.core_nodes import NODE_CLASS_MAPPINGS as STAND_INS
-from wanvideo_wrapper.headless.graph import Link, Node, Prompt
+from wanvideo_wrapper.headless.graph import Link, Node, Prompt, load
 from wanvideo_wrapper.headless.memory_plan import plan
+from wanvideo_wrapper.headless.model_list import needed_models
 from wanvideo_wrapper.headless.published_files import published
 from wanvideo_wrapper.headless.published_headers import Header, PlanningHost, is_known, open_or_make
 from wanvideo_wrapper.host import get_host, set_host
@@ -18,6 +20,7 @@ from wanvideo_wrapper.wanvideo.checkpoint import checkpoint_of
 from wanvideo_wrapper.wanvideo.load_plan import with_aliases
 from wanvideo_wrapper.wanvideo.tensor_file import StoredTensor
 
+GRAPHS, FOLDER = Path(__file__).parents[2] / "example_workflows", "diffusion_models"
 CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
 # Bits of a value, scales included.
 BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "GGUF": 8.5, "F16": 16, "BF16": 16, "F32": 32}
@@ -201,7 +204,15 @@ def test_a_file_in_another_subfolder_is_read_and_not_guessed(host, tmp_path):
         plan(workflow("a/wan2.2_ti2v_5B_fp16.safetensors"), CLASSES, host)
 
 
+def test_the_transformers_and_modules_of_all_example_graphs_are_known(tmp_path):
+    host = PlanningHost(models=tmp_path, device="cpu")
+    needed = [entry for path in GRAPHS.glob("*.json") for entry in needed_models(load(path, CLASSES), host)]
+    names = {Path(entry.name).name for entry in needed if entry.folder == FOLDER}
+    demo = {path.name for path in MODELS.rglob("*.safetensors")}
+    assert len(names - demo) >= 6 and all(is_known(tmp_path / name) for name in names - demo)
+
+
 def test_the_command_answers_with_no_model_there(tmp_path, capsys):
-    graph = Path(__file__).parents[2] / "example_workflows/vace_picture_to_video.json"
+    graph = GRAPHS / "vace_picture_to_video.json"
     assert cli.main(["plan", str(graph), "--models", str(tmp_path), "--vram", "12"]) == 0
     assert "with 12 GiB: WanVideoBlockSwap" in capsys.readouterr().out
