@@ -82,6 +82,7 @@ class GaussianTransformer:
 class FakeModel:
     payloads = ()
     elsewhere = None
+    swapped = False
 
     def __init__(self, transformer=None, loras=()):
         self.transformer = transformer or GaussianTransformer(config())

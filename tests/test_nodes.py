@@ -155,7 +155,7 @@ def test_a_vae_may_read_more_of_samples_than_latents():
         def latents_of(self, samples):
             return torch.cat((samples["shade"][0], samples["samples"][0]))
 
-        def decode(self, latents, *, tile=None):
+        def decode(self, latents, *, tile=None, ranks=None):
             return latents[:3]
 
     samples = {"samples": torch.rand(1, 16, 3, 4, 4), "shade": torch.rand(1, 3, 3, 4, 4), "has_ref": 1}
@@ -166,7 +166,7 @@ def test_a_vae_may_read_more_of_samples_than_latents():
 @pytest.mark.parametrize("shade", [-1.0, 0.25])
 def test_a_video_of_one_colour_has_no_range_to_stretch(shade):
     class OneColour(WithoutModel):
-        def decode(self, latents, *, tile=None):
+        def decode(self, latents, *, tile=None, ranks=None):
             return torch.full((3, 5, 8, 8), shade)
 
     samples = {"samples": torch.randn(1, 16, 2, 1, 1)}
@@ -360,7 +360,7 @@ def test_pictures_and_video_are_each_others_inverse():
 class Causal(WithoutModel):
     """A VAE whose frames show their latent and a tenth of the one before; the first of a video has none before it."""
 
-    def decode(self, latents, *, tile=None):
+    def decode(self, latents, *, tile=None, ranks=None):
         colour = latents[0, :, 0, 0]
         seen = colour + 0.1 * torch.cat((torch.zeros(1), colour[:-1]))
         counts = torch.tensor([1] + [4] * (len(colour) - 1))

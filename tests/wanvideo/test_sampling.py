@@ -141,7 +141,7 @@ def test_what_the_model_brings_conditions_the_run():
     @dataclass(frozen=True)
     class Brought(EnhanceArgs):
         @contextlib.contextmanager
-        def active(self):
+        def active(self, *, swapped):
             events.append("enter")
             yield
             events.append("leave")
