@@ -17,7 +17,9 @@ OPEN = """async (saved) => {
     const types = Object.keys(LiteGraph.registered_node_types);
     const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
     const red = graphs.flatMap((graph) => graph.nodes.filter((node) => node.has_errors).map((node) => node.type));
-    return {made, types, red};
+    // Some versions make none of a graph of another one.
+    const prompt = await app.graphToPrompt().catch(() => null);
+    return {made, types, red, output: prompt?.output, version: window.__COMFYUI_FRONTEND_VERSION__};
 }"""
 
 
