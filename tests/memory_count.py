@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8
+from wanvideo_wrapper.attention_backends.flash_fp8 import Flash3Fp8
 from wanvideo_wrapper.clip_image.extension import ClipImage, ClipImageExtension
 from wanvideo_wrapper.controlnet.controlnet import ControlnetModel, ControlnetSizes, WanControlnet
 from wanvideo_wrapper.controlnet.extension import ControlArgs, Controlnet
@@ -20,6 +22,7 @@ from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.uni3c.controlnet import Uni3CControlnet, Uni3CModel, Uni3CSizes
 from wanvideo_wrapper.uni3c.extension import Uni3C, Uni3CArgs
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.memory import Precision
 from wanvideo_wrapper.wanvideo.modules import layers
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
@@ -143,6 +146,14 @@ GOALS = {
     "480p": ((480, 832), {}, 3.2),
     "720p": ((720, 1280), {}, 4.6),
     "infinitetalk": ((768, 768), dict(extensions=SPEECH, payloads=talking((768, 768)), in_dim=36), 4.0),
+}
+
+
+ROUTES = {
+    "fp8": (CudnnFp8(), Precision(fp8_rows=True, fused=True)),
+    "fp8_flash": (Flash3Fp8(), Precision(fp8_rows=True, fused=True)),
+    "fp8_sdpa": (sdpa(), Precision(fp8_rows=True)),
+    "bf16": (sdpa(), Precision()),
 }
 
 

@@ -1,7 +1,8 @@
 """How much memory of the GPU a forward takes, by arithmetic: what stays, the slabs of what waits, and activations.
 
 The same numbers choose `blocks_to_swap` -1, decide whether tokens run in pieces, and are what `wanvideo plan` and the
-log say. Activations are those of the transformer itself: systems with blocks of their own hold a little more.
+log say. Activations are those of the transformer itself: systems with blocks of their own, and models beside it, hold a
+little more.
 `tests/wanvideo/test_memory.py` holds them to a count of a forward's tensors.
 """
 

@@ -3,19 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from memory_count import GOALS, SIZES, peaks
-from wanvideo_wrapper.attention import sdpa
-from wanvideo_wrapper.attention_backends.cudnn import CudnnFp8
-from wanvideo_wrapper.attention_backends.flash_fp8 import Flash3Fp8
+from memory_count import GOALS, ROUTES, SIZES, peaks
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.memory import AT_ONCE, WORKSPACES, Beside, Footprint, Precision, Work, activations
-
-ROUTES = {
-    "fp8": (CudnnFp8(), Precision(fp8_rows=True, fused=True)),
-    "fp8_flash": (Flash3Fp8(), Precision(fp8_rows=True, fused=True)),
-    "fp8_sdpa": (sdpa(), Precision(fp8_rows=True)),
-    "bf16": (sdpa(), Precision()),
-}
 
 
 @pytest.mark.parametrize("spare", [True, False], ids=["pieces", "whole"])
