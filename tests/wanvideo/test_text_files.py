@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from foreign_files import STORAGES, save
+from foreign_files import STORAGES, mark, save
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from layouts import relative
 from sentencepiece import SentencePieceProcessor
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.quantized.gguf import GgufEmbedding, GgufLinear
+from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Linear
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.inspect import describe
 from wanvideo_wrapper.wanvideo.modules import t5, tokenizer
@@ -112,27 +113,45 @@ def test_gguf_encoder_in_the_precision_of_the_loader(host, dtype, tmp_path):
     assert embedding.dtype == dtype and embedding.isfinite().all() and embedding.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", STORAGES)
+def nvfp4(weight):
+    layer = Nvfp4Linear.quantize(weight, None)
+    scales = {"weight_scale": layer.stored[1], "weight_scale_2": layer.stored[2]}
+    return layer, scales | {"comfy_quant": mark(format="nvfp4")}
+
+
+ENCODER_STORAGES = STORAGES | {"nvfp4": (nvfp4, "NVFP4", Nvfp4Linear)}
+
+
+@pytest.mark.parametrize("kind", ENCODER_STORAGES)
 def test_encoders_in_the_storages_of_transformers(host, kind, tmp_path, caplog):
-    """Integers keep their bytes, under either option; MXFP8, whose `wo` layers could not stay, is expanded."""
-    make, name, fast = STORAGES[kind]
+    """Integers keep their bytes under either option; MXFP8 and NVFP4 are expanded, as their `wo` layers could not stay."""
+    make, name, fast = ENCODER_STORAGES[kind]
     model, path = tiny.text_encoder(wan_names=kind.startswith("w")), tmp_path / "t5.safetensors"
     exact = save(model, path, make, chosen=lambda key, value: value.dim() == 2 and ".bias" not in key and (
         "attn." in key or "ffn." in key or "SelfAttention." in key or "DenseReluDense." in key
     ) and "relative" not in key)  # fmt: skip
     exact.save(tmp_path / "exact.safetensors", torch.float32)
-    want = t5.load_text_encoder(tmp_path / "exact.safetensors", dtype=torch.float32, host=host).encode(PROMPTS)
-    for quantization in ("disabled", "fp8_e4m3fn")[: 1 if kind == "mxfp8" else 2]:
+    expands = kind in ("mxfp8", "nvfp4")
+    for quantization in ("disabled", "fp8_e4m3fn"):
+        # What is expanded is stored in FP8 as the layers of any other file are.
+        chosen = quantization if expands else "disabled"
+        plain = t5.load_text_encoder(
+            tmp_path / "exact.safetensors", dtype=torch.float32, host=host, quantization=chosen
+        )
+        want = plain.encode(PROMPTS)
         caplog.clear()
         with caplog.at_level(logging.INFO, "wanvideo"):
             got = t5.load_text_encoder(path, dtype=torch.float32, host=host, quantization=quantization)
         for ours, theirs in zip(got.encode(PROMPTS), want, strict=True):
             assert ours.shape == theirs.shape and relative(ours, theirs) < 1e-5
-        kinds = {type(m) for m in got._model.modules() if isinstance(m, torch.nn.Linear)}
-        assert kinds == {torch.nn.Linear if kind == "mxfp8" else fast.__mro__[1]}
-        assert (f"t5.safetensors holds {name.split()[0]}, which is kept as it is." in caplog.text) == (
-            quantization != "disabled"
+        kinds, others = (
+            {type(m) for m in encoder._model.modules() if isinstance(m, torch.nn.Linear)} for encoder in (got, plain)
         )
+        assert kinds == (others if expands else {fast.__mro__[1]})
+        assert (f"t5.safetensors holds {name.split()[0]}, which is kept as it is." in caplog.text) == (
+            quantization != "disabled" and not expands
+        )
+    want = t5.load_text_encoder(tmp_path / "exact.safetensors", dtype=torch.float32, host=host).encode(PROMPTS[:1])
     for dtype in (torch.bfloat16, torch.float16):
         (rounded,) = t5.load_text_encoder(path, dtype=dtype, host=host).encode(PROMPTS[:1])
         assert rounded.dtype == dtype and relative(rounded, want[0]) < 0.05
