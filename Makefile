@@ -1,5 +1,6 @@
 # make demo: install into .venv and make the demo video.   make test: install and run all tests that this machine can.
 # make fuzz: 10,000 mutated inputs for each reader.   make kills: 100 runs that are killed, 40 at once in one folder, five batches.
+# make lora-table: every naming, kind, rank and storage of LoRA.
 # make hour: an hour of speech through the demo, in flat memory.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 # An interpreter with what ComfyUI needs and this pack; comfy-cli makes it beside ComfyUI or inside.
 COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(COMFYUI_PATH)/../venv/bin/python) $(BIN)/python)
 
-.PHONY: demo cluster-demo test fuzz kills hour lint docs comfyui-test gpu-test gpu-memcheck gpu-trend clean
+.PHONY: demo cluster-demo test fuzz kills hour lora-table lint docs comfyui-test gpu-test gpu-memcheck gpu-trend clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/wanvideo demo
@@ -33,6 +34,9 @@ fuzz: $(VENV)/.installed
 
 kills: $(VENV)/.installed
 	@KILLS=100 PAIRS=20 BATCH_KILLS=1 $(BIN)/python -m pytest tests/headless/test_kills.py tests/headless/test_batch_kills.py
+
+lora-table: $(VENV)/.installed
+	@LORA_TABLE=all $(BIN)/python -m pytest tests/wanvideo/test_lora_table.py
 
 hour: $(VENV)/.installed
 	@SPEECH_SECONDS=3600 $(BIN)/python -m pytest tests/headless/test_hour.py

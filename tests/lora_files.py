@@ -1,5 +1,7 @@
 """LoRA files of every naming and kind, and what they are worth in float64, from the papers' formulas."""
 
+import json
+
 import torch
 from safetensors.torch import save_file
 
@@ -49,9 +51,8 @@ PAIRS = {
 }
 
 
-def randn(*shape, scale=0.3, seed=[0]):  # noqa: B006
-    seed[0] += 1
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed[0])) * scale
+def randn(*shape, scale=0.3):
+    return torch.randn(*shape) * scale
 
 
 def pair(weight, rank):
@@ -164,6 +165,11 @@ KINDS = {
         pair_and_diff, dora_comfyui, dora_columns, dora_peft, dora_loha,
     )
 }  # fmt: skip
+
+
+def peft_header(alpha, rank, **others):
+    """What PEFT writes into the header of an adapter."""
+    return {"lora_adapter_metadata": json.dumps({"r": rank, "lora_alpha": alpha, **others})}
 
 
 def spelled(naming, layer, parts):

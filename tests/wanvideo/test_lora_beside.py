@@ -3,13 +3,17 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import lora_files
 import pytest
 import torch
+import torch._dynamo.testing
 from gguf import GGMLQuantizationType, quants
 from lora_files import KINDS, randn, save, spelled
 from torch import nn
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.kernels.fp8_rows import quantize
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
 from wanvideo_wrapper.quantized.gguf import GgufLinear
@@ -18,8 +22,14 @@ from wanvideo_wrapper.quantized.int8 import Int8MatmulLinear
 from wanvideo_wrapper.quantized.mxfp8 import Mxfp8MatmulLinear
 from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4MatmulLinear
 from wanvideo_wrapper.quantized.w4a8 import W4a8MatmulLinear
+from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.wanvideo.compilation import CompileArgs
+from wanvideo_wrapper.wanvideo.conditioning import Step
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile, beside
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
+from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
 N, K = 96, 64
 CPU = torch.device("cpu")
@@ -231,19 +241,41 @@ def test_compiled_blocks_in_every_order_of_runs(order, storage, kinds, device, t
 
 
 @torch.no_grad()
-def test_strengths_steps_and_windows_compile_nothing_anew(tmp_path):
-    model, x, compiler = Model("FP8 products", count=1), torch.randn(1, 4, K).bfloat16(), Compiler()
-    compile_blocks(model, compiler)
-    results, path = set(), everything(8, tmp_path / "a.safetensors").path
-    for strength in (0.2, 0.4, (0.1, 0.2, 0.3, 0.7)):
-        file = LoraFile(path=path, strength=strength, merge=False)
-        for _ in range(2):
-            with beside(model, (file,), CPU, torch.bfloat16) as state:
+def test_steps_windows_and_strengths_compile_nothing_anew(device, tmp_path):
+    """12 steps of 2 windows at 3 strengths, under an option with FP8 products: one graph for all blocks."""
+    whole, counter = tiny.transformer(in_dim=16, layers=2), torch._dynamo.testing.CompileCounterWithBackend("eager")
+    whole.save(tmp_path / "m.safetensors")
+    tensors = {}
+    for key, weight in whole.tensors.items():
+        if key.startswith("blocks.") and weight.dim() == 2 and key.endswith(".weight"):
+            tensors |= spelled("kijai", key.removesuffix(".weight"), lora_files.pair(weight, 8)[0])
+    lora = save(tmp_path / "l.safetensors", tensors)
+    settings = CompileArgs(backend=counter, fullgraph=True)
+    options = LoadOptions(base_dtype=torch.bfloat16, quantization="fp8_e4m3fn_fast", compile=settings)
+    model = load_wan_model(tmp_path / "m.safetensors", options, StandaloneHost(device=str(device)), SYSTEMS)
+    plain, text = replace(options, compile=None), torch.randn(5, tiny.TEXT_DIM)
+    windows = torch.randn(2, 1, 16, 3, 4, 4, device=device)
+
+    def outputs(model, windows):
+        for window in windows:
+            with model.active() as transformer:
                 for step in range(12):
-                    state.set_step(step)
-                    results.add(float(model(x).double().sum()))
-    # 0.2 occurs twice.
-    assert compiler.graphs == 1 and len(results) == 5
+                    model.set_step(step)
+                    yield transformer(ModelInputs(
+                        latents=window, timestep=torch.tensor([1000.0 - 80 * step], device=device),
+                        text=(text.to(device),), step=Step(index=step, total=12, in_run=step),
+                    ))  # fmt: skip
+
+    torch._dynamo.reset()
+    results = []
+    for strength in (0.2, 0.4, (0.1, 0.2, 0.3, 0.7)):
+        changed = with_loras(model, (LoraFile(path=lora, strength=strength, merge=False),))
+        results += (got := list(outputs(changed, windows)))
+        want = outputs(replace(changed, options=plain), windows[1:])
+        assert all(relative(*pair) < 1e-2 for pair in zip(got[12:], want, strict=True))
+    assert counter.frame_count == 1
+    # 0.2 occurs twice in each window.
+    assert len({float(result.double().sum()) for result in results}) == 12 * 2 * 3 - 2
 
 
 @torch.no_grad()

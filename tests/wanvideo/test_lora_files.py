@@ -6,7 +6,7 @@ import logging
 import lora_files
 import pytest
 import torch
-from lora_files import KINDS, NAMINGS, PAIRS, randn, save, spelled
+from lora_files import KINDS, NAMINGS, PAIRS, peft_header, randn, save, spelled
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.lora import LoraFile, open_lora, read_lora
@@ -37,10 +37,6 @@ def changed(lora, model, layer):
     """The change of a layer's weight that `lora` makes at strength 1."""
     weight = model.get_submodule(layer).weight
     return sum(change.weight(weight.shape, lambda: weight) for change in lora.changes[layer])
-
-
-def peft_header(alpha, rank, **others):
-    return {"lora_adapter_metadata": json.dumps({"r": rank, "lora_alpha": alpha, **others})}
 
 
 @pytest.mark.parametrize("kind", KINDS)
