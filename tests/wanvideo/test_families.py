@@ -114,6 +114,7 @@ def tiles(rows, columns, block):
 
 # Storage -> what a linear layer's weight of N x K becomes in a file: leaf -> type and shape; and its mark.
 STORED = {
+    "F8_E4M3": (lambda n, k: {"weight": ("F8_E4M3", (n, k))}, None),
     "F8_E4M3 scaled": (lambda n, k: {"weight": ("F8_E4M3", (n, k)), "scale_weight": ("F32", ())}, None),
     "NVFP4": (
         lambda n, k: {"weight": ("U8", (n, k // 2)), "weight_scale": ("F8_E4M3", tiles(n, k, 16)),
