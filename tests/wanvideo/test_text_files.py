@@ -124,7 +124,7 @@ ENCODER_STORAGES = STORAGES | {"nvfp4": (nvfp4, "NVFP4", Nvfp4Linear)}
 
 @pytest.mark.parametrize("kind", ENCODER_STORAGES)
 def test_encoders_in_the_storages_of_transformers(host, kind, tmp_path, caplog):
-    """Integers keep their bytes under either option; MXFP8 and NVFP4 are expanded, as their `wo` layers could not stay."""
+    """Integers keep their bytes under either option; MXFP8 and NVFP4 are expanded, as their `wo` layers cannot stay."""
     make, name, fast = ENCODER_STORAGES[kind]
     model, path = tiny.text_encoder(wan_names=kind.startswith("w")), tmp_path / "t5.safetensors"
     exact = save(model, path, make, chosen=lambda key, value: value.dim() == 2 and ".bias" not in key and (
