@@ -104,6 +104,8 @@ RUNS = {
     "freeinit": (16, video, {"modifiers": (FreeInit(iterations=2),)}, None),
     "video_loop": (16, video, {"modifiers": (LatentShift(skip=1),)}, None),
     "pusa": (16, noised, {"schedule": "flowmatch_pusa"}, None),
+    # The ranks draw the noise of its solver alike.
+    "vibt": (16, video, {"schedule": "vibt_unipc", "samples": {"samples": rand(1, *SHAPE, seed=12)}}, None),
     "time_to_move": (16, led, {}, None),
     "lucy_edit": (32, edited, {}, None),
     "image_to_video": (36, picture, {}, None),

@@ -228,6 +228,24 @@ def test_a_schedule_can_run_again_and_repeats(name: str) -> None:
     torch.testing.assert_close(once, again, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "part",
+    [{"denoise_strength": 0.5}, {"start_step": 1, "end_step": 3}, {"start_step": 0.9, "end_step": 0.3},
+     {"enhance_hf": True}],
+)  # fmt: skip
+def test_every_schedule_runs_in_part(name: str, part: dict) -> None:
+    """The velocity always points away from one video: nothing else is left where the noise ends."""
+    whole, schedule = make_schedule(spec(name)), make_schedule(spec(name, **part))
+    if "enhance_hf" not in part:
+        first, last = schedule.first_index, schedule.first_index + len(schedule)
+        assert len(schedule) < len(whole) and torch.equal(schedule.sigmas, whole.sigmas[first : last + 1])
+    clean, x = torch.randn(2, 2, 2, 8, 8).unbind(0)
+    for index, sigma in enumerate(schedule.sigmas[:-1].tolist()):
+        x = schedule.step((x - clean) / sigma, index, x, torch.Generator().manual_seed(index))
+    assert x.isfinite().all() and float((x - clean).std()) < 4 * float(schedule.sigmas[-1]) + 1e-5
+
+
 @pytest.mark.parametrize("name", FIRST_ORDER)
 @pytest.mark.parametrize("boundary", [3, 0.8])
 def test_split_run_equals_single_run(name: str, boundary: float) -> None:
