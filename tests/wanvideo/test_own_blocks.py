@@ -113,8 +113,10 @@ def test_modifiers_of_the_model_act_within_those_that_are_connected(monkeypatch)
     monkeypatch.setattr(sampling, "sample_once", lambda request, host: [len(request.modifiers)])
     monkeypatch.setattr(sampling, "warn_of_settings", lambda request: None)
     request = sampling.SampleRequest(
-        model=SimpleNamespace(transformer=SimpleNamespace(extensions=(Companion(),)), elsewhere=None), text=None,
-        image=SimpleNamespace(loop=None, modifiers=(Outer("of the video"),)), schedule=None, cfg=1.0, seed=0,
-        modifiers=(Outer("connected"),),
+        model=SimpleNamespace(
+            transformer=SimpleNamespace(extensions=(Companion(),)), elsewhere=None, config=SimpleNamespace(dim=64)
+        ),
+        schedule=SimpleNamespace(for_width=lambda width: None), text=None, cfg=1.0, seed=0,
+        image=SimpleNamespace(loop=None, modifiers=(Outer("of the video"),)), modifiers=(Outer("connected"),),
     )  # fmt: skip
     assert sampling.sample(request, None) == ["connected", "of the video", "own", 3]
