@@ -101,7 +101,7 @@ class FunCamera(Extension):
 
     def latents(self, model: WanModel, payload: CameraPath, latents: Tensor, inputs: ModelInputs) -> Tensor:
         """Where no picture is connected, its channels are empty."""
-        return with_empty_picture(model, latents, inputs)
+        return with_empty_picture(model, payload, latents, inputs)
 
     def prepare(
         self, model: WanModel, payload: CameraPath, inputs: ModelInputs, tokens: Tokens

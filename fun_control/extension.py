@@ -12,7 +12,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..image_to_video.extension import ImageCondition
 from ..wanvideo.conditioning import Payload, Step, Window
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
@@ -67,10 +66,10 @@ def part_of(window: Window, frames: Tensor, what: str) -> Tensor:
     return frames[:, :, list(window.latents)]
 
 
-def with_empty_picture(model: WanModel, latents: Tensor, inputs: ModelInputs) -> Tensor:
-    """The latents with all channels that the model reads, unless a picture is there, which brings its own."""
+def with_empty_picture(model: WanModel, payload: Payload, latents: Tensor, inputs: ModelInputs) -> Tensor:
+    """The latents with all channels that the model reads, unless another payload than this one brings a picture's."""
     room = model.config.in_dim - latents.shape[1]
-    if room <= 0 or any(isinstance(other, ImageCondition) for other in inputs.payloads):
+    if room <= 0 or any(other.encoded for other in inputs.payloads if other is not payload):
         return latents
     return torch.cat((latents, latents.new_zeros(latents.shape[0], room, *latents.shape[2:])), dim=1)
 
@@ -123,7 +122,7 @@ class FunControl(Extension):
                 )
             control = payload.video.to(latents)
         joined = torch.cat((latents, control.expand(latents.shape[0], -1, -1, -1, -1)), dim=1)
-        return with_empty_picture(model, joined, inputs)
+        return with_empty_picture(model, payload, joined, inputs)
 
     def prepare(
         self, model: WanModel, payload: ControlSignal, inputs: ModelInputs, tokens: Tokens

@@ -9,7 +9,6 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fun_control.extension import ControlSignal, FunControl
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVideo
-from wanvideo_wrapper.phantom.extension import SubjectReferences
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Step, Window
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
@@ -65,15 +64,6 @@ def test_control_comes_before_the_picture(in_dim, picture, behind, batch):
     model, reference = build(in_dim)
     asked = inputs(*(p for p in (picture, ControlSignal(VIDEO)) if p is not None), batch=batch)
     assert relative(model(asked), velocity(reference, joined(asked.latents, *behind), asked)) < 1e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("in_dim", [48, 52])
-def test_references_of_another_system_are_no_picture(in_dim):
-    (model, _), references = build(in_dim), SubjectReferences(torch.randn(1, 16, 2, 4, 4))
-    asked = inputs(ControlSignal(VIDEO), references)
-    got = FunControl().latents(model, asked.payloads[0], asked.latents, asked)
-    assert got.shape[1] == in_dim and not got[:, 32:].any()
 
 
 @torch.no_grad()
