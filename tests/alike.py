@@ -2,8 +2,8 @@
 
 import numpy as np
 
-# In levels of 256, on average. The same frames coded twice were seen to differ by 0.41; a video and itself a frame later
-# differ by 2.3.
+# In levels of 256, on average. The same frames coded twice were seen to differ by 0.41, a video and itself a frame
+# later by 2.3.
 CODING = 1.0
 
 
