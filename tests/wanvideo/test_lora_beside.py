@@ -12,6 +12,7 @@ import torch._dynamo.testing
 from gguf import GGMLQuantizationType, quants
 from lora_files import KINDS, randn, save, spelled
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.kernels.fp8_rows import quantize
@@ -184,17 +185,6 @@ def test_several_files_and_strengths_by_the_step(tmp_path):
             assert relative(layer(x), base + x.double() @ delta.T + strengths[2] * bias.double()) < 1e-6
 
 
-class Compiler:
-    """Counts the graphs that are compiled."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
-
-
 def compile_blocks(model, compiler):
     torch._dynamo.reset()
     for block in model.blocks:
@@ -226,7 +216,7 @@ def test_compiled_blocks_in_every_order_of_runs(order, storage, kinds, device, t
     model, x = Model(storage).to(device), torch.randn(1, 4, K).to(device, dtype)
     a = everything(4, tmp_path / "a.safetensors", kind=kinds[0], model=model)
     b = everything(16, tmp_path / "b.safetensors", kind=kinds[1], model=model, strength=0.5)
-    runs, eager, compiler = {"-": (), "A": (a,), "B": (b,), "+": (a, b)}, {}, Compiler()
+    runs, eager, compiler = {"-": (), "A": (a,), "B": (b,), "+": (a, b)}, {}, CompileCounter()
     for name, files in runs.items():
         with beside(model, files, device, dtype):
             eager[name] = model(x)
@@ -237,7 +227,7 @@ def test_compiled_blocks_in_every_order_of_runs(order, storage, kinds, device, t
             got = model(x)
             # A GPU's products of float32 may add up in another order where they are compiled.
             assert torch.equal(got, eager[name]) or (x.is_cuda and relative(got, eager[name]) < 1e-6), name
-    assert compiler.graphs == len(set(order))
+    assert compiler.frame_count == len(set(order))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from layouts import relative
 from lora_files import KINDS, NAMINGS, peft_header, save, spelled
 from saved_models import save_fp8, save_gguf, save_nvfp4
+from torch._dynamo.testing import CompileCounter
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
@@ -112,17 +113,6 @@ def test_beside(stored, tmp_path):
         file.path.unlink()
 
 
-class Compiler:
-    """Counts the graphs that are compiled."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
-
-
 @torch.no_grad()
 def test_compiled_in_every_order(stored, tmp_path):
     """None, A, B and both: each is right whatever ran before, and compiles at most once."""
@@ -130,7 +120,7 @@ def test_compiled_in_every_order(stored, tmp_path):
     for kind, order in drawn(itertools.product(KINDS, itertools.permutations(RUNS)), 0.01):
         cases = random.choice(CASES)._replace(kind=kind), random.choice(CASES)
         name, dtype = random.choice(LAYERS), random.choice(STORAGES[storage][1])
-        model, compiler = load(path), Compiler()
+        model, compiler = load(path), CompileCounter()
         layer = model.get_submodule(name)
         x, weight = torch.randn(1, 5, layer.in_features).to(dtype), values(layer)
         base = layer(x)
@@ -145,4 +135,4 @@ def test_compiled_in_every_order(stored, tmp_path):
             else:
                 check_output(got, base, sum(made[i][1] for i in RUNS[run]), x, (run, order, *cases))
         # Runs whose slots are alike share a graph: A and B of one rank, and both where two ranks of 4 make one of 8.
-        assert 2 <= compiler.graphs <= len(RUNS), (order, *cases)
+        assert 2 <= compiler.frame_count <= len(RUNS), (order, *cases)
