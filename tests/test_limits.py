@@ -1,5 +1,6 @@
 """The limits of a fuzzed case end a case that hangs, whatever it catches, and name one that takes too much memory."""
 
+import platform
 import sys
 import time
 
@@ -26,3 +27,15 @@ def test_memory_that_was_given_back_counts(tmp_path):
         np.ones(MOST_MEMORY // 2, np.uint8)
     with pytest.raises(AssertionError, match="MB for 1000 bytes"), bounded(path):
         np.ones(MOST_MEMORY + 2**24, np.uint8)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose heap it is about")
+def test_memory_that_others_freed_counts(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(1000))
+    freed = [bytearray(100_000) for _ in range(5000)]
+    above = [bytearray(100) for _ in range(20_000)]  # so that the heap cannot shrink
+    del freed
+    with pytest.raises(AssertionError, match="MB for 1000 bytes"), bounded(path):
+        np.ones(MOST_MEMORY + 2**24, np.uint8)
+    assert above
