@@ -1,6 +1,7 @@
 """Markers: a test that needs hardware is skipped, with the reason, where the machine lacks it."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,13 @@ NEEDS = {"cuda": (0, 0), "sm89": (8, 9), "sm100": (10, 0)}
 
 
 def pytest_configure(config):
+    # A shell's job in the background ignores Ctrl-C, and so would what tests start and stop.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    share_cores()
+
+
+def share_cores():
     """Processes of pytest-xdist share the cores: more threads than cores would make each of them slower."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
