@@ -211,12 +211,12 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Both measures over the estimated share of the time, a line a method."""
+    """Both measures over the estimated share of the time, a line a method; what left nothing out has no point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), dpi=90, layout="constrained")
-    dense, others = rows[0], rows[1:]
+    dense, others = rows[0], [row for row in rows if row["time_estimated"] < 1]
     for axes, (name, label) in zip(figure.subplots(1, len(LINES)), LINES.items(), strict=True):
         for method in METHODS:
             mine = sorted((r["time_estimated"], r[name]) for r in others if r["method"] == method)
