@@ -67,6 +67,9 @@ def warn_about_copies() -> None:
 
 
 def copies_in(folder: Path, here: Path) -> list[Path]:
-    """Packs in a custom_nodes folder that register these nodes too, told by their files: folders have any name."""
-    packs = (path for path in sorted(folder.iterdir()) if not path.name.endswith(".disabled"))
+    """Packs in a custom_nodes folder that register these nodes too, told by their files: folders have any name.
+
+    ComfyUI's list of such folders may name one that does not exist, as extra_model_paths.yaml wrote it.
+    """
+    packs = (path for path in sorted(folder.glob("*")) if not path.name.endswith(".disabled"))
     return [pack for pack in packs if pack.resolve() != here and all((pack / name).is_file() for name in OWN_FILES)]

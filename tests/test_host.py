@@ -128,6 +128,7 @@ def test_copies_of_the_pack_are_told_by_their_files(tmp_path):
     pack("comfyui-wanvideowrapper.disabled")
     (tmp_path / "example_node.py.example").touch()
     assert copies_in(tmp_path, here) == sorted([original, renamed])
+    assert copies_in(tmp_path / "gone", here) == []
 
 
 @pytest.fixture
