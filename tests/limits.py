@@ -29,14 +29,11 @@ def memory(name):
 
 
 def forget_peak():
+    """What was freed goes back to the system first: taken again from the heap, it would not count."""
     if sys.platform == "linux":
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def give_back_freed():
-    """What the heap holds free goes to the system: taken again from the heap, it would not count."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 @contextmanager
@@ -68,7 +65,6 @@ def interrupted(seconds=SLOWEST):
 def bounded(*paths, most=MOST_MEMORY):
     """Fails a body whose peak of memory is above twice these files, or folders, and `most` bytes."""
     size = sum(file.stat().st_size for path in paths for file in (path, *path.rglob("*")) if file.is_file())
-    give_back_freed()
     forget_peak()
     before = memory("VmRSS")
     yield
