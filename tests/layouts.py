@@ -8,16 +8,14 @@ import os
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 KINDS = ("offset", "permuted", "sliced", "stepped", "expanded", "narrowed", "packed")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # How many layouts are generated for each entry point.
 EXAMPLES = int(os.environ.get("WAN_LAYOUT_EXAMPLES", "2000" if torch.cuda.is_available() else "25"))
-SETTINGS = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False, database=None
-)
+SETTINGS = settings(max_examples=EXAMPLES, derandomize=False)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Random inputs that are fresh in every run and the same again when TEST_SEED says so, in any order, on any worker.
 
 Each module, fixture and test draws from a generator of its own, seeded by its name: what ran before changes nothing.
+Nor does how busy the machine is: hypothesis has no deadlines here, and keeps nothing for a later run.
 """
 
 import os
@@ -10,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 
 def draw_from(name):
@@ -26,6 +28,10 @@ def pytest_configure(config):
     os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(10**6)))
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = os.environ["TEST_SEED"]
+    settings.register_profile(
+        "any machine", settings.default, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    settings.load_profile("any machine")
 
 
 def pytest_report_header():

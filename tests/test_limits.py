@@ -6,17 +6,27 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from limits import MOST_MEMORY, bounded, interrupted
 
+needs_alarms = pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer")
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
-def test_a_case_that_hangs_is_interrupted():
-    with pytest.raises(pytest.fail.Exception, match="longer than 0.1 s"), interrupted(0.1):
+
+@needs_alarms
+@pytest.mark.parametrize("limits", [{"seconds": 0.1}, {"patience": 0.1}], ids=["computes", "waits"])
+def test_a_case_that_hangs_is_interrupted(limits):
+    with pytest.raises(pytest.fail.Exception, match="longer than 0.1 s"), interrupted(**limits):
         while True:
             try:
-                time.sleep(60)
+                time.sleep(0 if "seconds" in limits else 60)
             except Exception:
                 continue
+
+
+@needs_alarms
+def test_time_that_others_take_does_not_count():
+    with interrupted(0.2):
+        time.sleep(0.4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -39,3 +49,9 @@ def test_memory_that_others_freed_counts(tmp_path):
     with pytest.raises(AssertionError, match="MB for 1000 bytes"), bounded(path):
         np.ones(MOST_MEMORY + 2**24, np.uint8)
     assert above
+
+
+def test_generated_inputs_have_no_deadline():
+    """What hypothesis has by default fails on a busy machine: 200 ms for an input, a second for what it draws."""
+    assert settings().deadline is settings().database is None
+    assert set(settings().suppress_health_check) == set(HealthCheck)

@@ -49,7 +49,7 @@ def bits(t):
     return torch.empty(t.numel(), dtype=t.dtype).copy_(t.flatten()).view(torch.uint8)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(views(), st.booleans())
 def test_ready_copy_holds_the_rule_and_the_values(t, strided):
     before = t.clone()

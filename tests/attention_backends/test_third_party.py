@@ -12,7 +12,7 @@ import pytest
 import torch
 from attention_stand_ins import PACKAGES, blackwell, install, pretend  # noqa: F401
 from forked import forked  # noqa: F401
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import bits, fresh, layouts, relative
 from test_attention import formula
@@ -27,9 +27,7 @@ THIRD_PARTY = [
     "flash_attn_2", "flash_attn_3", "sageattn", "sageattn_3", "sageattn_compiled", "sageattn_3_fp4", "sageattn_3_fp8",
     "sageattn_varlen",
 ]  # fmt: skip
-QUICK = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+QUICK = settings(max_examples=20)
 
 
 def capability_of(name):

@@ -12,7 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, note, settings
+from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from limits import limited
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
@@ -27,10 +27,7 @@ WORKFLOWS = {path.name: path.read_bytes() for path in ROOT.glob("example_workflo
 for path in ROOT.glob("tests/data/group_nodes/*.json"):
     WORKFLOWS[path.name] = json.dumps(json.loads(path.read_bytes())["workflow"]).encode()
 CLASSES = {**STAND_INS, **NODE_CLASS_MAPPINGS}
-run = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+run = settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 1000)
 
 ODD = (
     None, True, False, 0, -1, 1, 2, 3, 10**30, 0.0, -0.5, 2.5, 1e308, float("inf"), float("nan"), "", "1", "x", "-10",

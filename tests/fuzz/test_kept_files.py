@@ -10,7 +10,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from limits import limited
 from wanvideo_wrapper.demo import tiny
@@ -21,10 +21,7 @@ from wanvideo_wrapper.wanvideo.modules import tokenizer
 from wanvideo_wrapper.wanvideo.text_cache import TextCache
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-run = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+run = settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 1000)
 INPUTS = {"model": "a", "seed": "b"}
 TEXT = "a person talks"
 
@@ -52,7 +49,7 @@ def changed(data, edits):
 def unfinished(tmp_path_factory):
     """Files of a run of two finished windows, and what they hand on."""
     patch = pytest.MonkeyPatch()
-    # A busy disk may take its ten seconds, and says nothing about the reader.
+    # A busy disk takes long for it, and it says nothing about the reader.
     patch.setattr(footage_module, "_flush", lambda path: None)
     folder = tmp_path_factory.mktemp("resume")
     footage = FolderFootage(folder / "talk", 9, INPUTS)

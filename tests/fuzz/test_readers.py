@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import limited
 from PIL import Image
@@ -19,10 +19,7 @@ from wanvideo_wrapper.headless.picture_file import read_picture
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-run = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+run = settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 1000)
 
 
 def encoded(form, codec, kind):

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import limited
 from lora_files import KINDS, NAMINGS, PAIRS
@@ -84,8 +84,7 @@ def files(draw):
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 
 
-@settings(max_examples=EXAMPLES, deadline=None, database=None,
-          suppress_health_check=list(HealthCheck))  # fmt: skip
+@settings(max_examples=EXAMPLES)
 @given(files(), st.sampled_from([None, ("blocks.1.",), ()]))
 def test_nothing_is_dropped_without_a_word(content, blocks):
     with tempfile.TemporaryDirectory() as folder:
