@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from limits import PATIENCE
 
 TESTS = str(Path(__file__).parent)
 
@@ -62,7 +63,7 @@ class Several:
         """What the function gave on every rank."""
         for pipe in self._pipes:
             pipe.send((module, name, arguments))
-        answers = [pipe.recv() for pipe in self._pipes if pipe.poll(60)]
+        answers = [pipe.recv() for pipe in self._pipes if pipe.poll(PATIENCE)]
         assert len(answers) == self.world, "a rank does not answer"
         for fine, answer in answers:
             assert fine, answer

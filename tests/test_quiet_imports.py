@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import PATIENCE
 from test_host import ROOT, modules
 
 LIBRARIES = ("diffusers", "transformers")
@@ -92,7 +93,7 @@ def run(tmp_path):
         imported = tmp_path / "imported"
         imported.touch()
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300, check=False,
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False,
             env={**os.environ, "PYTHONPATH": paths, "IMPORTED": str(imported)}, cwd="/",
         )  # fmt: skip
         return done, imported.read_text()

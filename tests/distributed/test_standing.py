@@ -4,11 +4,11 @@ import gc
 import os
 import signal
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
+from limits import PATIENCE
 from talking import WINDOW, request, save
 from tiny_runs import Runs
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
@@ -82,16 +82,23 @@ def alive(pid):
     return True
 
 
-def test_a_stop_while_they_start_takes_less_than_two_seconds(runs, ranks):
-    host = Watched(runs.folder)
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """On a busy machine a killed process may take longer to be gone."""
+    monkeypatch.setattr(standing, "END_SECONDS", PATIENCE)
+
+
+def test_a_stop_does_not_wait_for_their_start(runs, ranks, monkeypatch):
+    host, ends, end = Watched(runs.folder), [], standing._end
     host.cancel.set()
     set_host(host)
-    began = time.monotonic()
+    monkeypatch.setattr(standing, "_end", lambda processes, folder: ends.append(processes) or end(processes, folder))
+    monkeypatch.setattr(standing._Team, "order", lambda *_: pytest.fail("they have started"))
     with pytest.raises(CancelledError):
         N["WanVideoSampler"]().process(
             load(ranks), N["WanVideoEmptyEmbeds"]().process(32, 32, 9)[0], 1, 1.0, 5.0, 1, True, "euler", 0
         )
-    assert time.monotonic() - began < 2 and ranks._team is None
+    assert [process.returncode for process in ends[0]] == [-signal.SIGKILL] * 2 and ranks._team is None
 
 
 def test_the_node_makes_what_one_process_makes_and_keeps_the_model(runs, ranks):
@@ -116,7 +123,7 @@ def test_one_that_died_while_idle_is_replaced(runs, ranks, monkeypatch):
     monkeypatch.setattr(runs, "model", load(ranks))
     want, before = runs.sample(), pids(ranks)
     os.kill(before[1], signal.SIGKILL)
-    ranks._team._processes[1].wait(5)
+    ranks._team._processes[1].wait(PATIENCE)
     assert torch.equal(runs.sample(), want)
     assert not set(pids(ranks)) & set(before) and not any(map(alive, before))
 
@@ -133,16 +140,14 @@ def test_two_graphs_in_turn_each_get_their_model(runs, ranks, monkeypatch):
     assert relative(made[1], made[0]) > 0.01
 
 
-def test_a_stop_takes_less_than_two_seconds(runs, ranks, tmp_path):
+def test_a_stop_does_not_wait_for_the_decoding(runs, ranks, tmp_path):
     """Behind the last step of a window, whose VAE decodes: the ranks do not listen then."""
     save(tmp_path)
-    began = []
 
     def stop(number):
         # A bar and two steps.
         if number == 3:
             host.cancel.set()
-            began.append(time.monotonic())
 
     host = Watched(tmp_path, stop)
     set_host(host)
@@ -150,7 +155,7 @@ def test_a_stop_takes_less_than_two_seconds(runs, ranks, tmp_path):
     before = () if ranks._team is None else pids(ranks)
     with pytest.raises(CancelledError):
         sample(replace(asked, model=replace(asked.model, elsewhere=ranks)), host)
-    assert began and time.monotonic() - began[0] < 2
+    assert len(host.shown) == 3 and host.open == 0
     assert ranks._team is None and not any(map(alive, before))
 
 

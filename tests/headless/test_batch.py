@@ -9,6 +9,7 @@ import sys
 import crewed
 import pytest
 from crewed import Echo
+from limits import PATIENCE
 from wanvideo_wrapper.distributed.crew import LocalCrew
 from wanvideo_wrapper.headless import attempts, batch
 from wanvideo_wrapper.headless.attempts import Delivering
@@ -58,7 +59,7 @@ def test_a_job_whose_worker_dies_is_done_again(tmp_path, crew):
 def test_after_the_death_of_the_driver_the_same_call_does_what_is_missing(tmp_path):
     process = multiprocessing.get_context("forkserver").Process(target=crewed.drive, args=(tmp_path,))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     found = crewed.four_jobs(tmp_path)
     assert [entry.done() is None for entry in found] == [False, False, True, True]

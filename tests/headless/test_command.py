@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import PATIENCE
 
 COMMAND = Path(__file__).parents[2] / "wanvideo_command.py"
 # The signal comes when this module is looked for: before the package's first line, then with more and more of it.
@@ -38,15 +39,15 @@ def start(moment, before=""):
 
 def test_ctrl_c_during_the_imports():
     for process in [start(moment) for moment in MOMENTS]:
-        assert process.communicate(timeout=100) == ("", "Cancelled.\n") and process.returncode == 130
+        assert process.communicate(timeout=PATIENCE) == ("", "Cancelled.\n") and process.returncode == 130
 
 
 def test_one_that_is_ignored_stays_so():
     process = start("wanvideo_wrapper", IGNORED)
-    assert process.communicate(timeout=100) == ("", "") and process.returncode == 7
+    assert process.communicate(timeout=PATIENCE) == ("", "") and process.returncode == 7
 
 
 def test_ctrl_c_is_the_commands_own_after_the_imports():
     """What it does then is in test_run_checks.py."""
     process = start("no such module", STAND_IN)
-    assert process.communicate(timeout=100) == ("", "") and process.returncode == 3
+    assert process.communicate(timeout=PATIENCE) == ("", "") and process.returncode == 3

@@ -19,6 +19,7 @@ import av
 import numpy as np
 import pytest
 from alike import alike
+from limits import PATIENCE
 from PIL import Image
 
 if sys.platform == "win32":
@@ -58,7 +59,7 @@ def start(folder, on_disk):
 
 
 def finish(process):
-    process.join(300)
+    process.join(PATIENCE)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import talking
 import torch
+from limits import PATIENCE
 from talking import TOTAL, request, run
 from wanvideo_wrapper.multitalk import loop as talk
 from wanvideo_wrapper.multitalk.plan import plan_windows
@@ -80,7 +81,7 @@ def kill(folder, frame, mode, path):
     options = {"mode": mode, "output_path": str(path)}
     process = server.Process(target=talking.killed_at, args=(frame, folder), kwargs=options)
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     return process.exitcode
 
 

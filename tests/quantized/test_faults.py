@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from limits import PATIENCE
 
 pytestmark = [pytest.mark.cuda, pytest.mark.sm89]
 PREAMBLE = """
@@ -76,7 +77,9 @@ def outcome(call):
     torch.cuda.synchronize()
     print("DONE")
     """)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     return "DONE" in done.stdout, done.stderr.strip()[-400:]
 
 
