@@ -6,6 +6,7 @@ does memory that others left.
 
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -38,6 +39,15 @@ def trim():
     """What was freed goes back to the system: taken again from the heap, it would not count."""
     if give := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None):
         give(0)
+
+
+@pytest.fixture
+def new_objects():
+    """In the test, the garbage collector knows only what is made there, and not what others drop late."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def forget_peak():

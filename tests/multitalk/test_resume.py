@@ -208,7 +208,7 @@ def test_the_record_is_small_and_readable(folder, tmp_path, monkeypatch):
     assert len(list((tmp_path / "a/.unfinished").glob("window_*"))) == 1
 
 
-def test_memory_does_not_grow_with_the_length(folder, tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_length(folder, tmp_path, monkeypatch, new_objects):
     """No window leaves a tensor behind; benchmarks/long_video_memory.py measures the process."""
     alive, sample = [], WindowMaker._sample
 
