@@ -69,7 +69,7 @@ def part_of(window: Window, frames: Tensor, what: str) -> Tensor:
 def with_empty_picture(model: WanModel, payload: Payload, latents: Tensor, inputs: ModelInputs) -> Tensor:
     """The latents with all channels that the model reads, unless another payload than this one brings a picture's."""
     room = model.config.in_dim - latents.shape[1]
-    if room <= 0 or any(other.encoded for other in inputs.payloads if other is not payload):
+    if room <= 0 or any(model.joins(other) for other in inputs.payloads if other is not payload):
         return latents
     return torch.cat((latents, latents.new_zeros(latents.shape[0], room, *latents.shape[2:])), dim=1)
 

@@ -63,7 +63,7 @@ class GaussianTransformer:
         self.calls = []
         self.bad_at = None
 
-    reads = WanModel.reads
+    reads, joins, _takers = WanModel.reads, WanModel.joins, WanModel._takers
     ranks = ALONE
     shared_by = WanModel.shared_by
 

@@ -33,6 +33,9 @@ class Transformer(Protocol):
     blocks: nn.ModuleList
     patch_embedding: nn.Module
 
+    def joins(self, payload: Payload) -> bool:
+        """Whether the encoded pictures of a payload become channels."""
+
     def parts(self, shape: Sequence[int]) -> int:
         """In how many pieces the layers that compute every token alone run for tokens of this shape [B, L, ...]."""
 

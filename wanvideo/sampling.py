@@ -138,8 +138,8 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
 
 
 def _check_channels(request: SampleRequest) -> None:
-    expected = request.model.config.condition_channels
-    if expected and not any(payload.encoded or payload.fills_channels for payload in request.all_payloads):
+    expected, joins = request.model.config.condition_channels, request.model.transformer.joins
+    if expected and not any(payload.fills_channels or joins(payload) for payload in request.all_payloads):
         raise ValueError(
             f"This model reads {expected} channels of encoded images besides the noise, but none are connected: use "
             "WanVideoImageToVideoEncode (for a control model or LoRA, WanVideoControlEmbeds), or load a text-to-video "

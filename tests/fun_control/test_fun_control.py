@@ -1,7 +1,11 @@
 """Fun Control against diffusers' transformer on the channels, and with the frame in front, that its authors give it."""
 
+from dataclasses import replace
+
+import contract
 import pytest
 import torch
+from contract import ALL_CASES
 from published import config, latents_of_tokens, published, randomized, relative, velocity
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.clip_image.extension import ClipImage
@@ -9,8 +13,11 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fun_control.extension import ControlSignal, FunControl
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVideo
+from wanvideo_wrapper.phantom.extension import Phantom, SubjectReferences
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.conditioning import Step, Window
+from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.extension import overrides
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.rope import rope_table
@@ -64,6 +71,36 @@ def test_control_comes_before_the_picture(in_dim, picture, behind, batch):
     model, reference = build(in_dim)
     asked = inputs(*(p for p in (picture, ControlSignal(VIDEO)) if p is not None), batch=batch)
     assert relative(model(asked), velocity(reference, joined(asked.latents, *behind), asked)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_dim", [32, 48, 52])
+def test_references_of_another_system_are_no_picture(in_dim):
+    """They are tokens: the channels of a picture that is not connected stay empty, as without them."""
+    model = randomized(WanModel(config(in_dim), (FunControl(), ImageToVideo(), Phantom())))
+    references = rand(1, in_dim, 2, HEIGHT, WIDTH, seed=9)
+    references[:, 16:] = 0
+    asked = inputs(ControlSignal(VIDEO), SubjectReferences(references[:, :16]))
+    empty = torch.zeros(1, in_dim - 32, FRAMES, HEIGHT, WIDTH)
+    frames = torch.cat((joined(asked.latents, VIDEO, empty), references), dim=2)
+    want = velocity(published(model), frames, asked)[:, :, :FRAMES]
+    assert relative(model(asked), want) < 1e-5
+
+
+def is_no_channels(case):
+    return case.payload.encoded and not overrides(case.extension, "latents") and case.extension.layout is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, case in ALL_CASES.items() if is_no_channels(case)])
+def test_no_system_whose_pictures_are_no_channels_stands_for_one(name):
+    case = ALL_CASES[name]
+    sizes = WanConfig(**{**case.config.__dict__, "in_dim": 48})
+    model = contract.randomize(WanModel(sizes, (FunControl(), case.extension)))
+    control = ControlSignal(torch.randn(1, 16, contract.FRAMES, contract.HEIGHT, contract.WIDTH))
+    asked = contract.inputs(control, case.payload)
+    assert model(asked).isfinite().all()
+    assert not torch.equal(model(asked), model(replace(asked, payloads=(control,))))
 
 
 @torch.no_grad()

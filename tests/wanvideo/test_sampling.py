@@ -29,6 +29,7 @@ from wanvideo_wrapper.enhance_a_video.extension import EnhanceArgs, EnhanceAVide
 from wanvideo_wrapper.image_to_video.extension import ImageCondition, ImageToVideo
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
+from wanvideo_wrapper.phantom.extension import Phantom, SubjectReferences
 from wanvideo_wrapper.prompt_segments.extension import PromptSegmentsExtension, segments
 from wanvideo_wrapper.wanvideo import denoise
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Row, Step
@@ -337,9 +338,12 @@ def test_wrong_inputs_are_named():
     image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, payloads=(picture,))
     with pytest.raises(ValueError, match="text-to-video model, but encoded images"):
         sample(request(image=image), FakeHost())
-    i2v = FakeModel(GaussianTransformer(config(in_dim=36)))
-    with pytest.raises(ValueError, match="20 channels of encoded images.*none are connected"):
-        sample(request(i2v), FakeHost())
+    i2v = FakeModel(GaussianTransformer(config(in_dim=36), (Phantom(),)))
+    subjects = SubjectReferences(rand(1, 16, 2, *SHAPE[2:]))
+    references = ImageEmbeds(latent_shape=SHAPE, num_frames=9, payloads=(subjects,))
+    for given in ({}, {"image": references}):
+        with pytest.raises(ValueError, match="20 channels of encoded images.*none are connected"):
+            sample(request(i2v, **given), FakeHost())
     with pytest.raises(ValueError, match="48 latent channels but the model predicts 16"):
         sample(request(image=ImageEmbeds(latent_shape=(48, 3, 4, 6), num_frames=9)), FakeHost())
 

@@ -88,8 +88,19 @@ class WanModel(nn.Module):
 
     def reads(self, payload: Payload) -> bool:
         """Whether one of its systems takes this payload, or what its windows become."""
+        return bool(self._takers(payload))
+
+    def joins(self, payload: Payload) -> bool:
+        """Whether the encoded pictures of a payload become channels; those that are tokens do not.
+
+        Of what no system here takes nothing is known, and they may.
+        """
+        takers = self._takers(payload)
+        return payload.encoded and (not takers or any(overrides(taker, "latents") for taker in takers))
+
+    def _takers(self, payload: Payload) -> list[Extension]:
         kind = payload.part or type(payload)
-        return any(issubclass(kind, extension.payload) for extension in self.extensions)
+        return [extension for extension in self.extensions if issubclass(kind, extension.payload)]
 
     @property
     def compute_dtype(self) -> torch.dtype:
