@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from saved_models import quantizable, save_fp8, save_nvfp4
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
+from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
 from wanvideo_wrapper.quantized.nvfp4 import quantize_nvfp4, values_of
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.assign import assign
@@ -76,7 +77,9 @@ def test_scales_of_blocks_are_named(t2v, shape, option, tmp_path):
 
 
 @pytest.mark.parametrize("quantization", t5.QUANTIZATIONS)
-def test_a_text_encoder_with_a_scale_a_row(quantization, tmp_path):
+def test_a_text_encoder_with_a_scale_a_row(quantization, tmp_path, caplog):
+    """Its FP8 stays FP8 under either option, but for layers that transformers could not use."""
+    caplog.set_level(logging.INFO, "wanvideo")
     exact, tensors = {}, {}
     for name, value in tiny.text_encoder(wan_names=False).tensors.items():
         exact[name] = tensors[name] = value
@@ -93,7 +96,16 @@ def test_a_text_encoder_with_a_scale_a_row(quantization, tmp_path):
             tmp_path / f"{kind}.safetensors", dtype=torch.float32, quantization=chosen, host=HOST
         )
         encoded += encoder.encode(["a red panda"])
+        if kind == "scaled":
+            layers = {n: type(m) for n, m in encoder._model.named_modules() if isinstance(m, torch.nn.Linear)}
+            assert layers == {n: torch.nn.Linear if n.endswith(".wo") else Fp8Linear for n in layers}
+            outputs, stored = sum(n.endswith(".wo") for n in layers), len(layers)
     assert relative(*encoded) < 1e-5
+    (said,) = [m for m in caplog.messages if "expanded" in m]
+    assert re.fullmatch(
+        rf"scaled\.safetensors \(0\.0 GB\): {outputs} of its {stored} weights in F8_E4M3 are expanded, "
+        r"so that the text encoder takes 0\.0 GB\.", said,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("entry", [None, 3, ["nvfp4"]])

@@ -151,6 +151,8 @@ def test_encoders_in_the_storages_of_transformers(host, kind, tmp_path, caplog):
         assert (f"t5.safetensors holds {name.split()[0]}, which is kept as it is." in caplog.text) == (
             quantization != "disabled" and not expands
         )
+        said = [m for m in caplog.messages if f"weights in {name.split()[0]} are expanded" in m]
+        assert len(said) == expands and all(m.endswith("quantization 'fp8_e4m3fn' takes less.") for m in said)
     want = t5.load_text_encoder(tmp_path / "exact.safetensors", dtype=torch.float32, host=host).encode(PROMPTS[:1])
     for dtype in (torch.bfloat16, torch.float16):
         (rounded,) = t5.load_text_encoder(path, dtype=dtype, host=host).encode(PROMPTS[:1])

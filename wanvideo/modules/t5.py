@@ -21,6 +21,7 @@ from ...quiet_imports import kernels_hidden
 from ..assign import check, fill, layer_count, read
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..gguf_file import BLOCKS
+from ..memory import gigabytes
 from ..model_file import part_paths
 from ..streaming import Streamed
 from ..text_cache import content_digest
@@ -35,6 +36,7 @@ QUANTIZATIONS = ("disabled", "fp8_e4m3fn")
 # Storages whose layers any dtype of activations reaches: transformers casts these to the dtype of a `wo` layer's weight
 # unless that is int8.
 KEPT = (BLOCKS, "INT8", "INT4", "W4A8", "W6A8")
+FP8 = "F8_E4M3"
 WEIGHTED = re.compile(r"\((.*?):(\d+(?:\.\d+)?)\)")
 
 # Hugging Face's name -> Wan's, or llama.cpp's in GGUF files: inside a block, and of the rest.
@@ -151,8 +153,8 @@ def encoder_name(path: Path, dtype: torch.dtype, quantization: str = "disabled")
 def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantization: str = "disabled") -> TextEncoder:
     """Load a UMT5 encoder of any size, under Wan's, Hugging Face's or llama.cpp's names.
 
-    quantization: "disabled" expands files in FP8, NVFP4 and MXFP8 to `dtype`; "fp8_e4m3fn" keeps FP8 bytes, and stores
-    layers of other files in FP8 too (half the memory, expanded for each product). GGUF and integers stay as they are.
+    quantization: "fp8_e4m3fn" stores layers in FP8 (half the memory, expanded for each product). Those that a file has
+    in FP8 stay so under "disabled", too, which expands NVFP4 and MXFP8 to `dtype`. GGUF and integers stay as they are.
     Raises ValueError for another kind of file or quantization, FileNotFoundError without a tokenizer.
     """
     if quantization not in QUANTIZATIONS:
@@ -173,6 +175,7 @@ def load_text_encoder(path: Path, *, dtype: torch.dtype, host: Host, quantizatio
     check(model, checkpoint, names, what="UMT5 text encoder", besides=(EMBEDDED,))
     _compress(model, checkpoint, names, dtype=dtype, fp8=quantization != "disabled")
     fill(model, checkpoint, names, dtype_of=lambda name: dtype)
+    _say_what_is_expanded(model, checkpoint, names)
     tokenizer = find_tokenizer(checkpoint, [path.parent, host.models_dir("text_encoders")])
     name = encoder_name(path, dtype, quantization)
     return TextEncoder(model, tokenizer, path=path, host=host, name=name)
@@ -184,8 +187,12 @@ def _compress(
 ) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
+            key = names[f"{name}.weight"]
             # A `wo` layer in FP8 would have its activations cast to FP8, see `KEPT`.
-            compressed = _compressed(layer, checkpoint, names[f"{name}.weight"], fp8 and not name.endswith(".wo"))
+            takes_fp8 = not name.endswith(".wo")
+            compressed = _as_stored(layer, checkpoint, key, takes_fp8)
+            if compressed is None and fp8 and takes_fp8:
+                compressed = Fp8Linear.quantize(read(checkpoint, key, layer.weight.shape), None, torch.float8_e4m3fn)
             if compressed is not None:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, compressed)
@@ -195,17 +202,30 @@ def _compress(
         model.shared = model.encoder.embed_tokens = GgufEmbedding(checkpoint.stored(key).values, form, dtype)
 
 
-def _compressed(layer: nn.Linear, checkpoint: Checkpoint, key: str, fp8: bool) -> QuantizedLinear | None:
-    """fp8: whether to store other weights in it."""
+def _as_stored(layer: nn.Linear, checkpoint: Checkpoint, key: str, takes_fp8: bool) -> QuantizedLinear | None:
     form = checkpoint.formats[key]
     if form.startswith(KEPT):
         return checkpoint.layer(key, layer.weight.shape, None)
-    if not fp8:
-        return None
-    if form.startswith("F8_E4M3"):
+    if takes_fp8 and form.startswith(FP8):
         found = checkpoint.stored(key)
         return Fp8Linear(found.values, found.scale, None)
-    return Fp8Linear.quantize(read(checkpoint, key, layer.weight.shape), None, torch.float8_e4m3fn)
+    return None
+
+
+def _say_what_is_expanded(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    compact = set(checkpoint.quantized)
+    plain = (name for name, layer in model.named_modules() if type(layer) in (nn.Linear, nn.Embedding))
+    expanded = [key for name in plain if (key := names[f"{name}.weight"]) in compact]
+    if not expanded:
+        return
+    kinds = sorted({checkpoint.formats[key].split()[0] for key in expanded})
+    log.info(
+        "%s (%s): %d of its %d weights in %s are expanded, so that the text encoder takes %s.%s",
+        checkpoint.path.name, gigabytes(sum(part.stat().st_size for part in part_paths(checkpoint.path))),
+        len(expanded), sum(checkpoint.formats[key].startswith(tuple(kinds)) for key in compact), " and ".join(kinds),
+        gigabytes(sum(parameter.nbytes for parameter in model.parameters())),
+        "" if kinds == [FP8] else " quantization 'fp8_e4m3fn' takes less.",
+    )  # fmt: skip
 
 
 class _Names(Mapping[str, str]):
