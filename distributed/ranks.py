@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..wanvideo.footage import MemoryFootage
 from ..wanvideo.shard import WHOLE, Job, Ranks, Shard, Writer
 from .sequence import SequenceShard
 from .writer import SharedWriter
@@ -26,9 +27,13 @@ def passes_at_once(jobs: int, ranks: int) -> int:
 
 
 class ProcessRanks(Ranks):
-    """The ranks of torch.distributed's default group, which must be there. device: of this rank."""
+    """The ranks of torch.distributed's default group, which must be there. device: of this rank.
+
+    video_is_read: whether ranks that follow go on from the frames of a video that is made in windows.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.video_is_read = False
         self._device = device
         self._world = dist.get_world_size()
         self._rank = dist.get_rank()
@@ -134,8 +139,11 @@ class ProcessRanks(Ranks):
         return bool(flag)
 
     def writer(self, writer: Writer) -> Writer:
-        """The first rank writes, and tells the others where it went on."""
-        return SharedWriter(writer if self.leads else None, self)
+        """The first rank writes, and tells the others where it went on; frames in a folder stay there."""
+        if self.leads:
+            return SharedWriter(writer, self)
+        read = self.video_is_read and isinstance(writer, MemoryFootage)
+        return SharedWriter(None, self, copy=writer if read else None)
 
     def told(self, value: object) -> object:
         """What the first rank says, on every rank. Tensors lie in main memory."""

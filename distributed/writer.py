@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..wanvideo.footage import Footage, Reached
+    from ..wanvideo.footage import Footage, MemoryFootage, Reached
 
 
 class Telling(Protocol):
@@ -21,10 +21,14 @@ class Telling(Protocol):
 
 
 class SharedWriter:
-    """The footage itself on the first process; elsewhere None, of which nothing is written and little is held."""
+    """The footage itself on the first process; elsewhere None, of which nothing is written and little is held.
 
-    def __init__(self, footage: Footage | None, ranks: Telling) -> None:
+    copy: takes the frames elsewhere, where something reads the video.
+    """
+
+    def __init__(self, footage: Footage | None, ranks: Telling, copy: MemoryFootage | None = None) -> None:
         self._footage = footage
+        self._copy = copy
         self._ranks = ranks
         self._frames = 0
 
@@ -49,8 +53,9 @@ class SharedWriter:
     def add(self, images: Tensor) -> None:
         """Take frames [n, H, W, 3] in 0..1."""
         self._frames += len(images)
-        if self._footage is not None:
-            self._footage.add(images)
+        for footage in (self._footage, self._copy):
+            if footage is not None:
+                footage.add(images)
 
     def finish_window(self, windows: int, handover: Mapping[str, Tensor]) -> None:
         """A window counts from here on."""
@@ -63,8 +68,9 @@ class SharedWriter:
             self._footage.finish()
 
     def video(self) -> Tensor:
-        """All frames [n, H, W, 3] in -1..1; elsewhere one black one [1, 64, 64, 3], which nothing reads."""
-        return torch.full((1, 64, 64, 3), -1.0) if self._footage is None else self._footage.video()
+        """All frames [n, H, W, 3] in -1..1; elsewhere those of the copy, or a black one [1, 64, 64, 3] to be unread."""
+        footage = self._footage or self._copy
+        return torch.full((1, 64, 64, 3), -1.0) if footage is None else footage.video()
 
     def rescue(self, folder: Path) -> Path:
         """Write the frames so far; returns where."""

@@ -46,12 +46,21 @@ class FollowingRunner(Runner):
 
     def _needed(self, nodes: list[Node]) -> list[Node]:
         wanted: set[str] = set()
+        self._feeding: set[str] = set()
         for node in reversed(nodes):
             cls = self._classes[node.type]
-            if node.id in wanted or samples(cls) or decodes_tiles(cls, node.inputs):
-                wanted.add(node.id)
-                wanted |= {value.node for value in node.inputs.values() if isinstance(value, Link)}
+            makers = {value.node for value in node.inputs.values() if isinstance(value, Link)}
+            if node.id in self._feeding or samples(cls):
+                self._feeding |= makers
+                wanted |= {node.id, *makers}
+            elif node.id in wanted or decodes_tiles(cls, node.inputs):
+                wanted |= {node.id, *makers}
         return [node for node in nodes if node.id in wanted]
+
+    def _execute(self, node: Node) -> None:
+        # The frames of a video are held for another sampler alone: every rank of a host would hold them.
+        self._host.ranks.video_is_read = node.id in self._feeding
+        super()._execute(node)
 
 
 def _work(job: Job, rank: Rank) -> Sequence[str]:

@@ -1,6 +1,7 @@
 """What the ranks of the parity tests run; each function is the same on every rank."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,15 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N  # noqa: E402
 from wanvideo_wrapper.attention import BACKENDS  # noqa: E402
 from wanvideo_wrapper.cache_methods.easycache import EasyCache  # noqa: E402
-from wanvideo_wrapper.distributed.host import RankHost  # noqa: E402
+from wanvideo_wrapper.distributed.host import RankHost, ranks_of  # noqa: E402
 from wanvideo_wrapper.distributed.ranks import ProcessRanks  # noqa: E402
 from wanvideo_wrapper.distributed.sequence import shares, span  # noqa: E402
+from wanvideo_wrapper.headless.graph import Link, Node, Prompt  # noqa: E402
+from wanvideo_wrapper.headless.runner import Runner  # noqa: E402
+from wanvideo_wrapper.headless.several import FollowingRunner  # noqa: E402
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host  # noqa: E402
 from wanvideo_wrapper.ovi.stream import SoundStream  # noqa: E402
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan  # noqa: E402
 from wanvideo_wrapper.wanvideo.conditioning import Step  # noqa: E402
 from wanvideo_wrapper.wanvideo.guidance import Conditions, Denoiser, Guidance  # noqa: E402
 from wanvideo_wrapper.wanvideo.modules.vae import Tile, load_vae  # noqa: E402
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds  # noqa: E402
+from wanvideo_wrapper.wanvideo.sampling import sample  # noqa: E402
 from wanvideo_wrapper.wanvideo.shard import ALONE  # noqa: E402
 from wanvideo_wrapper.wanvideo.step_cache import StepMemories  # noqa: E402
 from wanvideo_wrapper.wanvideo.tokens import BlockInputs  # noqa: E402
@@ -248,3 +254,88 @@ def talking(folder, output):
     asked.model.transformer.ranks = ProcessRanks(CPU)
     run(asked)
     return asked.model.transformer.ranks.leads
+
+
+class Vae:
+    FUNCTION, RETURN_TYPES = "load", ("WANVAE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"folder": ("STRING", {})}}
+
+    def load(self, folder):
+        return (load_vae(Path(folder) / "vae.safetensors", dtype=torch.float32, host=get_host()),)
+
+
+class Talk(Vae):
+    """A talking video of two windows; `model` shows that it samples."""
+
+    FUNCTION, RETURN_TYPES = "sample", ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"folder": ("STRING", {})}, "optional": {"model": ("WANVIDEOMODEL",)}}
+
+    def sample(self, folder):
+        asked = request(Path(folder), total=17)
+        with asked.model.transformer.shared_by(ranks_of(get_host())):
+            return (sample(asked, get_host())[0],)
+
+
+class Refine(Talk):
+    """Samples on from latents; keeps the result."""
+
+    MADE = []
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {**super().INPUT_TYPES(), "required": {"folder": ("STRING", {}), "samples": ("LATENT",)}}
+
+    def sample(self, folder, samples):
+        asked, host = request(Path(folder), base="text"), get_host()
+        shape = tuple(samples["samples"].shape[1:])
+        asked = replace(asked, image=ImageEmbeds(latent_shape=shape, num_frames=13), payloads=(), samples=samples)
+        with asked.model.transformer.shared_by(ranks_of(host)):
+            self.MADE.append(sample(asked, host)[0]["samples"])
+        return ({"samples": self.MADE[-1]},)
+
+
+class Keep(Vae):
+    FUNCTION, RETURN_TYPES, OUTPUT_NODE = "keep", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",)}}
+
+    def keep(self, samples):
+        return ()
+
+
+def refine(folder, host, runner):
+    """Latents of a second sampler behind the decoded and encoded video of a talking one."""
+    names = ("WanVideoDecode", "WanVideoEncode")
+    classes = {cls.__name__: cls for cls in (Vae, Talk, Refine, Keep)} | {name: N[name] for name in names}
+    tiles = dict(enable_vae_tiling=False, tile_x=64, tile_y=64, tile_stride_x=32, tile_stride_y=32)
+    nodes = {
+        "vae": ("Vae", {"folder": str(folder)}),
+        "talk": ("Talk", {"folder": str(folder)}),
+        "decode": ("WanVideoDecode", {"vae": Link("vae", 0), "samples": Link("talk", 0), **tiles}),
+        "encode": ("WanVideoEncode", {"vae": Link("vae", 0), "image": Link("decode", 0), **tiles}),
+        "refine": ("Refine", {"folder": str(folder), "samples": Link("encode", 0)}),
+        "keep": ("Keep", {"samples": Link("refine", 0)}),
+    }
+    prompt = Prompt({name: Node(name, kind, "", given) for name, (kind, given) in nodes.items()}, {})
+    Refine.MADE.clear()
+    set_host(host)
+    runner(prompt, classes, host).run()
+    return Refine.MADE[0]
+
+
+def refined(folder):
+    """What every rank makes of it, and one process does."""
+    before, host = get_host(), RankHost(device="cpu")
+    host.ranks = ProcessRanks(CPU)
+    shared = refine(folder, host, Runner if host.ranks.leads else FollowingRunner)
+    found = difference(shared, lambda: refine(folder, StandaloneHost(device="cpu"), Runner))
+    set_host(before)
+    return found

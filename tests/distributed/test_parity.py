@@ -151,3 +151,9 @@ def test_one_rank_writes_a_long_video_and_the_others_follow(two, tmp_path):
     for one, other in zip(*pictures, strict=True):
         a, b = (np.asarray(Image.open(path)).astype(int) for path in (one, other))
         assert abs(a - b).max() <= 1
+
+
+def test_another_sampler_goes_on_from_a_long_video(two, tmp_path):
+    """Each rank decodes and encodes it for itself, so that each must have its frames."""
+    save(tmp_path)
+    assert same(two.run("ranked", "refined", tmp_path))
