@@ -218,23 +218,30 @@ def test_the_node_of_guidance(caplog):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])])
-@pytest.mark.parametrize("quantization", ["fp8_e4m3fn_fast", "fp4_scaled"])
-def test_quantized_blocks(models, quantization, device, monkeypatch):
-    """For a memory checker, too: two blocks of both towers."""
+@pytest.mark.parametrize(("quantization", "tolerance"), [("fp8_e4m3fn_fast", 0.1), ("fp4_scaled", 0.3)])
+def test_quantized_blocks(models, quantization, tolerance, device, monkeypatch):
+    """For a memory checker, too: two blocks of both towers.
+
+    Of six tokens of sound the error is a third more or less from draw to draw, of sixteen draws a twentieth.
+    """
     monkeypatch.setattr(tensor_layout, "CHECKING", True)
-    latents, audio = torch.randn(1, 48, 3, 8, 8), torch.randn(LENGTH, 20)
+    draws = [(torch.randn(1, 48, 3, 8, 8), torch.randn(LENGTH, 20)) for _ in range(16)]
+
+    def velocities(transformer, device, dtype, latents, audio):
+        stream = SoundStream(audio)
+        given = ModelInputs(
+            latents=latents.to(device), timestep=torch.tensor([600.0], device=device),
+            text=(prompt(1).to(device, dtype),), payloads=(OviSound(stream),),
+        )  # fmt: skip
+        return transformer(given).cpu(), stream.velocities[frozenset()].cpu()
 
     def run(device, dtype, **options):
-        model, stream = models.load("whole", device=device, dtype=dtype, **options), SoundStream(audio)
-        with model.active() as transformer:
-            given = ModelInputs(
-                latents=latents.to(device), timestep=torch.tensor([600.0], device=device),
-                text=(prompt(1).to(device, dtype),), payloads=(OviSound(stream),),
-            )  # fmt: skip
-            return transformer(given).cpu(), stream.velocities[frozenset()].cpu()
+        with models.load("whole", device=device, dtype=dtype, **options).active() as transformer:
+            made = [velocities(transformer, device, dtype, *draw) for draw in draws]
+        return [torch.stack(parts) for parts in zip(*made, strict=True)]
 
     want, got = run("cpu", torch.float32), run(device, torch.bfloat16, quantization=quantization)
-    assert all(relative(a, b) < 0.25 for a, b in zip(got, want, strict=True))
+    assert all(relative(a, b) < tolerance for a, b in zip(got, want, strict=True))
 
 
 def test_every_linear_layer_reads_dense_rows():
