@@ -105,6 +105,7 @@ def test_gradients_flow_through_views_at_odd_offsets(masked, monkeypatch):
 
 
 def test_a_compiled_graph_has_gradients():
+    torch._dynamo.reset()
     q, k, v = (t.requires_grad_() for t in qkv())
     compiled = torch.compile(lambda q, k, v: sdpa()(q, k, v), fullgraph=True, backend="aot_eager")
     got = compiled(q, k, v)
@@ -114,6 +115,7 @@ def test_a_compiled_graph_has_gradients():
 
 
 def test_compiles_without_graph_break():
+    torch._dynamo.reset()
     q, k, v = qkv()
     compiled = torch.compile(lambda q, k, v: sdpa()(q, k, v) * 2, fullgraph=True, backend="aot_eager")
     assert_close(compiled(q, k, v), 2 * formula(q, k, v))

@@ -96,6 +96,7 @@ def test_compiled_block_equals_eager():
     model, text = model_of(PromptSegmentsExtension()), prompt(1)
     asked = inputs(text, PromptSegments((prompt(2), prompt(3))))
     want = model(asked)
+    torch._dynamo.reset()
     for block in model.blocks:
         block.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(model(asked), want, rtol=1e-4, atol=1e-4)

@@ -66,6 +66,7 @@ FORMS = [torch.tensor, lambda value: nn.Parameter(torch.tensor([value])), float]
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("kept", ["keys", "attributes"])
 def test_scales_under_both_names(kept, names, form):
+    torch._dynamo.reset()
     model = nn.Sequential(layer := layer_in())
     x, scales = torch.randn(9, 50), {names[0]: form(0.01), names[1]: form(0.02)}
     want = exact(layer, x, 0.01)
@@ -178,6 +179,7 @@ def test_several_scales_of_activations_are_refused():
 
 @pytest.mark.parametrize("input_scale", [None, 1.0, 0.02])
 def test_full_graph_of_a_layer_whose_parameters_want_gradients(input_scale):
+    torch._dynamo.reset()
     layer, x = layer_in(), torch.randn(2, 5, 50)
     if input_scale is not None:
         layer.scale_input = torch.tensor(input_scale)
