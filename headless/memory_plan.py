@@ -19,7 +19,7 @@ from ..wanvideo.memory import NOTHING_BESIDE, Beside, Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
 from .model_list import ENDINGS, needed_models
 from .published_headers import is_known, open_or_make
-from .widgets import CASTS, inputs_of
+from .widgets import CASTS, checked, inputs_of
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -71,6 +71,21 @@ class Reader:
         if value is None and name in declared and declared[name].is_widget:
             return declared[name].default
         return value
+
+    def known(self, node: Node, name: str) -> object:
+        """The value of an input that a plan needs. Raises ValueError where it is not known before the run."""
+        value = self.value(node, name)
+        if value is None:
+            raise ValueError(
+                f"{node.label}: '{name}' comes from another node, which tells it only as it runs: choose it in this "
+                "node for the plan."
+            )
+        return value
+
+    def choice(self, node: Node, name: str) -> str:
+        """The option of a list, by the name that it has today. Raises ValueError for one that is none, or not known."""
+        (entry,) = (entry for entry in inputs_of(self.classes[node.type]) if entry.name == name)
+        return str(checked(entry, self.known(node, name), node.label))
 
     def maker(self, node: Node, name: str) -> Node | None:
         """The node behind a socket, if this pack knows it."""
@@ -141,8 +156,8 @@ def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float
     """Lines that say what each transformer of the workflow takes, and with `vram` (GiB) what to swap.
 
     Published files need not be there, under a `PlanningHost`. Raises FileNotFoundError, naming all of them, where files
-    that are not there leave no transformer to plan, ValueError for files that do not fit together or a workflow without
-    one.
+    that are not there leave no transformer to plan, ValueError for files that do not fit together, options that are
+    none or not known before the run, or a workflow without a transformer.
     """
     reader = Reader(prompt, classes)
     loaders = [node for node in prompt.nodes.values() if node.type == LOADER]
@@ -152,7 +167,7 @@ def plan(prompt: Prompt, classes: Mapping[str, type], host: Host, *, vram: float
     taken = reduce(Beside.plus, (found for found in others.values() if found is not None), NOTHING_BESIDE)
     lines, planned = [f"Video      {video}"], 0
     for node in loaders:
-        path, modules = _path(host, str(reader.value(node, "model"))), tuple(_module_paths(reader, node, host))
+        path, modules = _path(host, str(reader.known(node, "model"))), tuple(_module_paths(reader, node, host))
         unknown = [file for file in (path, *modules) if not is_known(file)]
         files = path, _options(reader, node, modules)
         lines += [_unplanned(path, unknown)] if unknown else _lines(reader, node, files, video, taken, vram)
@@ -172,7 +187,7 @@ def _models_beside(reader: Reader, host: Host) -> Iterator[tuple[str, Beside | N
         cls = reader.classes.get(node.type)
         if cls is None or OWN_MODEL not in cls.RETURN_TYPES:
             continue
-        name = str(reader.value(node, "model")).replace("\\", "/")
+        name = str(reader.known(node, "model")).replace("\\", "/")
         path = host.find_file("controlnet", name)
         values = [value for taker in reader.takers(node) if (value := reader.value(taker, "offload")) is not None]
         found = beside(path, _own_options(reader, node), SYSTEMS) if path.is_file() else None
@@ -183,8 +198,8 @@ def _models_beside(reader: Reader, host: Host) -> Iterator[tuple[str, Beside | N
 
 
 def _own_options(reader: Reader, node: Node) -> LoadOptions:
-    quantization = str(reader.value(node, "quantization")).removesuffix("_no_ffn")
-    return LoadOptions(base_dtype=DTYPES[str(reader.value(node, "base_precision"))], quantization=quantization)
+    quantization = reader.choice(node, "quantization").removesuffix("_no_ffn")
+    return LoadOptions(base_dtype=DTYPES[reader.choice(node, "base_precision")], quantization=quantization)
 
 
 def _beside_line(name: str, found: Beside | None) -> str:
@@ -259,11 +274,10 @@ def advice(footprint: Footprint, vram: float) -> str:
 
 
 def _options(reader: Reader, node: Node, modules: Sequence[Path]) -> LoadOptions:
-    values = {name: reader.value(node, name) for name in ("base_precision", "quantization", "attention_mode")}
     return LoadOptions(
-        base_dtype=DTYPES[str(values["base_precision"])],
-        quantization=str(values["quantization"]),
-        attention_mode=str(values["attention_mode"]),
+        base_dtype=DTYPES[reader.choice(node, "base_precision")],
+        quantization=reader.choice(node, "quantization"),
+        attention_mode=reader.choice(node, "attention_mode"),
         modules=tuple(map(ModuleFile, modules)),
     )
 

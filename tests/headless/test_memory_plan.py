@@ -138,6 +138,23 @@ def test_files_that_are_nothing_beside_and_those_that_are_not_there(host):
     assert any(line.startswith("Beside     new.safetensors: not counted") for line in lines)
 
 
+def test_options_that_old_graphs_saved_count_as_what_they_are_today(host):
+    assert plan(workflow("torchao_fp8dq"), CLASSES, host) == plan(workflow("fp8_e4m3fn_fast"), CLASSES, host)
+
+
+@pytest.mark.parametrize("name", ["model", "base_precision", "quantization", "attention_mode"])
+def test_an_option_that_is_not_known_before_the_run_is_named(host, name):
+    prompt = workflow(**{"9": Node("9", "SomePackText", "", {})})
+    prompt.nodes["1"].inputs[name] = Link("9", 0)
+    with pytest.raises(ValueError, match=f"'{name}' comes from another node"):
+        plan(prompt, CLASSES, host)
+
+
+def test_an_option_that_is_none_is_named(host):
+    with pytest.raises(ValueError, match=r"WanVideoModelLoader \(#1\): 'attention_mode' has no choice 'spargeattn'"):
+        plan(workflow(attention="spargeattn"), CLASSES, host)
+
+
 def test_less_precision_takes_less(host):
     path, sizes = host.find_file("diffusion_models", NAME), {}
     for quantization in ("disabled", "fp8_e4m3fn", "fp4_experimental"):
