@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels import in_a_line
 from ..kernels.fp8_rows import Fp8Rows
 from ..kernels.norm_rope_fp8 import HEAD_SIZES, norm_rope_fp8, norm_rope_mean, rotate_fp8, sampled, tensor_fp8
 from . import packages
@@ -117,5 +118,5 @@ def first_run(backend: Fp8Attention, device: torch.device, head_dim: int) -> str
         return None
     # Whatever stops a first small run (no kernel for the GPU, a Triton without a compiler) is the reason.
     except Exception as error:
-        return f"a first small run failed with {type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}"
+        return f"a first small run failed with {in_a_line(error).rstrip('.')}"
     return None if finite else "a first small run gave numbers that are not finite"

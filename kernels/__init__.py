@@ -60,8 +60,13 @@ def _trouble(device: torch.device) -> str | None:
             raise _FullError from error
         if isinstance(error, getattr(torch, "AcceleratorError", ())):
             raise
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        return in_a_line(error)
     return None
+
+
+def in_a_line(error: BaseException) -> str:
+    """The error's class, and the first line of what it says: compilers' errors go on for pages, or say nothing."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def triton_kernels(name: str) -> ModuleType:

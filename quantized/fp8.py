@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import op_name
+from ..kernels import in_a_line, op_name
 from ..kernels.fp8_rows import Fp8Rows, padded_size, quantize
 from ..tensor_layout import check_entry, kernel_ready
 from .linear import ROW_MULTIPLE, QuantizedLinear, activation_scale, check_columns, frozen, moved, padded
@@ -137,7 +137,7 @@ def runs_fp8(device: torch.device, dtype: torch.dtype = torch.float8_e4m3fn) -> 
         torch.cuda.synchronize(device)
     # Whatever stops a first small product (Triton missing or without a compiler, a torch that lacks it) is the reason.
     except Exception as error:
-        return f"a first product failed with {type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}"
+        return f"a first product failed with {in_a_line(error).rstrip('.')}"
     return None
 
 

@@ -405,3 +405,9 @@ def test_flash_3_says_what_is_missing(monkeypatch):
     # A build without FP8.
     interface.flash_attn_func = lambda *tensors, **scales: 1 / 0
     assert "a first small run failed with ZeroDivisionError" in reason("fa3_fp8", spec)
+
+    def wordless(*tensors, **scales):
+        raise AssertionError
+
+    interface.flash_attn_func = wordless
+    assert reason("fa3_fp8", spec).endswith("failed with AssertionError: no message")

@@ -304,6 +304,7 @@ def test_nvfp4_fills_up_odd_columns_of_files():
         ((8, 6), None, r"compute capability 8\.6, and they need 8\.9"),
         ((9, 0), ImportError("they need the package 'triton'."), r"ImportError: they need the package 'triton'$"),
         ((9, 0), RuntimeError("not supported\nmore"), r"RuntimeError: not supported$"),
+        ((9, 0), AssertionError(), r"AssertionError: no message$"),
     ],
 )
 def test_why_fp8_does_not_run(capability, error, match, monkeypatch):
