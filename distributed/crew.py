@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Protocol
 
-from .processes import end_with_parent, start_context
+from .processes import end_with_parent, send, start_context
 
 
 class Work(Protocol):
@@ -75,10 +75,10 @@ class LocalCrew:
         if worker not in self._workers:
             self._workers[worker] = self._started(self._environments[worker])
         self._busy.add(worker)
-        self._workers[worker][1].send(job)
+        send(self._workers[worker][1], job)
 
     def next(self) -> End:
-        """The first that answers, or whose pipe was closed by its death."""
+        """The first that answers, or whose pipe was closed by its death, be it before the job came."""
         pipes = {self._workers[worker][1]: worker for worker in self._busy}
         pipe = wait(list(pipes))[0]
         worker = pipes[pipe]

@@ -1,4 +1,4 @@
-"""How processes of this host are started, and that none outlives the one that started it."""
+"""How processes of this host are started and told what to do, and that none outlives the one that started it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import multiprocessing
 import multiprocessing.context
 import os
 import threading
-from multiprocessing.connection import wait
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 
 
 def start_context() -> multiprocessing.context.BaseContext:
@@ -16,6 +17,12 @@ def start_context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def send(pipe: Connection, message: object) -> None:
+    """Tell a process something. Of one that has died nothing is raised here: reading its pipe says so."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        pipe.send(message)
 
 
 def end_with_parent() -> None:

@@ -23,6 +23,7 @@ import torch
 
 from . import recipes
 from .launch import devices
+from .processes import send
 from .standing_rank import REQUEST, RESULT, Ended, Order, Start
 from .told import Terminal
 from .watch import LAST_WORDS_SECONDS, START_SECONDS, death, ended, late_start
@@ -104,7 +105,7 @@ class _Team:
             self._processes.append(subprocess.Popen(command, pass_fds=(number,)))
             theirs.close()
             self._pipes.append(mine)
-            _send(mine, Start(rank, places, meeting.name, host.output_dir(), host.reserved_memory()))
+            send(mine, Start(rank, places, meeting.name, host.output_dir(), host.reserved_memory()))
 
     def lost(self) -> bool:
         """Whether one of them has died since it last answered."""
@@ -113,7 +114,7 @@ class _Team:
     def order(self, order: Order) -> None:
         """Every rank is to run this."""
         for pipe in self._pipes:
-            _send(pipe, order)
+            send(pipe, order)
 
     def follow(self, host: Host, *, start_seconds: float | None = None) -> None:
         """Until every rank has ended what it does. start_seconds: within which it must."""
@@ -169,12 +170,6 @@ def _write(request: object, path: Path) -> None:
             f"Something is connected to the sampler that cannot go to the other GPUs ({error}): disconnect "
             "WanVideoMultiGPU from the model loader."
         ) from error
-
-
-def _send(pipe: Connection, message: object) -> None:
-    # One that died says so when its pipe is read.
-    with suppress(BrokenPipeError, ConnectionResetError):
-        pipe.send(message)
 
 
 def _end(processes: Sequence[subprocess.Popen], meeting: tempfile.TemporaryDirectory[str]) -> None:

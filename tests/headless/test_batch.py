@@ -56,6 +56,23 @@ def test_a_job_whose_worker_dies_is_done_again(tmp_path, crew):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_a_worker_that_died_between_jobs_is_replaced(tmp_path):
+    crew, ends = LocalCrew(Echo(tmp_path), [{}]), []
+    try:
+        for job in ("one", "two", "two"):
+            crew.begin(0, job)
+            ends.append(crew.next())
+            if job == "one":
+                process, _ = crew._workers[0]
+                process.kill()
+                process.join()
+    finally:
+        crew.close()
+    assert [(end.failure, end.again) for end in ends] == [(None, False), ("its process died", True), (None, False)]
+    assert ends[2].shown[0].startswith("two ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_after_the_death_of_the_driver_the_same_call_does_what_is_missing(tmp_path):
     process = multiprocessing.get_context("forkserver").Process(target=crewed.drive, args=(tmp_path,))
     process.start()
