@@ -140,15 +140,10 @@ class _Team:
         try:
             return pipe.recv()
         except (EOFError, ConnectionResetError):
-            # It closed its pipe and has yet to end; one that hangs in the driver never does.
-            process = self._processes[self._pipes.index(pipe)]
-            try:
-                process.wait(LAST_WORDS_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(LAST_WORDS_SECONDS)
-            self._raise_death(0)
-            raise
+            # It closed its pipe and has yet to end, which takes long with much memory, and in a hung driver forever.
+            self._raise_death(LAST_WORDS_SECONDS)
+            how = "its pipe was closed"
+            raise RuntimeError(death(self._pipes.index(pipe), len(self._pipes), how)) from None
 
     def _raise_death(self, seconds: float) -> None:
         """What others say of a rank that died is not the reason."""

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -192,6 +193,29 @@ def test_a_dead_rank_is_one_sentence_and_finished_windows_stay(runs, ranks, tmp_
         made, want = (255 * FrameFolder(place)[number] for place in (folder, tmp_path / "alone"))
         # A value between two levels may be rounded to either.
         assert want.std() > 5 and (made - want).abs().max() < 1.1 and (made - want).abs().mean() < 0.01
+
+
+def test_a_rank_that_is_long_in_leaving_its_gpu_is_one_sentence(runs, monkeypatch):
+    """Killed, it takes longer than anybody waits: its memory is given back first."""
+
+    class Leaving(subprocess.Popen):
+        def wait(self, timeout=None):
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+        def poll(self):
+            return None
+
+    (ranks,) = N["WanVideoMultiGPU"]().setargs(2)
+    monkeypatch.setattr(standing.subprocess, "Popen", Leaving)
+    monkeypatch.setattr(standing, "LAST_WORDS_SECONDS", 0.01)
+    host = Watched(runs.folder)
+    team = standing._Team(ranks._places, host)
+    try:
+        team._processes[1].kill()
+        with pytest.raises(RuntimeError, match=r"^Rank 1 of 2 died \(its pipe was closed\); the others were ended"):
+            team.follow(host)
+    finally:
+        team.end()
 
 
 def test_a_rank_that_does_not_start_is_named(runs):
