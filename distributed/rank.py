@@ -66,12 +66,13 @@ def outcome(work: Callable[[], Sequence[str]]) -> Outcome:
         return Outcome(failure="\n".join(_notes(error)), cancelled=True)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         return Outcome(failure="\n".join((str(error), *_notes(error))))
-    except Exception as error:
+    # A library that ends its process, too: an actor's would go on, and its starter wait for an outcome.
+    except BaseException as error:
         log.exception("A rank failed.")
         return Outcome(failure="\n".join((repr(error), *_notes(error))))
 
 
-def _notes(error: Exception) -> Sequence[str]:
+def _notes(error: BaseException) -> Sequence[str]:
     return getattr(error, "__notes__", ())
 
 

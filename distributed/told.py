@@ -74,8 +74,11 @@ class ToldLog(logging.Handler):
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        """With the traceback, if there is one."""
-        self._tell(Logged(record.name, record.levelno, self.format(record)))
+        """With the traceback, if there is one. As of any handler, nothing is raised for a line that is wrong."""
+        try:
+            self._tell(Logged(record.name, record.levelno, self.format(record)))
+        except Exception:
+            self.handleError(record)
 
 
 class Terminal:
