@@ -70,7 +70,10 @@ class TerminalProgress:
 
 
 class StandaloneHost:
-    """Runs without ComfyUI. models: a folder with ComfyUI's sub-folders; device: "auto", "cpu", "cuda", "cuda:1"."""
+    """Runs without ComfyUI. models: a folder with ComfyUI's sub-folders; device: "auto", "cpu", "cuda" or "cuda:1".
+
+    A GPU that is given by its number becomes torch's current one. Raises ValueError for one that is not there.
+    """
 
     name = "standalone"
 
@@ -204,4 +207,10 @@ def _choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA GPU, but the device 'cuda' was asked for: use 'cpu', or a CUDA torch.")
+    if device.type == "cuda" and device.index is not None:
+        have = torch.cuda.device_count()
+        if device.index >= have:
+            raise ValueError(f"The device '{name}' was asked for, but torch sees {have} GPUs, counted from cuda:0.")
+        # Kernels of other packages are launched on the current device, wherever their tensors are.
+        torch.cuda.set_device(device)
     return device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,17 +47,19 @@ def norm_silu(x: Tensor, gain: Tensor, out: Tensor, bias: Tensor | None, *, eps:
     columns = x.shape[-1]
     grid, sizes = _shape(x)
     with_bias = bias is not None
-    _norm_silu[grid](
-        x, gain, bias if with_bias else gain, out, x.numel() // columns, columns, math.sqrt(columns), eps,
-        BIAS=with_bias, **sizes,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _norm_silu[grid](
+            x, gain, bias if with_bias else gain, out, x.numel() // columns, columns, math.sqrt(columns), eps,
+            BIAS=with_bias, **sizes,
+        )  # fmt: skip
 
 
 def add_biased(y: Tensor, bias: Tensor, other: Tensor) -> None:
     """y, other [..., C] dense, y changed in place; bias [C]."""
     columns = y.shape[-1]
     grid, sizes = _shape(y)
-    _add_biased[grid](y, bias, other, y.numel() // columns, columns, **sizes)
+    with torch.cuda.device_of(y):
+        _add_biased[grid](y, bias, other, y.numel() // columns, columns, **sizes)
 
 
 def _shape(x: Tensor) -> tuple[tuple[int], dict[str, int]]:

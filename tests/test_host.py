@@ -116,6 +116,18 @@ def test_a_gpu_that_is_not_there_is_named():
         StandaloneHost(device="cuda")
 
 
+def test_a_gpu_of_a_number_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert StandaloneHost(device="cuda").device() == torch.device("cuda") and not current
+    assert [StandaloneHost(device="cuda:1").device()] == current == [torch.device("cuda", 1)]
+    with pytest.raises(ValueError, match="'cuda:2' was asked for, but torch sees 2 GPUs"):
+        StandaloneHost(device="cuda:2")
+    assert len(current) == 1
+
+
 def test_copies_of_the_pack_are_told_by_their_files(tmp_path):
     def pack(name, files=OWN_FILES):
         (tmp_path / name).mkdir()
