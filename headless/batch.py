@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -34,6 +35,7 @@ RESULT, MANIFEST = "result.json", "manifest.jsonl"
 KEYS = {"id", "workflow", "set", "bypass", "mute"}
 NAME = re.compile(r"[\w.-]+")
 TRIES = 3
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass
@@ -170,6 +172,11 @@ def write_manifest(jobs: Iterable[Entry], results: Results) -> None:
 
 
 def _crew(options: argparse.Namespace, results: Results) -> Crew:
+    if options.device not in ("auto", "cuda", "cpu"):
+        raise ValueError(
+            f"Workers of a batch have GPUs of their own: give --device cuda or cpu, not {options.device}, and leave "
+            f"others out by {VISIBLE}."
+        )
     gpu = options.device != "cpu" and (options.ray is not None or torch.cuda.is_available())
     device = options.device if options.device != "auto" else "cuda" if gpu else "cpu"
     session = Delivering(Session(device, options.gpus_per_job, results.folder / "cache"))
@@ -184,8 +191,10 @@ def _crew(options: argparse.Namespace, results: Results) -> Crew:
     count = options.workers or have // each
     if not 0 < count * each <= have:
         raise ValueError(f"{count or 1} workers of {each} GPUs each were asked for, but torch sees {have} GPUs.")
-    seen = (",".join(map(str, range(first, first + each))) for first in range(0, count * each, each))
-    return LocalCrew(session, [{"CUDA_VISIBLE_DEVICES": gpus} for gpus in seen])
+    # Names of the GPUs that this process was left, of which torch's numbers are places.
+    seen = (os.environ.get(VISIBLE) or ",".join(map(str, range(have)))).split(",")
+    shares = (",".join(seen[first : first + each]) for first in range(0, count * each, each))
+    return LocalCrew(session, [{VISIBLE: gpus} for gpus in shares])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Many jobs: the file, the crew, what is kept and what is done again. Workers here are processes, not Ray's actors."""
 
+import argparse
 import json
 import multiprocessing
 import shutil
@@ -224,6 +225,29 @@ def test_what_is_no_job_is_said_with_its_line(tmp_path, line, why):
 def test_two_jobs_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="line 2: another job is called 'graph_"):
         jobs(tmp_path, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("seen", "each", "shares"),
+    [(None, 1, ["0", "1", "2"]), ("4,7,GPU-1a", 1, ["4", "7", "GPU-1a"]), ("4,7,5", 2, ["4,7"])],
+)
+def test_workers_share_the_gpus_that_the_command_was_left(tmp_path, monkeypatch, seen, each, shares):
+    given = []
+    monkeypatch.setattr(batch, "LocalCrew", lambda work, environments: given.extend(environments))
+    monkeypatch.setattr(batch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(batch.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    options = argparse.Namespace(device="auto", ray=None, gpus_per_job=each, workers=None)
+    batch._crew(options, Results(str(tmp_path)))
+    assert given == [{"CUDA_VISIBLE_DEVICES": share} for share in shares]
+
+
+def test_a_gpu_of_a_number_is_refused_before_any_worker_starts(tmp_path):
+    options = argparse.Namespace(device="cuda:1", ray=None, gpus_per_job=1, workers=None)
+    with pytest.raises(ValueError, match="give --device cuda or cpu, not cuda:1"):
+        batch._crew(options, Results(str(tmp_path)))
 
 
 def test_without_ray_the_package_is_named(tmp_path, monkeypatch):
