@@ -64,8 +64,7 @@ def _places(ray: ModuleType, kind: str, count: int, seconds: float) -> Sequence[
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     need = {"CPU": 1, kind: 1}
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    together = any(node["Resources"].get(kind, 0) >= count for node in nodes.values())
+    together = any(node["Resources"].get(kind, 0) >= count for node in ray.nodes() if node["Alive"])
     tries = [("STRICT_PACK", min(ONE_HOST_SECONDS, seconds))] if together else []
     for strategy, patience in (*tries, ("PACK", seconds)):
         group = placement_group([need] * count, strategy=strategy)
@@ -78,9 +77,11 @@ def _places(ray: ModuleType, kind: str, count: int, seconds: float) -> Sequence[
             "them): wait until others end, or use fewer GPUs."
         )
     bundles = placement_group_table(group)["bundles_to_node_id"]
+    # Asked for now: hosts may have joined meanwhile.
+    hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     return [
         (
-            nodes[node]["NodeManagerAddress"],
+            hosts[node],
             {
                 "num_cpus": 1,
                 "num_gpus": need.get("GPU", 0),

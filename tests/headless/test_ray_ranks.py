@@ -12,6 +12,7 @@ import launched
 import pytest
 import small_cluster
 import torch
+from wanvideo_wrapper.distributed import ray_cluster, ray_ranks
 from wanvideo_wrapper.distributed.ray_ranks import launch_on_ray
 from wanvideo_wrapper.headless.cli import main
 from wanvideo_wrapper.headless.frame_folder import FrameFolder
@@ -151,6 +152,19 @@ def test_the_start_is_bounded(address, tmp_path):
         ray.init(address=address, namespace="other", log_to_driver=False)
         ray.kill(ray.get_actor("holder"))
         ray.shutdown()
+
+
+def test_a_host_that_joins_while_ranks_wait_for_a_place_may_have_them(address, monkeypatch):
+    with ray_cluster.connected(address) as ray:
+        nodes, known = ray.nodes, []
+
+        def joined():
+            known.append(nodes())
+            return known[-1][:1] if len(known) == 1 else known[-1]
+
+        monkeypatch.setattr(ray, "nodes", joined)
+        hosts = [host for host, _ in ray_ranks._places(ray, "CPU", 2, 5.0)]
+        assert len(hosts) == 2 and set(hosts) <= {node["NodeManagerAddress"] for node in known[0]}
 
 
 def test_what_cannot_be_is_said_before_anything_starts(address, tmp_path):
