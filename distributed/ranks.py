@@ -113,17 +113,17 @@ class ProcessRanks(Ranks):
             for source in range(min(self._world, len(parts) - first)):
                 yield self._sent(own, source)
 
-    def _sent(self, own: list[Tensor], source: int) -> Sequence[Tensor]:
-        """The tensors of a rank, on every rank."""
+    def _sent(self, own: list[Tensor], source: int) -> Iterator[Tensor]:
+        """The tensors of a rank, on every rank; one at a time, as a whole part may be more than the device has room."""
         box = [[t.shape for t in own]]
         dist.broadcast_object_list(box, src=source, device=self._device)
-        sizes = [shape.numel() for shape in box[0]]
-        if source == self._rank:
-            flat = torch.cat([t.flatten() for t in own]).to(self._device)
-        else:
-            flat = torch.empty(sum(sizes), device=self._device)
-        dist.broadcast(flat, src=source)
-        return [part.view(shape) for part, shape in zip(flat.cpu().split(sizes), box[0], strict=True)]
+        for place, shape in enumerate(box[0]):
+            if source == self._rank:
+                sent = own[place].to(self._device).contiguous()
+            else:
+                sent = torch.empty(shape, device=self._device)
+            dist.broadcast(sent, src=source)
+            yield sent.cpu()
 
     def same(self, t: Tensor) -> Tensor:
         """A broadcast."""
