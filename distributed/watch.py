@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -22,7 +22,8 @@ CANCEL_SECONDS = 1.5
 LAST_WORDS_SECONDS = 0.5
 LOOK_SECONDS = 0.1
 HELD_GPU = "see with nvidia-smi whether another process holds its GPU, or use fewer GPUs."
-STOPS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C; what service managers and container hosts stop a run with; what a closed terminal sends (Windows has none).
+STOPS = (signal.SIGINT, signal.SIGTERM, *filter(None, (getattr(signal, "SIGHUP", None),)))
 
 
 class Team(Protocol):
@@ -47,11 +48,11 @@ class Team(Protocol):
 def watch(team: Team, start_seconds: float = START_SECONDS) -> None:
     """Until all have ended well.
 
-    Raises CancelledError after Ctrl-C or SIGTERM, and RuntimeError with the first rank's reason where one fails, dies
-    or does not start.
+    Raises CancelledError after a signal that stops a run, and RuntimeError with the first rank's reason where one
+    fails, dies or does not start.
     """
-    start_by, end_by = time.monotonic() + start_seconds, None
-    with _stops() as asked:
+    start_by, end_by, asked = time.monotonic() + start_seconds, None, threading.Event()
+    with on_stop(asked.set):
         running = True
         while running:
             if time.monotonic() > start_by and (late := team.late()):
@@ -70,12 +71,13 @@ def watch(team: Team, start_seconds: float = START_SECONDS) -> None:
 
 
 @contextmanager
-def _stops() -> Iterator[threading.Event]:
-    """Set by the signals that stop a run."""
-    asked = threading.Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in STOPS}
+def on_stop(act: Callable[[], None]) -> Iterator[None]:
+    """Inside, the signals that stop a run call `act`. One that is ignored stays so: nohup and background jobs of a
+    script ask for it."""
+    stops = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: act()) for number in stops}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

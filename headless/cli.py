@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..bench import cli as bench_command
 from ..demo.quality import command as quality_command
+from ..distributed.watch import on_stop
 from ..host import CancelledError, StandaloneHost, set_host
 from ..registry import SYSTEMS
 from . import batch as batch_command
@@ -27,8 +27,6 @@ log = logging.getLogger("wanvideo")
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 FAILED, CANCELLED = 2, 130
-# Ctrl-C; what service managers and container hosts stop a run with; what a closed terminal sends (Windows has none).
-STOPS = (signal.SIGINT, signal.SIGTERM, *filter(None, (getattr(signal, "SIGHUP", None),)))
 MOST_FPS = 1000
 
 
@@ -172,14 +170,8 @@ def _execute(
 def _run_alone(job: Job, options: argparse.Namespace) -> None:
     host = job.folders.host(StandaloneHost, options.device)
     set_host(host)
-    # One that is ignored stays so: nohup and background jobs of a script ask for it.
-    stops = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: _interrupt(host)) for number in stops}
-    try:
+    with on_stop(partial(_interrupt, host)):
         _run_job(job, host, check=options.check)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run_job(job: Job, host: StandaloneHost, *, check: bool) -> None:

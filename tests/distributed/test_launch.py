@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from functools import partial
+from multiprocessing import forkserver
 
 import launched
 import pytest
 from wanvideo_wrapper.distributed import launch as launching
 from wanvideo_wrapper.distributed import watch as watching
 from wanvideo_wrapper.distributed.launch import devices, launch
+from wanvideo_wrapper.distributed.watch import STOPS, on_stop
 from wanvideo_wrapper.host import CancelledError
 
 
@@ -75,16 +77,44 @@ def test_a_stop_takes_less_than_two_seconds(monkeypatch):
 
 
 def test_a_stop_does_not_wait_for_the_step(tmp_path):
+    """Signals reach all processes, the one that forks the ranks, too, where a terminal or a service manager sends them.
+
+    The stop is the last one; those before it have ended nothing.
+    """
+    server = forkserver._forkserver
+    # One that another test has started may have been started otherwise.
+    server._stop()
+
     def stop():
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            for pid in (server._forkserver_pid, *(int(path.name) for path in tmp_path.iterdir())):
+                os.kill(pid, number)
+        os.kill(os.getpid(), getattr(signal, "SIGHUP", signal.SIGTERM))
 
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(CancelledError):
-        run(launched.never_ends, tmp_path)
-    assert signal.getsignal(signal.SIGTERM) is before
+    # nohup, which pytest may run under, ignores one.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS}
+    try:
+        threading.Thread(target=stop, daemon=True).start()
+        with pytest.raises(CancelledError):
+            run(launched.never_ends, tmp_path)
+        assert all(signal.getsignal(number) is signal.SIG_DFL for number in STOPS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """By nohup, and for jobs that a script leaves in the background."""
+    before, asked = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    try:
+        with on_stop(lambda: asked.append(1)):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == [1] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_more_gpus_than_there_are_is_said_before_anything_starts(monkeypatch):
