@@ -92,6 +92,13 @@ def test_error_with_keys_far_from_zero(backend, modelled):
     assert relative(unrotated(backend, q, k, v), want) > 1.3 * target
 
 
+@pytest.mark.parametrize("keys", [100, 700])
+def test_keys_of_another_number_and_mean_in_each_video(keys, backend, modelled):
+    q, (k, v) = heads(300, 128, 6, batch=2)[0], heads(keys, 128, 6, batch=2)[1:]
+    k += torch.randn(2, 1, 6, 128) * 3
+    assert relative(backend(q, k, v), exact(q, k, v)) <= 1.1 * TARGET[backend.name]
+
+
 def test_magnitudes_do_not_matter(backend, modelled):
     q, k, v = heads(512, 128, 12)
     want = relative(backend(q, k, v), exact(q, k, v))
@@ -149,6 +156,11 @@ def test_auto_runs_cudnn_where_keys_fill_its_tiles(tokens, modelled):
     assert torch.equal(auto.fused(*asked(*inputs)), want.fused(*asked(*inputs)))
     rows, others = auto.fused_rows(*asked(*inputs)), want.fused_rows(*asked(*inputs))
     assert torch.equal(bits(rows.values), bits(others.values)) and torch.equal(rows.scale, others.scale)
+    # Positions of each video's own.
+    inputs = projections(batch=2, grid=(1, 1, tokens), size=64)
+    inputs = *inputs[:-1], inputs[-1].expand(2, -1, -1, -1)
+    assert torch.equal(auto.fused(*asked(*inputs)), want.fused(*asked(*inputs)))
+    assert torch.equal(bits(auto.fused_rows(*asked(*inputs)).values), bits(want.fused_rows(*asked(*inputs)).values))
     q, k, v = heads(tokens, 64, 2)
     assert torch.equal(auto(q[:, :100], k, v), want(q[:, :100], k, v))
     with pytest.raises(ValueError, match="takes no mask"):
@@ -411,3 +423,5 @@ def test_flash_3_says_what_is_missing(monkeypatch):
 
     interface.flash_attn_func = wordless
     assert reason("fa3_fp8", spec).endswith("failed with AssertionError: no message")
+    interface.flash_attn_func = lambda q, k, v, **scales: torch.full(q.shape, float("nan"))
+    assert reason("fa3_fp8", spec) == "a first small run gave numbers that are not finite"

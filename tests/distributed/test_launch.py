@@ -12,7 +12,8 @@ import pytest
 from wanvideo_wrapper.distributed import launch as launching
 from wanvideo_wrapper.distributed import watch as watching
 from wanvideo_wrapper.distributed.launch import devices, launch
-from wanvideo_wrapper.distributed.watch import STOPS, on_stop
+from wanvideo_wrapper.distributed.ranks import passes_at_once
+from wanvideo_wrapper.distributed.watch import STOPS, on_stop, watch
 from wanvideo_wrapper.host import CancelledError
 
 
@@ -72,7 +73,7 @@ def test_a_stop_takes_less_than_two_seconds(monkeypatch):
     team = Endless()
     monkeypatch.setattr(watching, "time", team)
     with pytest.raises(CancelledError):
-        watching.watch(team)
+        watch(team)
     assert team.asked <= team.stopped <= team.now < team.asked + 2
 
 
@@ -103,6 +104,33 @@ def test_a_stop_does_not_wait_for_the_step(tmp_path):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_what_a_stop_breaks_is_no_failure():
+    """A rank that dies of it, or loses another one, before it comes to say that it was stopped."""
+
+    class Stopped:
+        count, remedy, stopped = 2, "", False
+
+        def wait(self, seconds):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return True
+
+        def failure(self):
+            return RuntimeError("Rank 1 of 2 died") if self.stopped else None
+
+        def stop(self):
+            self.stopped = True
+
+    with pytest.raises(CancelledError):
+        watch(Stopped())
+
+
+@pytest.mark.parametrize(
+    ("jobs", "ranks", "at_once"), [(1, 2, 1), (2, 2, 2), (3, 2, 1), (2, 3, 1), (3, 4, 1), (2, 8, 2), (3, 6, 3)]
+)
+def test_passes_run_beside_each_other_where_ranks_divide_by_them(jobs, ranks, at_once):
+    assert passes_at_once(jobs, ranks) == at_once
 
 
 def test_a_signal_that_is_ignored_stays_so():

@@ -114,6 +114,12 @@ def test_uni3c_waits_or_is_there_as_a_whole(host, embeds, more, says):
     assert line == f"Beside     {BESIDE[0]}: {says}, counted above"
 
 
+def test_uni3c_that_one_of_two_nodes_keeps_there_is_there_as_a_whole(host):
+    nodes = steered()
+    nodes["8"] = Node("8", "WanVideoUni3C_embeds", "", {"controlnet": Link("6", 0), "offload": False})
+    assert any("2.3 GB of it on the GPU" in line for line in plan(workflow(**nodes), CLASSES, host))
+
+
 def test_a_controlnet_waits_where_blocks_are_swapped(host):
     """0.35 billion values; its blocks in FP8 halve most of both."""
     for option, whole, slabs in (("disabled", 0.71, 0.22), ("fp8_e4m3fn_fast_no_ffn", 0.38, 0.11)):

@@ -202,6 +202,11 @@ def test_a_file_in_another_subfolder_is_read_and_not_guessed(host, tmp_path):
     (tmp_path / "diffusion_models/b/wan2.2_ti2v_5B_fp16.safetensors").write_bytes(b"no header")
     with pytest.raises(ValueError, match="truncated"):
         plan(workflow("a/wan2.2_ti2v_5B_fp16.safetensors"), CLASSES, host)
+    # Of two, neither is taken.
+    (tmp_path / "diffusion_models/c").mkdir()
+    (tmp_path / "diffusion_models/c/wan2.2_ti2v_5B_fp16.safetensors").write_bytes(b"no header")
+    lines = plan(workflow("a/wan2.2_ti2v_5B_fp16.safetensors"), CLASSES, host)
+    assert any("from the published sizes: wan2.2_ti2v_5B_fp16.safetensors" in line for line in lines)
 
 
 def test_the_transformers_and_modules_of_all_example_graphs_are_known(tmp_path):

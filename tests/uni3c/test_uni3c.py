@@ -160,9 +160,13 @@ def test_whole_model(in_dim, per_frame):
 
 
 @torch.no_grad()
-def test_states_one_by_one():
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_states_one_by_one(per_frame):
+    """Beside tokens of another system, which have rows of modulation of their own."""
     _, model = build(Uni3C(), config=CASE.config)
     given = inputs()
+    if per_frame:
+        given = replace(given, timestep=torch.tensor([[0.0, 400.0, 900.0]]))
     states = states_float64(NET.module, given.latents[0], PAYLOAD.render[0], embedding_of(model, given))
     latents = joined_latents(given.latents, PAYLOAD.render)
     hidden = NET.module.embed(latents, None)
@@ -173,7 +177,8 @@ def test_states_one_by_one():
     def of_the_model(q, k, v):
         raise AssertionError("the controlnet has attention of its own")
 
-    block = BlockInputs(tokens.mod, tokens.rows, tokens.rope, tokens.text, tokens.grid, of_the_model)
+    rows = F.pad(tokens.rows, (0, 5)) if per_frame else None
+    block = BlockInputs(tokens.mod, rows, tokens.rope, tokens.text, tokens.grid, of_the_model)
     nothing, stranger = torch.zeros_like(tokens.x), torch.randn(1, 5, 24)
     for index, want in enumerate(states):
         got = Uni3C().after_block(model, index, torch.cat((nothing, stranger), dim=1), block, state)

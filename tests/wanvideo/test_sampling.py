@@ -68,6 +68,10 @@ def test_rcm_begins_with_the_share_of_noise_of_its_first_level():
         first = model.transformer.calls[0]
         torch.testing.assert_close(first.latents[0], want, rtol=0, atol=1e-6)
         assert first.timestep.unique().item() == pytest.approx(120_000 / 121)
+    model, late = FakeModel(), schedule("rcm", start_step=1)
+    sample(request(model, schedule=late), FakeHost())
+    want = noise / (1 + 1 / math.tan(1.5))
+    torch.testing.assert_close(model.transformer.calls[0].latents[0], want, rtol=0, atol=1e-6)
     model = FakeModel()
     sample(request(model, schedule=schedule("euler", sigmas=torch.tensor([0.9, 0.0]))), FakeHost())
     assert torch.equal(model.transformer.calls[0].latents[0], noise)

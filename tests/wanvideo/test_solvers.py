@@ -12,10 +12,10 @@ from wanvideo_wrapper.wanvideo.schedulers import Schedule, ScheduleSpec, make_sc
 
 Array = np.ndarray
 SHAPE = (3, 2, 5, 4)
-# A whole schedule, one that starts late, and noise levels of one's own, which begin and end anywhere.
+# A whole schedule, those that start late or near the end, and noise levels of one's own, which begin and end anywhere.
 PARTS = [
-    {"steps": 7}, {"steps": 30}, {"steps": 12, "start_step": 5}, {"steps": 9, "end_step": 6},
-    {"steps": 9, "sigmas": torch.tensor([0.97, 0.9, 0.6, 0.55, 0.2, 0.11, 0.03])},
+    {"steps": 7}, {"steps": 30}, {"steps": 12, "start_step": 5}, {"steps": 30, "start_step": 28},
+    {"steps": 9, "end_step": 6}, {"steps": 9, "sigmas": torch.tensor([0.97, 0.9, 0.6, 0.55, 0.2, 0.11, 0.03])},
 ]  # fmt: skip
 
 
