@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import build, cases_of, inputs
-from wanvideo_wrapper.controlnet.extension import Controlnet
+from wanvideo_wrapper.controlnet.extension import Controlnet, Steering
+from wanvideo_wrapper.distributed.sequence import SequenceShard
 from wanvideo_wrapper.wanvideo.conditioning import Step, Window
 from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.tokens import BlockInputs
@@ -203,6 +204,19 @@ def test_references_are_left_alone(leading, trailing, per_frame):
     payload = replace(PAYLOAD, control=video, leading=leading, trailing=trailing)
     want = steered(base, states, 1.0, given)
     assert relative(model(replace(given, payloads=(payload,))), want) < 1e-5 < relative(base(given), want)
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, [0, 1]), (1, [2, 3]), (2, [4])])
+def test_a_rank_has_the_same_places_of_the_controlnets_frames(rank, own):
+    """Three frames of five places behind a reference, which no token of the controlnet stands for."""
+    shard = SequenceShard(group="", rank=rank, ranks=3, frame_count=4, places=5)
+    token, rows = torch.arange(15.0), torch.arange(3).repeat_interleave(5)
+    block = BlockInputs(torch.zeros(1, 3, 6, 8), rows, token.view(15, 1, 1), None, (3, 1, 5))
+    state = Controlnet().on(Steering(PAYLOAD, block, token.view(1, 15, 1), first=5), shard)
+    here = [5 * frame + place for frame in range(3) for place in own]
+    assert state.x.flatten().tolist() == state.inputs.rope.flatten().tolist() == here
+    assert state.inputs.rows.tolist() == [place // 5 for place in here]
+    assert state.first == len(own) and state.inputs.grid == (3, 1, len(own))
 
 
 def test_steps():
