@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+from .everywhere import linked, sent_links
 from .widgets import inputs_of, values_by_name
 
 MUTED, BYPASSED = 2, 4
@@ -120,6 +121,9 @@ class Scope:
         self.nodes: dict[object, Mapping[str, object]] = {node["id"]: node for node in graph["nodes"]}
         _no_id_twice(graph["nodes"])
         self.links = dict(_links(graph.get("links", ())))
+        for place, ends in enumerate([*sent_links(graph.get("extra"), self.nodes, self.links, self._runs)]):
+            self.links[f"sent {place}"] = ends
+            self.nodes[ends[2]] = linked(self.nodes[ends[2]], ends[3], f"sent {place}")
         self.inner: dict[object, Scope] = {}
         self._known: dict[tuple[object, int], Source] = {}
         for key, node in self.nodes.items():
@@ -135,6 +139,9 @@ class Scope:
     def mode(self, node: Mapping[str, object]) -> object:
         """Whether this use of the node is muted or bypassed."""
         return self.switched.get(f"{self.prefix}{node['id']}", node.get("mode", 0))
+
+    def _runs(self, key: object) -> bool:
+        return key in self.nodes and self.mode(self.nodes[key]) not in (MUTED, BYPASSED)
 
     def source(self, link: object) -> Source:
         """What the link with this id really carries. What others have found on the way is not looked for again."""

@@ -205,3 +205,49 @@ def test_saved_graphs_resolve(path):
     for entry in nodes.values():
         for value in entry.inputs.values():
             assert not isinstance(value, Link) or value.node in nodes
+
+
+def sent(down=2, place=0, up="1", slot=1, by=3):
+    """A link as cg-use-everywhere saves it."""
+    ends = {"downstream": down, "downstream_slot": place, "upstream": up, "upstream_slot": slot}
+    return {**ends, "controller": by, "type": "IMAGE"}
+
+
+def read_sent(tmp_path, nodes, links, entries, broadcaster=(), **options):
+    nodes = [*nodes, node(3, "Anything Everywhere", [("anything", "IMAGE", None, False)], **dict(broadcaster))]
+    data = {"nodes": nodes, "links": links, "extra": {"ue_links": entries}}
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(data))
+    return load(path, CLASSES, **options).nodes["2"].inputs.get("image")
+
+
+def test_what_anything_everywhere_sent_is_a_link(tmp_path):
+    assert read_sent(tmp_path, [source(), sink(image=None)], [], [sent()]) == Link("1", 1)
+
+
+def test_a_real_link_stays_unless_nothing_runs_at_its_start(tmp_path):
+    other, links = source(4), [[1, 4, 1, 2, 0, "IMAGE"]]
+    assert read_sent(tmp_path, [source(), other, sink()], links, [sent()]) == Link("4", 1)
+    assert read_sent(tmp_path, [source(), {**other, "mode": 4}, sink()], links, [sent()]) == Link("1", 1)
+
+
+@pytest.mark.parametrize("entry", [sent(by=9), sent(place=7), sent(down=8)], ids=["by none", "no input", "no target"])
+def test_what_was_sent_in_another_state_of_the_graph_is_passed_over(tmp_path, entry):
+    assert read_sent(tmp_path, [source(), sink(image=None)], [], [entry]) is None
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_a_switched_off_sender_sends_nothing(tmp_path, mode):
+    assert read_sent(tmp_path, [source(), sink(image=None)], [], [sent()], {"mode": mode}) is None
+    assert read_sent(tmp_path, [source(), sink(image=None)], [], [sent()], bypass=["3"]) is None
+
+
+def test_what_is_sent_inside_of_a_subgraph_may_come_from_its_input(tmp_path):
+    inner = {
+        "id": "sub", "inputs": [{"name": "image", "type": "IMAGE"}], "outputs": [],
+        "nodes": [sink(image=None), node(3, "Anything Everywhere")], "links": [],
+        "extra": {"ue_links": [sent(up="-10", slot=0)]},
+    }  # fmt: skip
+    outer = node(5, "sub", [("image", "IMAGE", 1, False)])
+    got = read(tmp_path, [source(), outer], [[1, 1, 1, 5, 0, "IMAGE"]], definitions={"subgraphs": [inner]})
+    assert got["5:2"][1]["image"] == Link("1", 1)
