@@ -14,9 +14,12 @@ from . import (
     masks,
     media_nodes,
     pictures,
+    scaling,
     sounds,
     subjects,
+    texts,
     values,
+    vhs,
     videos,
 )
 
@@ -36,4 +39,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     **sounds.NODE_CLASS_MAPPINGS,
     **subjects.NODE_CLASS_MAPPINGS,
     **labels.NODE_CLASS_MAPPINGS,
+    **texts.NODE_CLASS_MAPPINGS,
+    **scaling.NODE_CLASS_MAPPINGS,
+    **vhs.NODE_CLASS_MAPPINGS,
 }

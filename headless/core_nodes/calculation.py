@@ -1,4 +1,4 @@
-"""SimpleMath+ (ComfyUI_essentials) and SimpleCalculatorKJ: arithmetic of numbers, and of nothing else."""
+"""SimpleMath+ (ComfyUI_essentials), MathExpression|pysssss and SimpleCalculatorKJ: arithmetic, and nothing else."""
 
 from __future__ import annotations
 
@@ -48,6 +48,32 @@ class SimpleMath:
         """The result as a whole number and as it is."""
         result = _result(value, {"a": a, "b": b, "c": c})
         return round(result), result
+
+
+class MathExpression:
+    """A formula of the numbers a, b and c (MathExpression|pysssss)."""
+
+    FUNCTION = "evaluate"
+    RETURN_TYPES = ("INT", "FLOAT")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        number = ("INT,FLOAT", {"forceInput": True})
+        return {
+            "required": {"expression": ("STRING", {"default": "", "multiline": True})},
+            "optional": {name: number for name in VARIABLES[:3]},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, expression: str) -> bool:
+        """A formula that can be read."""
+        _parsed(expression, VARIABLES[:3])
+        return True
+
+    def evaluate(self, expression: str, **numbers: float) -> tuple[int, float]:
+        """The result without what follows the point, and as it is."""
+        result = _result(expression, numbers)
+        return int(result), result
 
 
 class SimpleCalculatorKJ:
@@ -136,4 +162,8 @@ def _value(node: ast.expr, names: Mapping[str, float]) -> float:
     raise AssertionError(node)
 
 
-NODE_CLASS_MAPPINGS = {"SimpleMath+": SimpleMath, "SimpleCalculatorKJ": SimpleCalculatorKJ}
+NODE_CLASS_MAPPINGS = {
+    "SimpleMath+": SimpleMath,
+    "MathExpression|pysssss": MathExpression,
+    "SimpleCalculatorKJ": SimpleCalculatorKJ,
+}

@@ -38,6 +38,44 @@ class LazySwitchKJ:
         return (on_true if switch else on_false,)
 
 
+class AnySwitch:
+    """The first of its inputs that has a value (rgthree)."""
+
+    FUNCTION = "switch"
+    RETURN_TYPES = (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {}}
+
+    @classmethod
+    def EXTRA_INPUTS(cls, values: Mapping[str, object]) -> dict[str, tuple[object, ...]]:
+        """any_01, any_02, ..., as many as are connected."""
+        return {name: (ANY,) for name in values if name.startswith("any_")}
+
+    def switch(self, **values: object) -> tuple[object]:
+        """The value; None where there is none."""
+        return (next((value for value in values.values() if value is not None), None),)
+
+
+def passing(name: str) -> type:
+    """A node class that hands its input of this name on: what else the node does concerns ComfyUI alone."""
+
+    class Passing:
+        FUNCTION = "passed"
+        RETURN_TYPES = (ANY,)
+
+        @classmethod
+        def INPUT_TYPES(cls) -> Inputs:
+            return {"required": {name: (ANY,)}}
+
+        def passed(self, **values: object) -> tuple[object]:
+            """The same."""
+            return (values[name],)
+
+    return Passing
+
+
 class WidgetToString:
     """The value of another node's widget as text; the node is the linked one, or that of an id or a title."""
 
@@ -204,6 +242,9 @@ def _splines(coordinates: str) -> list[list[Point]]:
 
 NODE_CLASS_MAPPINGS = {
     "LazySwitchKJ": LazySwitchKJ,
+    "Any Switch (rgthree)": AnySwitch,
+    "ImagePass": passing("image"),
+    "easy cleanGpuUsed": passing("anything"),
     "WidgetToString": WidgetToString,
     "ShowText|pysssss": ShowText,
     "SplineEditor": SplineEditor,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ...node_tools import Inputs
-from .pictures import LARGEST, to_color
+from .borders import to_color, with_borders
+from .pictures import LARGEST
 
 CHANNELS = ["red", "green", "blue", "alpha"]
 
@@ -30,6 +29,21 @@ class ImageToMask:
         if index >= image.shape[-1]:
             raise ValueError(f"The picture has no channel '{channel}', only {image.shape[-1]}; choose red.")
         return (image[..., index],)
+
+
+class MaskToImage:
+    """Masks as gray pictures."""
+
+    FUNCTION = "mask_to_image"
+    RETURN_TYPES = ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"mask": ("MASK",)}}
+
+    def mask_to_image(self, mask: Tensor) -> tuple[Tensor]:
+        """IMAGE [n, H, W, 3]."""
+        return (mask.reshape(-1, *mask.shape[-2:], 1).expand(-1, -1, -1, 3),)
 
 
 class InvertMask:
@@ -228,27 +242,12 @@ class ImagePadKJ:
             borders = [spare[0] // 2, spare[0] - spare[0] // 2, spare[1] // 2, spare[1] - spare[1] // 2]
         inner = torch.zeros(image.shape[:3]) if mask is None else _masks(mask, height, width)[..., 0]
         masks = functional.pad(_cycled(inner, len(image)), borders, value=1.0)
-        planes = functional.pad(image.movedim(-1, 1), borders, mode="replicate").movedim(1, -1).clone()
-        if pad_mode == "color":
-            outside = functional.pad(torch.zeros(height, width, dtype=torch.bool), borders, value=True)
-            planes[:, outside] = to_color(color)[: image.shape[-1]].to(image)
-        elif pad_mode == "edge":
-            _fill_with_means(planes, image, borders)
-        return planes, masks
-
-
-def _fill_with_means(planes: Tensor, image: Tensor, borders: Sequence[int]) -> None:
-    """Each border of [n, H, W, C] in the mean color of the picture's line beside it; the corners are the sides'."""
-    left, right, top, bottom = borders
-    height, width = image.shape[1:3]
-    planes[:, :top] = image[:, :1].mean(dim=2, keepdim=True)
-    planes[:, top + height :] = image[:, -1:].mean(dim=2, keepdim=True)
-    planes[:, :, :left] = image[:, :, :1].mean(dim=1, keepdim=True)
-    planes[:, :, left + width :] = image[:, :, -1:].mean(dim=1, keepdim=True)
+        return with_borders(image, borders, pad_mode, color), masks
 
 
 NODE_CLASS_MAPPINGS = {
     "ImageToMask": ImageToMask,
+    "MaskToImage": MaskToImage,
     "InvertMask": InvertMask,
     "GrowMask": GrowMask,
     "GetMaskSizeAndCount": GetMaskSizeAndCount,

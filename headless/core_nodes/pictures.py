@@ -17,6 +17,7 @@ from ...wanvideo.images import METHODS, resize_images
 from ...wanvideo.whole_file import partial_file, publish
 from ..picture_file import PLACEHOLDER_MASK, check_picture, read_picture
 from ..video_file import to_pixels
+from .borders import to_color, with_borders
 
 Shown = dict[str, object]
 
@@ -24,6 +25,8 @@ LARGEST = 16384
 # Bytes. Numbers and endings follow, and while a file is half written its host and process, too; 255 is the most.
 LONGEST_STEM = 150
 PROPORTIONS = ["stretch", "resize", "pad", "pad_edge", "pad_edge_pixel", "crop", "pillarbox_blur", "total_pixels"]
+# By proportion, what borders are made of.
+PADDINGS = {"pad": "color", "pad_edge": "edge", "pad_edge_pixel": "edge_pixel"}
 # What file name prefixes may hold between percent signs, and strftime's names for the same.
 DATE_PARTS = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "M": "%m", "dd": "%d", "d": "%d"}
 TIME_PARTS = {"hh": "%H", "h": "%H", "mm": "%M", "m": "%M", "ss": "%S", "s": "%S"}
@@ -191,11 +194,8 @@ class ImageResizeKJv2:
         """Modes that are built, and a color."""
         if upscale_method not in METHODS:
             return f"upscale_method '{upscale_method}' runs in ComfyUI only: choose lanczos."
-        if keep_proportion in ("pillarbox_blur", "pad_edge", "pad_edge_pixel"):
-            return (
-                f"keep_proportion '{keep_proportion}' runs in ComfyUI only: choose stretch, resize, crop, pad or "
-                "total_pixels."
-            )
+        if keep_proportion == "pillarbox_blur":
+            return f"keep_proportion '{keep_proportion}' runs in ComfyUI only: choose another, such as pad."
         if keep_proportion == "pad":
             to_color(pad_color)
         return True
@@ -232,7 +232,7 @@ class ImageResizeKJv2:
             whole = resize_images(mask[..., None], *source, "bilinear")
             masks = resize_images(whole[:, top : top + high, left : left + wide], *size, "bilinear")[..., 0]
         if any(pad):
-            result, masks = _padded(result, pad, pad_color), _padded_mask(masks, pad)
+            result, masks = with_borders(result, pad, PADDINGS[keep_proportion], pad_color), _padded_mask(masks, pad)
         return result, result.shape[2], result.shape[1], masks
 
 
@@ -242,28 +242,6 @@ def _filled_up(pad: tuple[int, int, int, int], size: tuple[int, int], step: int)
         return pad
     left, right, top, bottom = pad
     return left, right + -(size[0] + left + right) % step, top, bottom + -(size[1] + top + bottom) % step
-
-
-def _padded(images: Tensor, pad: tuple[int, int, int, int], color: str) -> Tensor:
-    left, right, top, bottom = pad
-    count, height, width, channels = images.shape
-    values = to_color(color)[:channels]
-    if len(values) not in (1, channels):
-        raise ValueError(f"'{color}' is no pad_color; write {channels} numbers from 0 to 255, such as '0, 0, 0'.")
-    canvas = values.expand(count, height + top + bottom, width + left + right, -1).clone()
-    canvas[:, top : top + height, left : left + width] = images
-    return canvas
-
-
-def to_color(text: str) -> Tensor:
-    """Numbers from 0 to 255 between commas, as 0 to 1. Raises ValueError for anything else."""
-    try:
-        values = torch.tensor([float(part) for part in text.split(",")]) / 255
-    except ValueError:
-        values = torch.tensor([torch.nan])
-    if not torch.isfinite(values).all():
-        raise ValueError(f"'{text}' is no pad_color; write numbers from 0 to 255 between commas, such as '0, 0, 0'.")
-    return values
 
 
 def _padded_mask(masks: Tensor, pad: tuple[int, int, int, int]) -> Tensor:

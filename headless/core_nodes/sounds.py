@@ -52,11 +52,38 @@ class LoadAudioPath:
 
     def load_audio(self, audio_file: str, seek_seconds: float = 0, duration: float = 0) -> tuple[Audio, float]:
         """AUDIO from seek_seconds on, `duration` seconds of it or all, and its length."""
-        audio = read_audio(self._path(audio_file), start=seek_seconds, seconds=duration)
-        length = audio["waveform"].shape[-1] / audio["sample_rate"]
-        if not length:
-            raise ValueError(f"{audio_file} is over before {seek_seconds} s: lower seek_seconds.")
-        return audio, length
+        return _part(self._path(audio_file), seek_seconds, duration, "seek_seconds")
+
+
+def _part(path: Path, start: float, seconds: float, widget: str) -> tuple[Audio, float]:
+    """AUDIO and its length. widget: the name of the one that `start` comes from. Raises ValueError where it is over."""
+    audio = read_audio(path, start=start, seconds=seconds)
+    length = audio["waveform"].shape[-1] / audio["sample_rate"]
+    if not length:
+        raise ValueError(f"{path.name} is over before {start} s: lower {widget}.")
+    return audio, length
+
+
+class LoadAudioUpload:
+    """Sound of a file in the input folder, or a part of it (VHS_LoadAudioUpload)."""
+
+    FUNCTION = "load_audio"
+    RETURN_TYPES = ("AUDIO", "FLOAT")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        seconds = ("FLOAT", {"default": 0, "min": 0, "max": 10000000, "step": 0.01})
+        return {"required": {"audio": ("STRING", {})}, "optional": {"start_time": seconds, "duration": seconds}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, audio: str) -> bool:
+        """The file is there and has sound."""
+        probe(get_host().readable_file(audio), "audio")
+        return True
+
+    def load_audio(self, audio: str, start_time: float = 0, duration: float = 0) -> tuple[Audio, float]:
+        """AUDIO from start_time on, `duration` seconds of it or all, and its length."""
+        return _part(get_host().readable_file(audio), start_time, duration, "start_time")
 
 
 class PreviewAudio:
@@ -84,6 +111,47 @@ class PreviewAudio:
                     file.writeframes(samples.cpu().numpy().astype("<i2").tobytes())
                 names.append(str(publish(unfinished, next_name)))
         return {"ui": {"audio": names}}
+
+
+class AudioCrop:
+    """A sound from one time to another (audio-separation-nodes-comfyui)."""
+
+    FUNCTION = "main"
+    RETURN_TYPES = ("AUDIO",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "audio": ("AUDIO",),
+                "start_time": ("STRING", {"default": "0:00"}),
+                "end_time": ("STRING", {"default": "1:00"}),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, start_time: str, end_time: str) -> bool:
+        """Times, in their order."""
+        if _seconds(start_time) >= _seconds(end_time):
+            raise ValueError(f"start_time {start_time} is not before end_time {end_time}: choose an earlier one.")
+        return True
+
+    def main(self, audio: Audio, start_time: str = "0:00", end_time: str = "1:00") -> tuple[Audio]:
+        """What lies between; a sound that is over earlier ends there."""
+        first, last = (_seconds(time) * audio["sample_rate"] for time in (start_time, end_time))
+        part = audio["waveform"][..., first:last]
+        if not part.shape[-1]:
+            raise ValueError(f"AudioCrop leaves nothing: the sound is over before {start_time}; lower start_time.")
+        return ({**audio, "waveform": part},)
+
+
+def _seconds(time: str) -> int:
+    """Of "minutes:seconds", or seconds alone."""
+    minutes, _, seconds = time.rpartition(":")
+    try:
+        return 60 * int(minutes or 0) + int(seconds)
+    except ValueError:
+        raise ValueError(f"'{time}' is no time: write minutes:seconds, such as 1:30.") from None
 
 
 class AudioEncoderLoader:
@@ -140,6 +208,8 @@ class AudioEncoderEncode:
 
 NODE_CLASS_MAPPINGS = {
     "VHS_LoadAudio": LoadAudioPath,
+    "VHS_LoadAudioUpload": LoadAudioUpload,
+    "AudioCrop": AudioCrop,
     "PreviewAudio": PreviewAudio,
     "AudioEncoderLoader": AudioEncoderLoader,
     "AudioEncoderEncode": AudioEncoderEncode,

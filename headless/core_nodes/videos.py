@@ -186,6 +186,30 @@ class MelBandRoFormerSampler:
         return audio, {**audio, "waveform": torch.zeros_like(audio["waveform"])}
 
 
+class AudioSeparation:
+    """Passes sound through, as MelBandRoFormerSampler (audio-separation-nodes-comfyui)."""
+
+    FUNCTION = "main"
+    RETURN_TYPES = ("AUDIO", "AUDIO", "AUDIO", "AUDIO")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        shapes = ["linear", "half_sine", "logarithmic", "exponential"]
+        return {
+            "required": {"audio": ("AUDIO",)},
+            "optional": {
+                "chunk_fade_shape": (shapes, {"default": "linear"}),
+                "chunk_length": ("FLOAT", {"default": 10.0}),
+                "chunk_overlap": ("FLOAT", {"default": 0.1}),
+            },
+        }
+
+    def main(self, audio: Audio, **how: object) -> tuple[Audio, Audio, Audio, Audio]:
+        """Silence as bass, drums and other; the whole sound as vocals."""
+        vocals, silence = MelBandRoFormerSampler().process("", audio)
+        return silence, silence, silence, vocals
+
+
 class LoadLatent:
     """Latents from the input folder, as ComfyUI's SaveLatent and a failed run leave them."""
 
@@ -224,5 +248,6 @@ NODE_CLASS_MAPPINGS = {
     "TrimAudioDuration": TrimAudioDuration,
     "MelBandRoFormerModelLoader": MelBandRoFormerModelLoader,
     "MelBandRoFormerSampler": MelBandRoFormerSampler,
+    "AudioSeparation": AudioSeparation,
     "LoadLatent": LoadLatent,
 }

@@ -287,6 +287,6 @@ def test_audio_encoder(host, tmp_path, large):
 
 def test_a_refusal_to_resize_names_the_widget_that_stops_it():
     judge = NODES["ImageResizeKJv2"].VALIDATE_INPUTS
-    assert judge("lanczos", "pad_edge_pixel").startswith("keep_proportion 'pad_edge_pixel' runs in ComfyUI only")
+    assert judge("lanczos", "pillarbox_blur").startswith("keep_proportion 'pillarbox_blur' runs in ComfyUI only")
     assert judge("nvidia_rtx_vsr", "pad_edge").startswith("upscale_method 'nvidia_rtx_vsr' runs in ComfyUI only")
     assert judge("lanczos", "crop") is True
