@@ -51,7 +51,8 @@ if __package__:
     for _family in (*FAMILIES, *importlib.import_module(".registry", package=__package__).NODE_MODULES):
         _register(_family)
     _host, _saved = (importlib.import_module(name, package=__package__) for name in (".host", ".saved_values"))
-    _host.before_queuing(functools.partial(_saved.take_defaults, classes=NODE_CLASS_MAPPINGS))
+    for _change in (_saved.take_renamed_inputs, _saved.take_defaults):
+        _host.before_queuing(functools.partial(_change, classes=NODE_CLASS_MAPPINGS))
     _host.before_queuing(
         lambda prompt: _saved.take_moved_files(prompt, _host.classes_of_all_packs(), NODE_CLASS_MAPPINGS)
     )

@@ -28,6 +28,7 @@ class WanVideoImageClipEncode:
         "Encodes the start picture for a Wan 2.1 image-to-video model. New graphs use WanVideo ClipVision Encode and "
         "WanVideo ImageToVideo Encode."
     )
+    RENAMED_INPUTS = {"clip": "clip_vision"}
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

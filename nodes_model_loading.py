@@ -35,6 +35,7 @@ class WanVideoModelLoader:
     FUNCTION = "loadmodel"
     RETURN_TYPES = ("WANVIDEOMODEL",)
     RETURN_NAMES = ("model",)
+    RENAMED_INPUTS = {"vace_model": "extra_model"}
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

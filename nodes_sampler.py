@@ -50,6 +50,7 @@ class WanVideoSampler:
     FUNCTION = "process"
     RETURN_TYPES = ("LATENT", "LATENT")
     RETURN_NAMES = ("samples", "denoised_samples")
+    RENAMED_INPUTS = {"teacache_args": "cache_args"}
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

@@ -2,7 +2,8 @@
 
 ComfyUI's server asks whether a value is in the list of its widget, and the node then gets the value as it was saved. So
 the lists answer for every spelling that they can place, and `current_values` puts the name used here in its stead.
-Numbers, texts and switches that were saved empty become their defaults (`take_defaults`) before the server sees them.
+Numbers, texts and switches that were saved empty become their defaults (`take_defaults`), and inputs that had another
+name get today's (`take_renamed_inputs`), before the server sees them.
 """
 
 from __future__ import annotations
@@ -168,8 +169,13 @@ def _noted(where: str, name: str, value: object, option: object) -> object:
 
 
 def is_empty(kind: object, value: object) -> bool:
-    """Whether a widget of numbers, text or a switch was saved without a value; JSON has null where one shows NaN."""
-    return kind in CASTS and (value is None or (value == "" and kind in ("INT", "FLOAT")))
+    """Whether a widget of numbers, text or a switch was saved without a value; JSON has null where one shows NaN.
+
+    HTML is no value: nodes show pictures and tables in it, which older graphs saved where newer ones have a widget.
+    """
+    if kind not in CASTS or value is None:
+        return kind in CASTS
+    return kind != "STRING" and isinstance(value, str) and ((not value and kind != "BOOLEAN") or value.startswith("<"))
 
 
 def cast(kind: str, value: object) -> object:
@@ -205,6 +211,28 @@ def take_defaults(prompt: object, classes: Mapping[str, type]) -> None:
             if name in values and isinstance(kind, str) and is_empty(kind, values[name]):
                 values[name] = (options[0] if options else {}).get("default", CASTS[kind]())
                 note_default(f"{cls.DISPLAY_NAME} (#{number})", name, values[name])
+
+
+def renamed_inputs(cls: type | None, values: Mapping[str, object], where: str) -> dict[str, object]:
+    """The inputs of a node under today's names, with a log line for each that had another.
+
+    A node class has them in RENAMED_INPUTS, old name -> new one; a value under the new name wins. where: for the lines.
+    """
+    names = getattr(cls, "RENAMED_INPUTS", {})
+    result = {name: value for name, value in values.items() if name not in names}
+    for old in names.keys() & values.keys() - {old for old, new in names.items() if new in values}:
+        log.info("%s: the input '%s' is '%s' today.", where, old, names[old])
+        result[names[old]] = values[old]
+    return result
+
+
+def take_renamed_inputs(prompt: object, classes: Mapping[str, type]) -> None:
+    """Give the inputs of these nodes, in a prompt in API form, today's names: ComfyUI hands on links of any name."""
+    for number, node in prompt.items() if isinstance(prompt, dict) else ():
+        kind = node.get("class_type") if isinstance(node, dict) else None
+        if isinstance(kind, str) and kind in classes and isinstance(node.get("inputs"), dict):
+            where = f"{classes[kind].DISPLAY_NAME} (#{number})"
+            node["inputs"] = renamed_inputs(classes[kind], node["inputs"], where)
 
 
 def take_moved_files(prompt: object, classes: Mapping[str, type], own: Mapping[str, type]) -> None:

@@ -35,6 +35,7 @@ class WanVideoDiffusionForcingSampler:
         "Sampler of SkyReels V2 diffusion forcing models: every latent frame has a time of its own, so that a video "
         "goes on from prefix_samples, one picture or the last frames of another video."
     )
+    RENAMED_INPUTS = {"teacache_args": "cache_args"}
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from .graph import Link, Node, Prompt
 from .group_nodes import closed_because, is_group
-from .packs import is_of_this_pack, pack_of
+from .packs import A_FORK, THE_ORIGINAL, pack_of
 from .ui_graph import WRAPPED
 from .video_file import FORMATS, too_small
-from .widgets import CASTS, Input, checked, inputs_of
+from .widgets import CASTS, Input, checked, inputs_of, takes_any_name
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -161,21 +161,25 @@ def _unknown(nodes: list[Node]) -> Iterator[str]:
     """A sentence for each pack that nodes are missing of."""
     packs: dict[str, list[str]] = {}
     for node in nodes:
-        own = is_of_this_pack(node.type, node.pack)
-        packs.setdefault("" if own else pack_of(node.type, node.pack), []).append(f"'{node.type}' (#{node.id})")
+        packs.setdefault(pack_of(node.type, node.pack), []).append(f"'{node.type}' (#{node.id})")
     for pack, names in packs.items():
         many = len(names) > 1
         needs = f"The workflow needs the node{'s' * many} {', '.join(names)}"
         it = "them" if many else "it"
-        if pack:
-            yield (
-                f"{needs} of {pack}, which run{'s' * (not many)} in ComfyUI only: bypass {it} with --bypass, or run "
-                "the workflow there."
-            )
-        else:
+        if pack == THE_ORIGINAL:
             yield (
                 f"{needs}, which this pack does not have yet: run the workflow with the original pack, or bypass {it} "
                 "and do without."
+            )
+        elif pack == A_FORK:
+            yield (
+                f"{needs}, which neither this pack nor the original has: the workflow is of a fork, or of before {it} "
+                f"went. Bypass {it} with --bypass, or run the workflow where it was made."
+            )
+        else:
+            yield (
+                f"{needs} of {pack}, which run{'s' * (not many)} in ComfyUI only: bypass {it} with --bypass, or run "
+                "the workflow there."
             )
 
 
@@ -185,7 +189,9 @@ def _problems_of(node: Node, prompt: Prompt, classes: Mapping[str, type]) -> Ite
     spec = None if validate is None else inspect.getfullargspec(validate)
     node.inputs = {name: _unwrapped(value) for name, value in node.inputs.items()}
     sound, received = True, {}
-    for entry in inputs_of(cls, node.inputs):
+    entries = inputs_of(cls, node.inputs)
+    yield from _unplaced(node, cls, entries)
+    for entry in entries:
         value = node.inputs.get(entry.name)
         judged = spec is not None and (spec.varkw is not None or entry.name in spec.args)
         try:
@@ -198,6 +204,16 @@ def _problems_of(node: Node, prompt: Prompt, classes: Mapping[str, type]) -> Ite
             yield str(error)
     if spec is not None and sound:
         yield from _verdict(node, validate, spec, received)
+
+
+def _unplaced(node: Node, cls: type, entries: list[Input]) -> Iterator[str]:
+    """Links to inputs that the node does not have: ComfyUI would call it with them."""
+    names = [entry.name for entry in entries]
+    if not takes_any_name(cls):
+        for name in node.inputs.keys() - set(names):
+            if isinstance(node.inputs[name], Link):
+                others = ", ".join(names)
+                yield f"{node.label}: '{name}' is linked, but the node has no such input: link one of {others}."
 
 
 def _unwrapped(value: object) -> object:

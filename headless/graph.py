@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ..saved_values import renamed_inputs
 from .group_nodes import Insides
 from .ui_graph import BYPASSED, MUTED, WRAPPED, LoopError, as_slot, convert, parts
 from .widgets import Input, from_text, inputs_of
@@ -103,19 +104,41 @@ def load(path: Path, classes: Mapping[str, type], *, bypass: Sequence[str] = (),
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no workflow file {path}.")
-    data = _json(path)
-    if isinstance(data, dict) and isinstance(data.get("nodes"), list):
+    data = _posted(_json(path))
+    if _is_ui(data):
         try:
-            return _from_ui(data, classes, {BYPASSED: bypass, MUTED: mute})
+            return _with_current_names(_from_ui(data, classes, {BYPASSED: bypass, MUTED: mute}), classes)
         except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path.name} is a damaged workflow ({error!r}); save it in ComfyUI again.") from error
         except LoopError as error:
             raise ValueError(f"Subgraphs, or Set, Get or Reroute nodes, of {path.name} form a loop; cut it.") from error
-    if isinstance(data, dict) and any(isinstance(n, dict) and "class_type" in n for n in data.values()):
+    if _is_api(data):
         if bypass or mute:
             raise ValueError(f"{path.name} is in API form, where nodes cannot be bypassed or muted; use the UI form.")
-        return _from_api(data)
+        return _with_current_names(_from_api(data), classes)
     raise ValueError(f"{path.name} is no workflow: save it in ComfyUI with 'Save' or 'Export (API)'.")
+
+
+def _posted(data: object) -> object:
+    """The workflow inside of what is posted to ComfyUI's server (`prompt`) or to a worker (`input`, `workflow`)."""
+    while isinstance(data, dict) and not _is_ui(data) and not _is_api(data):
+        data = next((data[key] for key in ("workflow", "prompt", "input") if key in data), None)
+    return data
+
+
+def _is_ui(data: object) -> bool:
+    return isinstance(data, dict) and isinstance(data.get("nodes"), list)
+
+
+def _is_api(data: object) -> bool:
+    return isinstance(data, dict) and any(isinstance(n, dict) and "class_type" in n for n in data.values())
+
+
+def _with_current_names(prompt: Prompt, classes: Mapping[str, type]) -> Prompt:
+    """The prompt, its inputs under the names that they have today."""
+    for node in prompt.nodes.values():
+        node.inputs = renamed_inputs(classes.get(node.type), node.inputs, node.label)
+    return prompt
 
 
 def _json(path: Path) -> object:

@@ -15,25 +15,25 @@ PACKS = (
     (r"^easy ", "ComfyUI-Easy-Use"),
     (r"^rgthree|\(rgthree\)$", "rgthree-comfy"),
 )
-# Nodes of the original pack that are not among this one's, by name; the rest of theirs say whose they are.
+# Nodes of the original pack's forks, and of its past, by name; the rest of theirs say whose they are.
 OWN_NAMES = re.compile(
     r"WanVideo|MultiTalk|Wav2Vec|Fantasy|HuMo|Lynx|NLF|^Ovi|MTVCrafter|^LoadVQVAE$|^Mocha|ReCamMaster|^Whisper|"
     r"^(Landmarks|DrawArcFace|FaceMaskFromPose|DrawGaussianNoise|NormalizeAudioLoudness|CreateScheduleFloatList)|"
     r"^(ExtractStartFrames|Qwen|TextImageEncodeQwenVL|DummyComfyWanModel|WanMove_native)|^CreateCFGScheduleFloatList$"
 )
 OWN_PACKS = ("comfyui-wanvideowrapper", "kijai/comfyui-wanvideowrapper")
-
-
-def is_of_this_pack(node_type: str, stated: str) -> bool:
-    """Whether the node is one that this pack is to have: its graphs say so, or its name does."""
-    return stated.lower() in OWN_PACKS if stated else bool(OWN_NAMES.search(node_type))
+THE_ORIGINAL, A_FORK = "the original pack", "a fork of the original pack"
+# What the original has and this pack has not.
+UNBUILT = ("LongCatAvatarWhisperEmbeds", "WanVideoAddSCAIL2ConditionEmbeds")
 
 
 def pack_of(node_type: str, stated: str) -> str:
     """The pack: what the workflow states, else what the name suggests, else "an unknown pack"."""
+    if node_type in UNBUILT:
+        return THE_ORIGINAL
     if stated:
-        return f"the pack '{stated}'"
+        return A_FORK if stated.lower() in OWN_PACKS else f"the pack '{stated}'"
     for pattern, name in PACKS:
         if re.search(pattern, node_type):
             return name
-    return "an unknown pack"
+    return A_FORK if OWN_NAMES.search(node_type) else "an unknown pack"

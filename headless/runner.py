@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from .check import check, is_output
 from .frame_folder import FrameFolder, folder_of, is_stand_in
 from .graph import Link, Node, Prompt, as_api
 from .rescue import has_work, rescue
-from .widgets import inputs_of
+from .widgets import inputs_of, takes_any_name
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -168,7 +167,7 @@ class Runner:
     def _accepted(self, cls: type, node: Node, arguments: dict[str, object]) -> dict[str, object]:
         declared = {entry.name for entry in inputs_of(cls)}
         takes_all = getattr(cls, "ACCEPTS_ALL", False)
-        if _takes_any_name(cls):
+        if takes_any_name(cls):
             # As ComfyUI does: a socket may have had another name when the graph was saved.
             declared |= {name for name, value in node.inputs.items() if isinstance(value, Link)}
         # A saved input named "self" would take the method's own.
@@ -203,8 +202,3 @@ def decodes_tiles(cls: type, inputs: Mapping[str, object]) -> bool:
     """Whether the node decodes by tiles, or may, if another node says so: ranks share them."""
     kinds = {entry.kind for entry in inputs_of(cls) if isinstance(entry.kind, str)}
     return "IMAGE" in cls.RETURN_TYPES and "WANVAE" in kinds and bool(inputs.get("enable_vae_tiling"))
-
-
-def _takes_any_name(cls: type) -> bool:
-    parameters = inspect.signature(getattr(cls, cls.FUNCTION)).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -5,6 +5,7 @@ The rules are those of ComfyUI's front end (positional widget values) and server
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -71,6 +72,12 @@ def inputs_of(cls: type, values: Mapping[str, object] | None = None) -> list[Inp
         for name, (kind, *options) in rows.items():
             entries.append(Input(name, kind, options[0] if options else {}, section == "required"))
     return entries
+
+
+def takes_any_name(cls: type) -> bool:
+    """Whether the node is called with inputs of any name, so that a link may have one that is not declared."""
+    parameters = inspect.signature(getattr(cls, cls.FUNCTION)).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def values_by_name(cls: type, saved: Sequence[object] | Mapping[str, object] | None) -> dict[str, object]:

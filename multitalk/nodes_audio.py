@@ -131,6 +131,7 @@ class MultiTalkWav2VecEmbeds:
     FUNCTION = "process"
     RETURN_TYPES = ("MULTITALK_EMBEDS", "AUDIO", "INT")
     RETURN_NAMES = ("multitalk_embeds", "audio", "num_frames")
+    RENAMED_INPUTS = {"audio": "audio_1"}
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

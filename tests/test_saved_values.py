@@ -8,7 +8,7 @@ from wanvideo_wrapper import NODE_CLASS_MAPPINGS as N
 from wanvideo_wrapper.headless.widgets import checked, inputs_of
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.node_tools import mappings
-from wanvideo_wrapper.saved_values import Choices, ModelFiles, take_defaults, take_moved_files
+from wanvideo_wrapper.saved_values import Choices, ModelFiles, take_defaults, take_moved_files, take_renamed_inputs
 
 LINUX = ["WanVideo/2_2/a.safetensors", "b.safetensors", "x/c.safetensors", "y/c.safetensors"]
 WINDOWS = [name.replace("/", "\\") for name in LINUX]
@@ -92,7 +92,8 @@ def test_every_list_of_a_node_is_tolerant(tmp_path):
     assert len(lists) > 40 and all(isinstance(choices, Choices) for choices in lists)
 
 
-EMPTY = {"INT": (None, ""), "FLOAT": (None, ""), "STRING": (None,), "BOOLEAN": (None,)}
+HTML = "<img src='data:image/png;base64,'>"
+EMPTY = {"INT": (None, "", HTML), "FLOAT": (None, "", HTML), "STRING": (None,), "BOOLEAN": (None, HTML)}
 
 
 def test_empty_values_of_every_node_become_its_defaults_before_the_server_sees_them(caplog):
@@ -120,6 +121,37 @@ def test_values_that_are_there_and_nodes_of_others_are_left_alone(caplog):
     assert prompt["1"]["inputs"] == {"steps": 0, "shift": 5.0, "scheduler": None, "cfg": ["3", 0]}
     for odd in (None, [], {"1": None}, {"1": {"inputs": {}}}, {"1": {"class_type": "WanVideoSampler", "inputs": None}}):
         take_defaults(odd, N)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("WanVideoSampler", "teacache_args", "cache_args"),
+        ("WanVideoDiffusionForcingSampler", "teacache_args", "cache_args"),
+        ("WanVideoModelLoader", "vace_model", "extra_model"),
+        ("WanVideoImageClipEncode", "clip", "clip_vision"),
+        ("MultiTalkWav2VecEmbeds", "audio", "audio_1"),
+    ],
+)
+def test_inputs_that_were_renamed_get_the_name_of_today(kind, old, new, caplog):
+    caplog.set_level(logging.INFO, "wanvideo")
+    prompt = {"7": {"class_type": kind, "inputs": {"steps": 5, old: ["3", 0]}}}
+    take_renamed_inputs(prompt, N)
+    assert prompt["7"]["inputs"] == {"steps": 5, new: ["3", 0]}
+    assert caplog.messages == [f"{N[kind].DISPLAY_NAME} (#7): the input '{old}' is '{new}' today."]
+    both = {"7": {"class_type": kind, "inputs": {old: ["3", 0], new: ["4", 0]}}}
+    take_renamed_inputs(both, N)
+    assert both["7"]["inputs"] == {new: ["4", 0]}
+    inputs = N[kind].INPUT_TYPES()
+    declared = {**inputs["required"], **inputs.get("optional", {})}
+    assert new in declared and old not in declared
+
+
+def test_prompts_that_are_none_are_left_alone():
+    foreign = {"class_type": "Foreign", "inputs": {"teacache_args": ["1", 0]}}
+    for odd in (None, [], {"1": None}, {"1": {"inputs": {}}}, {"1": {"class_type": "WanVideoSampler"}}, {"1": foreign}):
+        take_renamed_inputs(odd, N)
+    assert foreign["inputs"] == {"teacache_args": ["1", 0]}
 
 
 class Foreign:

@@ -114,6 +114,15 @@ def test_all_problems_come_at_once(tmp_path, host):
     assert len(found) == 8
 
 
+def test_nodes_that_forks_alone_have_are_not_expected_of_the_original(tmp_path, host):
+    shown = {f"{key}s": ("PreviewAny", {"source": [key, 0]}) for key in "abc"}
+    kinds = {"a": ("WanVideoOfSomeFork", {}), "b": ("LongCatAvatarWhisperEmbeds", {}), "c": ("easy thing", {})}
+    fork, pending, foreign = problems(tmp_path, host, api(**kinds, **shown))
+    assert "'WanVideoOfSomeFork' (#a), which neither this pack nor the original has" in fork
+    assert "(#b), which this pack does not have yet: run the workflow with the original pack" in pending
+    assert "'easy thing' (#c) of ComfyUI-Easy-Use, which runs in ComfyUI only" in foreign
+
+
 def test_what_several_nodes_share_is_said_once(tmp_path, host):
     loaders = {key: ("LoadAudio", {"audio": "gone.wav"}) for key in "abc"}
     shown = {f"{key}s": ("PreviewAny", {"source": [key, 0]}) for key in "abc"}

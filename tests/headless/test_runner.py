@@ -4,6 +4,7 @@ import json
 
 import pytest
 from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.headless.check import GraphError
 from wanvideo_wrapper.headless.cli import main
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.runner import Runner
@@ -132,15 +133,17 @@ class Gather:
 
 
 def test_links_to_sockets_of_an_older_name_arrive_where_any_name_is_taken():
-    """Values of undeclared widgets do not, and a function with fixed names gets none of it, as in ComfyUI."""
+    """Values of undeclared widgets do not, as in ComfyUI, where a function with fixed names fails over such a link."""
     RAN.clear()
-    two = Link("n", 0)
-    prompted = prompt(
-        g=("Gather", {"first": two, "older": two, "widget": 5}), n=("Number", {"value": 2}),
-        s=("Show", {"value": two, "older": two}),
-    )  # fmt: skip
-    Runner(prompted, {**CLASSES, "Gather": Gather}, StandaloneHost(device="cpu")).run()
+    two, classes, host = Link("n", 0), {**CLASSES, "Gather": Gather}, StandaloneHost(device="cpu")
+    gather, number = ("Gather", {"first": two, "older": two, "widget": 5}), ("Number", {"value": 2})
+    Runner(prompt(g=gather, n=number), classes, host).run()
     assert ("gather", 2, {"older": 2}) in RAN
+    show = ("Show", {"value": two, "older": two, "newer": 5})
+    with pytest.raises(GraphError) as told:
+        Runner(prompt(s=show, n=number), classes, host).check()
+    said = "Show (#s): 'older' is linked, but the node has no such input: link one of value, choice."
+    assert told.value.problems == (said,)
 
 
 def test_cancel():

@@ -251,3 +251,32 @@ def test_what_is_sent_inside_of_a_subgraph_may_come_from_its_input(tmp_path):
     outer = node(5, "sub", [("image", "IMAGE", 1, False)])
     got = read(tmp_path, [source(), outer], [[1, 1, 1, 5, 0, "IMAGE"]], definitions={"subgraphs": [inner]})
     assert got["5:2"][1]["image"] == Link("1", 1)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda w: {"prompt": w, "client_id": "x"}, lambda w: {"input": {"workflow": w, "images": []}}],
+    ids=["posted to ComfyUI", "posted to a worker"],
+)
+def test_workflows_inside_of_requests(tmp_path, wrap):
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(wrap({"1": {"class_type": "Source", "inputs": {"seed": 7}}})))
+    assert load(path, CLASSES).nodes["1"].inputs == {"seed": 7}
+    path.write_text(json.dumps(wrap({"nodes": [source()], "links": []})))
+    assert load(path, CLASSES).nodes["1"].inputs == PLAIN
+    path.write_text(json.dumps(wrap({})))
+    with pytest.raises(ValueError, match="is no workflow"):
+        load(path, CLASSES)
+
+
+def test_an_input_that_was_renamed_is_linked_in_both_forms(tmp_path):
+    class Renamed(Sink):
+        RENAMED_INPUTS = {"picture": "image"}
+
+    path = tmp_path / "workflow.json"
+    old = node(2, "Renamed", [("picture", "IMAGE", 1, False)])
+    path.write_text(json.dumps({"nodes": [source(), old], "links": [[1, 1, 1, 2, 0, "IMAGE"]]}))
+    classes = {**CLASSES, "Renamed": Renamed}
+    assert load(path, classes).nodes["2"].inputs == {"image": Link("1", 1), "count": 3, "size": 1.5}
+    path.write_text(json.dumps({"2": {"class_type": "Renamed", "inputs": {"picture": ["1", 1]}}}))
+    assert load(path, classes).nodes["2"].inputs == {"image": Link("1", 1)}
