@@ -63,14 +63,19 @@ class Reader:
         self.classes = classes
 
     def value(self, node: Node, name: str) -> object | None:
-        """The value of an input; None where it is not known before the run, or not connected."""
+        """The value of an input; None where it is not known before the run, or not connected.
+
+        Raises ValueError for a number, text or switch that is none.
+        """
         declared = {entry.name: entry for entry in inputs_of(self.classes[node.type], node.inputs)}
         value = node.inputs.get(name)
         if isinstance(value, Link):
             return self._made(value)
         if value is None and name in declared and declared[name].is_widget:
             return declared[name].default
-        return value
+        entry = declared.get(name)
+        plain = value is not None and entry is not None and entry.kind in ("INT", "FLOAT", "BOOLEAN")
+        return checked(entry, value, node.label, limits=False) if plain else value
 
     def known(self, node: Node, name: str) -> object:
         """The value of an input that a plan needs. Raises ValueError where it is not known before the run."""

@@ -245,6 +245,8 @@ NODE_CLASS_MAPPINGS = {
     "Any Switch (rgthree)": AnySwitch,
     "ImagePass": passing("image"),
     "easy cleanGpuUsed": passing("anything"),
+    "UnloadModel": passing("value"),
+    "UnloadAllModels": passing("value"),
     "WidgetToString": WidgetToString,
     "ShowText|pysssss": ShowText,
     "SplineEditor": SplineEditor,

@@ -1,10 +1,13 @@
-"""Texts put together (KJNodes, ComfyUI-Custom-Scripts)."""
+"""Texts put together and chosen (KJNodes, ComfyUI-Custom-Scripts, ComfyUI-Impact-Pack)."""
 
 from __future__ import annotations
 
+import logging
 import re
 
 from ...node_tools import Inputs
+
+log = logging.getLogger("wanvideo")
 
 ANSWERS = ["yes", "no"]
 CONNECTED = ("STRING", {"default": "", "forceInput": True})
@@ -79,6 +82,61 @@ class StringFunction:
         return (result,)
 
 
+class ImpactStringSelector:
+    """One of several texts: of the lines, or of the parts that begin with '#'."""
+
+    FUNCTION = "doit"
+    RETURN_TYPES = ("STRING",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "strings": ("STRING", {"default": "", "multiline": True}),
+                "multiline": ("BOOLEAN", {"default": False}),
+                "select": ("INT", {"default": 0, "min": 0, "step": 1}),
+            }
+        }
+
+    def doit(self, strings: str, multiline: bool, select: int) -> tuple[str]:
+        """The text of this number; after the last one they begin anew."""
+        if not multiline:
+            lines = strings.split("\n")
+            return (lines[select % len(lines)],)
+        parts = [part.strip() for part in re.split("^(?=#)", strings, flags=re.MULTILINE) if part.strip()]
+        return (parts[select % len(parts)].removeprefix("#") if parts else strings,)
+
+
+class ImpactWildcardProcessor:
+    """A text that ComfyUI's editor fills in when it queues a graph; here what it filled in last."""
+
+    FUNCTION = "doit"
+    RETURN_TYPES = ("STRING",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        text = ("STRING", {"default": "", "multiline": True})
+        return {
+            "required": {
+                "wildcard_text": text,
+                "populated_text": text,
+                "mode": ("STRING", {"default": "populate"}),
+                "seed": ("INT", {"default": 0, "min": 0}),
+            }
+        }
+
+    def doit(self, wildcard_text: str, populated_text: str, mode: str, seed: int) -> tuple[str]:
+        """Text without wildcards as it is, else what was filled in. Raises ValueError where nothing was."""
+        if mode != "populate" or not wildcard_text:
+            return (populated_text,)
+        if not re.search(r"\{.*\}|__.+__|<lora:", wildcard_text, re.DOTALL):
+            return (wildcard_text,)
+        if not populated_text:
+            raise ValueError(f"'{wildcard_text:.80}' has wildcards that ComfyUI fills in: write the text itself.")
+        log.info("Wildcards are filled in by ComfyUI; what it filled in last is taken: %s", populated_text)
+        return (populated_text,)
+
+
 def _substituted(pattern: str, text: str, whole: str) -> str:
     try:
         return re.sub(pattern, text, whole)
@@ -87,6 +145,8 @@ def _substituted(pattern: str, text: str, whole: str) -> str:
 
 
 NODE_CLASS_MAPPINGS = {
+    "ImpactStringSelector": ImpactStringSelector,
+    "ImpactWildcardProcessor": ImpactWildcardProcessor,
     "StringConstantMultiline": StringConstantMultiline,
     "JoinStrings": JoinStrings,
     "StringFunction|pysssss": StringFunction,

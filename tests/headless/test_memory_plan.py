@@ -195,3 +195,10 @@ def test_the_command_plans_the_demo(capsys):
     out = capsys.readouterr().out
     assert "8 GiB are enough without block swap" in out and "tiny_umt5.safetensors" in out
     assert cli.main(["plan", str(WORKFLOW), "--vram", "-1"]) == 2
+
+
+def test_a_size_that_is_no_number_is_named(host):
+    prompt = workflow()
+    prompt.nodes["2"].inputs["value"] = "{{WIDTH}}"
+    with pytest.raises(ValueError, match=r"INTConstant \(#2\): 'value' must be a whole number, not '{{WIDTH}}'"):
+        list(plan(prompt, CLASSES, host))

@@ -57,6 +57,24 @@ def test_texts_are_joined_and_replaced():
         call(function, "replace", "no", "a", "/(/", "")
 
 
+def test_texts_are_chosen():
+    assert [call("ImpactStringSelector", "a\n#b\nc", False, select)[0] for select in (0, 1, 5)] == ["a", "#b", "c"]
+    assert [call("ImpactStringSelector", "a\n#b\nc\n", True, select)[0] for select in (0, 1)] == ["a", "b\nc"]
+    assert call("ImpactStringSelector", "", True, 3) == ("",)
+
+
+def test_wildcards_are_what_comfyui_filled_in_last(caplog):
+    caplog.set_level("INFO")
+    fill = "ImpactWildcardProcessor"
+    assert call(fill, "no wildcard", "older", "populate", 0) == ("no wildcard",)
+    assert call(fill, "{a|b}", "kept", "fixed", 0) == ("kept",) and not caplog.messages
+    for text in ("{a|b}", "__colors__", "<lora:x:1>"):
+        assert call(fill, text, "filled", "populate", 0) == ("filled",)
+    assert len(caplog.messages) == 3
+    with pytest.raises(ValueError, match="write the text itself"):
+        call(fill, "{a|b}", "", "populate", 0)
+
+
 def test_the_first_value_passes_a_switch():
     picture = torch.rand(1, 2, 2, 3)
     nodes = {
