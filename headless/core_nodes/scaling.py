@@ -21,6 +21,16 @@ def scaled(images: Tensor, width: int, height: int, method: str) -> Tensor:
     return moved.movedim(1, -1)
 
 
+def scaled_to(images: Tensor, method: str, width: int, height: int, crop: str) -> Tensor:
+    """As `scaled`. crop center: what the new proportions have no room for is cut off both sides alike."""
+    if crop == "center":
+        high, wide = images.shape[1:3]
+        left = max(0, round((wide - high * width / height) / 2))
+        top = max(0, round((high - wide * height / width) / 2))
+        images = images[:, top : high - top, left : wide - left]
+    return scaled(images, width, height, method)
+
+
 class ImageScale:
     """Pictures at another size; one side of 0 keeps the proportions, both leave them as they are."""
 
@@ -41,17 +51,13 @@ class ImageScale:
         }
 
     def upscale(self, image: Tensor, upscale_method: str, width: int, height: int, crop: str) -> tuple[Tensor]:
-        """crop center: what the new proportions have no room for is cut off both sides alike."""
+        """The pictures at that size."""
         high, wide = image.shape[1:3]
         if not width and not height:
             return (image,)
         width = width or max(1, round(wide * height / high))
         height = height or max(1, round(high * width / wide))
-        if crop == "center":
-            left = max(0, round((wide - high * width / height) / 2))
-            top = max(0, round((high - wide * height / width) / 2))
-            image = image[:, top : high - top, left : wide - left]
-        return (scaled(image, width, height, upscale_method),)
+        return (scaled_to(image, upscale_method, width, height, crop),)
 
 
 class ImageScaleBy:

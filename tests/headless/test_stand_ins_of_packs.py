@@ -136,6 +136,15 @@ def test_pictures_are_scaled():
     assert torch.allclose(call("ImageScaleBy", pictures, "bilinear", 0.5)[0], halves, atol=1e-6)
 
 
+def test_batches_are_merged_at_the_size_of_one():
+    large, small = torch.rand(2, 12, 20, 3), torch.rand(3, 6, 10, 3)
+    arguments = ("nearest-exact", "disabled")
+    for strategy, size in (("A", "large"), ("B", "small"), ("smaller", "small"), ("larger", "large")):
+        merged, count = call("VHS_MergeImages", large, small, f"match {strategy}", *arguments)
+        height, width = (large if size == "large" else small).shape[1:3]
+        assert count == 5 and torch.equal(merged, torch.cat([nearest(i, width, height) for i in (large, small)]))
+
+
 @pytest.mark.parametrize(
     ("width", "height", "method", "condition", "step", "size"),
     [
