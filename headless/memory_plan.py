@@ -18,6 +18,7 @@ from ..wanvideo.load_plan import LoadOptions, ModuleFile, contents
 from ..wanvideo.memory import NOTHING_BESIDE, Beside, Footprint, Work, gigabytes
 from .graph import Link, Node, Prompt
 from .model_list import ENDINGS, needed_models
+from .planned_sizes import widget_of_size
 from .published_headers import is_known, open_or_make
 from .widgets import CASTS, checked, inputs_of
 
@@ -32,6 +33,7 @@ CONTEXT = 0.6 * 2**30
 MODULES = ("VACEPATH", "FANTASYTALKINGMODEL", "MULTITALKMODEL", "FANTASYPORTRAITMODEL")
 # What nodes hand on that load a model of a system's own, which runs beside the transformer.
 OWN_MODEL = "WANVIDEOCONTROLNET"
+PLAIN = {*CASTS, "*"}
 FRAMES = ("num_frames", "frame_window_size", "length")
 
 
@@ -109,10 +111,15 @@ class Reader:
         node = self.prompt.nodes.get(link.node)
         cls = None if node is None else self.classes.get(node.type)
         entries = [] if cls is None else inputs_of(cls, node.inputs)
-        # Only what numbers and texts go in and come out of: nothing is loaded, read or written.
-        if cls is None or getattr(cls, "OUTPUT_NODE", False) or cls.RETURN_TYPES[link.slot] not in CASTS:
+        if cls is None or getattr(cls, "OUTPUT_NODE", False):
             return None
-        if not all(isinstance(entry.kind, str) and set(entry.kind.split(",")) <= CASTS.keys() for entry in entries):
+        if sized := widget_of_size(node, link.slot, self.maker):
+            # 0 keeps the proportions of a picture that is not known.
+            return self.value(*sized) or None
+        # Only what numbers and texts go in and come out of: nothing is loaded, read or written.
+        if not {cls.RETURN_TYPES[link.slot]} <= PLAIN:
+            return None
+        if not all(isinstance(entry.kind, str) and set(entry.kind.split(",")) <= PLAIN for entry in entries):
             return None
         arguments = {entry.name: self.value(node, entry.name) for entry in entries}
         if any(value is None for value in arguments.values()):

@@ -197,6 +197,38 @@ def test_the_command_plans_the_demo(capsys):
     assert cli.main(["plan", str(WORKFLOW), "--vram", "-1"]) == 2
 
 
+@pytest.mark.parametrize("asked", ["ImageResizeKJv2", "GetImageSizeAndCount", "GetImageSize+"])
+def test_a_size_is_what_a_resizing_node_is_asked_for(host, asked):
+    resize = Node("5", "ImageResizeKJv2", "", {"image": Link("9", 0), "width": Link("2", 0), "height": 512})
+    nodes = {"5": resize, "6": Node("6", asked, "", {"image": Link("5", 0), "width": 768, "height": 512})}
+    prompt = workflow(**nodes)
+    first = 0 if asked == "GetImageSize+" else 1
+    prompt.nodes["3"].inputs |= {"width": Link("6", first), "height": Link("6", first + 1)}
+    assert "81 frames of 768x512 (WanVideoImageToVideoEncode" in plan(prompt, CLASSES, host)[0]
+    nodes["6"].inputs["height"] = resize.inputs["height"] = 0
+    assert "(assumed" in plan(prompt, CLASSES, host)[0]
+
+
+def test_sizes_that_lead_back_to_themselves_are_not_known(host):
+    ring = {
+        "5": Node("5", "GetImageSizeAndCount", "", {"image": Link("6", 0)}),
+        "6": Node("6", "ImagePass", "", {"image": Link("5", 0)}),
+    }
+    prompt = workflow(**ring)
+    prompt.nodes["3"].inputs["width"] = Link("5", 1)
+    assert "(assumed" in plan(prompt, CLASSES, host)[0]
+
+
+def test_a_number_of_frames_passes_a_switch(host):
+    nodes = {
+        "5": Node("5", "Any Switch (rgthree)", "", {"any_01": Link("6", 0), "any_02": Link("2", 0)}),
+        "6": Node("6", "mxSlider", "", {"Xi": 45, "Xf": 45.0, "isfloatX": 0}),
+    }
+    prompt = workflow(**nodes)
+    prompt.nodes["3"].inputs["num_frames"] = Link("5", 0)
+    assert "45 frames of 768x768" in plan(prompt, CLASSES, host)[0]
+
+
 def test_a_size_that_is_no_number_is_named(host):
     prompt = workflow()
     prompt.nodes["2"].inputs["value"] = "{{WIDTH}}"
