@@ -19,7 +19,9 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Whatever ComfyUI runs here may change K in place.
     ready = [kernel_ready(t.transpose(1, 2), strided=False) for t in (q, k.clone(), v)]
     check_entry("comfy", strided=False, q=ready[0], k=ready[1], v=ready[2])
-    return kernel_ready(get_host().attention()(*ready).unflatten(-1, (q.shape[2], v.shape[3])), strided=False)
+    # As some of the packages that it may be do, it may launch on the current device, wherever the tensors are.
+    with torch.cuda.device_of(q):
+        return kernel_ready(get_host().attention()(*ready).unflatten(-1, (q.shape[2], v.shape[3])), strided=False)
 
 
 @_op.register_fake

@@ -25,7 +25,9 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dtype = q.dtype if q.dtype in DTYPES else DTYPES[0]
     ready = [kernel_ready(t.to(dtype), strided=False) for t in (q, k, v)]
     check_entry("sol_attn", strided=False, q=ready[0], k=ready[1], v=ready[2])
-    return kernel_ready(comfy_kitchen.sol_attn(*ready).to(q.dtype), strided=False)
+    # It launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(q):
+        return kernel_ready(comfy_kitchen.sol_attn(*ready).to(q.dtype), strided=False)
 
 
 @_op.register_fake

@@ -100,7 +100,9 @@ def _product(
     bias = None if bias is None else kernel_ready(bias.to(x.dtype))
     check_entry(kind, strided=False, x=rows, bias=bias, **{f"stored[{n}]": t for n, t in enumerate(stored)})
     if rows.numel():
-        out = _kinds[kind].multiply(rows, stored, settings, bias, out_features)
+        # comfy-kitchen launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(x):
+            out = _kinds[kind].multiply(rows, stored, settings, bias, out_features)
     else:
         # No rows, or no columns: then the bias alone.
         out = rows.new_zeros(rows.shape[0], out_features)
