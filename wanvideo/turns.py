@@ -25,9 +25,9 @@ from .swapper import Swapper
 def brought(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, the modules' weights are on `device`; after it they are where they wait. Nothing is copied back."""
     waiting = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
-    for parameter, value in waiting:
-        parameter.data = kernel_ready(value.to(device), strided=False)
     try:
+        for parameter, value in waiting:
+            parameter.data = kernel_ready(value.to(device), strided=False)
         yield
     finally:
         for parameter, value in waiting:

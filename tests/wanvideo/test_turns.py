@@ -163,6 +163,23 @@ def test_what_is_brought_waits_where_it_was(case, monkeypatch):
     assert [p.data_ptr() for p in module.parameters()] == waiting
 
 
+def test_what_does_not_fit_waits_where_it_was(case, monkeypatch):
+    """A part of which the first tensors are on the device already."""
+    module, room = case.payload.controlnet.module, [2]
+
+    def copied(tensor, strided):
+        room[0] -= 1
+        if not room[0]:
+            raise torch.OutOfMemoryError
+        return tensor.clone()
+
+    monkeypatch.setattr(turns, "kernel_ready", copied)
+    before = storages(module)
+    with pytest.raises(torch.OutOfMemoryError), brought(module.turns()[0], CPU):
+        pass
+    assert storages(module) == before
+
+
 def test_without_room_to_pin_there_is_one_notice(case, caplog):
     copies = LateCopies(pins=False)
     model, payload = beside(case, copies)
