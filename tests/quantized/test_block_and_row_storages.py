@@ -72,8 +72,8 @@ def test_product(kind, shape, dtype):
             want = x.double() @ stored.t() + (0 if bias is None else bias.double())
             got = layer(x)
             assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
-            # A few results average no rounding of the activation out.
-            rounding = tolerance * (3 if want.numel() < 100 else 1)
+            # A few results average no rounding of the activation out, nor do those of one row, which share it.
+            rounding = tolerance * (3 if not lead or want.numel() < 100 else 1)
             assert relative(got, want) < rounding + TOLERANCE[dtype] and torch.equal(x, before)
         assert layer(torch.randn(0, shape[1]).to(dtype)).shape == (0, shape[0])
     with pytest.raises(ValueError, match="its input has 3"):
