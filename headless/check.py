@@ -209,11 +209,11 @@ def _problems_of(node: Node, prompt: Prompt, classes: Mapping[str, type]) -> Ite
 def _unplaced(node: Node, cls: type, entries: list[Input]) -> Iterator[str]:
     """Links to inputs that the node does not have: ComfyUI would call it with them."""
     names = [entry.name for entry in entries]
-    if not takes_any_name(cls):
-        for name in node.inputs.keys() - set(names):
-            if isinstance(node.inputs[name], Link):
-                others = ", ".join(names)
-                yield f"{node.label}: '{name}' is linked, but the node has no such input: link one of {others}."
+    unplaced = [name for name, value in node.inputs.items() if isinstance(value, Link) and name not in names]
+    if unplaced and not takes_any_name(cls):
+        others = ", ".join(names)
+        for name in unplaced:
+            yield f"{node.label}: '{name}' is linked, but the node has no such input: link one of {others}."
 
 
 def _unwrapped(value: object) -> object:

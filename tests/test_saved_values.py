@@ -100,7 +100,7 @@ def test_empty_values_of_every_node_become_its_defaults_before_the_server_sees_t
     caplog.set_level(logging.INFO, "wanvideo")
     for name, node in N.items():
         widgets = [entry for entry in inputs_of(node) if entry.is_widget and not isinstance(entry.kind, list)]
-        for nothing in (None, ""):
+        for nothing in (None, "", HTML):
             values = {entry.name: nothing for entry in widgets}
             prompt = {"7": {"class_type": name, "inputs": {"model": ["1", 0], **values}}}
             caplog.clear()
