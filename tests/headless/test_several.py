@@ -1,5 +1,7 @@
 """What ranks run of a workflow, and which models of one run the next one takes."""
 
+from types import SimpleNamespace
+
 from wanvideo_wrapper.headless.graph import Link, Node, Prompt
 from wanvideo_wrapper.headless.runner import Runner
 from wanvideo_wrapper.headless.several import FollowingRunner
@@ -51,9 +53,17 @@ def prompt(model=0, seed=0, tiled=False):
     return Prompt({name: Node(name, kind, "", inputs) for name, (kind, inputs) in links.items()}, {})
 
 
+class Sharing(StandaloneHost):
+    """One of several processes, as far as a runner asks."""
+
+    def __init__(self):
+        super().__init__(device="cpu")
+        self.ranks = SimpleNamespace(video_is_read=False)
+
+
 def ran(kind, *arguments, **more):
     RAN.clear()
-    kind(prompt(**more), CLASSES, StandaloneHost(device="cpu"), *arguments).run()
+    kind(prompt(**more), CLASSES, Sharing(), *arguments).run()
     return set(RAN)
 
 
