@@ -111,7 +111,10 @@ def _triton_version() -> tuple[int, int]:
 def first_run(backend: Fp8Attention, device: torch.device, head_dim: int) -> str | None:
     """What goes wrong with a small call on that GPU, which is waited for; None where nothing does."""
     try:
-        q, k, v = torch.randn(3, 1, PROBE_TOKENS, 2, head_dim, device=device, dtype=torch.bfloat16)
+        # Of its own: the numbers that others draw on the GPU are the same whether this has run or not.
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (3, 1, PROBE_TOKENS, 2, head_dim)
+        q, k, v = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
         finite = bool(backend(q, k, v).isfinite().all())
     except torch.OutOfMemoryError:
         log.warning("'%s' was not tried: there was not enough free memory on the GPU.", backend.name)

@@ -6,7 +6,8 @@ Used for the demo's checkpoints and by the tests, which save them in every file 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +50,14 @@ class Tiny:
         save_file({k: v.contiguous() for k, v in stored.items()}, path, metadata=self.metadata or None)
 
 
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """Inside, torch draws the numbers of this seed; what it draws afterwards is as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 SPEECH = MultiTalk(
     features=SPEECH_LAYERS * SPEECH_DIM, intermediate_dim=64, context_tokens=8, output_dim=64, voiced=(0, 1, 2)
 )
@@ -61,9 +70,8 @@ def transformer(
     config = WanConfig(
         dim=128, ffn_dim=256, num_heads=2, num_layers=layers, in_dim=in_dim, out_dim=out_dim, text_dim=TEXT_DIM
     )
-    torch.manual_seed(seed)
-    model = WanModel(config, extensions)
-    with torch.no_grad():
+    with torch.no_grad(), drawn(seed):
+        model = WanModel(config, extensions)
         for name, parameter in model.named_parameters():
             if name.endswith("modulation"):
                 nn.init.normal_(parameter, std=0.1)
@@ -94,8 +102,8 @@ def vae(seed: int = 2, base_dim: int = 8) -> Tiny:
         channels=3,
         nested=False,
     )
-    torch.manual_seed(seed)
-    return vae_file(build_vae(layout), layout)
+    with drawn(seed):
+        return vae_file(build_vae(layout), layout)
 
 
 def vae_file(model: nn.Module, layout: VaeLayout) -> Tiny:
@@ -131,12 +139,12 @@ def text_encoder(seed: int = 3, *, wan_names: bool = True, sentences: Sequence[s
     with kernels_hidden("transformers"):
         from transformers import UMT5Config, UMT5EncoderModel
 
-    torch.manual_seed(seed)
     config = UMT5Config(vocab_size=VOCABULARY, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    model = UMT5EncoderModel(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    with drawn(seed):
+        model = UMT5EncoderModel(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     parameters = {k: v.detach() for k, v in model.named_parameters()}
     tensors = {wan_name(k): v for k, v in parameters.items()} if wan_names else parameters
     return Tiny(tensors={**tensors, "spiece_model": tokenizer(sentences)})
@@ -168,12 +176,12 @@ def clip_vision(seed: int = 4, patch: int = 14) -> Tiny:
     with kernels_hidden("transformers"):
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    torch.manual_seed(seed)
     config = CLIPVisionConfig(
         hidden_size=CLIP_DIM, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         image_size=224, patch_size=patch, hidden_act="gelu",
     )  # fmt: skip
-    model = CLIPVisionModel(config)
+    with drawn(seed):
+        model = CLIPVisionModel(config)
     tensors = {f"vision_model.{k.removeprefix('vision_model.')}": v.detach() for k, v in model.named_parameters()}
     return Tiny(tensors=tensors, metadata={"wanvideo.num_heads": "2"})
 
@@ -188,12 +196,12 @@ def wav2vec_model(seed: int) -> nn.Module:
     with kernels_hidden("transformers"):
         from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-    torch.manual_seed(seed)
     config = Wav2Vec2Config(
         hidden_size=SPEECH_DIM, num_hidden_layers=SPEECH_LAYERS, num_attention_heads=2, intermediate_size=128,
         conv_dim=(32,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
     )  # fmt: skip
-    return Wav2Vec2Model(config)
+    with drawn(seed):
+        return Wav2Vec2Model(config)
 
 
 def wav2vec_file(model: nn.Module) -> Tiny:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...kernels import in_a_line
+
 log = logging.getLogger("wanvideo")
 
 
@@ -28,7 +30,7 @@ def hub_file(repository: str, names: Sequence[str], *, revision: str, note: str)
     try:
         return Path(hf_hub_download(repository, names[0], revision=revision))
     except (OSError, ValueError) as error:
-        log.warning("It could not be fetched: %s", str(error).splitlines()[0])
+        log.warning("It could not be fetched: %s", in_a_line(error))
         raise FileNotFoundError("no connection") from error
 
 
