@@ -14,14 +14,16 @@ METHODS = ("lanczos", "bicubic", "bilinear", "nearest-exact", "area")
 
 
 def resize_images(images: Tensor, width: int, height: int, method: str = "lanczos") -> Tensor:
-    """Images [n, H, W, C] in 0..1 at another size, the aspect ratio not kept. Lanczos is Pillow's, at 8 bits."""
+    """Images [n, H, W, C] in 0..1 at another size, the aspect ratio not kept, by a method of ComfyUI's.
+
+    Lanczos is Pillow's, at 8 bits. Nothing else smooths what it makes smaller; bicubic may leave 0..1.
+    """
     if images.shape[1:3] == (height, width):
         return images
     if method == "lanczos":
         return _lanczos(images, width, height)
-    options = {"antialias": True, "align_corners": False} if method in ("bicubic", "bilinear") else {}
-    moved = torch.nn.functional.interpolate(images.movedim(-1, 1), size=(height, width), mode=method, **options)
-    return moved.movedim(1, -1).clamp(0, 1).contiguous()
+    moved = torch.nn.functional.interpolate(images.movedim(-1, 1), size=(height, width), mode=method)
+    return moved.movedim(1, -1).contiguous()
 
 
 def _lanczos(images: Tensor, width: int, height: int) -> Tensor:

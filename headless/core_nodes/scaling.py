@@ -6,29 +6,17 @@ import torch
 from torch import Tensor
 
 from ...node_tools import Inputs
-from ...wanvideo.images import resize_images
+from ...wanvideo.images import centered, resize_images
 
 METHODS = ["nearest-exact", "bilinear", "area", "bicubic", "lanczos"]
 LARGEST = 16384
 CONDITIONS = ["always", "downscale if bigger", "upscale if smaller", "if bigger area", "if smaller area"]
 
 
-def scaled(images: Tensor, width: int, height: int, method: str) -> Tensor:
-    """Images [n, H, W, C] at another size as ComfyUI scales them: nothing but lanczos smooths what it makes smaller."""
-    if method == "lanczos":
-        return resize_images(images, width, height)
-    moved = torch.nn.functional.interpolate(images.movedim(-1, 1), size=(height, width), mode=method)
-    return moved.movedim(1, -1)
-
-
 def scaled_to(images: Tensor, method: str, width: int, height: int, crop: str) -> Tensor:
-    """As `scaled`. crop center: what the new proportions have no room for is cut off both sides alike."""
-    if crop == "center":
-        high, wide = images.shape[1:3]
-        left = max(0, round((wide - high * width / height) / 2))
-        top = max(0, round((high - wide * height / width) / 2))
-        images = images[:, top : high - top, left : wide - left]
-    return scaled(images, width, height, method)
+    """As `resize_images`. crop center: what the new proportions have no room for is cut off both sides alike."""
+    part = centered(images, width, height) if crop == "center" else images
+    return resize_images(part, width, height, method)
 
 
 class ImageScale:
@@ -74,7 +62,7 @@ class ImageScaleBy:
     def upscale(self, image: Tensor, upscale_method: str, scale_by: float) -> tuple[Tensor]:
         """Both sides rounded."""
         height, width = (max(1, round(side * scale_by)) for side in image.shape[1:3])
-        return (scaled(image, width, height, upscale_method),)
+        return (resize_images(image, width, height, upscale_method),)
 
 
 class ImageResizeEssentials:
@@ -113,7 +101,7 @@ class ImageResizeEssentials:
         goal = width // step * step, height // step * step
         size, frame = _placed(image.shape[2], image.shape[1], goal, method)
         if _holds(condition, (image.shape[2], image.shape[1]), size):
-            image = _framed(scaled(image, *size, interpolation), frame)
+            image = _framed(resize_images(image, *size, interpolation), frame)
         high, wide = (side // step * step for side in image.shape[1:3])
         image = _framed(image, (wide, high)).clamp(0, 1)
         return image, wide, high

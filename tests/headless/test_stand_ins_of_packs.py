@@ -134,6 +134,11 @@ def test_pictures_are_scaled():
     assert call("ImageScaleBy", pictures, "area", 0.5)[0].shape == (2, 6, 10, 3)
     halves = pictures.reshape(2, 6, 2, 10, 2, 3).mean(dim=(2, 4))
     assert torch.allclose(call("ImageScaleBy", pictures, "bilinear", 0.5)[0], halves, atol=1e-6)
+    # Nothing but lanczos smooths: at a third of the size the pixel in the middle of three is left.
+    thirds = ("stretch", "0, 0, 0", "center", 1)
+    for method in ("bilinear", "bicubic"):
+        small = call("ImageResizeKJv2", pictures[:, :, :18], 6, 4, method, *thirds)[0]
+        assert torch.allclose(small, pictures[:, 1::3, 1:18:3], atol=1e-6)
 
 
 def test_batches_are_merged_at_the_size_of_one():
