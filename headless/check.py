@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .graph import Link, Node, Prompt
 from .group_nodes import closed_because, is_group
-from .packs import A_FORK, THE_ORIGINAL, pack_of
+from .packs import A_FORK, pack_of
 from .ui_graph import WRAPPED
 from .video_file import FORMATS, too_small
 from .widgets import CASTS, Input, checked, inputs_of, takes_any_name
@@ -166,12 +166,7 @@ def _unknown(nodes: list[Node]) -> Iterator[str]:
         many = len(names) > 1
         needs = f"The workflow needs the node{'s' * many} {', '.join(names)}"
         it = "them" if many else "it"
-        if pack == THE_ORIGINAL:
-            yield (
-                f"{needs}, which this pack does not have yet: run the workflow with the original pack, or bypass {it} "
-                "and do without."
-            )
-        elif pack == A_FORK:
+        if pack == A_FORK:
             yield (
                 f"{needs}, which neither this pack nor the original has: the workflow is of a fork, or of before {it} "
                 f"went. Bypass {it} with --bypass, or run the workflow where it was made."

@@ -22,15 +22,11 @@ OWN_NAMES = re.compile(
     r"^(ExtractStartFrames|Qwen|TextImageEncodeQwenVL|DummyComfyWanModel|WanMove_native)|^CreateCFGScheduleFloatList$"
 )
 OWN_PACKS = ("comfyui-wanvideowrapper", "kijai/comfyui-wanvideowrapper")
-THE_ORIGINAL, A_FORK = "the original pack", "a fork of the original pack"
-# What the original has and this pack has not.
-UNBUILT = ("LongCatAvatarWhisperEmbeds", "WanVideoAddSCAIL2ConditionEmbeds")
+A_FORK = "a fork of the original pack"
 
 
 def pack_of(node_type: str, stated: str) -> str:
     """The pack: what the workflow states, else what the name suggests, else "an unknown pack"."""
-    if node_type in UNBUILT:
-        return THE_ORIGINAL
     if stated:
         return A_FORK if stated.lower() in OWN_PACKS else f"the pack '{stated}'"
     for pattern, name in PACKS:

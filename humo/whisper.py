@@ -1,4 +1,4 @@
-"""The encoder of Whisper: sound at 16 kHz -> five levels of features at 25 frames a second.
+"""The encoder of Whisper: sound at 16 kHz -> five levels of features at the video's frame rate.
 
 Source: Radford et al. 2022 and openai/whisper-large-v3 (architecture), Phantom-video/HuMo (pieces of 30 s, levels).
 """
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = 16000
 HEAD_SIZE = 64
-# Encoder frames a second, and the video's.
+# Encoder frames a second, and those of the videos that models were trained on.
 ENCODER_FPS, VIDEO_FPS = 50, 25
+# Rounding error of times in floating point, far below one sample.
+SLACK = 1e-6
 SAMPLES_A_FRAME = SAMPLE_RATE // VIDEO_FPS
 # Levels below the last: layers are averaged in as many groups.
 GROUPS = 4
@@ -54,7 +56,7 @@ class Whisper:
         return self.model.config.d_model
 
     @torch.no_grad()
-    def encode(self, sound: NDArray[np.floating]) -> Tensor:
+    def encode(self, sound: NDArray[np.floating], fps: float = VIDEO_FPS) -> Tensor:
         """Mono sound at 16 kHz -> [video frames, 5, channels] float32 on the CPU.
 
         Each piece of 30 s is heard by itself. Raises ValueError if the sound is shorter than a video frame.
@@ -62,10 +64,10 @@ class Whisper:
         device = self.managed.acquire()
         starts = range(0, len(sound), self.piece)
         heard = [self._levels(sound[start : start + self.piece], device) for start in starts]
-        count = len(sound) // SAMPLES_A_FRAME * (ENCODER_FPS // VIDEO_FPS)
-        frames = int(count / ENCODER_FPS * VIDEO_FPS)
+        frames = int(len(sound) * fps / SAMPLE_RATE + SLACK)
         if frames < 1:
-            raise ValueError(f"The sound is shorter than a video frame ({SAMPLES_A_FRAME} samples at 16 kHz).")
+            raise ValueError(f"The sound is shorter than a video frame ({SAMPLE_RATE / fps:.0f} samples at 16 kHz).")
+        count = max(round(frames * ENCODER_FPS / fps), 1)
         levels = torch.cat(heard, dim=-1)[..., :count]
         return F.interpolate(levels, size=frames, mode="linear", align_corners=True).permute(2, 0, 1).float().cpu()
 

@@ -1,4 +1,4 @@
-"""The node of LongCat-Video-Avatar: one part of a talking video, which goes on from the part before.
+"""Nodes of LongCat-Video-Avatar: one part of a talking video, which goes on from the part before.
 
 Source: meituan-longcat/LongCat-Video (longcat_video/pipeline_longcat_video_avatar.py).
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import logging
 
+from torch import Tensor
+
 from ..longcat.given import Continuation, GivenFrames
 from ..multitalk.audio import MultiTalkEmbeds
 from ..node_tools import CATEGORY, FRAMES_TIP, Inputs, Latent, mappings, whole_frames
 from ..wanvideo.frames import latent_frames
+from ..wanvideo.images import to_video
+from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.request import ImageEmbeds
-from .speech import PADDINGS, STRIDE, LongCatSpeech, lengthened
+from .nodes_whisper import LongCatAvatarWhisperEmbeds
+from .speech import PADDINGS, STRIDE, LongCatSpeech, WhisperSpeech, lengthened
 
 log = logging.getLogger("wanvideo")
 
@@ -36,7 +41,10 @@ class WanVideoLongCatAvatarExtendEmbeds:
         return {
             "required": {
                 "prev_latents": ("LATENT", {"tooltip": "All latents of the video before, or the encoded picture"}),
-                "audio_embeds": ("MULTITALK_EMBEDS", {"tooltip": "The whole speech, encoded at twice the frame rate"}),
+                "audio_embeds": (
+                    "MULTITALK_EMBEDS",
+                    {"tooltip": "The whole speech: for 1.0 at twice the frame rate, for 1.5 by LongCat Avatar Whisper"},
+                ),
                 "num_frames": ("INT", {"default": 93, "min": 1, "max": 256, **whole, "tooltip": FRAMES_TIP}),
                 "overlap": (
                     "INT",
@@ -65,6 +73,8 @@ class WanVideoLongCatAvatarExtendEmbeds:
             "optional": {
                 "ref_latent": ("LATENT", {"tooltip": "The reference: the first picture or latent of the whole video"}),
                 "samples": ("LATENT", {"tooltip": "A whole video to start from; its part is the second output"}),
+                "prev_images": ("IMAGE", {"tooltip": "1.5: the decoded video before, whose end is encoded anew"}),
+                "vae": ("WANVAE", {"tooltip": "Encodes prev_images"}),
             },
         }
 
@@ -80,11 +90,15 @@ class WanVideoLongCatAvatarExtendEmbeds:
         ref_mask_frame_range: int,
         ref_latent: Latent | None = None,
         samples: Latent | None = None,
+        prev_images: Tensor | None = None,
+        vae: WanVAE | None = None,
     ) -> tuple[ImageEmbeds, Latent | None]:
         """Embeds of what is given and heard, and the part of `samples`. Raises ValueError where these do not fit."""
         num_frames = whole_frames(num_frames)
         before, made = prev_latents["samples"][0].float(), latent_frames(num_frames)
         known = latent_frames(overlap) if overlap else 0
+        if known and prev_images is not None:
+            before = _encoded(prev_images, vae, overlap, before)
         if known > before.shape[1]:
             raise ValueError(
                 f"overlap {overlap} takes {known} latent frames, but prev_latents has {before.shape[1]}: lower it."
@@ -110,6 +124,24 @@ class WanVideoLongCatAvatarExtendEmbeds:
         return embeds, None if samples is None else _part(samples, frames_processed, made)
 
 
+def _encoded(images: Tensor, vae: WanVAE | None, overlap: int, before: Tensor) -> Tensor:
+    """Latents [C, T, H, W] of the last `overlap` pictures. Raises ValueError where they cannot go before the part."""
+    if vae is None:
+        raise ValueError("prev_images are encoded by a VAE: connect WanVideo VAE Loader to 'vae', or disconnect them.")
+    if len(images) < overlap:
+        raise ValueError(f"overlap {overlap} takes as many of prev_images, but there are {len(images)}: lower it.")
+    try:
+        latents = vae.encode(to_video(images[-whole_frames(overlap) :]))
+    finally:
+        vae.managed.release()
+    if latents.shape[2:] != before.shape[2:]:
+        raise ValueError(
+            f"prev_images are {tuple(latents.shape[2:])} in latents and prev_latents {tuple(before.shape[2:])}: give "
+            "the decoded pictures of prev_latents."
+        )
+    return latents
+
+
 def _given(known: int, made: int, referred: bool, position: int, reach: int) -> tuple[GivenFrames, ...]:
     """known of `made` latent frames are given, and a reference in front if there is one (referred)."""
     frames = known + referred
@@ -127,13 +159,15 @@ def _speech(embeds: MultiTalkEmbeds, num_frames: int, overlap: int, processed: i
     features = lengthened(embeds.features, processed + num_frames, padding)
     if features is not embeds.features:
         log.warning("The speech has %d features, and %d are needed: %s.", embeds.num_frames, len(features[0]), padding)
+    stride = 1 if isinstance(embeds, WhisperSpeech) else STRIDE
     return LongCatSpeech(
         features=features,
         scale=embeds.scale,
         cfg_scale=embeds.cfg_scale,
         masks=embeds.masks,
-        start=(processed - overlap) * STRIDE if processed else 0,
+        start=(processed - overlap) * stride if processed else 0,
         frames=num_frames,
+        stride=stride,
     )
 
 
@@ -142,4 +176,6 @@ def _part(samples: Latent, processed: int, made: int) -> Latent:
     return {**samples, "samples": samples["samples"][:, :, start : start + made].clone()}
 
 
-NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoLongCatAvatarExtendEmbeds)
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
+    WanVideoLongCatAvatarExtendEmbeds, LongCatAvatarWhisperEmbeds
+)

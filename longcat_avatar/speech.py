@@ -12,17 +12,26 @@ from ..multitalk.extension import AudioWindow
 from ..multitalk.multitalk import AUDIO_WINDOW
 from ..wanvideo.conditioning import Window
 
-# Speech has two features a frame: a video of 16 frames a second is made with features at 32.
+# Speech of avatar 1.0 has two features a frame: a video of 16 frames a second is made with features at 32.
 STRIDE = 2
 PADDINGS = ("pad_with_start", "mirror_from_end")
 
 
 @dataclass(frozen=True, kw_only=True)
+class WhisperSpeech(MultiTalkEmbeds):
+    """Encoded speech as avatar 1.5 hears it, one feature a frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LongCatSpeech(MultiTalkEmbeds):
-    """Encoded speech, of which so many frames from the feature `start` on belong to the video that is sampled."""
+    """Encoded speech, of which so many frames from the feature `start` on belong to the video that is sampled.
+
+    stride: features a frame.
+    """
 
     start: int
     frames: int
+    stride: int = STRIDE
 
     def window(self, window: Window) -> AudioWindow:
         """The features of each frame, with their two neighbors on both sides; the last is repeated behind the end.
@@ -35,7 +44,7 @@ class LongCatSpeech(MultiTalkEmbeds):
                 "disconnect the context options."
             )
         half = AUDIO_WINDOW // 2
-        centers = self.start + STRIDE * torch.arange(self.frames)
+        centers = self.start + self.stride * torch.arange(self.frames)
         index = (centers[:, None] + torch.arange(-half, half + 1)).clamp(0, self.num_frames - 1)
         audio = torch.stack([feature[index] for feature in self.features])[None]
         return AudioWindow(audio, torch.tensor(float(self.scale)), self.masks)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -225,24 +225,34 @@ def _low_pass(sound: NDArray[np.float32]) -> None:
 def encode_speech(
     wav2vec: Wav2Vec, sounds: Sequence[NDArray[np.float32]], *, fps: float, sequential: bool, longest: int
 ) -> MultiTalkEmbeds:
-    """Features of every speaker, padded with silence to one length.
+    """Features of every speaker, and silence for what follows them. As `encode_each`."""
+    features = encode_each(wav2vec.encode, sounds, fps=fps, sequential=sequential, longest=longest)
+    return MultiTalkEmbeds(features=features, silence=encode_silence(wav2vec, fps=fps))
 
-    sequential: speakers talk one after the other, else at once. longest: frames after which all is cut. Raises
-    ValueError if a sound is shorter than a frame.
+
+def encode_each(
+    encode: Callable[[NDArray[np.float32], int], Tensor],
+    sounds: Sequence[NDArray[np.float32]],
+    *,
+    fps: float,
+    sequential: bool,
+    longest: int,
+) -> tuple[Tensor, ...]:
+    """Features [frames, layers, channels] of every speaker, of one length.
+
+    encode: a sound and its number of frames -> its features. sequential: speakers talk one after the other, else at
+    once. longest: frames after which all is cut. Raises ValueError if a sound is shorter than a frame.
     """
     features = []
     for sound in sounds:
         frames = frame_count(len(sound), fps)
         if frames < 1:
             raise ValueError(f"The audio is shorter than one video frame at {fps} fps: choose a longer one.")
-        features.append(wav2vec.encode(sound, frames))
-    silence = encode_silence(wav2vec, fps=fps)
-    embeds = MultiTalkEmbeds(features=tuple(features), silence=silence)
+        features.append(encode(sound, frames))
     lengths = [len(feature) for feature in features]
     total = min(sum(lengths) if sequential else max(lengths), longest)
     starts = [sum(lengths[:i]) if sequential else 0 for i in range(len(lengths))]
-    placed = [_placed(f, start, total) for f, start in zip(features, starts, strict=True)]
-    return replace(embeds, features=tuple(placed))
+    return tuple(_placed(f, start, total) for f, start in zip(features, starts, strict=True))
 
 
 def _placed(feature: Tensor, start: int, total: int) -> Tensor:

@@ -136,7 +136,7 @@ class MultiTalk(Extension):
         if audio.shape[4] * audio.shape[5] != self.features:
             raise ValueError(
                 f"The audio layers read {self.features} features a frame but the audio encoder gives "
-                f"{audio.shape[4] * audio.shape[5]}: load the Wav2Vec2 model that this checkpoint was trained with."
+                f"{audio.shape[4] * audio.shape[5]}: load the speech encoder that this checkpoint was trained with."
             )
         projected = model.multitalk_audio_proj(*latent_windows(audio.flatten(0, 1))).to(tokens.x.dtype)
         projected = projected.unflatten(0, (-1, speakers)).transpose(1, 2).flatten(2, 3)

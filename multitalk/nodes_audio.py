@@ -12,26 +12,14 @@ from torch import Tensor
 from ..host import get_host
 from ..node_checks import Types, check_loadable, need_link, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
-from ..wanvideo.advice import warn_of_cut
-from ..wanvideo.finite import check_finite
-from .audio import (
-    AudioOptions,
-    MultiTalkEmbeds,
-    encode_silence,
-    encode_speech,
-    mix,
-    prepare_sound,
-    silent_speech,
-    whole_frames,
-)
-from .speakers import check_masks, check_painted
+from .audio import AudioOptions, MultiTalkEmbeds, encode_silence, encode_speech, mix, silent_speech
+from .sounds import TRAINED_FPS, frames_of, prepared
 from .wav2vec import Wav2Vec, load_wav2vec
 
 log = logging.getLogger("wanvideo")
 
 # Repository -> the revision that holds the weights as safetensors.
 SPEECH_MODELS = {"TencentGameMate/chinese-wav2vec2-base": "refs/pr/1", "facebook/wav2vec2-base-960h": "main"}
-TRAINED_FPS = 25.0
 # Eleven hours at 25 frames a second; the loop of windows itself knows no end.
 LONGEST = 1_000_000
 LONGEST_TIP = "Longest video; where speakers talk in turn, longest speech of each"
@@ -182,28 +170,17 @@ class MultiTalkWav2VecEmbeds:
         At most num_frames, or for each speaker where they talk in turn. Raises ValueError where sounds and masks do not
         fit, or a sound holds NaN.
         """
-        if fps != TRAINED_FPS:
-            log.warning("The audio layers were trained at 25 fps; at %s the lips may drift.", fps)
-        if audio_1 is None:
-            raise ValueError("audio_1 has no sound: choose a file that has some.")
         options = AudioOptions(
             normalize_loudness=normalize_loudness,
             add_noise_floor=add_noise_floor,
             smooth_transients=smooth_transients,
         )
-        given = {"audio_1": audio_1, "audio_2": audio_2, "audio_3": audio_3, "audio_4": audio_4}
-        audios = {name: audio for name, audio in given.items() if audio is not None}
-        check_masks(ref_target_masks, list(audios))
-        check_painted(ref_target_masks, list(audios))
-        for name, audio in audios.items():
-            check_finite(f"The sound of {name} holds", audio["waveform"])
-            warn_of_cut(name, _seconds(audio), num_frames / fps)
-        sounds = [prepare_sound(audio, num_frames / fps, options) for audio in audios.values()]
         sequential = multi_audio_type == "add"
-        # In turn, each speaker has so many frames, as in the original: a common limit would leave the later ones mute.
-        longest = num_frames * len(sounds) if sequential else num_frames
-        if sequential:
-            sounds = [whole_frames(sound, fps) for sound in sounds]
+        sounds = prepared(
+            (audio_1, audio_2, audio_3, audio_4), ref_target_masks, options, num_frames=num_frames, fps=fps,
+            sequential=sequential,
+        )  # fmt: skip
+        longest = frames_of(sounds, num_frames, sequential=sequential)
         try:
             embeds = encode_speech(wav2vec_model, sounds, fps=fps, sequential=sequential, longest=longest)
         finally:
@@ -211,10 +188,6 @@ class MultiTalkWav2VecEmbeds:
         embeds = replace(embeds, scale=audio_scale, cfg_scale=audio_cfg_scale, masks=ref_target_masks)
         sound = mix(sounds, sequential=sequential, seconds=longest / fps)
         return embeds, sound, embeds.num_frames
-
-
-def _seconds(audio: dict[str, object]) -> float:
-    return audio["waveform"].shape[-1] / int(audio["sample_rate"])
 
 
 class MultiTalkSilentEmbeds:

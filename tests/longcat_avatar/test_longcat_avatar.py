@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from contract import HEIGHT, WIDTH, build, inputs
 from float64_longcat import CONFIG, FRAMES, GRID, ROOM, ExactLongCat, all_seen
 from float64_wan import places, relative
+from saved_models import whisper
+from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.humo.whisper import load_whisper
 from wanvideo_wrapper.longcat.extension import LongCat
 from wanvideo_wrapper.longcat.given import Continuation, GivenFrames
 from wanvideo_wrapper.longcat_avatar.extension import LongCatAvatar
-from wanvideo_wrapper.longcat_avatar.nodes import WanVideoLongCatAvatarExtendEmbeds
+from wanvideo_wrapper.longcat_avatar.nodes import LongCatAvatarWhisperEmbeds, WanVideoLongCatAvatarExtendEmbeds
 from wanvideo_wrapper.longcat_avatar.speech import LongCatSpeech, lengthened
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.extension import AudioWindow
@@ -145,6 +148,89 @@ def test_missing_speech_is_its_start_or_its_end_mirrored():
     for padding, want in (("pad_with_start", [0, 1, 2, 3, 0, 0]), ("mirror_from_end", [0, 1, 2, 3, 3, 2])):
         assert lengthened((feature,), 6, padding)[0].flatten().tolist() == want
     assert lengthened((feature,), 4, "pad_with_start")[0] is feature
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whisper") / "whisper.safetensors"
+    whisper().save(path, torch.float32)
+    return load_whisper(path, dtype=torch.float32, host=StandaloneHost(device="cpu"))
+
+
+def heard_of(hearing, *seconds, fps=25.0, num_frames=50, kind="para"):
+    sounds = [{"waveform": 0.1 * torch.randn(1, 1, int(s * 16000)), "sample_rate": 16000} for s in seconds]
+    more = {f"audio_{number}": sound for number, sound in enumerate(sounds[1:], 2)}
+    node = LongCatAvatarWhisperEmbeds()
+    return sounds, node.process(hearing, sounds[0], False, num_frames, fps, 0.8, 2.0, kind, **more)
+
+
+def test_avatar_1_5_hears_a_feature_a_frame(hearing):
+    (sound,), (speech, mixed, frames) = heard_of(hearing, 3.0)
+    assert torch.equal(speech.features[0], hearing.encode(sound["waveform"][0, 0, :32000].numpy()))
+    assert torch.equal(mixed["waveform"], sound["waveform"][..., :32000]) and frames == 50
+    assert (speech.scale, speech.cfg_scale, speech.silence) == (0.8, 2.0, None)
+    node, latents = WanVideoLongCatAvatarExtendEmbeds(), {"samples": torch.randn(1, 16, 6, 4, 4)}
+    embeds, _ = node.EXECUTE_NORMALIZED(latents, speech, 21, 5, 21, "pad_with_start", 4, 1)
+    got = embeds.payloads[-1].window(WHOLE).audio[0, 0]
+    want = [[speech.features[0][min(f + near, 49)] for near in (-2, -1, 0, 1, 2)] for f in range(16, 37)]
+    assert got.shape == (21, 5, 5, hearing.width) and torch.equal(got, torch.stack([torch.stack(w) for w in want]))
+
+
+def test_its_speakers_talk_at_once_or_in_turn(hearing):
+    _, (once, mixed, _) = heard_of(hearing, 1.0, 0.4)
+    assert [len(f) for f in once.features] == [25, 25] and mixed["waveform"].shape[-1] == 16000
+    assert once.features[1][:10].abs().min() > 0 and not once.features[1][10:].any()
+    _, (turns, mixed, _) = heard_of(hearing, 1.0, 0.4, kind="add")
+    assert [len(f) for f in turns.features] == [35, 35] and mixed["waveform"].shape[-1] == 22400
+    assert not turns.features[0][25:].any() and not turns.features[1][:25].any()
+
+
+def test_at_another_rate_it_hears_in_time(hearing, caplog):
+    """One second at 20 and at 25 frames a second: the first and the last feature are of the same moments."""
+    sound = 0.1 * torch.randn(1, 1, 16000)
+    at = {fps: LongCatAvatarWhisperEmbeds().process(
+        hearing, {"waveform": sound, "sample_rate": 16000}, False, 50, fps, 1.0, 1.0, "para")[0].features[0]
+        for fps in (20.0, 25.0)}  # fmt: skip
+    assert [len(f) for f in at.values()] == [20, 25] and "trained at 25 fps; at 20.0" in caplog.text
+    assert torch.allclose(at[20.0][[0, -1]], at[25.0][[0, -1]], atol=1e-5)
+
+
+class Vae:
+    """Latents that are the means of 8x8 pixels of every fourth picture."""
+
+    class managed:  # noqa: N801
+        released = 0
+
+        @classmethod
+        def release(cls):
+            cls.released += 1
+
+    def encode(self, video):
+        return F.avg_pool2d(video[:, ::4], 8).repeat(6, 1, 1, 1)[:16]
+
+
+def test_the_end_of_the_pictures_is_encoded_anew():
+    pictures = torch.rand(30, 32, 32, 4)
+    latents, (embeds, _) = embeds_of(prev_images=pictures, vae=Vae())
+    want = Vae().encode(pictures[-5:, ..., :3].movedim(-1, 0) * 2 - 1)
+    (run,) = embeds.modifiers
+    assert torch.allclose(run.given, want) and run.given.shape == (16, 2, 4, 4) and Vae.managed.released == 1
+    assert embeds.payloads[0] == embeds_of()[1][0].payloads[0]
+    (run,) = embeds_of(prev_images=pictures, vae=None, overlap=0, ref_latent=latents)[1][0].modifiers
+    assert run.given is None
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(prev_images=torch.rand(30, 32, 32, 3)), "connect WanVideo VAE Loader to 'vae'"),
+        (dict(prev_images=torch.rand(4, 32, 32, 3), vae=Vae()), "overlap 5 takes as many of prev_images"),
+        (dict(prev_images=torch.rand(30, 32, 48, 3), vae=Vae()), "give the decoded pictures of prev_latents"),
+    ],
+)
+def test_pictures_that_cannot_go_before_a_part_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        embeds_of(**options)
 
 
 def embeds_of(**more):
