@@ -11,19 +11,19 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES = 13
 SMALL = {
-    "MultiTalkWav2VecEmbeds.num_frames": FRAMES, "WanVideoSampler.steps": 1, "WanVideoImageToVideoMultiTalk.width": 64,
+    "WanVideoSampler.steps": 1, "WanVideoImageToVideoMultiTalk.width": 64,
     "WanVideoImageToVideoMultiTalk.height": 64, "WanVideoImageToVideoMultiTalk.frame_window_size": 9,
     "WanVideoImageToVideoMultiTalk.motion_frame": 5,
 }  # fmt: skip
 
 
-def write_jobs(folder):
+def write_jobs(folder, frames=FRAMES):
     """The jobs of the demo with the small values; returns their file and their names."""
     path = ROOT / "demo/cluster.jsonl"
     jobs = [json.loads(line) for line in path.read_text().splitlines()]
     for job in jobs:
         job["workflow"] = str((path.parent / job["workflow"]).resolve())
-        job["set"] |= SMALL
+        job["set"] |= {**SMALL, "MultiTalkWav2VecEmbeds.num_frames": frames}
     (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(job)}\n" for job in jobs))
     return folder / "jobs.jsonl", [job["id"] for job in jobs]
 
