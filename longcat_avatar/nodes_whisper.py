@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..humo.whisper import Whisper
 from ..multitalk.audio import AudioOptions, encode_each, mix
-from ..multitalk.sounds import TRAINED_FPS, frames_of, prepared
+from ..multitalk.sounds import FIRST_SPEAKER, HOW_THEY_SPEAK, OTHER_SPEAKERS, frames_of, prepared
 from ..node_tools import CATEGORY, Inputs
 from .speech import WhisperSpeech
 
@@ -30,30 +30,17 @@ class LongCatAvatarWhisperEmbeds:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        strength = {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}
         return {
             "required": {
                 "whisper_model": ("WHISPERMODEL", {"tooltip": "Turns the sound into features; large-v3"}),
-                "audio_1": ("AUDIO", {"tooltip": "Speech of the first speaker"}),
-                "normalize_loudness": ("BOOLEAN", {"default": True, "tooltip": "To -23 LUFS"}),
+                **FIRST_SPEAKER,
                 "num_frames": (
                     "INT",
                     {"default": 93, "min": 1, "max": 10000, "step": 1, "tooltip": "Frames of the whole video"},
                 ),
-                "fps": (
-                    "FLOAT",
-                    {"default": TRAINED_FPS, "min": 1.0, "max": 60.0, "step": 0.1, "tooltip": "It was trained at 25"},
-                ),
-                "audio_scale": ("FLOAT", {**strength, "tooltip": "Strength of the speech"}),
-                "audio_cfg_scale": ("FLOAT", {**strength, "tooltip": "Above 1: one more pass a step, more motion"}),
-                "multi_audio_type": (["para", "add"], {"default": "para", "tooltip": "At once, or in turn"}),
+                **HOW_THEY_SPEAK,
             },
-            "optional": {
-                "audio_2": ("AUDIO", {"tooltip": "Speech of the second speaker"}),
-                "audio_3": ("AUDIO", {"tooltip": "Speech of the third speaker"}),
-                "audio_4": ("AUDIO", {"tooltip": "Speech of the fourth speaker"}),
-                "ref_target_masks": ("MASK", {"tooltip": "Where each speaker is, in the order of the audio"}),
-            },
+            "optional": dict(OTHER_SPEAKERS),
         }
 
     def process(

@@ -13,7 +13,7 @@ from ..host import get_host
 from ..node_checks import Types, check_loadable, need_link, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
 from .audio import AudioOptions, MultiTalkEmbeds, encode_silence, encode_speech, mix, silent_speech
-from .sounds import TRAINED_FPS, frames_of, prepared
+from .sounds import FIRST_SPEAKER, HOW_THEY_SPEAK, OTHER_SPEAKERS, TRAINED_FPS, frames_of, prepared
 from .wav2vec import Wav2Vec, load_wav2vec
 
 log = logging.getLogger("wanvideo")
@@ -123,26 +123,15 @@ class MultiTalkWav2VecEmbeds:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        strength = {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}
         return {
             "required": {
                 "wav2vec_model": ("WAV2VECMODEL", {"tooltip": "Turns the sound into features; the Chinese base model"}),
-                "audio_1": ("AUDIO", {"tooltip": "Speech of the first speaker"}),
-                "normalize_loudness": ("BOOLEAN", {"default": True, "tooltip": "To -23 LUFS"}),
+                **FIRST_SPEAKER,
                 "num_frames": ("INT", {"default": 81, "min": 1, "max": LONGEST, "step": 1, "tooltip": LONGEST_TIP}),
-                "fps": (
-                    "FLOAT",
-                    {"default": 25.0, "min": 1.0, "max": 60.0, "step": 0.1, "tooltip": "Models were trained at 25"},
-                ),
-                "audio_scale": ("FLOAT", {**strength, "tooltip": "Strength of the speech"}),
-                "audio_cfg_scale": ("FLOAT", {**strength, "tooltip": "Above 1: one more pass a step, more motion"}),
-                "multi_audio_type": (["para", "add"], {"default": "para", "tooltip": "At once, or in turn"}),
+                **HOW_THEY_SPEAK,
             },
             "optional": {
-                "audio_2": ("AUDIO", {"tooltip": "Speech of the second speaker"}),
-                "audio_3": ("AUDIO", {"tooltip": "Speech of the third speaker"}),
-                "audio_4": ("AUDIO", {"tooltip": "Speech of the fourth speaker"}),
-                "ref_target_masks": ("MASK", {"tooltip": "Where each speaker is, in the order of the audio"}),
+                **OTHER_SPEAKERS,
                 "add_noise_floor": ("BOOLEAN", {"default": False, "tooltip": "Faint noise at -45 dB in silent gaps"}),
                 "smooth_transients": ("BOOLEAN", {"default": False, "tooltip": "Low-pass at 3 kHz"}),
             },

@@ -17,6 +17,27 @@ from .speakers import check_masks, check_painted
 log = logging.getLogger("wanvideo")
 
 TRAINED_FPS = 25.0
+_STRENGTH = {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}
+# Inputs of the nodes that encode speech, before and behind the number of frames, and those that may stay unconnected.
+FIRST_SPEAKER = {
+    "audio_1": ("AUDIO", {"tooltip": "Speech of the first speaker"}),
+    "normalize_loudness": ("BOOLEAN", {"default": True, "tooltip": "To -23 LUFS"}),
+}
+HOW_THEY_SPEAK = {
+    "fps": (
+        "FLOAT",
+        {"default": TRAINED_FPS, "min": 1.0, "max": 60.0, "step": 0.1, "tooltip": "Models were trained at 25"},
+    ),
+    "audio_scale": ("FLOAT", {**_STRENGTH, "tooltip": "Strength of the speech"}),
+    "audio_cfg_scale": ("FLOAT", {**_STRENGTH, "tooltip": "Above 1: one more pass a step, more motion"}),
+    "multi_audio_type": (["para", "add"], {"default": "para", "tooltip": "At once, or in turn"}),
+}
+OTHER_SPEAKERS = {
+    "audio_2": ("AUDIO", {"tooltip": "Speech of the second speaker"}),
+    "audio_3": ("AUDIO", {"tooltip": "Speech of the third speaker"}),
+    "audio_4": ("AUDIO", {"tooltip": "Speech of the fourth speaker"}),
+    "ref_target_masks": ("MASK", {"tooltip": "Where each speaker is, in the order of the audio"}),
+}
 
 
 def prepared(
