@@ -93,7 +93,7 @@ def _quantize_op(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor
         return quantize_eager(x, static_scale)
     rows, static_scale = _rows(x), None if static_scale is None else kernel_ready(static_scale)
     check_entry("fp8_quantize", x=rows, static_scale=static_scale)
-    values, scale = _empty_rows(x)
+    values, scale = empty_rows(x)
     triton_kernels("fp8_rows_triton").quantize(rows, static_scale, values, scale, gelu=False)
     return values, scale
 
@@ -104,7 +104,7 @@ def _gelu_op(x: Tensor) -> tuple[Tensor, Tensor]:
         return gelu_quantize_eager(x)
     rows = _rows(x)
     check_entry("fp8_gelu_quantize", x=rows)
-    values, scale = _empty_rows(x)
+    values, scale = empty_rows(x)
     triton_kernels("fp8_rows_triton").quantize(rows, None, values, scale, gelu=True)
     return values, scale
 
@@ -115,24 +115,24 @@ def _norm_op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor
         return norm_quantize_eager(x, gain, shift, eps)
     x, gain, shift = kernel_ready(x), kernel_ready(gain), kernel_ready(shift)
     check_entry("fp8_norm_quantize", x=x, gain=gain, shift=shift)
-    values, scale = _empty_rows(x)
+    values, scale = empty_rows(x)
     triton_kernels("fp8_rows_triton").norm_quantize(x, gain, shift, values, scale, eps=eps)
     return values, scale
 
 
 @_quantize_op.register_fake
 def _(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x)
+    return empty_rows(x)
 
 
 @_gelu_op.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x)
+    return empty_rows(x)
 
 
 @_norm_op.register_fake
 def _(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x)
+    return empty_rows(x)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -140,6 +140,7 @@ def _rows(x: Tensor) -> Tensor:
     return kernel_ready(x.reshape(-1, x.shape[-1]))
 
 
-def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the values and scales of x [..., C] as FP8 rows."""
     values = torch.empty((*x.shape[:-1], padded_size(x.shape[-1])), dtype=ROWS_DTYPE, device=x.device)
     return values, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)

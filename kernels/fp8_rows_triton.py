@@ -151,7 +151,8 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
         token = following
 
 
-def _options(columns: int, columns_out: int, warp_columns: int, most_pieces: int) -> dict[str, int]:
+def row_options(columns: int, columns_out: int, warp_columns: int, most_pieces: int) -> dict[str, int]:
+    """How a row of so many columns, and of so many with padding, is cut into pieces, and over how many warps."""
     warps = 1
     while warps < MOST_WARPS and columns_out > warps * warp_columns * most_pieces:
         warps *= 2
@@ -165,7 +166,7 @@ def quantize(x: Tensor, static_scale: Tensor | None, values: Tensor, scale: Tens
     """x [M, C], last dimension dense, -> values [..., P] and scale [..., 1], both contiguous."""
     if x.shape[0] == 0:
         return
-    options = _options(x.shape[1], values.shape[-1], WARP_COLUMNS, MOST_PIECES)
+    options = row_options(x.shape[1], values.shape[-1], WARP_COLUMNS, MOST_PIECES)
     static = scale if static_scale is None else static_scale
     with torch.cuda.device_of(x):
         _quantize[(x.shape[0],)](
@@ -203,7 +204,7 @@ def _launch_norm(x: Tensor, gain: Tensor, shift: Tensor | None, out: Tensor, sca
         _norm[(triton.cdiv(tokens, rows), batch)](
             *operands, out, out if scale is None else scale, columns, out.shape[-1], tokens, *strides, eps,
             QUANTIZE=scale is not None, RMS=shift is None, SHARED=shared, ROWS=rows,
-            **_options(columns, out.shape[-1], NORM_WARP_COLUMNS, NORM_MOST_PIECES),
+            **row_options(columns, out.shape[-1], NORM_WARP_COLUMNS, NORM_MOST_PIECES),
         )  # fmt: skip
 
 

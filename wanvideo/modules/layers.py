@@ -13,6 +13,7 @@ from ...kernels.fp8_rows import Fp8Rows, gelu_quantize, norm_quantize
 from ...kernels.gated_residual import gated_residual as gated_residual_fused
 from ...kernels.modulated_norm import norm_modulate, rms_norm, rms_norm_eager
 from ...kernels.norm_rope_fp8 import norm_rope, rope_heads
+from ...kernels.residual_norm import residual_norm, residual_norm_quantize
 from ...kernels.rope import apply_rope
 from ...quantized.linear import all_take_rows
 from ...tensor_layout import dense
@@ -115,6 +116,43 @@ def normalize(norm: WanLayerNorm, x: Tensor, readers: Sequence[nn.Module] = ()) 
     if readers and all_take_rows(readers):
         return norm_quantize(x, norm.weight.float(), norm.bias.float(), norm.eps)
     return norm(x)
+
+
+class Residual:
+    """x + y * gate (None: x + y) that is not added up yet: a norm that reads it next does both in one pass.
+
+    x, y [B, L, C]; gate float32, [B, 1 or L, C]. Adding gives them away: frames that hold this object hold no tensors
+    behind it.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> None:
+        self._terms = [(x, y, gate)]
+
+    def added(self) -> Tensor:
+        """The sum, rounded once to x's dtype."""
+        x, y, gate = self._terms.pop()
+        return x + y if gate is None else gated_residual(x, y, gate)
+
+    def modulated(
+        self, norm: WanLayerNorm, shift: Tensor, scale: Tensor, readers: Sequence[nn.Module]
+    ) -> tuple[Tensor, Tensor | Fp8Rows]:
+        """The sum, and `modulate` of it."""
+        return self._normed(1 + scale, shift, norm.eps, readers)
+
+    def normalized(self, norm: WanLayerNorm, readers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | Fp8Rows]:
+        """The sum, and `normalize` of it."""
+        return self._normed(norm.weight.float(), norm.bias.float(), norm.eps, readers)
+
+    def _normed(
+        self, gain: Tensor, shift: Tensor, eps: float, readers: Sequence[nn.Module]
+    ) -> tuple[Tensor, Tensor | Fp8Rows]:
+        kernel = residual_norm_quantize if all_take_rows(readers) else residual_norm
+        return kernel(*self._terms.pop(), gain, shift, eps)
+
+
+def added_by_norm(x: Tensor) -> bool:
+    """Whether a `Residual` of such tokens is worth making: where one kernel adds and norms."""
+    return _runs_fused(x) and triton_runs(x.device)
 
 
 def _runs_fused(x: Tensor) -> bool:

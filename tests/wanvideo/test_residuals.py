@@ -1,0 +1,94 @@
+"""Where one kernel adds and norms, a block leaves its sums to the norms behind them, and gives the same."""
+
+import weakref
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from contract import ALL_CASES, build, inputs
+from wanvideo_wrapper.wanvideo.conditioning import Payload
+from wanvideo_wrapper.wanvideo.extension import Extension
+from wanvideo_wrapper.wanvideo.modules import block as block_module
+from wanvideo_wrapper.wanvideo.modules import layers
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The sums that norms make, as on a GPU."""
+    sums, kernel = [], layers.residual_norm
+
+    def noting(*arguments):
+        sums.append(arguments[0].shape)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(layers, "residual_norm", noting)
+    monkeypatch.setattr(block_module, "added_by_norm", lambda x: True)
+    return sums
+
+
+@dataclass(frozen=True)
+class Note(Payload):
+    needs: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class Before(Extension):
+    payload: ClassVar[type] = Note
+
+    def before_cross_attn(self, block, x, cond):
+        return x * 1.5, cond
+
+
+@dataclass(frozen=True)
+class After(Extension):
+    payload: ClassVar[type] = Note
+
+    def after_cross_attn(self, block, x, cond):
+        return x * 1.5, cond
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_every_system_gives_the_same(name, joined, monkeypatch):
+    case = ALL_CASES[name]
+    _, model = build(case.extension, config=case.config)
+    given = inputs(case.payload)
+    got = model(given)
+    with monkeypatch.context() as patch:
+        patch.setattr(block_module, "added_by_norm", lambda x: False)
+        want = model(given)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5) and want.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("extension", "sums"), [(None, 2), (Before(), 0), (After(), 1)])
+def test_a_sum_is_left_to_the_norm_unless_somebody_looks_at_it(extension, sums, joined):
+    _, model = build(*([] if extension is None else [extension]))
+    model(inputs(*([] if extension is None else [Note()])))
+    assert len(joined) == sums * len(model.blocks)
+    if extension is not None:
+        joined.clear()
+        model(inputs())
+        assert len(joined) == 2 * len(model.blocks), "idle without its payload"
+
+
+@torch.no_grad()
+def test_in_pieces_every_sum_is_its_own(joined):
+    _, model = build()
+    with model.sparing(5):
+        model(inputs())
+    assert not joined
+
+
+@torch.no_grad()
+def test_terms_are_freed_when_they_are_added(joined):
+    _, model = build()
+    made, alive = [], []
+    for block in model.blocks:
+        block.self_attn.o.register_forward_hook(lambda layer, args, out: made.append(weakref.ref(out)))
+        block.cross_attn.q.register_forward_pre_hook(lambda layer, args: alive.append(made[-1]() is not None))
+        block.cross_attn.o.register_forward_hook(lambda layer, args, out: made.append(weakref.ref(out)))
+        block.ffn[0].register_forward_pre_hook(lambda layer, args: alive.append(made[-1]() is not None))
+    model(inputs())
+    assert alive == [False, False] * len(model.blocks)
