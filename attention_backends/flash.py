@@ -13,8 +13,8 @@ LARGEST_HEAD = 256
 # Built from its authors' source, or of the wheel `fa3-fwd`, which has the forward pass in bfloat16 and FP8.
 WHEEL = ("fa3_fwd_interface", "flash_attn_func")
 FLASH_3_EXPORTS = (("flash_attn_interface", "flash_attn_func"), WHEEL)
-TWO = register(Kernel(name="flash_attn_2", exports=(("flash_attn", "flash_attn_func"),)))
-THREE = register(Kernel(name="flash_attn_3", exports=FLASH_3_EXPORTS))
+TWO = register(Kernel(name="flash_attn_2", exports=(("flash_attn", "flash_attn_func"),), keeps_k=True))
+THREE = register(Kernel(name="flash_attn_3", exports=FLASH_3_EXPORTS, keeps_k=True))
 
 
 def _head_size(spec: AttentionSpec) -> str | None:

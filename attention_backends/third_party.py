@@ -1,7 +1,7 @@
 """Attention functions of optional packages, behind one opaque operator that keeps their contracts.
 
-Each is handed kernel-ready tensors in its own layout and a K of its own, because SageAttention 1 and 3 subtract K's
-mean in place. What comes back is dense, [B, L, H, D], and in the caller's dtype.
+Each is handed kernel-ready tensors in its own layout and, unless it is known to leave its arguments alone, a K of its
+own: SageAttention 1 and 3 subtract K's mean in place. What comes back is dense, [B, L, H, D], in the caller's dtype.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ class Kernel:
     """A third-party attention function.
 
     exports: where it is found, the first that imports is used. heads_first: it takes [B, H, L, D] instead of
-    [B, L, H, D]; packed: it takes [B * L, H, D] and where sequences start; options: what it is called with; limit: says
-    why it may not be called at these sizes.
+    [B, L, H, D]; packed: it takes [B * L, H, D] and where sequences start; keeps_k: it never writes to K; options: what
+    it is called with; limit: says why it may not be called at these sizes.
     """
 
     name: str
     exports: tuple[packages.Export, ...]
     heads_first: bool = False
     packed: bool = False
+    keeps_k: bool = False
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     limit: Callable[[Sizes], str | None] = _no_limit
 
@@ -58,7 +59,7 @@ class Kernel:
             raise ValueError(f"The kernel '{self.name}' cannot run here: {refused}; choose another attention_mode.")
         dtype = q.dtype if q.dtype in DTYPES else DTYPES[0]
         ready_q, ready_k, ready_v = (self._argument(t.to(dtype)) for t in (q, k, v))
-        if ready_k.untyped_storage().data_ptr() == k.untyped_storage().data_ptr():
+        if not self.keeps_k and ready_k.untyped_storage().data_ptr() == k.untyped_storage().data_ptr():
             ready_k = ready_k.clone()
         check_entry(self.name, strided=False, q=ready_q, k=ready_k, v=ready_v)
         # Triton and some of these packages launch on the current device, wherever the tensors are.

@@ -271,6 +271,20 @@ def test_compiles_without_graph_break(name, monkeypatch):
     torch.testing.assert_close(compiled(q, k, v), 2 * backend(q, k, v))
 
 
+@pytest.mark.parametrize("name", [name for name in THIRD_PARTY if name.startswith("flash")])
+def test_kernels_that_leave_k_alone_get_no_copy_of_it(name, monkeypatch):
+    """A copy of K is a pass over memory."""
+    install(monkeypatch)
+    pretend(monkeypatch, capability_of(name))
+    q, k, v = (torch.randn(1, 64, 3, 64).bfloat16() for _ in range(3))
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t, **options: copied.append(t) or torch.empty_like(t).copy_(t))
+    resolve(name, SPEC)(q, k, v)
+    assert not copied
+    attention.resolve("sageattn", SPEC)(q, k, v)
+    assert len(copied) == 1
+
+
 def test_the_host_s_own_attention(monkeypatch):
     from wanvideo_wrapper.attention_backends import comfy
 

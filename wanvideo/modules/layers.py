@@ -179,8 +179,25 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """[..., C] -> [..., C]."""
-        hidden = self[0](x)
-        return self[2](gelu_quantize(hidden) if all_take_rows((self[2],)) else self[1](hidden))
+        return self[2](self._hidden(x))
+
+    def _hidden(self, x: Tensor | Fp8Rows) -> Tensor | Fp8Rows:
+        first, activation, second = self
+        if all_take_rows((second,)):
+            return gelu_quantize(first(x))
+        return linear_gelu(x, first) if _has_gelu_epilogue(x, first) else activation(first(x))
+
+
+def _has_gelu_epilogue(x: Tensor | Fp8Rows, layer: nn.Module) -> bool:
+    """Whether cuBLAS applies the GELU (its tanh form) within the product. A layer with a LoRA is of another class."""
+    plain = type(layer) is nn.Linear and layer.bias is not None and isinstance(x, Tensor)
+    return plain and _runs_fused(x) and x.dtype == layer.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """GELU (tanh form) of the layer, 16 bits on a GPU: no pass of its own over the largest activation of a block."""
+    rows = torch._addmm_activation(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], -1)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
