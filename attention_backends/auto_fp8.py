@@ -1,7 +1,7 @@
 """The FP8 attention that is fastest for the call's number of tokens, of those that run here.
 
 On an H200 FlashAttention 3 has 930 to 1,010 TFLOP/s at any number of tokens; cuDNN as many where keys fill its tiles,
-and 840 to 880 elsewhere (docs/attention.md). Where both are as fast, cuDNN's result is in FP8 already.
+or zeros may, and 840 to 880 elsewhere (docs/attention.md). Where both are as fast, cuDNN's result is in FP8 already.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from torch import Tensor, nn
 
 from ..kernels.fp8_rows import Fp8Rows
 from .contract import AttentionSpec, Backend, FusedAttention, Projection
-from .cudnn import CUDNN_FP8, CudnnFp8
+from .cudnn import CUDNN_FP8, TILE, CudnnFp8
 from .flash_fp8 import FLASH_3_FP8, Flash3Fp8
 from .fp8 import Fp8Attention
 
-# Keys of cuDNN's tile.
-TILE = 256
 KERNELS: dict[str, Fp8Attention] = {kernel.name: kernel for kernel in (CudnnFp8(), Flash3Fp8())}
 ROWS = {"cudnn_fp8": CUDNN_FP8, "fa3_fp8": FLASH_3_FP8}
 
 
 @dataclass(frozen=True)
 class AutoFp8(FusedAttention):
-    """tiled: the option for a number of keys that fills cuDNN's tiles; other: for any other number."""
+    """tiled: the option for a number of keys that fills cuDNN's tiles, or nearly; other: for any other number."""
 
     tiled: str
     other: str
@@ -32,7 +30,7 @@ class AutoFp8(FusedAttention):
 
     def kernel(self, keys: int) -> Fp8Attention:
         """What runs with so many keys."""
-        return KERNELS[self.other if keys % TILE else self.tiled]
+        return KERNELS[self.other if CudnnFp8().room(keys) % TILE else self.tiled]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """q, k, v [B, L, H, D], normalized and placed, -> [B, L, H, D] in v's dtype. Raises ValueError for a mask."""
@@ -64,7 +62,7 @@ def _why_not(spec: AttentionSpec) -> str | None:
 
 
 AUTO_FP8 = Backend(
-    runs="cudnn_fp8 where tokens are a multiple of 256, else fa3_fp8; either alone where the other cannot run",
+    runs="cudnn_fp8 where tokens are nearly a multiple of 256, else fa3_fp8; either alone where the other cannot run",
     make=_made,
     any_dtype=True,
     fused=True,

@@ -32,6 +32,11 @@ LEAST_CAPABILITY = (9, 0)
 LEAST_CUDNN = 91501
 # Probabilities before they are normalized are at most 1; a power of two below 448 leaves their digits alone.
 PROBABILITY_SCALE = 256.0
+# Keys of its tile. Where they do not fill the last one, the kernel takes an eighth longer.
+TILE = 256
+# Zeros may be one key in so many. Keys are shifted by their mean, so that the score of a zero is a query's mean score,
+# and by Jensen's inequality zeros together weigh no more than their share: here less than bfloat16 rounds off.
+LEAST_KEYS = 256
 GRAPHS = 64
 INPUTS = ("q", "k", "v", "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
 OUTPUTS = ("o", "amax_s", "amax_o")
@@ -43,6 +48,11 @@ class CudnnFp8(Fp8Attention[Quantized]):
     v, which it averages."""
 
     name: str = "cudnn_fp8"
+
+    def room(self, keys: int) -> int:
+        """Up to a multiple of the kernel's tile, where the zeros weigh nothing."""
+        filled = -(-keys // TILE) * TILE
+        return filled if (filled - keys) * LEAST_KEYS <= keys else keys
 
     def attend(self, q: Quantized, k: Quantized, v: Quantized) -> Quantized:
         """The kernel's call."""

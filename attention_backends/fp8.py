@@ -37,6 +37,10 @@ class Fp8Attention(FusedAttention, Generic[Result]):
 
     name: str
 
+    def room(self, keys: int) -> int:
+        """How many keys the kernel is called with; those behind the others are zeros."""
+        return keys
+
     @abstractmethod
     def attend(self, q: Quantized, k: Quantized, v: Quantized) -> Result:
         """The kernel's call."""
@@ -52,8 +56,8 @@ class Fp8Attention(FusedAttention, Generic[Result]):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """q, k, v [B, L, H, D], normalized and placed, -> [B, L, H, D] in v's dtype. Raises ValueError for a mask."""
         refuse_mask(self.name, mask)
-        shift = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1)
-        return self.wide(self.attend(rotate_fp8(q, None), rotate_fp8(k, shift), tensor_fp8(v)), v.dtype)
+        shift, room = k[:, sampled(k.shape[1], k.device)].float().mean(1).flatten(1), self.room(k.shape[1])
+        return self.wide(self.attend(rotate_fp8(q, None), rotate_fp8(k, shift, room), tensor_fp8(v, room)), v.dtype)
 
     def fused(
         self, q: Projection, k: Projection, v: Projection, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
@@ -75,12 +79,13 @@ class Fp8Attention(FusedAttention, Generic[Result]):
     ) -> tuple[Result, torch.dtype]:
         """The kernel's result and the dtype of v. One projection is there in 16 bits at a time."""
         wide = v()
-        heads, dtype, values = wide.shape[2], wide.dtype, tensor_fp8(wide)
+        heads, dtype, room = wide.shape[2], wide.dtype, self.room(wide.shape[1])
+        values = tensor_fp8(wide, room)
         # Rebinding alone would free it only once the next one is made.
         del wide
         wide = k()
         shift = norm_rope_mean(wide, norm_k.weight, rope, norm_k.eps, heads)
-        keys = norm_rope_fp8(wide, norm_k.weight, rope, shift, norm_k.eps, heads)
+        keys = norm_rope_fp8(wide, norm_k.weight, rope, shift, norm_k.eps, heads, room)
         del wide
         queries = norm_rope_fp8(q(), norm_q.weight, rope, None, norm_q.eps, heads)
         return self.attend(queries, keys, values), dtype

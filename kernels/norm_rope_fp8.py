@@ -160,43 +160,46 @@ def norm_rope_mean(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: i
 
 @torch.library.custom_op(op_name("norm_rope_fp8"), mutates_args=())
 def norm_rope_fp8(
-    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int
+    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int, room: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The operator of `norm_rope_fp8_eager`. Raises ValueError for a head size that is not 64 or 128."""
+    """The operator of `norm_rope_fp8_eager`; zeros behind the L tokens, up to `room`.
+
+    Raises ValueError for a head size that is not 64 or 128.
+    """
     _check_size(x.shape[-1] // heads)
     if not x.is_cuda:
-        return norm_rope_fp8_eager(x, weight, rope, shift, eps, heads)
+        return _filled_up(norm_rope_fp8_eager(x, weight, rope, shift, eps, heads), room)
     x, weight, rope = _ready("norm_rope_fp8", x, weight, rope)
     shift = None if shift is None else kernel_ready(shift, strided=False)
     check_entry("norm_rope_fp8", strided=False, shift=shift)
-    values, scale = _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
+    values, scale = _room(x.unflatten(2, (heads, -1)), room)
     triton_kernels("norm_rope_fp8_triton").norm_rope_fp8(x, weight, rope, shift, values, scale, eps=eps)
     return values, scale
 
 
 @torch.library.custom_op(op_name("rotate_fp8"), mutates_args=())
-def rotate_fp8(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The operator of `rotate_fp8_eager`. Raises ValueError for a head size that is not 64 or 128."""
+def rotate_fp8(x: Tensor, shift: Tensor | None, room: int | None = None) -> tuple[Tensor, Tensor]:
+    """The operator of `rotate_fp8_eager`; room and errors as of `norm_rope_fp8`."""
     _check_size(x.shape[-1])
     if not x.is_cuda:
-        return rotate_fp8_eager(x, shift)
+        return _filled_up(rotate_fp8_eager(x, shift), room)
     rows = kernel_ready(x.flatten(2))
     shift = None if shift is None else kernel_ready(shift, strided=False)
     check_entry("rotate_fp8", x=rows)
     check_entry("rotate_fp8", strided=False, shift=shift)
-    values, scale = _empty(x.shape, x.device)
+    values, scale = _room(x, room)
     triton_kernels("norm_rope_fp8_triton").rotate_fp8(rows, _largest(x), shift, values, scale)
     return values, scale
 
 
 @torch.library.custom_op(op_name("tensor_fp8"), mutates_args=())
-def tensor_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator of `tensor_fp8_eager`."""
+def tensor_fp8(x: Tensor, room: int | None = None) -> tuple[Tensor, Tensor]:
+    """The operator of `tensor_fp8_eager` on x [B, L, H, D]; room as of `norm_rope_fp8`."""
     if not x.is_cuda:
-        return tensor_fp8_eager(x)
+        return _filled_up(tensor_fp8_eager(x), room)
     x = kernel_ready(x, strided=False)
     check_entry("tensor_fp8", strided=False, x=x)
-    values, scale = _empty(x.shape, x.device)
+    values, scale = _room(x, room)
     triton_kernels("norm_rope_fp8_triton").tensor_fp8(x, _largest(x), values, scale)
     return values, scale
 
@@ -229,18 +232,20 @@ def _(x: Tensor, weight: Tensor, rope: Tensor, eps: float, heads: int) -> Tensor
 
 
 @norm_rope_fp8.register_fake
-def _(x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int) -> tuple[Tensor, Tensor]:
-    return _empty((*x.shape[:2], heads, x.shape[-1] // heads), x.device)
+def _(
+    x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, eps: float, heads: int, room: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return _room(x.unflatten(2, (heads, -1)), room)
 
 
 @rotate_fp8.register_fake
-def _(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _empty(x.shape, x.device)
+def _(x: Tensor, shift: Tensor | None, room: int | None = None) -> tuple[Tensor, Tensor]:
+    return _room(x, room)
 
 
 @tensor_fp8.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(x.shape, x.device)
+def _(x: Tensor, room: int | None = None) -> tuple[Tensor, Tensor]:
+    return _room(x, room)
 
 
 @expand_fp8.register_fake
@@ -256,8 +261,20 @@ def _ready(kernel: str, x: Tensor, weight: Tensor, rope: Tensor) -> tuple[Tensor
     return x, weight, rope
 
 
-def _empty(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.empty(shape, dtype=FP8, device=device), torch.empty(1, dtype=torch.float32, device=device)
+def _room(x: Tensor, room: int | None) -> tuple[Tensor, Tensor]:
+    """Where heads x [B, L, H, D] and their scale go: [B, room or L, H, D], zero behind the first L."""
+    batch, tokens, *head = x.shape
+    values = torch.empty((batch, room or tokens, *head), dtype=FP8, device=x.device)
+    values[:, tokens:].view(torch.uint8).zero_()
+    return values, torch.empty(1, dtype=torch.float32, device=x.device)
+
+
+def _filled_up(quantized: tuple[Tensor, Tensor], room: int | None) -> tuple[Tensor, Tensor]:
+    values, scale = quantized
+    if room is None:
+        return quantized
+    missing = room - values.shape[1]
+    return F.pad(values.view(torch.uint8), (0, 0, 0, 0, 0, missing)).view(FP8), scale
 
 
 def _has_kernel(x: Tensor, heads: int) -> bool:

@@ -126,9 +126,9 @@ def _finish(even, odd, weight, more, less, shift, target, inside, V: tl.constexp
 
 
 @triton.jit
-def _norm_rope_fp8(x, weight, rope, shift, fit, out, tokens, x_batch, x_token, rope_batch, eps, SHIFT: tl.constexpr,
-                   HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-                   SIZE: tl.constexpr):  # fmt: skip
+def _norm_rope_fp8(x, weight, rope, shift, fit, out, tokens, room, x_batch, x_token, rope_batch, eps,
+                   SHIFT: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+                   LANES: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     V: tl.constexpr = SIZE // (VECTOR * LANES)
     STEP: tl.constexpr = PART * SIZE
     batch = tl.program_id(1).to(tl.int64)
@@ -140,7 +140,7 @@ def _norm_rope_fp8(x, weight, rope, shift, fit, out, tokens, x_batch, x_token, r
     x += batch * x_batch + row * x_token + column
     weight += column
     shift += batch * HEADS * SIZE + column
-    out += (batch * tokens + row) * HEADS * SIZE + column
+    out += (batch * room + row) * HEADS * SIZE + column
     total = tl.zeros([ROWS * PART * LANES, V * VECTOR // 2], tl.float32)
     for part in tl.static_range(HEADS // PART):
         even, odd = pairs(x + part * STEP, V, LANES, "evict_last")
@@ -157,7 +157,7 @@ def _norm_rope_fp8(x, weight, rope, shift, fit, out, tokens, x_batch, x_token, r
 
 
 @triton.jit
-def _rotate_fp8(x, shift, fit, out, tokens, x_batch, x_token, SHIFT: tl.constexpr, HEADS: tl.constexpr,
+def _rotate_fp8(x, shift, fit, out, tokens, room, x_batch, x_token, SHIFT: tl.constexpr, HEADS: tl.constexpr,
                 PART: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     V: tl.constexpr = SIZE // (VECTOR * LANES)
     batch = tl.program_id(1).to(tl.int64)
@@ -167,7 +167,7 @@ def _rotate_fp8(x, shift, fit, out, tokens, x_batch, x_token, SHIFT: tl.constexp
     row = tl.minimum(row, tokens - 1).to(tl.int64)
     x += batch * x_batch + row * x_token + column
     shift += batch * HEADS * SIZE + column
-    out += (batch * tokens + row) * HEADS * SIZE + column
+    out += (batch * room + row) * HEADS * SIZE + column
     factor = tl.load(fit)
     for first in range(0, HEADS * SIZE, PART * SIZE):
         even, odd = pairs(x + first, V, LANES, "evict_first")
@@ -226,13 +226,14 @@ def _norm_rope(x, weight, rope, out, tokens, count, x_batch, x_token, rope_batch
 
 
 @triton.jit
-def _tensor_fp8(x, largest, out, scale, count, BLOCK: tl.constexpr):
+def _tensor_fp8(x, largest, out, scale, count, room, BLOCK: tl.constexpr):
+    batch = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     fit = _power_of_two(tl.load(largest))
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) + batch == 0:
         tl.store(scale, tl.div_rn(1.0, fit))
-    values = tl.load(x + place, mask=place < count, other=0.0).to(tl.float32) * fit
-    tl.store(out + place, values.to(out.dtype.element_ty), mask=place < count)
+    values = tl.load(x + batch * count + place, mask=place < count, other=0.0).to(tl.float32) * fit
+    tl.store(out + batch * room + place, values.to(out.dtype.element_ty), mask=place < count)
 
 
 @triton.jit
@@ -294,42 +295,43 @@ def _launch_rope(x: Tensor, weight: Tensor | None, turns: Tensor, out: Tensor, e
 def norm_rope_fp8(
     x: Tensor, weight: Tensor, rope: Tensor, shift: Tensor | None, values: Tensor, scale: Tensor, *, eps: float
 ) -> None:
-    """x [B, L, C], last dimension dense, -> values [B, L, H, D] and scale [1]."""
+    """x [B, L, C], last dimension dense, -> the first L of values [B, room, H, D], and scale [1]."""
     if x.numel() == 0:
         scale.fill_(1)
         return
-    batch, tokens, heads, size = values.shape
+    (batch, tokens, _), (_, room, heads, size) = x.shape, values.shape
     parts = _parts(heads)
     with torch.cuda.device_of(x):
         added, fit = _prepared(weight, math.sqrt(x.shape[2] * size), shift, values, scale)
         _norm_rope_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
-            x, weight, rope, added, fit, values, tokens, x.stride(0), x.stride(1), _batch_stride(rope), eps,
+            x, weight, rope, added, fit, values, tokens, room, x.stride(0), x.stride(1), _batch_stride(rope), eps,
             SHIFT=shift is not None, HEADS=heads, SIZE=size, maxnreg=REGISTERS, **parts,
         )  # fmt: skip
 
 
 def rotate_fp8(x: Tensor, largest: Tensor, shift: Tensor | None, values: Tensor, scale: Tensor) -> None:
-    """x [B, L, C], last dimension dense, no larger than largest [1], -> values [B, L, H, D] and scale [1]."""
+    """x [B, L, C], last dimension dense, no larger than largest [1], -> values as of `norm_rope_fp8`, and scale [1]."""
     if x.numel() == 0:
         scale.fill_(1)
         return
-    batch, tokens, heads, size = values.shape
+    (batch, tokens, _), (_, room, heads, size) = x.shape, values.shape
     parts = _parts(heads)
     with torch.cuda.device_of(x):
         added, fit = _prepared(largest, float(size), shift, values, scale)
         _rotate_fp8[(triton.cdiv(tokens, parts["ROWS"]), batch)](
-            x, added, fit, values, tokens, x.stride(0), x.stride(1), SHIFT=shift is not None, HEADS=heads, SIZE=size,
-            **parts,
+            x, added, fit, values, tokens, room, x.stride(0), x.stride(1), SHIFT=shift is not None, HEADS=heads,
+            SIZE=size, **parts,
         )  # fmt: skip
 
 
 def tensor_fp8(x: Tensor, largest: Tensor, values: Tensor, scale: Tensor) -> None:
-    """x, contiguous and no larger than largest [1], -> values of its shape and scale [1]."""
+    """x [B, L, H, D], contiguous, up to largest [1], -> the first L of values [B, room, H, D], and scale [1]."""
     if x.numel() == 0:
         scale.fill_(1)
         return
+    count, room = x[0].numel(), values[0].numel()
     with torch.cuda.device_of(x):
-        _tensor_fp8[(triton.cdiv(x.numel(), BLOCK),)](x, largest, values, scale, x.numel(), BLOCK=BLOCK)
+        _tensor_fp8[(triton.cdiv(count, BLOCK), x.shape[0])](x, largest, values, scale, count, room, BLOCK=BLOCK)
 
 
 def expand_fp8(values: Tensor, scale: Tensor, out: Tensor) -> None:

@@ -167,6 +167,39 @@ def test_auto_runs_cudnn_where_keys_fill_its_tiles(tokens, modelled):
         auto(q, k, v, mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(
+    ("keys", "room"),
+    [(32760, 32768), (75600, 75776), (48384, 48384), (65281, 65536), (65279, 65280), (40000, 40000), (255, 255)],
+)
+def test_cudnn_fills_its_last_tile_where_zeros_weigh_nothing(keys, room):
+    assert CudnnFp8().room(keys) == room and Flash3Fp8().room(keys) == keys
+    auto = AutoFp8(tiled="cudnn_fp8", other="fa3_fp8")
+    assert auto.kernel(keys) == (Flash3Fp8() if room % 256 else CudnnFp8())
+
+
+@torch.no_grad()
+def test_keys_of_zeros_change_nothing(modelled, monkeypatch):
+    """One in 200, where the option itself allows one in 256."""
+    monkeypatch.setattr(attention_cudnn, "LEAST_KEYS", 200)
+    (q, k, v), reference, seen = heads(1019, 128, 12), attention_cudnn._sdpa_fp8, []
+    k += torch.randn(128) * 3
+
+    def noting(q, k, v, *scales):
+        seen.append((k.shape[1], bool(k[:, 1019:].float().any() or v[:, 1019:].float().any())))
+        return reference(q, k, v, *scales)
+
+    monkeypatch.setattr(attention_cudnn, "_sdpa_fp8", noting)
+    want = exact(q, k, v)
+    filled = CudnnFp8()(q, k, v)
+    assert relative(filled, want) <= TARGET["cudnn_fp8"]
+    monkeypatch.setattr(attention_cudnn, "LEAST_KEYS", 10**9)
+    assert 0 < relative(filled, CudnnFp8()(q, k, v)) < 0.02
+    monkeypatch.setattr(attention_cudnn, "LEAST_KEYS", 200)
+    inputs = projections(grid=(1, 1, 1019))
+    assert relative(CudnnFp8().fused(*asked(*inputs)), reference_of(*inputs)) < 0.08
+    assert seen == [(1024, False), (1019, False), (1024, False)]
+
+
 def block_of(quantized):
     config = WanConfig(dim=256, ffn_dim=256, num_heads=2, num_layers=1, in_dim=16, text_dim=32, text_len=8)
     block = WanAttentionBlock(config, sdpa())

@@ -134,6 +134,19 @@ def test_the_worst_head_does_not_saturate(size, device):
         assert abs(got / want - 1) < 1 / 16 and 224 <= values.float().abs().amax().item() <= 448
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_room_behind_the_tokens_holds_zeros(device):
+    x, weight, rope = inputs(3, 64, (1, 2, 3), 2, device=device)
+    shift, heads = torch.randn(2, 192, device=device), x.unflatten(-1, (3, 64))
+    calls = {
+        ops.norm_rope_fp8: (x, weight, rope, shift, EPS, 3), ops.rotate_fp8: (heads, shift), ops.tensor_fp8: (heads,)
+    }  # fmt: skip
+    for operator, arguments in calls.items():
+        (plain, scale), (roomy, same_scale) = operator(*arguments), operator(*arguments, 11)
+        assert roomy.shape == (2, 11, 3, 64) and roomy.is_contiguous() and torch.equal(scale, same_scale)
+        assert torch.equal(bits(roomy[:, :6]), bits(plain)) and not bits(roomy[:, 6:]).any() and bits(plain).any()
+
+
 def test_sampled_tokens_do_not_follow_the_grid():
     for frames, height, width in ((21, 30, 52), (21, 48, 48), (21, 45, 80)):
         index = ops.sampled(frames * height * width, torch.device("cpu"))
@@ -190,10 +203,16 @@ def same(got, want):
     assert ((a - b).abs() <= torch.maximum(a.abs(), b.abs()) / 8 + 2**-6).all()
 
 
-def empty(x, heads):
+def empty(x, heads, more=0):
+    """Room for the values, with `more` zeros behind each video, and the scale."""
     size = x.shape[-1] // heads
-    shape = (*x.shape[:2], heads, size)
-    return torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device), torch.empty(1, device=x.device)
+    shape = (x.shape[0], x.shape[1] + more, heads, size)
+    return torch.zeros(shape, device=x.device).to(torch.float8_e4m3fn), torch.empty(1, device=x.device)
+
+
+def filled_up(want, more):
+    values = torch.nn.functional.pad(want[0].float(), (0, 0, 0, 0, 0, more)).to(want[0].dtype)
+    return values, want[1]
 
 
 def compare_kernels(triton, sizes, dtype, device):
@@ -216,14 +235,17 @@ def compare_kernels(triton, sizes, dtype, device):
             index = torch.arange(count, device=device) * x.shape[1] // count
             want = ops.norm_rope_eager(x, weight, rope, EPS, heads)[:, index].to(kind)
             assert relative(out.float(), want.float()) < (1e-6 if kind == torch.float32 else 1e-3)
-    for shift in (None, mean):
-        got = empty(x, heads)
+    for shift, more in ((None, 0), (mean, 0), (mean, 3)):
+        got = empty(x, heads, more)
         triton.norm_rope_fp8(x, weight, rope, shift, *got, eps=EPS)
-        same(got, ops.norm_rope_fp8_eager(x, weight, rope, shift, EPS, heads))
-        got = empty(x, heads)
+        same(got, filled_up(ops.norm_rope_fp8_eager(x, weight, rope, shift, EPS, heads), more))
+        got = empty(x, heads, more)
         triton.rotate_fp8(x, x.float().abs().amax().view(1), shift, *got)
-        same(got, ops.rotate_fp8_eager(x.unflatten(-1, (heads, size)), shift))
+        same(got, filled_up(ops.rotate_fp8_eager(x.unflatten(-1, (heads, size)), shift), more))
     values = x.contiguous().unflatten(-1, (heads, size))
+    got = empty(x, heads, 2)
+    triton.tensor_fp8(values, values.float().abs().amax().view(1), *got)
+    same(got, filled_up(ops.tensor_fp8_eager(values), 2))
     got = empty(x, heads)
     triton.tensor_fp8(values, values.float().abs().amax().view(1), *got)
     same(got, ops.tensor_fp8_eager(values))
@@ -320,9 +342,9 @@ def test_operators_are_well_formed(device):
         "norm_rope": (x, weight, rope, EPS, 3),
         "rope_heads": (heads, rope),
         "norm_rope_mean": (x, weight, rope, EPS, 3),
-        "norm_rope_fp8": (x, weight, rope, shift, EPS, 3),
-        "rotate_fp8": (heads, None),
-        "tensor_fp8": (heads,),
+        "norm_rope_fp8": (x, weight, rope, shift, EPS, 3, 8),
+        "rotate_fp8": (heads, None, 8),
+        "tensor_fp8": (heads, 8),
         "expand_fp8": (values, scale, torch.bfloat16),
     }
     for name, arguments in calls.items():
