@@ -55,9 +55,11 @@ $(COMFYUI_PATH)/main.py: | $(VENV)/.installed
 	    && "$(COMFYUI_PATH)/.venv/bin/python" -m pip install --quiet -r requirements.txt playwright \
 	    && "$(COMFYUI_PATH)/.venv/bin/python" -m playwright install chromium
 
+# Processes that share a GPU's tests out; on a large GPU more of them are several times quicker.
+GPU_TEST_JOBS ?= 1
 gpu-test: $(VENV)/.installed
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-	$(BIN)/python -m pytest -m cuda -rs
+	$(BIN)/python -m pytest -m cuda -rs -n $(GPU_TEST_JOBS)
 
 # Allocations one by one, so that an access past a tensor's end is seen and not served by its neighbour.
 MEMCHECK := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1
