@@ -41,15 +41,28 @@ class Residence:
             for tensor in tensors:
                 self._go_home(tensor)
             return
-        if device.index is None:
-            device = torch.empty(0, device=device).device
-        away = [tensor for tensor in tensors if tensor.device != device]
+        away = _away(tensors, device)
         with Staging(away, device) as staging:
             for tensor in away:
-                home = tensor.data
-                tensor.data = staging.copy(home)
-                if home.device == MAIN_MEMORY:
-                    self._copied[tensor] = Copied(home, tensor.data_ptr(), tensor._version)
+                self._point(tensor, staging.copy(tensor.data))
+
+    @torch.no_grad()
+    def place(self, tensors: Iterable[Tensor], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Give those that are in main memory memory on `device`, whose values the (target, source) pairs are to bring.
+
+        Until these have done so, `move` to main memory undoes it, also behind an error.
+        """
+        pairs = []
+        for tensor in _away(tensors, device):
+            if tensor.device == MAIN_MEMORY:
+                pairs.append((torch.empty_like(tensor.data, device=device), tensor.data))
+                self._point(tensor, pairs[-1][0])
+        return pairs
+
+    def _point(self, tensor: Tensor, target: Tensor) -> None:
+        home, tensor.data = tensor.data, target
+        if home.device == MAIN_MEMORY:
+            self._copied[tensor] = Copied(home, tensor.data_ptr(), tensor._version)
 
     def forget(self) -> None:
         """Let main memory go: what is on a device will be copied back when it leaves."""
@@ -61,6 +74,12 @@ class Residence:
             tensor.data = copied.home
         else:
             tensor.data = tensor.data.to(MAIN_MEMORY)
+
+
+def _away(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    if device.index is None:
+        device = torch.empty(0, device=device).device
+    return [tensor for tensor in tensors if tensor.device != device]
 
 
 class ModuleResidence:

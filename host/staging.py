@@ -6,7 +6,7 @@ From pageable memory and to it the driver copies with one thread and waits; this
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,14 +52,24 @@ class Staging:
 
     def copy(self, source: Tensor) -> Tensor:
         """The same values on the device."""
-        if not self._pieces or not _is_staged(source):
-            return source.to(self._device)
         target = torch.empty_like(source, device=self._device)
-        for there, here in _parts(target, source):
-            piece = self._next()
-            there.copy_(piece.memory[: here.numel()].copy_(here), non_blocking=True)
-            piece.copied.record(torch.cuda.current_stream(self._device))
+        for there, here in self.staged([(target, source)]):
+            there.copy_(here, non_blocking=True)
         return target
+
+    def staged(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Copies to the device, (target, source), as copies from pinned memory.
+
+        Each is to be issued on the current stream, without waiting, before the next is asked for.
+        """
+        for target, source in pairs:
+            if not self._pieces or not _is_staged(source):
+                yield target, source
+                continue
+            for there, here in _parts(target, source):
+                piece = self._next()
+                yield there, piece.memory[: here.numel()].copy_(here)
+                piece.copied.record(torch.cuda.current_stream(self._device))
 
     def fetch(self, source: Tensor) -> Tensor:
         """The same values in main memory."""

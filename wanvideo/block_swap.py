@@ -16,6 +16,7 @@ from torch import nn
 
 from ..attention import Attention
 from ..host.residence import Residence, tensors_of
+from .arrival import Arrival
 from .device_copies import Copies, copies_for
 from .host_slabs import Unit, warn_of_pageable
 from .memory import AT_ONCE, WORKSPACES, Footprint, footprint_of, gigabytes, usual_work
@@ -61,7 +62,8 @@ class ShortOfMemoryError(torch.OutOfMemoryError):
 class Placement:
     """Where the parts of a transformer are. Serves as the `place` callback of the host's memory management.
 
-    work, attention: what the next run computes, and with which self-attention. reserved: bytes of the device that -1
+    work, attention: what the next run computes, and with which self-attention. overlaps: whether blocks that stay may
+    still be on their way when a run begins, whose visits then wait for them. reserved: bytes of the device that -1
     leaves alone. copies_for: how bytes reach a device.
     """
 
@@ -77,11 +79,13 @@ class Placement:
         self.swap: BlockSwapArgs | None = None
         self.work = usual_work(model.config)
         self.attention: Attention | None = None
+        self.overlaps = False
         self.copies_for = copies_for
         self._model = model
         self._offload = offload
         self._residence = Residence()
         self._copies: Copies | None = None
+        self._arrival: Arrival | None = None
         self._units: dict[nn.Module, Unit] = {}
         self._automatic: int | None = None
         self._told = False
@@ -89,6 +93,7 @@ class Placement:
     def __call__(self, device: torch.device) -> None:
         """To the device, but for the parts that wait; to the offload device, all of it, with nothing pinned."""
         if device == self._offload:
+            self.arrive()
             self._release(keep=0)
             self._automatic = None
             self._move(device)
@@ -102,6 +107,17 @@ class Placement:
     def leave_main_memory(self) -> None:
         """Keep nothing there of what is on the device, for a model that is to stay on it."""
         self._residence.forget()
+
+    def arrive(self) -> None:
+        """Wait for all that is on its way. Where something did not come, the model is in main memory afterwards."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is None:
+            return
+        try:
+            arrival.finish()
+        except BaseException:
+            self._move(self._offload)
+            raise
 
     @contextmanager
     def swapping(self, device: torch.device) -> Iterator[None]:
@@ -120,6 +136,9 @@ class Placement:
             with ExitStack() as stack:
                 if self._units:
                     self._swap_parts(stack)
+                elif self._arrival is not None:
+                    stack.callback(setattr, self._model, "visit", self._model.visit)
+                    self._model.visit = self._arrival.visit
                 yield
             keep = 1
         finally:
@@ -237,8 +256,21 @@ class Placement:
         for unit in self._units.values():
             self._residence.move(unit.tensors(), self._offload)
             unit.gather(self._copies)
+        if self.overlaps and self._copies.overlap and not self._units and self._arrival is None:
+            self._send_blocks()
         self._move(device)
         self._told = self._told or warn_of_pageable(self._units.values())
+
+    def _send_blocks(self) -> None:
+        """Blocks get their memory now, and their values in the order in which they run."""
+        blocks = (block for stack in self._model.stacks().values() for block in stack)
+        try:
+            pairs = {block: self._residence.place(tensors_of(block), self._copies.device) for block in blocks}
+        except BaseException:
+            self._move(self._offload)
+            raise
+        if any(pairs.values()):
+            self._arrival = Arrival(pairs, self._copies)
 
     def _move(self, device: torch.device) -> None:
         """What has no slab goes to the device."""

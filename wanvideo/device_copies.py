@@ -25,11 +25,12 @@ class Event(Protocol):
 class Copies(Protocol):
     """Copies from main memory to one device. Events may be recorded again; a wait is for the latest record.
 
-    measures: whether `free` knows.
+    measures: whether `free` knows. overlap: whether copies run beside the computation.
     """
 
     device: torch.device
     measures: bool
+    overlap: bool
 
     def allocate(self, size: int) -> Tensor:
         """A slab on the device: uint8 [size], not initialized, at a multiple of SLAB_ALIGNMENT."""
@@ -66,6 +67,7 @@ class CudaCopies:
     """Copies on a stream of their own."""
 
     measures = True
+    overlap = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -131,6 +133,7 @@ class OrderedCopies:
     """Copies in order with the computation, for devices without streams: the CPU itself, in tests, and others."""
 
     measures = False
+    overlap = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -126,6 +126,8 @@ class WanVideoModel:
         """
         self.placement.swap, self.placement.work = self.block_swap, work or usual_work(self.config)
         self.placement.attention = self.attention.main
+        # What runs beside weights may read these when it is attached.
+        self.placement.overlaps = not self.loras
         try:
             began = time.perf_counter()
             device = self.managed.acquire(self.placement.working_bytes())
@@ -138,6 +140,9 @@ class WanVideoModel:
             # The frames of the traceback hold the activations.
             traceback.clear_frames(error.__traceback__)
             raise self.placement.short_of_memory() from None
+        finally:
+            self.placement.overlaps = False
+            self.placement.arrive()
 
     @contextmanager
     def _running(self, device: torch.device) -> Iterator[None]:
