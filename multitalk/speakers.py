@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import sdpa
+from ..kernels.class_attention import class_attention
 from ..wanvideo.config import ROPE_THETA
 from ..wanvideo.shard import WHOLE, Shard
 
@@ -22,7 +22,6 @@ CLASS_INTERVAL = 4
 MAX_SPEAKERS = CLASS_RANGE // CLASS_INTERVAL
 BACKGROUND_POSITION = CLASS_RANGE // 2
 FACE_MARGIN = 0.1
-COLUMNS = 8
 TINY = 1e-8
 
 
@@ -104,15 +103,10 @@ def half_masks(height: int, width: int, device: torch.device | str = "cpu") -> T
 def speaker_map(q: Tensor, k: Tensor, masks: Tensor) -> Tensor:
     """Mean attention of every token to each class of the first frame: [B, L, P + 1] float32.
 
-    q, k [B, L, H, D] post-RoPE; masks [P + 1, S]. One attention call: the masks are its value columns. They are divided
-    by their sizes afterwards, because 0 and 1 are exact in 16 bits and a class's weight is not.
+    q, k [B, L, H, D] post-RoPE; masks [P + 1, S]. Attention to a class is divided by its size afterwards: 0 and 1 are
+    exact in 16 bits, and a class's weight is not.
     """
-    classes, places = masks.shape
-    padding = -classes % COLUMNS
-    values = F.pad(masks.t(), (0, padding)).to(q.dtype)
-    values = values[None, :, None].expand(q.shape[0], places, q.shape[2], classes + padding)
-    shares = sdpa()(q, k[:, :places], values)[..., :classes].float().mean(dim=2)
-    return shares / (masks.sum(dim=1) + TINY)
+    return class_attention(q, k[:, : masks.shape[1]], masks) / (masks.sum(dim=1) + TINY)
 
 
 def query_positions(scores: Tensor, shard: Shard = WHOLE) -> Tensor:

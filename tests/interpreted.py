@@ -1,7 +1,8 @@
 """Triton kernels on CPU tensors: Triton's interpreter, with the roundings of a GPU.
 
 The interpreter of Triton 3.6 truncates to bfloat16, loses the carry when it rounds to FP8, keeps every NaN when it
-clamps, and knows no inline PTX; here PyTorch rounds, and NumPy runs the instructions that the kernels use.
+clamps, multiplies the bits of bfloat16 matrices, counts no loop to an argument (with NumPy 2.4), and knows no inline
+PTX; here PyTorch rounds and multiplies, and NumPy runs the instructions that the kernels use.
 """
 
 import importlib.util
@@ -84,6 +85,18 @@ def exact(monkeypatch):
     def clamp(self, x, low, high, propagate_nan):
         return self.ternary_op(x, low, high, np.clip if propagate_nan == PropagateNan.ALL else clamp_numbers)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def dot(self, a, b, added, input_precision, most_imprecise):
+        product = as_torch(a.data, a.dtype.scalar).float() @ as_torch(b.data, b.dtype.scalar).float()
+        return interpreter.TensorHandle(product.numpy() + added.data, added.dtype.scalar)
+
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_clampf", clamp)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", inline, raising=False)

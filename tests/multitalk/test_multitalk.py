@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wanvideo_wrapper.attention import sdpa
+from wanvideo_wrapper.kernels.class_attention import class_attention
 from wanvideo_wrapper.multitalk import speakers as speakers_module
 from wanvideo_wrapper.multitalk.extension import AUDIO, AudioWindow, MultiTalk, Speech
 from wanvideo_wrapper.multitalk.multitalk import AudioProjModel, SingleStreamMultiAttention, latent_windows
@@ -174,8 +174,8 @@ def test_several_speakers_on_a_gpu():
 @pytest.mark.parametrize("speakers", [1, 2, 4])
 def test_the_map_is_one_attention_call_and_none_for_one_speaker(speakers, monkeypatch):
     calls = []
-    counted = lambda q, k, v: calls.append(v.shape) or sdpa()(q, k, v)  # noqa: E731
-    monkeypatch.setattr(speakers_module, "sdpa", lambda: counted)
+    counted = lambda q, k, masks: calls.append(masks.shape) or class_attention(q, k, masks)  # noqa: E731
+    monkeypatch.setattr(speakers_module, "class_attention", counted)
     extension = MultiTalk(features=1, intermediate_dim=1, context_tokens=1, output_dim=1, voiced=(0,))
     masks = None if speakers == 1 else torch.eye(speakers + 1, 6)
     cond = Speech(None, torch.tensor(1.0), (2, 2, 3), masks, speakers)
@@ -278,11 +278,12 @@ def test_payload_falls_silent_and_stacks():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [False, True])
-def test_the_host_does_not_wait_for_several_speakers(given):
+def test_the_host_does_not_wait_for_several_speakers(given, dtype):
     grid, device = (3, 6, 8), torch.device("cuda")
     masks = (torch.rand(2, 48, 64) > 0.5).float().to(device) if given else None
-    q, k = (torch.randn(1, 3 * 6 * 8, 2, 64, device=device) for _ in range(2))
+    q, k = (torch.randn(1, 3 * 6 * 8, 2, 64, device=device, dtype=dtype) for _ in range(2))
 
     def forward():
         scores = speaker_map(q, k, token_masks(masks, 2, grid, device))
