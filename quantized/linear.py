@@ -117,6 +117,41 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is the product with its weight, plus its bias, and nothing else.
+
+    Not one with a LoRA beside it, which is of another class, nor one that somebody watches through hooks.
+    """
+    known = _kinds[layer.kind] if isinstance(layer, QuantizedLinear) else nn.Linear
+    return type(layer) is known and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def weight_of(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The weight's values [N, K] of a layer of any storage; also while a graph is traced."""
+    if isinstance(layer, QuantizedLinear):
+        return _weight(layer.kind, layer.stored, layer.settings, weight_shape(layer), dtype)
+    return layer.weight.to(dtype)
+
+
+@torch.library.custom_op(op_name("quantized_weight"), mutates_args=())
+def _weight(
+    kind: str, stored: Sequence[Tensor], settings: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    stored = [kernel_ready(t, strided=False) for t in stored]
+    check_entry(f"weight of {kind}", strided=False, **{f"stored[{n}]": t for n, t in enumerate(stored)})
+    with torch.cuda.device_of(stored[0]):
+        wide = _kinds[kind].values(stored, settings, dtype)[: shape[0], : shape[1]].contiguous()
+    # An operator may not return one of its inputs, which a GGUF weight in base precision is.
+    return wide.clone() if any(wide.data_ptr() == t.data_ptr() for t in stored) else wide
+
+
+@_weight.register_fake
+def _(
+    kind: str, stored: Sequence[Tensor], settings: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return stored[0].new_empty(shape, dtype=dtype)
+
+
 def frozen(t: Tensor) -> nn.Parameter:
     """A parameter without gradient, contiguous in aligned storage."""
     return nn.Parameter(kernel_ready(t.detach(), strided=False), requires_grad=False)

@@ -8,10 +8,10 @@ from wanvideo_wrapper.multitalk.extension import AudioWindow, MultiTalk
 FEATURES = dict(features=2 * 6, intermediate_dim=10, context_tokens=4, output_dim=12)
 
 
-def case(voiced, speakers=1):
+def case(voiced, speakers=1, **more):
     speech = AudioWindow(torch.randn(1, speakers, 9, 5, 2, 6), torch.tensor(0.7))
     return Case(
-        MultiTalk(**FEATURES, voiced=voiced),
+        MultiTalk(**{**FEATURES, **more}, voiced=voiced),
         speech,
         replace(speech, scale=torch.tensor(0.0)),
         changed=lambda step: replace(speech, scale=torch.tensor(0.5 + 0.1 * step)),
@@ -21,6 +21,7 @@ def case(voiced, speakers=1):
 
 CASES = {
     "multitalk": case((0, 1, 2)),
-    "multitalk_some_blocks": case((1,)),
+    # Few enough audio tokens for folded products.
+    "multitalk_folded": case((1,), context_tokens=1),
     "multitalk_two_speakers": case((0, 1, 2), speakers=2),
 }
