@@ -57,7 +57,7 @@ class QuantizedLinear(nn.Linear):
 
     @staticmethod
     def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The weight's values [N, K], or more rows and columns where it was filled up."""
+        """The weight's values [N, K] in new memory, or more rows and columns where it was filled up."""
         raise NotImplementedError
 
     @classmethod
@@ -140,15 +140,11 @@ def _weight(
     stored = [kernel_ready(t, strided=False) for t in stored]
     check_entry(f"weight of {kind}", strided=False, **{f"stored[{n}]": t for n, t in enumerate(stored)})
     with torch.cuda.device_of(stored[0]):
-        wide = _kinds[kind].values(stored, settings, dtype)[: shape[0], : shape[1]].contiguous()
-    # An operator may not return one of its inputs, which a GGUF weight in base precision is.
-    return wide.clone() if any(wide.data_ptr() == t.data_ptr() for t in stored) else wide
+        return _kinds[kind].values(stored, settings, dtype)[: shape[0], : shape[1]].contiguous()
 
 
 @_weight.register_fake
-def _(
-    kind: str, stored: Sequence[Tensor], settings: Sequence[int], shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _(kind: str, stored: Sequence[Tensor], settings: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return stored[0].new_empty(shape, dtype=dtype)
 
 

@@ -1,7 +1,9 @@
 """What the ranks of the parity tests run; each function is the same on every rank."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from wanvideo_wrapper.headless.graph import Link, Node, Prompt  # noqa: E402
 from wanvideo_wrapper.headless.runner import Runner  # noqa: E402
 from wanvideo_wrapper.headless.several import FollowingRunner  # noqa: E402
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host  # noqa: E402
+from wanvideo_wrapper.multitalk import folding  # noqa: E402
 from wanvideo_wrapper.ovi.stream import SoundStream  # noqa: E402
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan  # noqa: E402
 from wanvideo_wrapper.wanvideo.conditioning import Step  # noqa: E402
@@ -171,6 +174,22 @@ def batch_difference():
     model = built(ALL_CASES["multitalk"])
     alone, shared = (one_step(model, ranks=ranks, batch=2) for ranks in (ALONE, ProcessRanks(CPU)))
     return float((shared - alone).norm() / alone.norm())
+
+
+def folded_difference():
+    """Of speech whose products are folded on every rank, and for how many places each of them did."""
+    case, places, softmax = ALL_CASES["multitalk"], set(), folding.head_softmax
+
+    def noted(weights, *more):
+        places.add(weights.shape[1])
+        softmax(weights, *more)
+
+    with patch.object(folding, "WORTH", math.inf), patch.object(folding, "head_softmax", noted):
+        model = built(case)
+        shared = one_step(model, case.payload, ranks=ProcessRanks(CPU))
+        here = sorted(places)
+        alone = one_step(model, case.payload, ranks=ALONE)
+    return float((shared - alone).norm() / alone.norm()), here, sorted(places)
 
 
 def backend_difference(name):

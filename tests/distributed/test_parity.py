@@ -112,6 +112,11 @@ def test_rows_of_a_batch_share_the_forward(two):
     assert max(two.run("ranked", "batch_difference")) < 1e-5
 
 
+def test_folded_speech_is_of_the_places_of_a_rank(two):
+    for shared, here, all_places in two.run("ranked", "folded_difference"):
+        assert shared < 1e-5 and (here, all_places) == ([2], [2, 4])
+
+
 @pytest.mark.parametrize("name", ["sageattn_ultravico", "radial_sage_attention"])
 def test_backends_that_know_the_grid_see_the_whole_video_in_order(two, name):
     for shared in two.run("ranked", "backend_difference", name):

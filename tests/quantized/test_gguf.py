@@ -7,6 +7,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from layouts import relative
 from wanvideo_wrapper.quantized import gguf as ours
 from wanvideo_wrapper.quantized.gguf import TYPES, GgufEmbedding, GgufLinear, dequantize
+from wanvideo_wrapper.quantized.linear import weight_of
 
 ROWS, BLOCKS = 24, 3
 # What gguf takes for the largest scale of NVFP4 where its sign bit is set: a scale has none.
@@ -78,6 +79,16 @@ def test_product(form, dtype):
         assert layer(torch.randn(0, 512).to(dtype)).shape == (0, 40)
     with pytest.raises(ValueError, match="reads 512 channels, but its input has 510"):
         layer(torch.randn(2, 510))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_weight_is_never_the_memory_that_is_stored(form, dtype):
+    """torch forbids it to an operator, and does not notice it of a view."""
+    layer = layer_of(form)
+    got = weight_of(layer, dtype)
+    assert torch.equal(got, layer.expanded(dtype))
+    assert got.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
 
 
 def test_full_graph():

@@ -12,7 +12,7 @@ from wanvideo_wrapper.fp8_optimization import KEEP, convert_fp8_linear, fp8_line
 from wanvideo_wrapper.kernels.fp8_rows import gelu_quantize, norm_quantize, quantize
 from wanvideo_wrapper.quantized import fp8
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear, quantize_rows, runs_fp8
-from wanvideo_wrapper.quantized.linear import shared_input
+from wanvideo_wrapper.quantized.linear import is_plain, shared_input, weight_of
 from wanvideo_wrapper.quantized.nvfp4 import (
     Nvfp4,
     Nvfp4Fp8Linear,
@@ -185,6 +185,40 @@ def plain_layer(features=24, columns=40, bias=True):
     layer = nn.Linear(columns, features, bias=bias)
     layer.weight = nn.Parameter(layer.weight.data.mul(50).to(E4M3), requires_grad=False)
     return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("features", "columns"), [(33, 47), (160, 2080)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_is_the_one_that_is_stored(kind, features, columns, dtype):
+    layer = KINDS[kind][0](torch.randn(features, columns) * 0.1, None)
+    got, want = weight_of(layer, dtype), layer.expanded(torch.float64)
+    assert got.shape == (features, columns) and got.dtype == dtype and got.is_contiguous()
+    assert relative(got, want) < {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 4e-4}[dtype]
+
+
+def test_weight_of_a_plain_layer_is_its_own():
+    layer = nn.Linear(7, 5)
+    assert weight_of(layer, torch.float32) is layer.weight and weight_of(layer, torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["float", *KINDS])
+def test_a_layer_is_plain_unless_it_is_of_another_class_or_watched(kind):
+    layer = nn.Linear(32, 16) if kind == "float" else KINDS[kind][0](torch.randn(16, 32), torch.randn(16))
+    assert is_plain(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert not is_plain(layer)
+        handle.remove()
+    layer.__class__ = type("WithMore", (type(layer),), {})
+    assert not is_plain(layer)
+
+
+def test_weight_operator_is_well_formed():
+    layer = Fp8Linear.quantize(torch.randn(5, 7), None, E4M3)
+    operator = getattr(torch.ops, kernels.NAMESPACE).quantized_weight.default
+    given = (layer.kind, list(layer.stored), list(layer.settings), [5, 7], torch.bfloat16)
+    torch.library.opcheck(operator, given, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.02), torch.rand(24) + 0.01, torch.rand(24, 1) + 0.01])
