@@ -7,14 +7,15 @@ from layouts import relative
 from wanvideo_wrapper import kernels
 from wanvideo_wrapper.kernels.head_softmax import head_softmax
 
-TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}
+TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SIZES = [(2, 21, 32, 40), (3, 9, 5, 7), (1, 1, 1, 12)]
 
 
 def operands(batch, rows, keys, heads, dtype, device="cpu"):
-    """Scores and biases of which some are far from the others."""
-    scores = (torch.randn(batch, rows, keys * heads, device=device) * 3 + 50).to(dtype)
+    """Scores of rows that are far above or below zero, further than an exponential reaches."""
+    level = 120 * torch.randn(batch, rows, 1, device=device).sign()
+    scores = (torch.randn(batch, rows, keys * heads, device=device) * 3 + level).to(dtype)
     return scores, torch.randn(batch, keys * heads, device=device) * 3, torch.rand((), device=device) + 0.5
 
 

@@ -172,6 +172,10 @@ def test_gradients_pass(calls):
     block.requires_grad_(False)
     hear(block, x.requires_grad_(), cond).sum().backward()
     assert x.grad.abs().max() > 0 and not calls
+    with torch.no_grad():
+        hear(block, x, cond)
+    hear(block, x.detach(), cond)
+    assert len(calls) == 2
 
 
 @torch.no_grad()
