@@ -212,7 +212,7 @@ class Extension:
         return heads, cond
 
     def after_cross_attn(self, block: Block, x: Tensor, cond: NamedTuple) -> tuple[Tensor, NamedTuple]:
-        """Residual stream after text cross-attention, [B, L, C]."""
+        """Residual stream after text cross-attention, [B, L, C]. Later hooks may change what this reads or returns."""
         return x, cond
 
 
