@@ -7,7 +7,8 @@ from layouts import relative
 from wanvideo_wrapper import kernels
 from wanvideo_wrapper.kernels.head_softmax import head_softmax
 
-TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+# Half of the last bit of a single number, and in float32 what exponentials cost.
+TOLERANCES = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SIZES = [(2, 21, 32, 40), (3, 9, 5, 7), (1, 1, 1, 12)]
 
