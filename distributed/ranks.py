@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..wanvideo.footage import MemoryFootage
 from ..wanvideo.shard import WHOLE, Job, Ranks, Shard, Writer
+from .copies import exchange_of
+from .exchange import Exchange
 from .sequence import SequenceShard
 from .writer import SharedWriter
 
@@ -38,6 +40,7 @@ class ProcessRanks(Ranks):
         self._world = dist.get_world_size()
         self._rank = dist.get_rank()
         self._passes = 1
+        self._exchanges: dict[int, Exchange | None] = {}
 
     @functools.cached_property
     def _meshes(self) -> dict[int, DeviceMesh]:
@@ -85,7 +88,14 @@ class ProcessRanks(Ranks):
             frame_count=frames,
             places=places,
             behind=tokens - frames * places,
+            exchange=self._exchange(group),
         )
+
+    def _exchange(self, group: dist.ProcessGroup) -> Exchange | None:
+        """Of the ranks that share a pass, with memory of their own: ranks of another layout may be a step ahead."""
+        if self._passes not in self._exchanges:
+            self._exchanges[self._passes] = exchange_of(group, self._device)
+        return self._exchanges[self._passes]
 
     def each(
         self, jobs: Sequence[Sequence[Job]], run: Callable[[Sequence[Job]], Tensor], *, together: bool = False

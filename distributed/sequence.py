@@ -13,9 +13,7 @@ Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -25,6 +23,7 @@ from torch.distributed import _functional_collectives as collectives
 
 from ..attention import Attention
 from ..wanvideo.shard import Arriving, Shard
+from .exchange import Collectives, Exchange, Route, Views
 
 Sizes = tuple[int, ...]
 APPENDED_TWICE = (
@@ -48,7 +47,8 @@ def span(sizes: Sizes, rank: int) -> tuple[int, int]:
 class SequenceShard(Shard):
     """The part of rank `rank` of the process group named `group`, which has `ranks` of them.
 
-    The sequence has `frames` of `places` tokens each, and `behind` more.
+    The sequence has `frames` of `places` tokens each, and `behind` more. exchange: how heads are exchanged in blocks
+    that are not compiled; None: by collectives.
     """
 
     group: str
@@ -57,6 +57,7 @@ class SequenceShard(Shard):
     frame_count: int
     places: int
     behind: int = 0
+    exchange: Exchange | None = field(default=None, compare=False, repr=False)
 
     @property
     def _here(self) -> tuple[int, int]:
@@ -141,31 +142,41 @@ class SequenceShard(Shard):
         return -low, high
 
     def heads(self, t: Tensor, *, in_order: bool) -> Arriving:
-        """The all-to-all before attention. Raises ValueError where there are fewer heads than ranks."""
+        """The exchange before attention. Raises ValueError where there are fewer heads than ranks."""
         batch, _, heads, size = t.shape
         counts = self._heads(heads)
-        shape = (counts[self.rank], size)
-        sizes = [batch * tokens * math.prod(shape) for tokens in self.lengths]
-        flat = self._exchange(t.split(counts, dim=2), sizes)
-
-        def arrived() -> Tensor:
-            received = flat()
-            if batch == 1 and not in_order:
-                return received.view(1, sum(self.lengths), *shape)
-            pairs = zip(received.split(sizes), self.lengths, strict=True)
-            parts = [part.view(batch, tokens, *shape) for part, tokens in pairs]
-            return self._ordered(parts) if in_order else torch.cat(parts, dim=1)
-
-        return arrived
+        parts = t.split(counts, dim=2)
+        return self._exchange(
+            Route(
+                sent=[self._of_part(part, self.rank, in_order) for part in parts],
+                shapes=[(batch, sum(self.lengths), count, size) for count in counts],
+                placed=lambda result, _, source: self._of_whole(result, source, in_order),
+                in_turn=batch == 1 and not in_order,
+            )
+        )
 
     def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
-        """The all-to-all behind attention."""
-        batch, _, _, size = t.shape
-        parts = self._of_ranks(t) if in_order else t.split(self.lengths, dim=1)
-        length, counts = self.lengths[self.rank], self._heads(heads)
-        sizes = [batch * length * count * size for count in counts]
-        pairs = zip(self._exchange(parts, sizes)().split(sizes), counts, strict=True)
-        return torch.cat([of_rank.view(batch, length, count, size) for of_rank, count in pairs], dim=2)
+        """The exchange behind attention."""
+        counts = self._heads(heads)
+
+        def placed(result: Tensor, rank: int, source: int) -> Views:
+            return self._of_part(result.split(counts, dim=2)[source], rank, in_order)
+
+        return self._exchange(
+            Route(
+                sent=[self._of_whole(t, rank, in_order) for rank in range(self.ranks)],
+                shapes=[(t.shape[0], length, heads, t.shape[3]) for length in self.lengths],
+                placed=placed,
+                in_turn=False,
+            )
+        )()
+
+    @property
+    def _exchange(self) -> Exchange:
+        """Of the ranks; what is traced into a graph goes by collectives."""
+        if self.exchange is None or torch.compiler.is_compiling():
+            return Collectives(self.group, self.rank)
+        return self.exchange
 
     def _heads(self, heads: int) -> Sizes:
         """How many heads each rank has."""
@@ -178,26 +189,20 @@ class SequenceShard(Shard):
         """None: norms read all heads of a token, and the kernel all tokens of a head."""
         return None
 
-    def _exchange(self, parts: Sequence[Tensor], receives: list[int]) -> Arriving:
-        """Send each part to its rank; what all ranks send here, flat."""
-        sends = [part.numel() for part in parts]
-        buffer = parts[0].new_empty(sum(sends))
-        for piece, part in zip(buffer.split(sends), parts, strict=True):
-            piece.view(part.shape).copy_(part)
-        # The wrapper of this operator waits at once where it is traced.
-        received = torch.ops._c10d_functional.all_to_all_single(buffer, receives, sends, self.group)
-        return lambda: collectives.wait_tensor(received)
+    def _of_whole(self, t: Tensor, rank: int, in_order: bool) -> Views:
+        """Of the whole sequence [B, L, ...] the tokens of a rank: in order, the video's [B, frames, places, ...], and
+        those behind it; else all of them, as the ranks' tokens then lie one behind the other."""
+        if not in_order:
+            return (t.split(self.lengths, dim=1)[rank],)
+        video, behind = t.split((self.frame_count * self.places, self.behind), dim=1)
+        frames = video.unflatten(1, (self.frame_count, self.places))
+        places, extra = shares(self.places, self.ranks), shares(self.behind, self.ranks)
+        return frames.split(places, dim=2)[rank], behind.split(extra, dim=1)[rank]
 
-    def _ordered(self, parts: Sequence[Tensor]) -> Tensor:
-        """Parts [B, l, ...] of all ranks as the whole sequence [B, L, ...]."""
-        video = [part[:, : len_ - behind] for part, len_, behind in self._with_lengths(parts)]
-        frames = torch.cat([part.unflatten(1, (self.frame_count, -1)) for part in video], dim=2).flatten(1, 2)
-        return torch.cat((frames, *(part[:, n - behind :] for part, n, behind in self._with_lengths(parts))), dim=1)
-
-    def _with_lengths(self, parts: Sequence[Tensor]) -> list[tuple[Tensor, int, int]]:
-        return list(zip(parts, self.lengths, shares(self.behind, self.ranks), strict=True))
-
-    def _of_ranks(self, t: Tensor) -> list[Tensor]:
-        """The whole sequence [B, L, ...] as parts of the ranks."""
-        ranks = (replace(self, rank=rank) for rank in range(self.ranks))
-        return [shard.take(t) for shard in ranks]
+    def _of_part(self, t: Tensor, rank: int, in_order: bool) -> Views:
+        """The tokens of a rank [B, l, ...] in the same shapes."""
+        if not in_order:
+            return (t,)
+        places, extra = shares(self.places, self.ranks)[rank], shares(self.behind, self.ranks)[rank]
+        video, behind = t.split((self.frame_count * places, extra), dim=1)
+        return video.unflatten(1, (self.frame_count, places)), behind
