@@ -1,0 +1,100 @@
+"""The exchange by copy engines: what lies where, and what is overwritten when."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from wanvideo_wrapper.distributed import copies
+from wanvideo_wrapper.distributed.peer_memory import boxes
+from wanvideo_wrapper.distributed.sequence import SequenceShard, shares, span
+from wires import Team, box_copied
+
+HEADS, SIZE = 5, 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "permuted"),
+    [
+        ((7,), (0,)),
+        ((4, 3, 5), (0, 1, 2)),
+        ((3, 1, 4, 5), (0, 1, 2, 3)),
+        ((4, 3, 5), (2, 0, 1)),
+        ((2, 3, 4, 5, 2), (0, 1, 2, 3, 4)),
+    ],
+)
+def test_boxes_copy_what_a_tensor_copy_does(shape, permuted):
+    """Parts of larger tensors, whose bytes beside them stay."""
+    edges = [(random.randrange(3), random.randrange(1, 3)) for _ in shape]
+    wholes = [torch.randn([first + n + last for n, (first, last) in zip(shape, edges, strict=True)]) for _ in range(2)]
+    views = [whole[tuple(slice(a, a + n) for n, (a, _) in zip(shape, edges, strict=True))] for whole in wholes]
+    place, part = (view.permute(permuted) for view in views)
+    want = wholes[0].clone()
+    want[tuple(slice(a, a + n) for n, (a, _) in zip(shape, edges, strict=True))] = views[1]
+    memory = wholes[0].numpy().reshape(-1).view(np.uint8)
+    box_copied(memory, place.storage_offset() * 4, place, part)
+    assert torch.equal(wholes[0], want)
+
+
+def test_a_frame_of_places_is_a_slice_of_a_box():
+    """The shapes of 14B on two ranks: one call of the driver, in rows of 20 heads."""
+    tokens, part = torch.empty(1, 21, 1560, 20, 128, device="meta"), torch.empty(1, 21, 780, 40, 128, device="meta")
+    place, part = tokens[:, :, 780:], part[:, :, :, 20:]
+    (box,) = boxes(tuple(place.shape), place.stride(), part.stride(), 2)
+    assert box[2:] == (5120, 780, 21, 5120, 10240, 1560, 780)
+
+
+def test_nothing_is_copied_of_nothing():
+    assert boxes((2, 0, 3), (0, 3, 1), (3, 3, 1), 2) == ()
+
+
+def pause():
+    time.sleep(random.random() * 6e-4)
+
+
+def block(shard, tokens, in_order):
+    """The four exchanges with work of any length between them; what arrived is read as late as can be."""
+    arriving = []
+    for t in tokens[:3]:
+        arriving.append(shard.heads(shard.take(t), in_order=in_order))
+        pause()
+    q, k, v = (arrived() for arrived in arriving)
+    pause()
+    read = [t.clone() for t in (q, k, v)]
+    result = shard.tokens(read[0] + 2 * read[2], heads=HEADS, in_order=in_order)
+    pause()
+    return (*read, result.clone())
+
+
+@pytest.fixture
+def small_first(monkeypatch):
+    """Boxes that the tests' tensors outgrow."""
+    monkeypatch.setattr(copies, "FIRST_BYTES", copies.ALIGNMENT)
+
+
+@pytest.mark.usefixtures("small_first")
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_rank_has_its_heads_and_its_tokens_block_after_block(ranks):
+    """Unequal places, heads and tokens behind the video; a larger batch in between, for which the boxes grow."""
+    frames, places, behind = 3, 7, 5
+    length = frames * places + behind
+    kinds = [(1, False), (1, True), (2, True), (2, False), (1, False), (1, True)]
+    tokens = [[torch.randn(batch, length, HEADS, SIZE) for _ in range(3)] for batch, _ in kinds]
+    team = Team(ranks)
+
+    def work(rank, exchange):
+        shard = SequenceShard("", rank, ranks, frames, places, behind, exchange=exchange)
+        return shard, [block(shard, t, in_order) for t, (_, in_order) in zip(tokens, kinds, strict=True)]
+
+    made = team.run(work)
+    places_of = [shard.take(torch.arange(length), dim=0) for shard, _ in made]
+    for rank, (shard, found) in enumerate(made):
+        for (_, in_order), given, (*heads, result) in zip(kinds, tokens, found, strict=True):
+            # Where the order is not asked for, the ranks' tokens lie one behind the other.
+            order = torch.arange(length) if in_order else torch.cat(places_of)
+            start, stop = span(shares(HEADS, ranks), rank)
+            for t, arrived in zip(given, heads, strict=True):
+                assert torch.equal(arrived, t[:, order, start:stop])
+            assert torch.equal(result, shard.take(given[0] + 2 * given[2]))
+    assert len(set(team.opened)) > 2
