@@ -1,28 +1,32 @@
 """One 14B video on two GPUs of one host against one of them, in the same processes and with the same weights.
 
     NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py [--gpus 2] [--option fp8_e4m3fn_fast:auto_fp8] [--blocks 40]
-        [--overlap none projections] [--trace trace.json]
+        [--exchange copies collectives] [--overlap none projections] [--trace trace.json]
     NCCL_NVLS_ENABLE=0 python benchmarks/gpus.py --option disabled:sdpa --other-kernel
 
 Random weights in the shapes of InfiniteTalk 14B, the same on every rank. Cases: 832x480 without and with CFG, and
-768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case and
-form of overlap. Forms: every exchange is waited for at once; v and q are sent before q and k are projected, which is
-what the package does. --trace says how much of NCCL's time ran beside other kernels. --other-kernel compares one GPU by
-torch's flash kernel with one by its own choice.
+768x768 with speech; 81 frames. A number is the median of the steps behind the first. Prints one JSON line a case,
+exchange and overlap. Exchanges: by the copy engines, which is what the package does where it can; by NCCL. Overlaps:
+every exchange is waited for at once; v and q are sent before q and k are projected, which is what the package does.
+--trace says how much of the exchange ran beside other kernels. --other-kernel compares one GPU by torch's flash kernel
+with one by its own choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import logging
 import os
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanvideo_wrapper.bench.random_model import Case, load
 from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.distributed import sequence
+from wanvideo_wrapper.distributed.exchange import Collectives, Exchange, Route
 from wanvideo_wrapper.distributed.host import RankHost
 from wanvideo_wrapper.distributed.ranks import ProcessRanks
 from wanvideo_wrapper.host import set_host
@@ -87,24 +92,35 @@ def seconds(model: WanVideoModel, *, size: tuple[int, int], cfg: float, spoken: 
     return {"seconds": statistics.median(times[1:] or times), "peak_gb": peak, "velocity": velocity.cpu()}
 
 
+EXCHANGES = ("copies", "collectives")
 OVERLAPS = ("none", "projections")
 
 
 @contextlib.contextmanager
-def overlapping(form: str) -> Iterator[None]:
-    """Inside, exchanges run beside so much work."""
+def exchanging(exchange: str, overlap: str) -> Iterator[None]:
+    """Inside, heads are exchanged in this way, beside so much work. Raises RuntimeError where there are no copies."""
     shard = sequence.SequenceShard
-    exchange = shard._exchange
+    usual = shard._exchange
 
-    def at_once(self: sequence.SequenceShard, parts: Sequence[torch.Tensor], receives: list[int]) -> Arriving:
-        received = exchange(self, parts, receives)()
-        return lambda: received
+    def chosen(self: sequence.SequenceShard) -> Exchange:
+        if exchange == "copies" and self.exchange is None:
+            raise RuntimeError(
+                "These GPUs cannot write into each other's memory: see the log, or --exchange collectives."
+            )
+        found = usual.fget(self) if exchange == "copies" else Collectives(self.group, self.rank)
+        return found if overlap == "projections" else partial(at_once, found)
 
-    shard._exchange = at_once if form == "none" else exchange
+    shard._exchange = property(chosen)
     try:
         yield
     finally:
-        shard._exchange = exchange
+        shard._exchange = usual
+
+
+def at_once(exchange: Exchange, route: Route) -> Arriving:
+    """An exchange that nothing runs beside."""
+    received = exchange(route)()
+    return lambda: received
 
 
 CASES = {
@@ -136,6 +152,7 @@ def host_memory() -> float:
 
 def rank_main(rank: int, folder: str, options: argparse.Namespace) -> None:
     """One rank: load, then every case by the first rank alone and by all."""
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s")
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
     store = dist.FileStore(f"{folder}/store", options.gpus)
@@ -156,8 +173,8 @@ def rank_main(rank: int, folder: str, options: argparse.Namespace) -> None:
             if mine and options.other_kernel:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                     other = relative(seconds(model, **case, steps=0)["velocity"], alone["velocity"])
-        for form in options.overlap:
-            with overlapping(form):
+        for exchange, overlap in forms(options):
+            with exchanging(exchange, overlap):
                 shared = seconds(model, **case, steps=options.steps)
             every: list[object] = [None] * options.gpus
             dist.all_gather_object(every, (shared["peak_gb"], host_memory()))
@@ -166,7 +183,8 @@ def rank_main(rank: int, folder: str, options: argparse.Namespace) -> None:
             say({
                 "case": name,
                 "option": options.option,
-                "overlap": form,
+                "exchange": exchange,
+                "overlap": overlap,
                 "device": torch.cuda.get_device_name(),
                 "gpus": options.gpus,
                 "blocks": options.blocks,
@@ -180,10 +198,15 @@ def rank_main(rank: int, folder: str, options: argparse.Namespace) -> None:
                 "host_gb_each": [round(memory, 2) for _, memory in every],
                 "seconds_to_load": round(loaded, 1),
             })  # fmt: skip
-    for form in options.overlap if options.trace else ():
-        with overlapping(form):
-            traced(model, options.trace, rank, form)
+    for exchange, overlap in forms(options) if options.trace else ():
+        with exchanging(exchange, overlap):
+            traced(model, options.trace, rank, f"{exchange}, {overlap}")
     dist.destroy_process_group()
+
+
+def forms(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Exchanges and overlaps that are asked for."""
+    return list(itertools.product(options.exchange, options.overlap))
 
 
 def say(report: dict[str, object]) -> None:
@@ -198,7 +221,7 @@ def relative(velocity: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def traced(model: WanVideoModel, path: Path, rank: int, form: str) -> None:
-    """One shared step under the profiler: how much of the communication runs beside other kernels."""
+    """Two shared steps under the profiler: how much of the exchange runs beside other kernels, and when none runs."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -206,14 +229,40 @@ def traced(model: WanVideoModel, path: Path, rank: int, form: str) -> None:
     if rank:
         return
     profiler.export_chrome_trace(str(path))
-    spans = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") == "kernel"]
-    talk = [(e["ts"], e["ts"] + e["dur"]) for e in spans if "nccl" in e["name"].lower()]
-    work = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if "nccl" not in e["name"].lower())
-    total = sum(end - start for start, end in talk)
-    hidden = sum(
-        max(0.0, min(end, stop) - max(start, begin)) for start, end in talk for begin, stop in work if begin < end
+    spans = json.loads(path.read_text())["traceEvents"]
+    talk = _joined(e for e in spans if _exchanges(e))
+    work = _joined(e for e in spans if e.get("cat") == "kernel" and not _exchanges(e))
+    total, busy, either = (sum(stop - start for start, stop in parts) for parts in (talk, work, _merged(talk + work)))
+    idle = work[-1][1] - work[0][0] - busy
+    say({
+        "form": form,
+        "exchange_ms": round(total / 1000, 2),
+        "beside_other_kernels_ms": round((total + busy - either) / 1000, 2),
+        "no_other_kernel_ms": round(idle / 1000, 2),
+    })  # fmt: skip
+
+
+def _exchanges(event: dict[str, object]) -> bool:
+    """A kernel of NCCL, or a copy from card to card."""
+    name = str(event.get("name"))
+    return (
+        event.get("cat") == "kernel" and "nccl" in name.lower() or event.get("cat") == "gpu_memcpy" and "PtoP" in name
     )
-    say({"overlap": form, "nccl_ms": round(total / 1000, 2), "beside_other_kernels_ms": round(hidden / 1000, 2)})
+
+
+def _joined(events: Iterable[dict[str, object]]) -> list[tuple[float, float]]:
+    return _merged([(event["ts"], event["ts"] + event["dur"]) for event in events])
+
+
+def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Times in which any of them runs."""
+    merged: list[tuple[float, float]] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], stop)
+        else:
+            merged.append((start, stop))
+    return merged
 
 
 def main() -> None:
@@ -224,6 +273,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES))
+    parser.add_argument("--exchange", nargs="+", choices=EXCHANGES, default=["copies"])
     parser.add_argument("--overlap", nargs="+", choices=OVERLAPS, default=["projections"])
     parser.add_argument("--other-kernel", action="store_true", help="for an option that ends in :sdpa")
     parser.add_argument("--trace", type=Path, help="a file for the profiler's trace of a shared step")

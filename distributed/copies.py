@@ -41,7 +41,7 @@ class Wire(Protocol):
     memory: Tensor
 
     def send(self, number: int, pieces: Sequence[Sequence[Piece]]) -> Callable[[], None]:
-        """Begin to write the pieces of each rank, and then the number, which must be higher than the last.
+        """Begin to write the pieces of each other rank, and then the number, which must be higher than the last.
 
         The call that it gives waits until what every rank sent with this number is here, and what went may be freed.
         """
@@ -81,11 +81,16 @@ class Copies:
             list(zip(route.placed(result, target, self._rank), parts, strict=True))
             for target, (result, parts) in enumerate(zip(results, route.sent, strict=True))
         ]
+        own, pieces[self._rank] = pieces[self._rank], []
         wait = self._wire.send(number, pieces)
 
         def arrived() -> Tensor:
+            # Copies within a card are kernels: they run where this rank would wait for the others.
+            for place, part in own:
+                place.copy_(part)
             wait()
             # What went was held for the copy engines, which the allocator does not know of.
+            own.clear()
             pieces.clear()
             self._unread.discard(number)
             return results[self._rank]

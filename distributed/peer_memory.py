@@ -102,8 +102,8 @@ class PeerMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int) -> None:
         self._group, self._device, self._size = group, device, size
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-        # Of what goes to others, and of what stays on the card: two copy engines.
-        self._away, self._here = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._others = [(self._rank + step) % self._ranks for step in range(1, self._ranks)]
+        self._copying = torch.cuda.Stream(device)
         offers = self._of_all(self._offer)
         self._addresses = self._of_all(lambda: self._opened(offers))[self._rank]
         self._of_all(self._try)
@@ -153,36 +153,30 @@ class PeerMemory:
         part = torch.full((TRIAL_BYTES,), self._rank + 1, dtype=torch.uint8, device=self._device)
         wait = self.send(TRIAL, [[(places[self._rank], part)]] * self._ranks)
         end = time.monotonic() + TRIAL_SECONDS
-        while any(flag != TRIAL for rank, flag in enumerate(self._flags.tolist()) if rank != self._rank):
+        while bool((self._flags[self._others] != TRIAL).any()):
             if time.monotonic() > end:
                 raise PeerMemoryError(f"what they sent did not arrive within {TRIAL_SECONDS:.0f} seconds.")
             time.sleep(0.001)
         wait()
-        if not bool((places == torch.arange(1, self._ranks + 1, device=self._device)[:, None]).all()):
+        want = torch.arange(1, self._ranks + 1, device=self._device)[:, None]
+        if not bool((places == want)[self._others].all()):
             raise PeerMemoryError("what arrived is not what they sent.")
 
     def send(self, number: int, pieces: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Callable[[], None]:
         """As `Wire` says, in the order of this device's streams."""
-        made = torch.cuda.current_stream(self._device).record_event()
-        streams = self._away, self._here
-        for stream in streams:
-            stream.wait_event(made)
+        self._copying.wait_stream(torch.cuda.current_stream(self._device))
         # From the next rank on, so that no two send to the same card at once.
-        for target in (*range(self._rank + 1, self._ranks), *range(self._rank + 1)):
-            stream = self._here if target == self._rank else self._away
+        for target in self._others:
             for place, part in pieces[target]:
-                _copy(place.data_ptr() + self._addresses[target] - self._address, place, part, stream)
-            if target != self._rank:
-                _flagged("cuStreamWriteValue32_v2", self._flag(target, self._rank), number, stream)
-        ended = [stream.record_event() for stream in streams]
+                _copy(place.data_ptr() + self._addresses[target] - self._address, place, part, self._copying)
+            _flagged("cuStreamWriteValue32_v2", self._flag(target, self._rank), number, self._copying)
+        ended = self._copying.record_event()
 
         def wait() -> None:
             reader = torch.cuda.current_stream(self._device)
-            for source in range(self._ranks):
-                if source != self._rank:
-                    _flagged("cuStreamWaitValue32_v2", self._flag(self._rank, source), number, reader)
-            for event in ended:
-                reader.wait_event(event)
+            for source in self._others:
+                _flagged("cuStreamWaitValue32_v2", self._flag(self._rank, source), number, reader)
+            reader.wait_event(ended)
 
         return wait
 
@@ -198,9 +192,8 @@ class PeerMemory:
         _call("cuMemFree_v2", _Address(self._address))
 
     def _unmap(self) -> None:
-        for address in self._addresses:
-            if address != self._address:
-                _call("cuIpcCloseMemHandle", _Address(address))
+        for rank in self._others:
+            _call("cuIpcCloseMemHandle", _Address(self._addresses[rank]))
 
 
 class _Raw:

@@ -2,12 +2,15 @@
 
 import random
 import time
+from functools import partial
 
+import copied
 import numpy as np
 import pytest
 import torch
 from wanvideo_wrapper.distributed import copies
-from wanvideo_wrapper.distributed.peer_memory import boxes
+from wanvideo_wrapper.distributed.launch import launch
+from wanvideo_wrapper.distributed.peer_memory import PeerMemoryError, boxes
 from wanvideo_wrapper.distributed.sequence import SequenceShard, shares, span
 from wires import Team, box_copied
 
@@ -98,3 +101,46 @@ def test_every_rank_has_its_heads_and_its_tokens_block_after_block(ranks):
                 assert torch.equal(arrived, t[:, order, start:stop])
             assert torch.equal(result, shard.take(given[0] + 2 * given[2]))
     assert len(set(team.opened)) > 2
+
+
+@pytest.fixture
+def two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+
+
+CASES = ("eager", "batch", "in order", "one block compiled")
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("two_gpus")
+def test_a_model_is_to_the_bit_what_it_is_by_collectives():
+    shown = launch(partial(copied.compared, CASES), count=2, device="cuda")
+    assert shown == [f"{case}: Copies, equal: True, near: True" for case in CASES]
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("two_gpus")
+def test_nothing_is_overwritten_or_read_too_early():
+    assert launch(copied.hurried, count=2, device="cuda") == ["0"]
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("two_gpus")
+def test_a_stream_that_waits_for_a_dead_rank_ends_with_its_process():
+    with pytest.raises(RuntimeError, match=r"^Rank 1 of 2 died \(SIGKILL\)"):
+        launch(copied.dies, count=2, device="cuda")
+
+
+def unreachable(*_):
+    raise PeerMemoryError("cuIpcOpenMemHandle_v2: peer access is not supported between these two devices.")
+
+
+def test_the_log_says_why_heads_go_by_nccl(monkeypatch, caplog):
+    caplog.set_level("INFO", "wanvideo")
+    monkeypatch.setattr(copies.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(copies, "PeerMemory", unreachable)
+    for _ in range(2):
+        assert copies.exchange_of(None, torch.device("cuda")) is None
+    (said,) = caplog.messages
+    assert said.endswith("peer access is not supported between these two devices.") and "NCCL" in said

@@ -76,7 +76,9 @@ class WanSelfAttention(nn.Module):
         all_q = shard.heads(placed_q, in_order=in_order)
         placed_k = self.norm_k.placed(k(), inputs.rope, self.heads)
         all_k = shard.heads(placed_k, in_order=in_order)
-        call, hooks = run_hooks("attend", block, AttentionCall(all_q(), all_k(), all_v()), hooks)
+        # v first, as it was sent: what is left to do when it and q arrive is done while k is still on its way.
+        call = AttentionCall(v=all_v(), q=all_q(), k=all_k())
+        call, hooks = run_hooks("attend", block, call, hooks)
         out = shard.tokens(attend(attention, call), heads=self.heads[0], in_order=in_order)
         return Heads(None if read.queries == 0 else placed_q, None if read.keys == 0 else placed_k, out), hooks
 
