@@ -252,4 +252,7 @@ def _check(status: int, name: str) -> None:
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise PeerMemoryError(f"{error}.") from error

@@ -1,12 +1,13 @@
 """Sequence parallelism: every process has the same places of all frames, and a share of the heads in self-attention.
 
-Before self-attention an all-to-all gives each process all tokens of its heads, and one behind it gives them back,
-so that any attention kernel runs as it is (DeepSpeed-Ulysses, Jacobs et al. 2023). Shares may be unequal: nothing is
-padded but in gathers.
+Before self-attention an exchange gives each process all tokens of its heads, and one behind it gives them back, so that
+any attention kernel runs as it is (DeepSpeed-Ulysses, Jacobs et al. 2023). Shares may be unequal: nothing is padded but
+in gathers.
 
-The collectives are torch's functional ones, which compiled graphs may contain. An exchange begins as soon as its tensor
-is there and is waited for where its result is read: v is sent before q is projected and q before k is. Groups of heads,
-attention of one beside the exchange of the next, would hide more of it and make both slower by as much (docs/scale.md).
+The collectives are torch's functional ones, which compiled graphs may contain; `copies.py` exchanges heads without one
+where it can. An exchange begins as soon as its tensor is there and is waited for where its result is read: v is sent
+before q is projected and q before k is. Groups of heads, attention of one beside the exchange of the next, would hide
+more of it and, by NCCL, make both slower by as much (docs/scale.md).
 
 Shapes: B batch, L tokens of the whole sequence, l of this process, H heads, h of this process, D head size.
 """
@@ -145,7 +146,8 @@ class SequenceShard(Shard):
         """The exchange before attention. Raises ValueError where there are fewer heads than ranks."""
         batch, _, heads, size = t.shape
         counts = self._heads(heads)
-        parts = t.split(counts, dim=2)
+        # Dense, as kernels mostly leave it: then a part is one strided copy.
+        parts = t.contiguous().split(counts, dim=2)
         return self._exchange(
             Route(
                 sent=[self._of_part(part, self.rank, in_order) for part in parts],
@@ -157,7 +159,7 @@ class SequenceShard(Shard):
 
     def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
         """The exchange behind attention."""
-        counts = self._heads(heads)
+        counts, t = self._heads(heads), t.contiguous()
 
         def placed(result: Tensor, rank: int, source: int) -> Views:
             return self._of_part(result.split(counts, dim=2)[source], rank, in_order)

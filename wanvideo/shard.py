@@ -68,12 +68,13 @@ class Shard:
     def heads(self, t: Tensor, *, in_order: bool) -> Arriving:
         """[B, l, H, D] -> [B, L, h, D]: the whole sequence for this process's share of the heads.
 
-        in_order: the tokens come in the order of the whole sequence, which attention of all to all does not need.
+        in_order: the tokens come in the order of the whole sequence, which attention of all to all does not need. What
+        comes may lie in memory that the next block's takes: it is read before, or copied.
         """
         return lambda: t
 
     def tokens(self, t: Tensor, *, heads: int, in_order: bool) -> Tensor:
-        """The way back: [B, L, h, D] -> [B, l, H, D]. heads: H."""
+        """The way back: [B, L, h, D] -> [B, l, H, D], in memory that the next block's may take. heads: H."""
         return t
 
     def fused(self, attention: Attention) -> FusedAttention | None:

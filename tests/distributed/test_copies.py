@@ -2,6 +2,7 @@
 
 import random
 import time
+import weakref
 from functools import partial
 
 import copied
@@ -101,6 +102,22 @@ def test_every_rank_has_its_heads_and_its_tokens_block_after_block(ranks):
                 assert torch.equal(arrived, t[:, order, start:stop])
             assert torch.equal(result, shard.take(given[0] + 2 * given[2]))
     assert len(set(team.opened)) > 2
+
+
+def test_what_goes_is_held_until_it_is_there_and_no_longer():
+    """A copy engine reads memory that the allocator would give away, and four tensors a block are much memory."""
+
+    def work(rank, exchange):
+        shard, array = SequenceShard("", rank, 2, 1, 8, exchange=exchange), np.random.rand(1, 4, HEADS, SIZE)
+        given, seen = torch.from_numpy(array), weakref.ref(array)
+        del array
+        call = shard.heads(given, in_order=False)
+        del given
+        held = seen() is not None
+        call()
+        return held, seen() is None
+
+    assert Team(2).run(work) == [(True, True)] * 2
 
 
 @pytest.fixture
