@@ -176,7 +176,7 @@ class SequenceShard(Shard):
     @property
     def _exchange(self) -> Exchange:
         """Of the ranks; what is traced into a graph goes by collectives."""
-        if self.exchange is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.exchange is None:
             return Collectives(self.group, self.rank)
         return self.exchange
 
