@@ -65,9 +65,9 @@ def _launched(
     scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The sum, with the norm of it in `out`."""
-    x, y, gain, shift = (kernel_ready(t) for t in (x, y, gain.float(), shift.float()))
-    gate = None if gate is None else kernel_ready(gate.float())
-    check_entry("residual_norm", x=x, y=y, gate=gate, gain=gain, shift=shift)
+    x, y, gain, shift = (kernel_ready(t, strided=False) for t in (x, y, gain.float(), shift.float()))
+    gate = None if gate is None else kernel_ready(gate.float(), strided=False)
+    check_entry("residual_norm", strided=False, x=x, y=y, gate=gate, gain=gain, shift=shift)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     triton_kernels("residual_norm_triton").residual_norm((x, y, gate), (gain, shift), (total, out, scale), eps=eps)
     return total

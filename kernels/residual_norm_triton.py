@@ -27,37 +27,46 @@ def _sums(x, y, gates, GATED: tl.constexpr):
 
 
 @triton.jit
-def _residual_norm(x, y, gate, gain, shift, total, out, scales, columns, columns_out, tokens, x_batch, x_token,
-                   y_batch, y_token, gate_batch, gate_token, gain_batch, gain_token, shift_batch, shift_token, eps,
-                   QUANTIZE: tl.constexpr, GATED: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
-                   PIECE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+def _of_row(base, batch, token, tokens, columns, OF: tl.constexpr):
+    """Where gate, gain or shift of a row begin: one for all, one for each video, or one for each token."""
+    if OF == 2:
+        base += (batch * tokens + token) * columns
+    elif OF == 1:
+        base += batch * columns
+    return base
+
+
+@triton.jit
+def _residual_norm(x, y, gate, gain, shift, total, out, scales, columns, columns_out, tokens, eps,
+                   QUANTIZE: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, GAIN: tl.constexpr,
+                   SHIFT: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+                   FULL: tl.constexpr):  # fmt: skip
+    SHARED: tl.constexpr = GATE < 2 and GAIN < 2 and SHIFT < 2
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64)
-    x += batch * x_batch
-    y += batch * y_batch
-    gate += batch * gate_batch
-    gain += batch * gain_batch
-    shift += batch * shift_batch
+    x += batch * tokens * columns
+    y += batch * tokens * columns
     if SHARED:
-        g = _load_row(gain, True, columns, PIECE, PIECES, FULL)
-        s = _load_row(shift, True, columns, PIECE, PIECES, FULL)
+        g = _load_row(_of_row(gain, batch, token, tokens, columns, GAIN), True, columns, PIECE, PIECES, FULL)
+        s = _load_row(_of_row(shift, batch, token, tokens, columns, SHIFT), True, columns, PIECE, PIECES, FULL)
         # Without a gate this name is never read.
         f = g
         if GATED:
-            f = _load_row(gate, True, columns, PIECE, PIECES, FULL)
-    ahead = _load_row(x + token * x_token, True, columns, PIECE, PIECES, FULL)
-    ahead_y = _load_row(y + token * y_token, True, columns, PIECE, PIECES, FULL)
+            f = _load_row(_of_row(gate, batch, token, tokens, columns, GATE), True, columns, PIECE, PIECES, FULL)
+    ahead = _load_row(x + token * columns, True, columns, PIECE, PIECES, FULL)
+    ahead_y = _load_row(y + token * columns, True, columns, PIECE, PIECES, FULL)
     for _ in range(ROWS):
         a, b = ahead, ahead_y
         following = token + tl.num_programs(0)
-        ahead = _load_row(x + following * x_token, following < tokens, columns, PIECE, PIECES, FULL)
-        ahead_y = _load_row(y + following * y_token, following < tokens, columns, PIECE, PIECES, FULL)
+        ahead = _load_row(x + following * columns, following < tokens, columns, PIECE, PIECES, FULL)
+        ahead_y = _load_row(y + following * columns, following < tokens, columns, PIECE, PIECES, FULL)
         if not SHARED:
-            g = _load_row(gain + token * gain_token, token < tokens, columns, PIECE, PIECES, FULL)
-            s = _load_row(shift + token * shift_token, token < tokens, columns, PIECE, PIECES, FULL)
+            here = token < tokens
+            g = _load_row(_of_row(gain, batch, token, tokens, columns, GAIN), here, columns, PIECE, PIECES, FULL)
+            s = _load_row(_of_row(shift, batch, token, tokens, columns, SHIFT), here, columns, PIECE, PIECES, FULL)
             f = g
             if GATED:
-                f = _load_row(gate + token * gate_token, token < tokens, columns, PIECE, PIECES, FULL)
+                f = _load_row(_of_row(gate, batch, token, tokens, columns, GATE), here, columns, PIECE, PIECES, FULL)
         pieces = _sums(a, b, f, GATED)
         z = _normed(pieces, g, s, columns, eps, False, PIECE, FULL)
         if token < tokens:
@@ -79,7 +88,7 @@ def residual_norm(
 ) -> None:
     """x, y [B, L, C] and a gate; gain and shift; into the sum, the norm [B, L, P], and the scales of FP8 rows.
 
-    Gate, gain and shift are float32, [C] or [B, 1 or L, C]. Inputs have a dense last dimension, results are contiguous.
+    Gate, gain and shift are float32, [C] or [B, 1 or L, C]. All are contiguous.
     """
     x, y, gate = terms
     total, out, scale = results
@@ -87,13 +96,20 @@ def residual_norm(
     if x.numel() == 0:
         return
     gated = gate is not None
-    operands = (x, y, *(t.expand(x.shape) for t in (gate if gated else modulation[0], *modulation)))
-    strides = [t.stride(dim) for t in operands for dim in (0, 1)]
-    shared = all(t.stride(1) == 0 or t.shape[1] == 1 for t in operands[2:])
-    rows = SHARED_ROWS if shared and tokens >= MANY_TOKENS else 1
+    rows_of = [_laid_out(t, x) for t in (gate if gated else modulation[0], *modulation)]
+    of = dict(zip(("GATE", "GAIN", "SHIFT"), (kind for _, kind in rows_of), strict=True))
+    rows = SHARED_ROWS if max(of.values()) < 2 and tokens >= MANY_TOKENS else 1
     with torch.cuda.device_of(x):
         _residual_norm[(triton.cdiv(tokens, rows), batch)](
-            *operands, total, out, out if scale is None else scale, columns, out.shape[-1], tokens, *strides, eps,
-            QUANTIZE=scale is not None, GATED=gated, SHARED=shared, ROWS=rows,
+            x, y, *(t for t, _ in rows_of), total, out, out if scale is None else scale, columns, out.shape[-1],
+            tokens, eps, QUANTIZE=scale is not None, GATED=gated, ROWS=rows, **of,
             **row_options(columns, out.shape[-1], WARP_COLUMNS, MOST_PIECES),
         )  # fmt: skip
+
+
+def _laid_out(t: Tensor, x: Tensor) -> tuple[Tensor, int]:
+    """t [C] or [1 or B, 1 or L, C], and its rows: one (0), one for each video (1), or one for each token (2)."""
+    if t.numel() == t.shape[-1]:
+        return t, 0
+    # A dimension that is there once although there are several videos.
+    return t.expand(x.shape[0], -1, -1).contiguous(), 1 if t.shape[1] == 1 else 2

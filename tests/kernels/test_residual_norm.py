@@ -28,6 +28,7 @@ def modulations(batch, tokens, columns, device="cpu"):
         yield gate, gain, shift
         yield None, gain, shift
     yield torch.randn(batch, 1, columns, device=device), *torch.randn(2, columns, device=device)
+    yield torch.randn(1, tokens, columns, device=device), *torch.randn(2, columns, device=device)
 
 
 def float64(x, y, gate, gain, shift):
@@ -111,8 +112,7 @@ def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
     kernel = kernels.triton_kernels("residual_norm_triton")
     for name, value in (("MANY_TOKENS", 3), ("SHARED_ROWS", 4), ("WARP_COLUMNS", 32)):
         monkeypatch.setattr(kernel, name, value)
-    x = (torch.randn(batch, tokens + 1, 2 * columns) * 3 + 1).to(dtype)[:, 1:, columns:]
-    y, _ = operands(batch, tokens, columns, dtype)
+    x, y = operands(batch, tokens, columns, dtype)
     for gate, gain, shift in modulations(batch, tokens, columns):
         want, _ = float64(x, y, gate, gain, shift)
         total = torch.full((batch, tokens, columns), float("nan"), dtype=dtype)
