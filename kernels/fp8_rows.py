@@ -1,4 +1,5 @@
-"""Activations in FP8 with one scale a row: quantizing alone, behind a GELU, and behind a LayerNorm with modulation.
+"""Numbers in FP8 with one scale a row: quantizing activations alone, behind a GELU, and behind a LayerNorm with
+modulation, and expanding weights.
 
 Scales map each row's largest value to E4M3's largest (448), in float32; the rest of a row keeps its relative precision
 whatever other rows hold. Each operator is the eager PyTorch beside it on the CPU and one Triton kernel on a GPU.
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tensor_layout import check_entry, kernel_ready
-from . import op_name, triton_kernels
+from . import op_name, triton_kernels, triton_runs
 
 ROWS_DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(ROWS_DTYPE).max
 TINY = 1e-12
 COLUMN_MULTIPLE = 32
+LEAST_CAPABILITY = (8, 9)
 
 
 class Fp8Rows(NamedTuple):
@@ -63,6 +65,29 @@ def norm_quantize(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Fp8Rows
     """LayerNorm(x) * gain + shift in FP8. x [B, L, C]; gain, shift float32, [C] or [B, 1 or L, C]."""
     values, scale = _norm_op(x, gain, shift, eps)
     return Fp8Rows(values, scale, x.shape[-1], x.dtype)
+
+
+def expand_rows(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """FP8 values [N, P] times their rows' scales [N, 1], float32, rounded once to `dtype`; contiguous."""
+    if not _has_expand_kernel(values.device):
+        return expand_rows_eager(values, scale, dtype)
+    values, scale = kernel_ready(values, strided=False), kernel_ready(scale, strided=False)
+    check_entry("fp8_expand_rows", strided=False, values=values, scale=scale)
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    triton_kernels("fp8_rows_triton").expand_rows(values, scale, out)
+    return out
+
+
+def expand_rows_eager(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernel must equal. FP8 values are exact in every base precision, so that only the product rounds."""
+    return values.to(dtype).mul_(scale)
+
+
+def _has_expand_kernel(device: torch.device) -> bool:
+    """Triton reads E4M3 where the GPU itself does."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY and triton_runs(device)
 
 
 def quantize_eager(x: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

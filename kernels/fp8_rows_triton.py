@@ -20,6 +20,8 @@ MOST_PIECES = 7
 NORM_WARP_COLUMNS = 256
 NORM_MOST_PIECES = 5
 MOST_WARPS = 32
+# Columns of a program that expands: 16 bytes of FP8 a thread.
+EXPANDED = 2048
 # Enough tokens to keep a GPU busy while every program takes several of them.
 MANY_TOKENS, SHARED_ROWS = 8192, 8
 
@@ -149,6 +151,23 @@ def _norm(x, gain, shift, out, scales, columns, columns_out, tokens, x_batch, x_
             else:
                 _store_pieces(y, out + row * columns_out, columns, PIECE, FULL)
         token = following
+
+
+@triton.jit
+def _expand_rows(values, scale, out, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wide = tl.load(values + row * columns + column, mask=column < columns).to(tl.float32) * tl.load(scale + row)
+    tl.store(out + row * columns + column, wide.to(out.dtype.element_ty), mask=column < columns)
+
+
+def expand_rows(values: Tensor, scale: Tensor, out: Tensor) -> None:
+    """FP8 values [N, P] times scale [N, 1] -> out [N, P] of any floating-point type; all contiguous."""
+    rows, columns = values.shape
+    if values.numel() == 0:
+        return
+    with torch.cuda.device_of(values):
+        _expand_rows[(rows, triton.cdiv(columns, EXPANDED))](values, scale, out, columns, BLOCK=EXPANDED)
 
 
 def row_options(columns: int, columns_out: int, warp_columns: int, most_pieces: int) -> dict[str, int]:

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import in_a_line, op_name
-from ..kernels.fp8_rows import Fp8Rows, padded_size, quantize
+from ..kernels.fp8_rows import LEAST_CAPABILITY, Fp8Rows, expand_rows, padded_size, quantize
 from ..tensor_layout import check_entry, kernel_ready
 from .linear import ROW_MULTIPLE, QuantizedLinear, activation_scale, check_columns, frozen, moved, padded
 
 FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 TINY = 1e-12
-LEAST_CAPABILITY = (8, 9)
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,9 +72,7 @@ class Fp8Linear(QuantizedLinear):
 
     @staticmethod
     def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
-        weight, scale = stored
-        # FP8 values are exact in every base precision, so that only the multiplication rounds.
-        return weight.to(dtype).mul_(scale)
+        return expand_rows(*stored, dtype)
 
     @classmethod
     def fast_kind(cls, device: torch.device) -> type[QuantizedLinear]:

@@ -173,8 +173,6 @@ def test_auto_runs_cudnn_where_keys_fill_its_tiles(tokens, modelled):
 )
 def test_cudnn_fills_its_last_tile_where_zeros_weigh_nothing(keys, room):
     assert CudnnFp8().room(keys) == room and Flash3Fp8().room(keys) == keys
-    auto = AutoFp8(tiled="cudnn_fp8", other="fa3_fp8")
-    assert auto.kernel(keys) == (Flash3Fp8() if room % 256 else CudnnFp8())
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import itertools
 
+import interpreted
 import pytest
 import torch
 from layouts import relative
@@ -39,6 +40,36 @@ def test_eager_keeps_each_rows_range(columns, dtype):
     wide = values.double() * scale.double()
     assert values.shape[-1] % 32 == 0 and not values[:, columns:].double().any()
     assert ((wide[:, :columns] - x.double()).abs() <= x.double().abs() / 16 + scale * 2**-10).all()
+
+
+def weights(rows, columns, kind, device="cpu"):
+    """FP8 values with all of their range, and scales far apart."""
+    wide = torch.randn(rows, columns, device=device) * 2.0 ** torch.randint(-9, 7, (rows, columns), device=device)
+    scale = torch.logspace(-5, 3, rows, device=device)[:, None] * (torch.rand(rows, 1, device=device) + 0.5)
+    return wide.clamp(-448, 448).to(kind), scale
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_expanding_rounds_once(kind, dtype, device):
+    for rows, columns in ((1, 5120), (16, 4096), (48, 32), (3, 2080)):
+        values, scale = weights(rows, columns, kind, device)
+        got = fp8_rows.expand_rows(values, scale, dtype)
+        want = values.double() * scale.double()
+        assert got.dtype == dtype and got.is_contiguous() and torch.equal(got, want.float().to(dtype))
+
+
+@interpreted.needed
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expanding_interpreted(dtype, monkeypatch):
+    interpreted.exact(monkeypatch)
+    triton = kernels.triton_kernels("fp8_rows_triton")
+    monkeypatch.setattr(triton, "EXPANDED", 32)
+    values, scale = weights(5, 80, torch.float8_e4m3fn)
+    out = torch.full(values.shape, torch.nan, dtype=dtype)
+    triton.expand_rows(values, scale, out)
+    assert torch.equal(out, fp8_rows.expand_rows_eager(values, scale, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
