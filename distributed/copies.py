@@ -87,7 +87,7 @@ class Copies:
         def arrived() -> Tensor:
             # Copies within a card are kernels: they run where this rank would wait for the others.
             for place, part in own:
-                place.copy_(part)
+                _wide(place).copy_(_wide(part))
             wait()
             # What went was held for the copy engines, which the allocator does not know of.
             own.clear()
@@ -96,6 +96,13 @@ class Copies:
             return results[self._rank]
 
         return arrived
+
+
+def _wide(t: Tensor) -> Tensor:
+    """16 bytes as one number, where that is all of it: torch's kernel for strided tensors takes numbers one by one."""
+    width = torch.complex128.itemsize
+    steps = (t.storage_offset(), t.shape[-1], *t.stride()[:-1])
+    return t if t.stride(-1) != 1 or any(step * t.itemsize % width for step in steps) else t.view(torch.complex128)
 
 
 def _viewed(box: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
