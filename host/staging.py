@@ -52,6 +52,8 @@ class Staging:
 
     def copy(self, source: Tensor) -> Tensor:
         """The same values on the device."""
+        if not self._pieces or not _is_staged(source):
+            return source.to(self._device)
         target = torch.empty_like(source, device=self._device)
         for there, here in self.staged([(target, source)]):
             there.copy_(here, non_blocking=True)

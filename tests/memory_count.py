@@ -75,6 +75,7 @@ class LiveBytes(TorchDispatchMode):
 def weightless(monkeypatch):
     """Inside, tensors have no values, gradients are off, and the model runs the kernels that it runs on a GPU."""
     monkeypatch.setattr(layers, "_runs_fused", lambda x: not torch.compiler.is_compiling())
+    monkeypatch.setattr(layers, "triton_runs", lambda device: True)
     # A table from before would not be counted, and one from inside has no values.
     rope_table.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

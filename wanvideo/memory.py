@@ -107,17 +107,21 @@ class Footprint:
 def activations(config: WanConfig, work: Work, precision: Precision, at_once: int = 0) -> int:
     """Bytes that a forward holds at its peak. at_once: tokens that run in one piece, 0 for all.
 
-    The larger of two moments. Self-attention: the residual stream, its normalized form, and q, k, v with the result or,
-    in 8 bits, the last of them in 16. Feed-forward: the stream before and behind self-attention, and the hidden layer
-    before and behind its GELU with what goes in and comes out, for all tokens or for a piece.
+    The largest of three moments. Self-attention: the residual stream, its normalized form, and q, k, v with the result
+    or, in 8 bits, the last of them in 16. GELU and second product of the feed-forward, for all tokens or for a piece:
+    the stream before and behind self-attention, what goes in, and the hidden layer before and behind its GELU (once
+    where the first product applies it), or the hidden layer and what comes out.
     """
     values, size = work.tokens * work.batch * config.dim, precision.itemsize
     read = 1 if precision.fp8_rows else size
     attention = values * (size + read + (2.5 + size if precision.fused else 4 * size))
     piece = min(at_once or math.inf, work.tokens * work.batch)
-    hidden = piece * (config.dim * (read + 2 * size) + config.ffn_dim * (size + read))
-    stream = 3 if at_once else 2
-    forward = values * stream * size + hidden - (0 if at_once else piece * config.dim * size)
+    within = size == 2 and not (precision.fp8_rows or precision.expands)
+    gelu = config.dim * read + config.ffn_dim * (size if within else size + read)
+    out = config.dim * (read + size) + config.ffn_dim * read
+    # In pieces: the result of all, and that of the piece before.
+    stream, before = (3, config.dim * size) if at_once else (2, 0)
+    forward = values * stream * size + piece * (max(gelu, out) + before)
     # Rotations and the clean and noisy latents are small, but float32 and there all the time.
     tables = work.tokens * (config.head_dim * 4 + 8 * (config.in_dim + 2 * config.out_dim) * 4)
     wide = config.dim * config.ffn_dim * size * 2 if precision.expands else 0

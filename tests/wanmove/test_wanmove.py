@@ -168,7 +168,9 @@ def test_conditioning_of_comfyui():
 
 
 def test_drawing():
-    frames, path = torch.rand(1, 20, 40, 3), torch.tensor([[[5.0, 10.0]], [[5.0, 10.0]], [[25.0, 10.0]]])
+    # Far from the colour: the share of the colour in what is drawn is a quotient of differences.
+    far = (torch.tensor(COLOURS[0]) < 128).float() * 0.7
+    frames, path = torch.rand(1, 20, 40, 3) * 0.3 + far, torch.tensor([[[5.0, 10.0]], [[5.0, 10.0]], [[25.0, 10.0]]])
     seen = torch.tensor([[True], [False], [True]])
     drawn = draw_tracks(frames.expand(3, -1, -1, -1), path, seen, trail=2, radius=3, opacity=1.0, line_width=2)
     before, colour = (frames[0] * 255).byte().float() / 255, torch.tensor(COLOURS[0]) / 255
