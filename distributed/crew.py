@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Protocol
 
-from .processes import end_with_parent, send, start_context
+from .processes import VISIBLE, end_with_parent, hear, send, start, start_context
 
 
 class Work(Protocol):
@@ -61,7 +61,7 @@ def attempt(work: Work, job: object) -> tuple[Sequence[str], str | None, bool]:
 
 
 class LocalCrew:
-    """Processes of this host. environments: variables of each worker, such as the GPUs that it sees."""
+    """Processes of this host. environments: variables of each worker; one with a GPU needs those that it sees."""
 
     def __init__(self, work: Work, environments: Sequence[dict[str, str]]) -> None:
         self.size = len(environments)
@@ -98,10 +98,10 @@ class LocalCrew:
             self._end(worker)
 
     def _started(self, environment: dict[str, str]) -> tuple[BaseProcess, Connection]:
-        context = start_context()
+        context = start_context(gpu=VISIBLE in environment)
         mine, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(self._work, theirs, environment))
-        process.start()
+        start(process, environment)
         theirs.close()
         return process, mine
 
@@ -114,6 +114,7 @@ class LocalCrew:
 
 def _serve(work: Work, pipe: Connection, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hear()
     os.environ.update(environment)
     end_with_parent()
     while True:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .processes import end_with_parent, start_context
+from .processes import end_with_parent, hear, start, start_context
 from .rank import Outcome, Rank, Work, join, meeting, outcome
 from .watch import HELD_GPU, LAST_WORDS_SECONDS, START_SECONDS, STOPS, death, ended, watch
 
@@ -60,11 +60,11 @@ class _Processes:
     def __init__(self, work: Work, places: tuple[str, ...], folder: Path) -> None:
         self.count = len(places)
         self._folder = folder
-        context = start_context()
+        context = start_context(gpu=torch.device(places[0]).type != "cpu")
         arguments = [(rank, places, str(folder), work) for rank in range(self.count)]
         self._processes: list[BaseProcess] = [context.Process(target=_rank, args=a, daemon=True) for a in arguments]
         for process in self._processes:
-            process.start()
+            start(process)
 
     def end(self) -> None:
         for process in self._processes:
@@ -119,6 +119,7 @@ def _rank(rank: int, places: tuple[str, ...], folder: str, work: Work) -> None:
         signal.signal(number, signal.SIG_IGN)
     if rank == 0:
         signal.signal(signal.SIGTERM, lambda *_: cancel.set())
+    hear()
     end_with_parent()
     result = outcome(partial(_work, rank, places, folder, work, cancel))
     partial_file = Path(folder) / f".ended_{rank}"

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from ..distributed.crew import Crew, End, LocalCrew
+from ..distributed.processes import VISIBLE
 from .attempts import Delivering, Delivery
 from .job import Edits, Folders, Job
 from .results import Results
@@ -35,7 +36,6 @@ RESULT, MANIFEST = "result.json", "manifest.jsonl"
 KEYS = {"id", "workflow", "set", "bypass", "mute"}
 NAME = re.compile(r"[\w.-]+")
 TRIES = 3
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass

@@ -10,6 +10,7 @@ weight_correction [K / group, N], which is added. Columns are rotated as those o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Self
 
 import comfy_kitchen
@@ -79,8 +80,11 @@ class W4a8Linear(QuantizedLinear):
 
     @staticmethod
     def values(stored: Sequence[Tensor], settings: Sequence[int], dtype: torch.dtype) -> Tensor:
-        # In float32, so that the rotation does not round what is rounded once more.
-        return comfy_kitchen.dequantize_w4a8_int8_weight(*_operands(stored, settings), torch.float32).to(dtype)
+        operands = _operands(stored, settings)
+        # A GPU's kernel turns so many columns together, and no other number.
+        with nullcontext() if operands.rotation == ROTATION else registry.use_backend("eager"):
+            # In float32, so that the rotation does not round what is rounded once more.
+            return comfy_kitchen.dequantize_w4a8_int8_weight(*operands, torch.float32).to(dtype)
 
     @classmethod
     def fast_kind(cls, device: torch.device) -> type[QuantizedLinear]:
@@ -102,7 +106,6 @@ class W4a8MatmulLinear(W4a8Linear):
         cls, x: Tensor, stored: Sequence[Tensor], settings: Sequence[int], bias: Tensor | None, out_features: int
     ) -> Tensor:
         *parts, group, rotation = _operands(stored, settings)
-        # On a GPU its kernel turns so many columns together, and no other number.
         if x.is_cuda and rotation != ROTATION:
             return super().multiply(x, stored, settings, bias, out_features)
         return comfy_kitchen.w4a8_int8_linear(x, *parts, bias, group, rotation, x.dtype)

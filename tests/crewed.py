@@ -12,6 +12,16 @@ from wanvideo_wrapper.headless.batch import entries, run_jobs
 from wanvideo_wrapper.headless.job import Folders
 from wanvideo_wrapper.headless.results import Results
 
+# As of when this process imported anything of the tests.
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+class Imported:
+    """Shows the GPUs that its process saw when it imported this."""
+
+    def run(self, job):
+        return [VISIBLE]
+
 
 @dataclass
 class Echo:

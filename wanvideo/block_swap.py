@@ -274,9 +274,8 @@ class Placement:
 
     def _move(self, device: torch.device) -> None:
         """What has no slab goes to the device."""
-        parts = [part for part in self._parts() if part not in self._units]
-        own = (*self._model.parameters(recurse=False), *self._model.buffers(recurse=False))
-        self._residence.move([*own, *(tensor for part in parts for tensor in tensors_of(part))], device)
+        waiting = {id(tensor) for unit in self._units.values() for tensor in unit.tensors()}
+        self._residence.move([t for t in tensors_of(self._model) if id(t) not in waiting], device)
 
     def _release(self, *, keep: int) -> None:
         for unit in self._units.values():
@@ -287,11 +286,6 @@ class Placement:
         if self.swap is not None and self.swap.share == 1:
             names = EMBEDDINGS
         return [getattr(self._model, name) for name in names if hasattr(self._model, name)]
-
-    def _parts(self) -> list[nn.Module]:
-        stacks = self._model.stacks()
-        top = [module for name, module in self._model.named_children() if name not in stacks]
-        return [*top, *(block for blocks in stacks.values() for block in blocks)]
 
 
 def spread(blocks: nn.ModuleList, count: int) -> list[nn.Module]:

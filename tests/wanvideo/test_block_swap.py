@@ -449,8 +449,10 @@ def test_bit_identical_on_cuda(folder, stored):
     for blocks, ahead in ((1, 0), (2, 0), (3, 0), (3, 2)):
         swap = BlockSwapArgs(blocks_to_swap=blocks, prefetch_blocks=ahead, embeddings=WITH_TEXT.embeddings)
         assert torch.equal(run(replace(model, block_swap=swap), device="cuda"), want)
+    units = list(model.placement._units.values())
+    assert units and all(unit.pinned for unit in units)
     model.managed.release()
-    assert not any(p.is_cuda or p.is_pinned() for p in model.transformer.parameters())
+    assert not any(p.is_cuda for p in model.transformer.parameters()) and not any(unit.pinned for unit in units)
 
 
 def synchronizations(call):
@@ -600,7 +602,8 @@ def test_loads_unloads_and_cancels_give_device_memory_back(folder):
         torch.cuda.synchronize()
         after.append(torch.cuda.memory_allocated())
     assert max(after[1:]) - min(after[1:]) < 2**20
-    assert not any(p.is_cuda or p.is_pinned() for p in transformer.parameters())
+    assert not any(p.is_cuda for p in transformer.parameters())
+    assert not any(unit.pinned for unit in model.placement._units.values())
 
 
 def test_the_plain_copies_are_in_order():

@@ -1,0 +1,51 @@
+"""Processes for GPUs are new ones, that know their GPUs from the start, and no signal ends them while they import."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import crewed
+import pytest
+from wanvideo_wrapper.distributed import processes
+from wanvideo_wrapper.distributed.crew import LocalCrew
+from wanvideo_wrapper.distributed.processes import VISIBLE, hear, start_context
+from wanvideo_wrapper.distributed.watch import STOPS
+
+MASK = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
+
+
+def test_what_has_a_gpu_is_no_fork():
+    """Whoever imports comfy-kitchen has asked for GPUs, which forks of it can then not use."""
+    assert start_context(gpu=True).get_start_method() == "spawn"
+    assert start_context(gpu=False).get_start_method() in ("forkserver", "spawn")
+
+
+def test_a_worker_knows_its_gpus_before_it_imports_anything(monkeypatch):
+    monkeypatch.setenv(VISIBLE, "3")
+    crew = LocalCrew(crewed.Imported(), [{VISIBLE: "5,6"}])
+    try:
+        crew.begin(0, "job")
+        assert crew.next().shown == ["5,6"]
+    finally:
+        crew.close()
+    assert os.environ[VISIBLE] == "3"
+    monkeypatch.delenv(VISIBLE)
+    with processes._variables({VISIBLE: "1"}):
+        assert os.environ[VISIBLE] == "1"
+    assert VISIBLE not in os.environ
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no signal masks")
+def test_signals_wait_until_a_process_hears():
+    """What is started inherits the mask; this process gets back what it had."""
+
+    def held():
+        return subprocess.run([sys.executable, "-c", MASK], capture_output=True, text=True, check=True).stdout.strip()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with processes._signals_held():
+        assert held() == str(sorted({*map(int, before), *map(int, STOPS)}))
+        hear()
+        assert not set(STOPS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before and held() == str(sorted(map(int, before)))
