@@ -624,3 +624,27 @@ def test_a_model_that_stays_on_the_device_leaves_main_memory(folder, stays, monk
     model.managed.release()
     same = {weight.data_ptr() == address for weight, address in zip(weights, there, strict=True)}
     assert same == {stays}, "Memory outside the device that was given up cannot be where the weights return to."
+
+
+@dataclass(frozen=True)
+class Nested(Extension):
+    """A list of blocks within a module of its own, beside other weights."""
+
+    payload: ClassVar[type] = Payload
+
+    def build(self, model):
+        model.outer = nn.Module()
+        model.outer.inner, model.outer.other = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 4)
+
+    def stacks(self, model):
+        return {"outer.inner": model.outer.inner}
+
+
+def test_what_waits_within_a_module_does_not_come_with_it():
+    _, model = build(Nested())
+    placement = Placement(model, CPU, copies_for=lambda device: CountedCopies())
+    placement.swap = BlockSwapArgs(blocks_to_swap=1, others={"outer.inner": 2})
+    placement(DEVICE)
+    units = placement._units
+    assert len([block for block in model.outer.inner if block in units]) == 2 and len(units) == 3
+    assert all(len(unit.layout()) == len(unit.tensors()) > 0 for unit in units.values())
