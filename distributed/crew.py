@@ -9,12 +9,16 @@ import os
 import signal
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 from .processes import VISIBLE, end_with_parent, hear, send, start, start_context
+
+# How long an idle worker may take to end by itself.
+END_SECONDS = 5.0
 
 
 class Work(Protocol):
@@ -93,8 +97,13 @@ class LocalCrew:
         return End(worker, shown, failure, again)
 
     def close(self) -> None:
-        """Kills them: finished jobs are on disk."""
+        """Ends those that are idle, and kills the others: finished jobs are on disk."""
         for worker in list(self._workers):
+            process, pipe = self._workers[worker]
+            if worker not in self._busy:
+                # Then it returns, and what it shares with this process is given back in order.
+                pipe.close()
+                process.join(END_SECONDS)
             self._end(worker)
 
     def _started(self, environment: dict[str, str]) -> tuple[BaseProcess, Connection]:
@@ -117,5 +126,7 @@ def _serve(work: Work, pipe: Connection, environment: dict[str, str]) -> None:
     hear()
     os.environ.update(environment)
     end_with_parent()
-    while True:
-        pipe.send(attempt(work, pipe.recv()))
+    # The end of the pipe is that of the crew.
+    with suppress(EOFError):
+        while True:
+            pipe.send(attempt(work, pipe.recv()))

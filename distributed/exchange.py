@@ -6,7 +6,6 @@ A block has four, in this order: of v, q and k before self-attention, and of its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,12 +42,12 @@ class Exchange(Protocol):
         """Begin."""
 
 
-@dataclass(frozen=True)
 class Collectives:
     """By torch's functional all-to-all, which compiled graphs may contain: any device, any number of hosts."""
 
-    group: str
-    rank: int
+    # No dataclass: one that is made within a graph has no fields there in PyTorch 2.11.
+    def __init__(self, group: str, rank: int) -> None:
+        self.group, self.rank = group, rank
 
     def __call__(self, route: Route) -> Arriving:
         """Packs what goes, and unpacks what comes, unless it comes as it lies."""

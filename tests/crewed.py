@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from limits import PATIENCE
 from wanvideo_wrapper.distributed.crew import End, attempt
 from wanvideo_wrapper.headless.attempts import Delivering
 from wanvideo_wrapper.headless.batch import entries, run_jobs
@@ -21,6 +23,19 @@ class Imported:
 
     def run(self, job):
         return [VISIBLE]
+
+
+@dataclass
+class Waits:
+    """A job "wait" says that it has begun, and takes as long as anybody waits."""
+
+    begun: Path
+
+    def run(self, job):
+        if job == "wait":
+            self.begun.touch()
+            time.sleep(PATIENCE)
+        return []
 
 
 @dataclass

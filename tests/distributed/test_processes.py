@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import crewed
 import pytest
+from limits import PATIENCE
 from wanvideo_wrapper.distributed import processes
 from wanvideo_wrapper.distributed.crew import LocalCrew
 from wanvideo_wrapper.distributed.processes import VISIBLE, hear, start_context
@@ -49,3 +51,20 @@ def test_signals_wait_until_a_process_hears():
         hear()
         assert not set(STOPS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before and held() == str(sorted(map(int, before)))
+
+
+def wait_for(path):
+    end = time.monotonic() + PATIENCE
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_an_idle_worker_ends_by_itself_and_a_busy_one_is_killed(tmp_path):
+    crew = LocalCrew(crewed.Waits(tmp_path / "begun"), [{}, {}])
+    crew.begin(0, "at once")
+    crew.next()
+    crew.begin(1, "wait")
+    idle, busy = (process for process, _ in crew._workers.values())
+    wait_for(tmp_path / "begun")
+    crew.close()
+    assert (idle.exitcode, busy.exitcode) == (0, -signal.SIGKILL)

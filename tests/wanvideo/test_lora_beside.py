@@ -29,6 +29,7 @@ from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model, with_loras
 from wanvideo_wrapper.wanvideo.lora import LoraFile, beside
+from wanvideo_wrapper.wanvideo.modules import layers
 from wanvideo_wrapper.wanvideo.modules.layers import WanRMSNorm
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
@@ -231,8 +232,10 @@ def test_compiled_blocks_in_every_order_of_runs(order, storage, kinds, device, t
 
 
 @torch.no_grad()
-def test_steps_windows_and_strengths_compile_nothing_anew(device, tmp_path):
+def test_steps_windows_and_strengths_compile_nothing_anew(device, tmp_path, monkeypatch):
     """12 steps of 2 windows at 3 strengths, under an option with FP8 products: one graph for all blocks."""
+    # A graph has no fused kernels, whose last bits FP8 makes large: on a GPU, too, it is compared to eager PyTorch.
+    monkeypatch.setattr(layers, "_runs_fused", lambda x: False)
     whole, counter = tiny.transformer(in_dim=16, layers=2), torch._dynamo.testing.CompileCounterWithBackend("eager")
     whole.save(tmp_path / "m.safetensors")
     tensors = {}
