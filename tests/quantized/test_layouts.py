@@ -72,7 +72,8 @@ def entry_points(device, dtype, lay, shape=SIZE):
     q = Nvfp4(*(lay(t.to(device)) for t in q))
     measured = lay(torch.full((1,), 0.05, device=device))[0]
     gain, shift = (lay(torch.rand(1, 1, shape[1], device=device)) for _ in range(2))
-    factor = lay(torch.ones(q.codes.shape[0], 1, device=device))
+    # The largest code times the largest block scale, 6 * 448, stays in range.
+    factor = lay(torch.full((q.codes.shape[0], 1), 0.125, device=device))
 
     def rows(quantizer):
         return lambda x: quantizer(x).to(torch.float32)
