@@ -20,7 +20,7 @@ def operands(shape, classes, dtype, device="cpu"):
     batch, queries, keys, heads, size = shape
     q, k = (torch.randn(batch, length, heads, size, device=device).to(dtype) for length in (queries, keys))
     masks = (torch.rand(classes, keys, device=device) < 0.4).float()
-    masks[0, :3], masks[1] = 1, 0
+    masks[0, :3], masks[0, 3], masks[1] = 1, 0, 0
     return q, k, masks
 
 
