@@ -28,6 +28,8 @@ log = logging.getLogger("wanvideo")
 BOXES = 4
 # Every box begins at an address that any kernel takes.
 ALIGNMENT = 512
+# The largest number that torch copies as it is.
+WIDE = torch.complex128
 # The first boxes only show that the ranks can reach each other: what a model needs is known in its first block.
 FIRST_BYTES = 2**20
 
@@ -87,7 +89,7 @@ class Copies:
         def arrived() -> Tensor:
             # Copies within a card are kernels: they run where this rank would wait for the others.
             for place, part in own:
-                _wide(place).copy_(_wide(part))
+                _copy(place, part)
             wait()
             # What went was held for the copy engines, which the allocator does not know of.
             own.clear()
@@ -98,11 +100,16 @@ class Copies:
         return arrived
 
 
-def _wide(t: Tensor) -> Tensor:
-    """16 bytes as one number, where that is all of it: torch's kernel for strided tensors takes numbers one by one."""
-    width = torch.complex128.itemsize
+def _copy(place: Tensor, part: Tensor) -> None:
+    """16 bytes as one number, where both sides have such: torch copies strided tensors number by number."""
+    if _is_wide(place) and _is_wide(part):
+        place, part = place.view(WIDE), part.view(WIDE)
+    place.copy_(part)
+
+
+def _is_wide(t: Tensor) -> bool:
     steps = (t.storage_offset(), t.shape[-1], *t.stride()[:-1])
-    return t if t.stride(-1) != 1 or any(step * t.itemsize % width for step in steps) else t.view(torch.complex128)
+    return t.stride(-1) == 1 and all(step * t.itemsize % WIDE.itemsize == 0 for step in steps)
 
 
 def _viewed(box: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -54,6 +54,21 @@ def test_nothing_is_copied_of_nothing():
     assert boxes((2, 0, 3), (0, 3, 1), (3, 3, 1), 2) == ()
 
 
+@pytest.mark.parametrize("size", [8, 20, 128])
+@pytest.mark.parametrize(("to", "of"), [(0, 0), (0, 1), (1, 0), (3, 3), (8, 16)])
+def test_own_heads_lie_where_they_belong(to, of, size):
+    """Both sides begin anywhere in their storage; numbers of 16 bytes are of no use unless both sides have them."""
+    whole, given = torch.zeros(2 * 3 * 4 * size + to), torch.randn(2 * 3 * 5 * size + of)
+    whole, given = whole.bfloat16(), given.bfloat16()
+    place, part = whole[to:].view(2, 3, 4, size)[:, :, 1:3], given[of:].view(2, 3, 5, size)[:, :, 2:4]
+    want = whole.clone()
+    want[to:].view(2, 3, 4, size)[:, :, 1:3] = part
+    copies._copy(place, part)
+    assert torch.equal(whole, want) and want.any()
+    assert copies._is_wide(place) == (size % 8 == 0 and to % 8 == 0)
+    assert copies._is_wide(part) == (size % 8 == 0 and of % 8 == 0)
+
+
 def pause():
     time.sleep(random.random() * 6e-4)
 
