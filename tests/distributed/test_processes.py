@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_tracker
 
 import crewed
 import pytest
@@ -51,6 +52,22 @@ def test_signals_wait_until_a_process_hears():
         hear()
         assert not set(STOPS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before and held() == str(sorted(map(int, before)))
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no signal masks")
+def test_signals_wait_for_the_first_process_too(monkeypatch, capfd):
+    """Which starts the tracker of what processes share, and that unblocks some signals."""
+    tracker = resource_tracker._resource_tracker
+    monkeypatch.setattr(tracker, "_fd", None)
+    monkeypatch.setattr(tracker, "_pid", None)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    process = start_context(gpu=True).Process(target=subprocess.call, args=([sys.executable, "-c", MASK],))
+    processes.start(process)
+    process.join()
+    assert tracker._fd is not None
+    tracker._stop()
+    assert capfd.readouterr().out.strip() == str(sorted({*map(int, before), *map(int, STOPS)}))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def wait_for(path):
