@@ -56,6 +56,9 @@ class Arrival:
     def finish(self) -> None:
         """All parts are there for whatever is issued from now on."""
         self._thread.join()
+        if self._error is not None:
+            # What was issued before still writes to targets, whose memory the caller may give to others now.
+            self._copies.drain()
         for mark in self._marks.values():
             self._wait(mark)
 

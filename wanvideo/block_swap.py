@@ -266,11 +266,11 @@ class Placement:
         blocks = (block for stack in self._model.stacks().values() for block in stack)
         try:
             pairs = {block: self._residence.place(tensors_of(block), self._copies.device) for block in blocks}
+            if any(pairs.values()):
+                self._arrival = Arrival(pairs, self._copies)
         except BaseException:
             self._move(self._offload)
             raise
-        if any(pairs.values()):
-            self._arrival = Arrival(pairs, self._copies)
 
     def _move(self, device: torch.device) -> None:
         """What has no slab goes to the device."""

@@ -70,12 +70,15 @@ def test_what_stops_the_thread_is_told_to_who_waits(monkeypatch):
         raise OSError("The disk has gone.")
 
     monkeypatch.setattr(SlowCopies, "copy", broken)
-    parts = parts_of(2)
+    parts, drained = parts_of(2), []
+    monkeypatch.setattr(SlowCopies, "drain", lambda self: drained.append(self))
     arrival = Arrival(parts, SlowCopies())
     with pytest.raises(OSError, match="The disk has gone"), arrival.visit(list(parts)[1]):
         raise AssertionError("It has no weights.")
+    assert not drained
     with pytest.raises(OSError, match="The disk has gone"):
         arrival.finish()
+    assert len(drained) == 1, "copies that were issued before write to memory that is given back now"
 
 
 def test_in_the_mode_of_who_began():
@@ -146,6 +149,18 @@ def test_where_blocks_do_not_come_the_model_is_in_main_memory(counted, monkeypat
     placement.arrive()
     for tensor, (address, value) in zip(tensors_of(model), homes, strict=True):
         assert tensor.data_ptr() == address and torch.equal(tensor, value)
+
+
+def test_where_no_thread_begins_the_model_is_in_main_memory(counted, monkeypatch):
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    model, placement = placed(SlowCopies())
+    homes = [t.data_ptr() for t in tensors_of(model)]
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="new thread"):
+        placement(DEVICE)
+    assert placement._arrival is None and [t.data_ptr() for t in tensors_of(model)] == homes
 
 
 def test_where_memory_does_not_suffice_no_block_is_left_without_values(counted, monkeypatch):
