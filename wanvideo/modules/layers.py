@@ -15,7 +15,7 @@ from ...kernels.modulated_norm import norm_modulate, rms_norm, rms_norm_eager
 from ...kernels.norm_rope_fp8 import norm_rope, rope_heads
 from ...kernels.residual_norm import residual_norm, residual_norm_quantize
 from ...kernels.rope import apply_rope
-from ...quantized.linear import all_take_rows
+from ...quantized.linear import QuantizedLinear, all_take_rows, is_plain
 from ...tensor_layout import dense
 from .stretches import parts_of, stretched
 
@@ -189,15 +189,16 @@ class FeedForward(nn.Sequential):
 
 
 def _has_gelu_epilogue(x: Tensor | Fp8Rows, layer: nn.Module) -> bool:
-    """Whether cuBLAS applies the GELU (its tanh form) within the product. A layer with a LoRA is of another class."""
-    plain = type(layer) is nn.Linear and layer.bias is not None and isinstance(x, Tensor)
-    return plain and _runs_fused(x) and x.dtype == layer.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    """Whether cuBLAS applies the GELU (its tanh form) within the product."""
+    if isinstance(x, Fp8Rows) or isinstance(layer, QuantizedLinear) or not is_plain(layer) or layer.bias is None:
+        return False
+    return _runs_fused(x) and x.dtype == layer.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     """GELU (tanh form) of the layer, 16 bits on a GPU: no pass of its own over the largest activation of a block."""
     rows = torch._addmm_activation(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight.t(), use_gelu=True)
-    return rows.view(*x.shape[:-1], -1)
+    return rows.view(*x.shape[:-1], layer.out_features)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
