@@ -1,6 +1,7 @@
 """Blocks that are still on their way to the device when a run begins: each is waited for before it computes."""
 
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,14 @@ from contract import build, inputs
 from swap_stand_in import DEVICE, CountedCopies
 from torch import nn
 from wanvideo_wrapper.demo import tiny
-from wanvideo_wrapper.host import StandaloneHost, residence
+from wanvideo_wrapper.host import CancelledError, StandaloneHost, residence
 from wanvideo_wrapper.host.residence import tensors_of
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.arrival import Arrival
 from wanvideo_wrapper.wanvideo.block_swap import BlockSwapArgs, Placement
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
+from wanvideo_wrapper.wanvideo.lora import LoraFile
 
 CPU = torch.device("cpu")
 
@@ -132,6 +134,60 @@ def test_a_model_runs_while_its_blocks_arrive(counted):
     placement.arrive()
     placement(CPU)
     assert [t.data_ptr() for t in tensors_of(model)] == homes
+
+
+def test_a_model_that_is_evicted_while_its_blocks_arrive_waits_for_them(counted):
+    """Its memory on the device is given back then, which copies must not write to any more."""
+    copies = SlowCopies()
+    model, placement = placed(copies)
+    homes = [t.data_ptr() for t in tensors_of(model)]
+    placement(DEVICE)
+    opener = threading.Timer(0.05, copies.gate.release, (len(model.blocks),))
+    opener.start()
+    placement(CPU)
+    assert copies.copied == len(model.blocks) and placement._arrival is None
+    assert [t.data_ptr() for t in tensors_of(model)] == homes
+    opener.join()
+
+
+def test_only_what_is_in_main_memory_can_arrive_from_there():
+    assert residence.Residence().place([torch.empty(3, device="meta")], CPU) == []
+
+
+class Acquired:
+    """A host that places the model, and notes whether its blocks might come later."""
+
+    def __init__(self, placement):
+        self.placement, self.overlaps = placement, []
+
+    def acquire(self, working):
+        self.overlaps.append(self.placement.overlaps)
+        self.placement(DEVICE)
+        return DEVICE
+
+
+@pytest.mark.parametrize("ends", ["well", "cancelled"])
+def test_behind_a_run_all_blocks_are_there(ends, tmp_path, counted):
+    """Also where it ended before the last had come. A LoRA beside the weights may read them all before."""
+    path, copies = tmp_path / "model.safetensors", SlowCopies()
+    tiny.transformer(in_dim=16).save(path, torch.float32)
+    loaded = load_wan_model(path, LoadOptions(base_dtype=torch.float32), StandaloneHost(device="cpu"), SYSTEMS)
+    placement = loaded.placement
+    placement.copies_for = lambda device: copies
+    loaded = replace(loaded, managed=Acquired(placement))
+    opener = threading.Timer(0.05, copies.gate.release, (len(loaded.transformer.blocks),))
+    opener.start()
+    with nullcontext() if ends == "well" else pytest.raises(CancelledError), loaded.active():
+        assert placement._arrival is not None
+        if ends == "cancelled":
+            raise CancelledError("Cancelled.")
+    assert copies.copied == len(loaded.transformer.blocks)
+    assert placement._arrival is None and not placement.overlaps
+    lora = LoraFile(path=tmp_path / "none", merge=False)
+    with pytest.raises(FileNotFoundError), replace(loaded, loras=(lora,)).active():
+        raise AssertionError("There is no such file.")
+    assert loaded.managed.overlaps == [True, False]
+    opener.join()
 
 
 def test_where_blocks_do_not_come_the_model_is_in_main_memory(counted, monkeypatch):
