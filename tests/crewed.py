@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limits import PATIENCE
 from wanvideo_wrapper.distributed.crew import End, attempt
+from wanvideo_wrapper.distributed.watch import STOPS
 from wanvideo_wrapper.headless.attempts import Delivering
 from wanvideo_wrapper.headless.batch import entries, run_jobs
 from wanvideo_wrapper.headless.job import Folders
@@ -19,10 +20,11 @@ VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
 class Imported:
-    """Shows the GPUs that its process saw when it imported this."""
+    """Shows the GPUs that its process saw when it imported this, and the signals that do not reach it."""
 
     def run(self, job):
-        return [VISIBLE]
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, []) if hasattr(signal, "pthread_sigmask") else ()
+        return [VISIBLE, *(number.name for number in STOPS if number in masked)]
 
 
 @dataclass

@@ -36,7 +36,7 @@ class Team:
         self.arrived = threading.Condition()
         self.barrier = threading.Barrier(ranks, timeout=PATIENCE)
         self.wires = [None] * ranks
-        self.opened = []
+        self.opened, self.closed = [], []
 
     def run(self, work):
         made = [None] * self.ranks
@@ -98,4 +98,5 @@ class _Wire:
 
     def close(self):
         self.jobs.put(None)
+        self.team.closed.append(self.rank)
         self.team.barrier.wait()

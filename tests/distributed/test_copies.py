@@ -12,7 +12,8 @@ import pytest
 import torch
 from limits import PATIENCE
 from wanvideo_wrapper.distributed import copies
-from wanvideo_wrapper.distributed.peer_memory import PeerMemoryError, boxes
+from wanvideo_wrapper.distributed.exchange import Collectives
+from wanvideo_wrapper.distributed.peer_memory import PeerMemory, PeerMemoryError, boxes
 from wanvideo_wrapper.distributed.sequence import SequenceShard, shares, span
 from wires import Team, box_copied
 
@@ -118,6 +119,7 @@ def test_every_rank_has_its_heads_and_its_tokens_block_after_block(ranks):
                 assert torch.equal(arrived, t[:, order, start:stop])
             assert torch.equal(result, shard.take(given[0] + 2 * given[2]))
     assert len(set(team.opened)) > 2
+    assert len(team.closed) == len(team.opened) - ranks, "memory that is too small is given back"
 
 
 def test_what_goes_is_held_until_it_is_there_and_no_longer():
@@ -183,6 +185,19 @@ def test_nothing_is_overwritten_or_read_too_early():
 @pytest.mark.usefixtures("two_gpus")
 def test_a_stream_that_waits_for_a_dead_rank_ends_with_its_process():
     assert launched("copied.dies").startswith("Rank 1 of 2 died (SIGKILL)")
+
+
+def test_what_is_traced_goes_by_collectives(monkeypatch):
+    shard = SequenceShard("", 0, 2, 3, 4, exchange=object())
+    assert shard._exchange is shard.exchange
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert isinstance(shard._exchange, Collectives)
+
+
+def test_ranks_of_several_hosts_share_no_memory():
+    memory = PeerMemory.__new__(PeerMemory)
+    with pytest.raises(PeerMemoryError, match="several hosts"):
+        memory._opened([("one", b""), ("another", b"")])
 
 
 def unreachable(*_):

@@ -10,7 +10,7 @@ from multiprocessing import resource_tracker
 import crewed
 import pytest
 from limits import PATIENCE
-from wanvideo_wrapper.distributed import processes
+from wanvideo_wrapper.distributed import launch, processes
 from wanvideo_wrapper.distributed.crew import LocalCrew
 from wanvideo_wrapper.distributed.processes import VISIBLE, hear, start_context
 from wanvideo_wrapper.distributed.watch import STOPS
@@ -68,6 +68,22 @@ def test_signals_wait_for_the_first_process_too(monkeypatch, capfd):
     tracker._stop()
     assert capfd.readouterr().out.strip() == str(sorted({*map(int, before), *map(int, STOPS)}))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no signal masks")
+def test_a_rank_hears_before_it_works(monkeypatch, tmp_path):
+    heard = []
+
+    def noting(work):
+        heard.append(set(STOPS) & signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return launch.Outcome()
+
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launch, "end_with_parent", lambda: None)
+    monkeypatch.setattr(launch, "outcome", noting)
+    with processes._signals_held(), pytest.raises(SystemExit):
+        launch._rank(0, ("cpu",), str(tmp_path), None)
+    assert heard == [set()]
 
 
 def wait_for(path):
