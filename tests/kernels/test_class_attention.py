@@ -1,5 +1,7 @@
 """Attention to classes of keys equals float64, whatever the scores, the masks and the layout."""
 
+from types import SimpleNamespace
+
 import interpreted
 import pytest
 import torch
@@ -97,6 +99,25 @@ def test_gradients_reach_queries_and_keys():
     exact = [t.double().requires_grad_() for t in (q, k)]
     float64(*exact, masks)[..., 0].sum().backward()
     assert all(relative(got.grad, want.grad) < 1e-5 for got, want in zip(wanted, exact, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "classes", "size", "dtype", "runs"),
+    [
+        ((8, 0), "12.8", 7, 128, torch.float16, True),
+        ((7, 5), "12.8", 7, 128, torch.float16, False),
+        ((9, 0), None, 7, 128, torch.bfloat16, False),
+        ((9, 0), "12.8", 8, 128, torch.bfloat16, False),
+        ((9, 0), "12.8", 7, 96, torch.bfloat16, False),
+        ((9, 0), "12.8", 7, 128, torch.float32, False),
+    ],
+)
+def test_where_the_kernel_runs(capability, cuda, classes, size, dtype, runs, monkeypatch):
+    monkeypatch.setattr(module, "triton_runs", lambda device: True)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(shape=(1, 5, 2, size), dtype=dtype, is_cuda=True, device=torch.device("cuda"))
+    assert module._has_kernel(q, torch.ones(classes, 5)) == runs
 
 
 @interpreted.needed

@@ -60,6 +60,23 @@ def test_expanding_rounds_once(kind, dtype, device):
         assert got.dtype == dtype and got.is_contiguous() and torch.equal(got, want.float().to(dtype))
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "runs"),
+    [
+        ("cuda", (8, 9), None, True),
+        ("cuda", (8, 6), None, False),
+        ("cuda", (9, 4), "6.4", False),
+        ("cpu", (9, 0), None, False),
+    ],
+)
+def test_where_weights_are_expanded_by_the_kernel(device, capability, hip, runs, monkeypatch):
+    """Triton reads FP8 on no older GPU, and AMD's have formats of their own."""
+    monkeypatch.setattr(fp8_rows, "triton_runs", lambda device: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fp8_rows._has_expand_kernel(torch.device(device)) == runs
+
+
 @interpreted.needed
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expanding_interpreted(dtype, monkeypatch):

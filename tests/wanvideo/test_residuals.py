@@ -1,13 +1,14 @@
 """Where one kernel adds and norms, a block leaves its sums to the norms behind them, and gives the same."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
-from contract import ALL_CASES, build, inputs
+from contract import ALL_CASES, SIZES, build, inputs
 from wanvideo_wrapper.wanvideo.conditioning import Payload
+from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.extension import Extension
 from wanvideo_wrapper.wanvideo.modules import block as block_module
 from wanvideo_wrapper.wanvideo.modules import layers
@@ -71,6 +72,21 @@ def test_a_sum_is_left_to_the_norm_unless_somebody_looks_at_it(extension, sums, 
         joined.clear()
         model(inputs())
         assert len(joined) == 2 * len(model.blocks), "idle without its payload"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [8, 0])
+def test_videos_of_a_batch_and_blocks_without_text(text, joined, monkeypatch):
+    """Every video has modulation of its own; without text no norm follows self-attention, but hooks still do."""
+    base, model = build(After(), config=WanConfig(**{**SIZES, "text_dim": text}))
+    given = replace(inputs(batch=2), timestep=torch.tensor([900.0, 100.0]))
+    for each, payloads in ((model, (Note(),)), (base, ())):
+        got = each(replace(given, payloads=payloads))
+        with monkeypatch.context() as patch:
+            patch.setattr(block_module, "added_by_norm", lambda x: False)
+            want = each(replace(given, payloads=payloads))
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5) and want.isfinite().all()
+    assert not torch.allclose(model(replace(given, payloads=(Note(),))), base(given)) and bool(joined) == (text > 0)
 
 
 @torch.no_grad()
