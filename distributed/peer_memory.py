@@ -240,7 +240,10 @@ def _flagged(name: str, address: int, number: int, stream: torch.cuda.Stream) ->
 
 
 def _call(name: str, *arguments: object) -> None:
-    _check(getattr(_driver(), name)(*arguments), name)
+    function = getattr(_driver(), name, None)
+    if function is None:
+        raise PeerMemoryError(f"this driver has no {name}.")
+    _check(function(*arguments), name)
 
 
 def _check(status: int, name: str) -> None:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from limits import PATIENCE
-from wanvideo_wrapper.distributed import copies
+from wanvideo_wrapper.distributed import copies, peer_memory
 from wanvideo_wrapper.distributed.exchange import Collectives
 from wanvideo_wrapper.distributed.peer_memory import PeerMemory, PeerMemoryError, boxes
 from wanvideo_wrapper.distributed.sequence import SequenceShard, shares, span
@@ -212,3 +213,9 @@ def test_the_log_says_why_heads_go_by_nccl(monkeypatch, caplog):
         assert copies.exchange_of(None, torch.device("cuda")) is None
     (said,) = caplog.messages
     assert said.endswith("peer access is not supported between these two devices.") and "NCCL" in said
+
+
+def test_a_driver_without_a_function_is_a_reason(monkeypatch):
+    monkeypatch.setattr(peer_memory, "_driver", lambda: SimpleNamespace())
+    with pytest.raises(PeerMemoryError, match=r"this driver has no cuStreamWriteValue32_v2\."):
+        peer_memory._flagged("cuStreamWriteValue32_v2", 0, 1, SimpleNamespace(cuda_stream=0))
