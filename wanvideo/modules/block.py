@@ -44,10 +44,10 @@ class WanAttentionBlock(nn.Module):
         hooks = tuple((e, c) for e, c in zip(self.extensions, conds, strict=True) if c is not None)
         modulation = self.modulated(inputs)
         stream, hooks = self._attended(x, inputs, hooks, modulation[:3])
-        # Given away: `_read` frees what it adds to, which this frame would hold until it returns.
+        # Given away: `read` frees what it adds to, which this frame would hold until it returns.
         given = [stream]
         del x, stream
-        return self._read(given.pop(), inputs, hooks, modulation[3:])
+        return self.read(given.pop(), inputs, hooks, modulation[3:])
 
     def modulated(self, inputs: BlockInputs) -> tuple[Tensor, ...]:
         """Rows of shift, scale and gate [B, R, C] of self-attention, then those of the feed-forward."""
@@ -57,10 +57,6 @@ class WanAttentionBlock(nn.Module):
         """The first half of a block: x and self-attention."""
         x, hooks = self._attended(x, inputs, hooks, rows)
         return (x.added() if isinstance(x, Residual) else x), hooks
-
-    def read(self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> Tensor:
-        """The second half: text cross-attention and feed-forward, each added to x."""
-        return self._read(x, inputs, hooks, rows)
 
     def _attended(
         self, x: Tensor, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]
@@ -84,7 +80,8 @@ class WanAttentionBlock(nn.Module):
         x = stretched(lambda t: gated_residual(x[:, t], y[:, t], at_tokens(rows, inputs.rows, t)[2]), count, parts)
         return run_hooks("before_cross_attn", self, x, hooks)
 
-    def _read(self, x: Tensor | Residual, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> Tensor:
+    def read(self, x: Tensor | Residual, inputs: BlockInputs, hooks: Hooks, rows: Sequence[Tensor]) -> Tensor:
+        """The second half: text cross-attention and feed-forward, each added to x."""
         if self.reads_text:
             x, hooks = self._read_text(x, inputs, hooks)
         if not isinstance(x, Residual):
