@@ -21,7 +21,7 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """x + y * gate (None: x + y), rounded to x's dtype, and LayerNorm(that) * gain + shift in the same dtype.
 
-    x, y [B, L, C]; gate, gain, shift float32, [C] or [B, 1 or L, C].
+    x, y [B, L, C]; gate, gain, shift float32, [C] or [B, 1 or L, C]; gate also 0-d.
     """
     return _residual_norm_op(x, y, gate, gain, shift, eps)
 
@@ -66,7 +66,9 @@ def _launched(
 ) -> Tensor:  # fmt: skip
     """The sum, with the norm of it in `out`."""
     x, y, gain, shift = (kernel_ready(t, strided=False) for t in (x, y, gain.float(), shift.float()))
-    gate = None if gate is None else kernel_ready(gate.float(), strided=False)
+    if gate is not None:
+        gate = gate.expand(x.shape[-1]) if gate.dim() == 0 else gate
+        gate = kernel_ready(gate.float(), strided=False)
     check_entry("residual_norm", strided=False, x=x, y=y, gate=gate, gain=gain, shift=shift)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     triton_kernels("residual_norm_triton").residual_norm((x, y, gate), (gain, shift), (total, out, scale), eps=eps)

@@ -65,6 +65,7 @@ class LongCatAvatar(MultiTalk):
 
     width: int
     file: ClassVar[Kind | None] = None
+    takes_sums: ClassVar[tuple[str, ...]] = ()
     high_precision: ClassVar[tuple[str, ...]] = (PROJECTION.rstrip("."), MODULATION)
 
     @classmethod

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from ..kernels.fp8_rows import Fp8Rows
 from ..wanvideo.conditioning import Payload
 from ..wanvideo.config import WanConfig
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.block import WanAttentionBlock
-from ..wanvideo.modules.layers import WanLayerNorm, gated_residual
+from ..wanvideo.modules.layers import Residual, WanLayerNorm, gated_residual, normalize
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.modules.stretches import stretches
 from ..wanvideo.shard import WHOLE, Shard
@@ -93,6 +94,7 @@ class MultiTalk(Extension):
     output_dim: int
     voiced: tuple[int, ...]
     payload: ClassVar[type] = AudioWindow
+    takes_sums: ClassVar[tuple[str, ...]] = ("after_cross_attn",)
     file: ClassVar[Kind] = Kind(
         "MultiTalk or InfiniteTalk module",
         "Multi/InfiniteTalk Model Loader",
@@ -173,27 +175,36 @@ class MultiTalk(Extension):
         keys = cond.shard.frames(heads.k[:, :first_frame])
         return heads, cond._replace(scores=speaker_map(heads.q[:, :count], keys, cond.masks))
 
-    def after_cross_attn(self, block: WanAttentionBlock, x: Tensor, cond: Speech) -> tuple[Tensor, Speech]:
+    def after_cross_attn(
+        self, block: WanAttentionBlock, x: Tensor | Residual, cond: Speech
+    ) -> tuple[Tensor | Residual, Speech]:
         """Adds audio attention to the residual stream."""
         folding = _folding(block, x, cond)
         if folding is not None:
             return _folded(block, x, cond, folding), cond
+        if isinstance(x, Residual):
+            x, normed = x.normalized(block.norm_x, (block.audio_cross_attn.q_linear,))
+            return Residual(x, _spoken(block, normed, cond), cond.scale), cond
         if cond.parts == 1:
-            return self._heard(block, x, cond), cond
+            return _heard(block, x, cond), cond
         out = torch.empty_like(x)
         voiced = cond.tokens.shape[1] * cond.grid[1] * cond.grid[2]
         out[:, voiced:] = x[:, voiced:]
         for tokens, audio in _pieces(cond):
-            out[:, tokens] = self._heard(block, x[:, tokens], cond._replace(tokens=audio))
+            out[:, tokens] = _heard(block, x[:, tokens], cond._replace(tokens=audio))
         return out, cond
 
-    @staticmethod
-    def _heard(block: WanAttentionBlock, x: Tensor, cond: Speech) -> Tensor:
-        """x [B, L, C] with audio attention to the sound of its frames."""
-        audio = cond.tokens.flatten(0, 1)
-        scores = cond.scores, cond.speakers, cond.shard
-        spoken = block.audio_cross_attn(block.norm_x(x).contiguous(), audio, cond.grid, *scores)
-        return gated_residual(x, spoken, cond.scale)
+
+def _heard(block: WanAttentionBlock, x: Tensor, cond: Speech) -> Tensor:
+    """x [B, L, C] with audio attention to the sound of its frames."""
+    normed = normalize(block.norm_x, x, (block.audio_cross_attn.q_linear,))
+    return gated_residual(x, _spoken(block, normed, cond), cond.scale)
+
+
+def _spoken(block: WanAttentionBlock, normed: Tensor | Fp8Rows, cond: Speech) -> Tensor:
+    """Audio attention of the normed stream [B, L, C]."""
+    scores = cond.scores, cond.speakers, cond.shard
+    return block.audio_cross_attn(normed, cond.tokens.flatten(0, 1), cond.grid, *scores)
 
 
 def _pieces(cond: Speech) -> Iterator[tuple[slice, Tensor]]:
@@ -203,28 +214,37 @@ def _pieces(cond: Speech) -> Iterator[tuple[slice, Tensor]]:
         yield slice(part.start * places, part.stop * places), cond.tokens[:, part]
 
 
-def _folding(block: WanAttentionBlock, x: Tensor, cond: Speech) -> Folding | None:
+def _folding(block: WanAttentionBlock, x: Tensor | Residual, cond: Speech) -> Folding | None:
     """The products of the block's audio attention, where folding them gives the same for less."""
     attention, (_, height, width) = block.audio_cross_attn, cond.grid
     if cond.speakers > 1 or not is_worth_it(cond.tokens.shape[2], attention.heads[1], height * width):
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, cond.tokens, *block.parameters())):
         return None
-    return Folding.of(attention.q_linear, attention.proj, attention.heads, x.dtype)
+    return Folding.of(attention.q_linear, attention.proj, attention.heads, cond.tokens.dtype)
 
 
-def _folded(block: WanAttentionBlock, x: Tensor, cond: Speech, folding: Folding) -> Tensor:
-    """As `MultiTalk._heard`, with folded products."""
+def _folded(block: WanAttentionBlock, x: Tensor | Residual, cond: Speech, folding: Folding) -> Tensor:
+    """As `_heard`, with folded products."""
+    out, normed = _stream(block, x)
+    for tokens, audio in _pieces(cond):
+        read = normed(tokens)
+        k, v = (t.unflatten(0, audio.shape[:2]) for t in block.audio_cross_attn.keys_values(audio.flatten(0, 1)))
+        for row in range(out.shape[0]):
+            folding.add(out[row, tokens], read[row], k[row], v[row], cond.scale)
+    return out
+
+
+def _stream(block: WanAttentionBlock, x: Tensor | Residual) -> tuple[Tensor, Callable[[slice], Tensor]]:
+    """The stream [B, L, C], which may be changed where it lies, and its norm at some tokens."""
+    if isinstance(x, Residual):
+        x, normed = x.normalized(block.norm_x)
+        return x, lambda tokens: normed[:, tokens]
     # The sum with what was read of the text is new and the block's alone, so that it can be added to where it lies.
     # Without text the stream may be what a hook before keeps; a compiler decides by itself.
     own = block.reads_text and x.is_contiguous() and not torch.compiler.is_compiling()
     out = x if own else x.clone(memory_format=torch.contiguous_format)
-    for tokens, audio in _pieces(cond):
-        normed = block.norm_x(x[:, tokens])
-        k, v = (t.unflatten(0, audio.shape[:2]) for t in block.audio_cross_attn.keys_values(audio.flatten(0, 1)))
-        for row in range(x.shape[0]):
-            folding.add(out[row, tokens], normed[row], k[row], v[row], cond.scale)
-    return out
+    return out, lambda tokens: block.norm_x(x[:, tokens])
 
 
 def audio_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object] | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import sdpa
+from ..kernels.fp8_rows import Fp8Rows
 from ..wanvideo.modules.layers import WanLayerNorm, turned_heads
 from ..wanvideo.shard import WHOLE, Shard
 from .speakers import key_positions, query_positions, rotation
@@ -68,6 +69,13 @@ def latent_windows(audio: Tensor) -> tuple[Tensor, Tensor]:
     return audio[:, :1], later
 
 
+def first_tokens(x: Tensor | Fp8Rows, count: int) -> Tensor | Fp8Rows:
+    """The first tokens of x [B, L, C], dense."""
+    if isinstance(x, Fp8Rows):
+        return x._replace(values=x.values[:, :count].contiguous(), scale=x.scale[:, :count].contiguous())
+    return x[:, :count].contiguous()
+
+
 class SingleStreamAttention(nn.Module):
     """Every video token attends to the audio tokens of its own frame."""
 
@@ -85,12 +93,12 @@ class SingleStreamAttention(nn.Module):
         k, v = kv.unflatten(-1, (2, *self.heads)).unbind(2)
         return k.contiguous(), v.contiguous()
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor | Fp8Rows) -> Tensor:
         """[..., C] -> [..., H, D]."""
         return self.q_linear(x).unflatten(-1, self.heads).contiguous()
 
     def attend(
-        self, x: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int], rope: Tensor | None = None
+        self, x: Tensor | Fp8Rows, k: Tensor, v: Tensor, shape: tuple[int, int, int], rope: Tensor | None = None
     ) -> Tensor:
         """x [B, L, C], k, v [B * F, T, H, D], shape (F, height, width) in tokens -> [B, L, C].
 
@@ -98,15 +106,14 @@ class SingleStreamAttention(nn.Module):
 
         rope [B, L, D / 2, 2] turns the queries, for several speakers.
         """
-        x = x.contiguous()
-        batch, count, _ = x.shape
+        batch, count = (x.values if isinstance(x, Fp8Rows) else x).shape[:2]
         places = int(shape[1]) * int(shape[2])
         frames = int(k.shape[0]) // batch
         voiced = frames * places
-        spoken = x[:, :voiced].reshape(batch * frames, places, -1).contiguous()
-        q = self.queries(spoken)
+        q = self.queries(first_tokens(x, voiced))
         if rope is not None:
-            q = turned_heads(q, rope[:, :voiced].reshape(batch * frames, places, *rope.shape[2:]))
+            q = turned_heads(q, rope[:, :voiced])
+        q = q.reshape(batch * frames, places, *self.heads).contiguous()
         out = self.proj(self.attention(q, k, v).flatten(2).contiguous())
         out = out.view(batch, voiced, -1)
         if voiced == count:
@@ -131,7 +138,7 @@ class SingleStreamMultiAttention(SingleStreamAttention):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Fp8Rows,
         encoder_hidden_states: Tensor,
         shape: tuple[int, int, int],
         x_ref_attn_map: Tensor | None = None,

@@ -29,6 +29,7 @@ def modulations(batch, tokens, columns, device="cpu"):
         yield None, gain, shift
     yield torch.randn(batch, 1, columns, device=device), *torch.randn(2, columns, device=device)
     yield torch.randn(1, tokens, columns, device=device), *torch.randn(2, columns, device=device)
+    yield torch.randn((), device=device), *torch.randn(2, columns, device=device)
 
 
 def float64(x, y, gate, gain, shift):

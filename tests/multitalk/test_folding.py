@@ -7,6 +7,7 @@ import torch
 import torch._dynamo
 from lora_files import KINDS, save, spelled
 from torch._dynamo.backends.registry import lookup_backend
+from wanvideo_wrapper.kernels.fp8_rows import Fp8Rows
 from wanvideo_wrapper.multitalk import folding
 from wanvideo_wrapper.multitalk.extension import MultiTalk, Speech
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
@@ -131,6 +132,20 @@ def test_an_fp8_weight_meets_activations_that_are_not_rounded_to_fp8(calls, monk
     folded = relative(hear(block, x, cond) - x, want)
     monkeypatch.setattr(folding, "WORTH", 0)
     assert folded < 0.5 * relative(hear(block, x, cond) - x, want) and len(calls) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("frames", "behind"), [(3, 0), (2, 3)])
+def test_products_in_fp8_read_what_the_norm_rounded(frames, behind):
+    """Not a second rounding of 16 bits; also where some tokens hear nothing."""
+    block, read = block_of(torch.bfloat16), []
+    stored = quantize(block)
+    x, cond = case(torch.bfloat16, batch=2, frames=frames, behind=behind)
+    block.audio_cross_attn.q_linear.register_forward_pre_hook(lambda layer, args: read.append(args[0]))
+    got = hear(block, x, cond)
+    assert [type(rows) for rows in read] == [Fp8Rows] and read[0].values.shape[:2] == (2, frames * PLACES)
+    assert relative(got - x, added_float64(block, x, cond, **stored)) < 0.08
+    assert torch.equal(got[:, frames * PLACES :], x[:, frames * PLACES :])
 
 
 @torch.no_grad()

@@ -74,6 +74,54 @@ def test_a_sum_is_left_to_the_norm_unless_somebody_looks_at_it(extension, sums, 
         assert len(joined) == 2 * len(model.blocks), "idle without its payload"
 
 
+@dataclass(frozen=True)
+class Taking(Extension):
+    """As Before and After, of sums."""
+
+    payload: ClassVar[type] = Note
+    takes_sums: ClassVar[tuple[str, ...]] = ("before_cross_attn", "after_cross_attn")
+
+    def before_cross_attn(self, block, x, cond):
+        x = x.added()
+        return layers.Residual(x, torch.ones_like(x), torch.tensor(0.25)), cond
+
+    def after_cross_attn(self, block, x, cond):
+        return x.added() * 1.5, cond
+
+
+@torch.no_grad()
+def test_a_system_that_takes_sums_gets_them_and_may_return_one(joined):
+    class Plain(Taking):
+        takes_sums = ()
+
+        def before_cross_attn(self, block, x, cond):
+            return x + 0.25, cond
+
+        def after_cross_attn(self, block, x, cond):
+            return x * 1.5, cond
+
+    _, model = build(Taking())
+    given = inputs(Note())
+    got, count = model(given), len(joined)
+    assert count == len(model.blocks), "the sum before cross-attention alone is left to its norm"
+    model.extensions = (Plain(),)
+    for block in model.blocks:
+        block.extensions = model.extensions
+    joined.clear()
+    assert torch.allclose(got, model(given), rtol=1e-5, atol=1e-5) and not joined
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["multitalk", "multitalk_folded", "multitalk_two_speakers"])
+def test_audio_attention_norms_the_sum_with_what_was_read(name, joined):
+    """Without folding, what is heard is a sum that waits for the feed-forward's norm."""
+    case = ALL_CASES[name]
+    _, model = build(case.extension, config=case.config)
+    model(inputs(case.payload))
+    voiced = len(case.extension.voiced)
+    assert len(joined) == 2 * len(model.blocks) + (0 if name == "multitalk_folded" else voiced)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("text", [8, 0])
 def test_videos_of_a_batch_and_blocks_without_text(text, joined, monkeypatch):

@@ -76,7 +76,8 @@ class WanAttentionBlock(nn.Module):
         del read
         y, hooks = run_hooks("self_attn_output", self, y, hooks)
         if self.reads_text and _joins("before_cross_attn", x, inputs, hooks):
-            return Residual(x, y, at_tokens(rows, inputs.rows, slice(None))[2]), hooks
+            summed = Residual(x, y, at_tokens(rows, inputs.rows, slice(None))[2])
+            return run_hooks("before_cross_attn", self, summed, hooks)
         x = stretched(lambda t: gated_residual(x[:, t], y[:, t], at_tokens(rows, inputs.rows, t)[2]), count, parts)
         return run_hooks("before_cross_attn", self, x, hooks)
 
@@ -84,8 +85,7 @@ class WanAttentionBlock(nn.Module):
         """The second half: text cross-attention and feed-forward, each added to x."""
         if self.reads_text:
             x, hooks = self._read_text(x, inputs, hooks)
-        if not isinstance(x, Residual):
-            x, _ = run_hooks("after_cross_attn", self, x, hooks)
+        x, _ = run_hooks("after_cross_attn", self, x, hooks)
         return self._feed_forward(x, inputs, rows)
 
     def _read_text(
@@ -124,5 +124,6 @@ class WanAttentionBlock(nn.Module):
 
 
 def _joins(name: str, x: Tensor, inputs: BlockInputs, hooks: Hooks) -> bool:
-    """Whether the norm behind the hook `name` may add what comes before it: nobody looks at the sum in between."""
-    return inputs.parts == 1 and added_by_norm(x) and not hooked(name, hooks)
+    """Whether a norm may add what comes before the hook `name`: whoever looks at it there takes a sum."""
+    looks = any(name not in extension.takes_sums for extension, cond in hooks if acts(name, extension, cond))
+    return inputs.parts == 1 and added_by_norm(x) and not looks

@@ -121,8 +121,8 @@ def normalize(norm: WanLayerNorm, x: Tensor, readers: Sequence[nn.Module] = ()) 
 class Residual:
     """x + y * gate (None: x + y) that is not added up yet: a norm that reads it next does both in one pass.
 
-    x, y [B, L, C]; gate float32, [B, 1 or L, C]. Adding gives them away: frames that hold this object hold no tensors
-    behind it.
+    x, y [B, L, C]; gate float32, 0-d or [B, 1 or L, C]. Adding gives them away: frames that hold this object hold no
+    tensors behind it.
     """
 
     def __init__(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> None:
@@ -139,14 +139,14 @@ class Residual:
         """The sum, and `modulate` of it."""
         return self._normed(1 + scale, shift, norm.eps, readers)
 
-    def normalized(self, norm: WanLayerNorm, readers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | Fp8Rows]:
+    def normalized(self, norm: WanLayerNorm, readers: Sequence[nn.Module] = ()) -> tuple[Tensor, Tensor | Fp8Rows]:
         """The sum, and `normalize` of it."""
         return self._normed(norm.weight.float(), norm.bias.float(), norm.eps, readers)
 
     def _normed(
         self, gain: Tensor, shift: Tensor, eps: float, readers: Sequence[nn.Module]
     ) -> tuple[Tensor, Tensor | Fp8Rows]:
-        kernel = residual_norm_quantize if all_take_rows(readers) else residual_norm
+        kernel = residual_norm_quantize if readers and all_take_rows(readers) else residual_norm
         return kernel(*self._terms.pop(), gain, shift, eps)
 
 
