@@ -79,8 +79,8 @@ class Extension:
 
     weightless: its traced hooks read no module of its own in the block, so that blocks of other systems run them, too.
     tokenwise: its `cross_attn` gives every token the same wherever it lies, so that it may see some of them at a time.
-    takes_sums: which of `before_cross_attn` and `after_cross_attn` take a `Residual`, too, and may return one: a sum
-    that the norm behind it adds up.
+    takes_sums: which of `before_cross_attn` and `after_cross_attn` take a `Residual`, too, a sum that the norm behind
+    it adds up, and may then return one. Where any other hook does not, all get tensors.
     file, other_files: the module file that brings its weights, and files that its other nodes load.
     layout: where the sizes of a model are whose own layers this system replaces.
     lora_layers: shell patterns of the layers in LoRA files that are this system's own weights.

@@ -116,6 +116,8 @@ def test_kernel_interpreted(batch, tokens, columns, dtype, monkeypatch):
     x, y = operands(batch, tokens, columns, dtype)
     for gate, gain, shift in modulations(batch, tokens, columns):
         want, _ = float64(x, y, gate, gain, shift)
+        # The operator expands it.
+        gate = gate.expand(columns).contiguous() if gate is not None and gate.dim() == 0 else gate
         total = torch.full((batch, tokens, columns), float("nan"), dtype=dtype)
         normed = torch.full_like(total, float("nan"))
         kernel.residual_norm((x, y, gate), (gain, shift), (total, normed, None), eps=1e-6)

@@ -13,6 +13,7 @@ from wanvideo_wrapper.multitalk.extension import MultiTalk, Speech
 from wanvideo_wrapper.quantized.fp8 import Fp8MatmulLinear
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.lora import LoraFile, beside
+from wanvideo_wrapper.wanvideo.modules.layers import Residual
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 
 HEADS, DIM, OUT, TOKENS = 2, 48, 12, 4
@@ -102,6 +103,15 @@ def test_equals_float64_and_the_unfolded_form(batch, frames, behind, parts, call
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_sum_that_is_not_added_up_is_the_sum(parts, calls):
+    block = block_of()
+    (x, cond), (y, _) = case(batch=2, frames=2, behind=3, parts=parts), case(batch=2, behind=3)
+    got, _ = SYSTEM.after_cross_attn(block, Residual(x.clone(), y.clone()), cond)
+    assert relative(got, hear(block, x + y, cond).double()) < 1e-6 and len(calls) == 4 * parts
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["q_linear", "proj"])
 def test_projections_need_no_bias(name, calls):
     block = block_of()
@@ -146,6 +156,22 @@ def test_products_in_fp8_read_what_the_norm_rounded(frames, behind):
     assert [type(rows) for rows in read] == [Fp8Rows] and read[0].values.shape[:2] == (2, frames * PLACES)
     assert relative(got - x, added_float64(block, x, cond, **stored)) < 0.08
     assert torch.equal(got[:, frames * PLACES :], x[:, frames * PLACES :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("speakers", [1, 2])
+def test_a_sum_that_is_not_added_up_is_normed_in_fp8(speakers):
+    """What is heard is left to the next norm; the same as of the sum itself."""
+    block, read = block_of(torch.bfloat16), []
+    quantize(block)
+    (x, cond), (y, _) = case(torch.bfloat16, batch=2), case(torch.bfloat16, batch=2)
+    if speakers == 2:
+        tokens = torch.cat((cond.tokens, cond.tokens.flip(2)), dim=2)
+        cond = cond._replace(tokens=tokens, speakers=2, scores=torch.rand(*x.shape[:2], 3))
+    want = hear(block, x + y, cond)
+    block.audio_cross_attn.q_linear.register_forward_pre_hook(lambda layer, args: read.append(type(args[0])))
+    got, _ = SYSTEM.after_cross_attn(block, Residual(x, y), cond)
+    assert read == [Fp8Rows] and relative(got.added(), want.double()) < 1e-2
 
 
 @torch.no_grad()

@@ -76,17 +76,21 @@ def test_a_sum_is_left_to_the_norm_unless_somebody_looks_at_it(extension, sums, 
 
 @dataclass(frozen=True)
 class Taking(Extension):
-    """As Before and After, of sums."""
+    """Sums at both places. What it adds differs by channel: a norm would not see what is the same in all."""
 
     payload: ClassVar[type] = Note
     takes_sums: ClassVar[tuple[str, ...]] = ("before_cross_attn", "after_cross_attn")
 
     def before_cross_attn(self, block, x, cond):
         x = x.added()
-        return layers.Residual(x, torch.ones_like(x), torch.tensor(0.25)), cond
+        return layers.Residual(x, ramp(x), torch.tensor(0.25)), cond
 
     def after_cross_attn(self, block, x, cond):
         return x.added() * 1.5, cond
+
+
+def ramp(x):
+    return torch.linspace(-2, 2, x.shape[-1]).expand_as(x).contiguous()
 
 
 @torch.no_grad()
@@ -95,7 +99,7 @@ def test_a_system_that_takes_sums_gets_them_and_may_return_one(joined):
         takes_sums = ()
 
         def before_cross_attn(self, block, x, cond):
-            return x + 0.25, cond
+            return x + 0.25 * ramp(x), cond
 
         def after_cross_attn(self, block, x, cond):
             return x * 1.5, cond
