@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels.fp8_rows import Fp8Rows
 from ..quantized.linear import QuantizedLinear
 from .modules.attention import WanSelfAttention
+from .modules.layers import WanLayerNorm, WanRMSNorm
 from .modules.model import WanModel
 from .tokens import BlockInputs
 
@@ -58,11 +58,12 @@ def _plain(model: WanModel) -> Iterator[None]:
 
 @contextmanager
 def _watched(model: WanModel) -> Iterator[None]:
-    running: dict[int, _SelfAttention] = {}
+    running: dict[int, str] = {}
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, (WanLayerNorm, WanRMSNorm))}
     hooks = []
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
-            hooks.append(module.register_forward_pre_hook(_before(name, running)))
+            hooks.append(module.register_forward_pre_hook(_before(name, running, norms)))
             hooks.append(module.register_forward_hook(_after(name)))
         elif isinstance(module, WanSelfAttention):
             hooks.append(module.register_forward_pre_hook(_remember(name, running)))
@@ -73,44 +74,38 @@ def _watched(model: WanModel) -> Iterator[None]:
             hook.remove()
 
 
-class _SelfAttention(NamedTuple):
-    layer: WanSelfAttention
-    backend: str
-
-
-def _remember(name: str, running: dict[int, _SelfAttention]) -> Callable[..., None]:
+def _remember(name: str, running: dict[int, str]) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[object, ...]) -> None:
         found = _AFTER_KERNEL.match(f"{name}.o")
         inputs = next((a for a in arguments if isinstance(a, BlockInputs)), None)
         if found is not None and inputs is not None and found[2] == "self_attn.o":
-            running[int(found[1])] = _SelfAttention(module, (inputs.attention or module.attention).name)
+            running[int(found[1])] = (inputs.attention or module.attention).name
 
     return hook
 
 
-def _before(name: str, running: dict[int, _SelfAttention]) -> Callable[..., None]:
+def _before(name: str, running: dict[int, str], norms: dict[str, nn.Module]) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[object, ...]) -> None:
         if all(_finite(argument) for argument in arguments):
             return
+        _check_norms(name, norms)
         kernel = _AFTER_KERNEL.match(name)
         if kernel is None:
             raise _FoundError(f"it arose before layer {name}")
         block, layer = int(kernel[1]), kernel[2]
-        what = _KERNELS.get(layer) or _self_attention(block, running)
+        self_attention = f"self-attention '{running[block]}'" if block in running else "self-attention"
+        what = _KERNELS.get(layer, self_attention)
         raise _FoundError(f"it came from {what} in block {block}, whose inputs were finite")
 
     return hook
 
 
-def _self_attention(block: int, running: dict[int, _SelfAttention]) -> str:
-    """The kernel in words. Raises _FoundError for the weights of norms, which one kernel reads without calling them."""
-    if block not in running:
-        return "self-attention"
-    layer, backend = running[block]
-    for name in ("norm_q", "norm_k"):
-        if not all(_finite(parameter) for parameter in getattr(layer, name).parameters()):
-            raise _FoundError(f"the weights of layer blocks.{block}.self_attn.{name} are not finite")
-    return f"self-attention '{backend}'"
+def _check_norms(name: str, norms: dict[str, nn.Module]) -> None:
+    """Raises _FoundError for weights of norms in the block of layer `name`: kernels read them without calling those."""
+    block = tuple(name.split(".")[:2])
+    for norm, module in norms.items():
+        if tuple(norm.split(".")[:2]) == block and not all(_finite(parameter) for parameter in module.parameters()):
+            raise _FoundError(f"the weights of layer {norm} are not finite")
 
 
 def _after(name: str) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from wanvideo_wrapper.wanvideo import denoise
 from wanvideo_wrapper.wanvideo.attention_plan import AttentionPlan, Rule
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
-from wanvideo_wrapper.wanvideo.modules import layers
+from wanvideo_wrapper.wanvideo.modules import block, layers
 from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
 from wanvideo_wrapper.wanvideo.windows import ContextOptions
@@ -69,10 +69,11 @@ def planned(asked, rule):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("norm", ["norm_q", "norm_k"])
-def test_norms_that_are_part_of_a_kernel_are_named(asked, fused, norm, monkeypatch):
+@pytest.mark.parametrize("layer", ["1.self_attn.norm_q", "1.self_attn.norm_k", "1.norm3"])
+def test_norms_that_are_part_of_a_kernel_are_named(asked, fused, layer, monkeypatch):
     monkeypatch.setattr(layers, "_runs_fused", lambda x: fused)
-    layer = f"blocks.1.self_attn.{norm}"
+    monkeypatch.setattr(block, "added_by_norm", lambda x: fused)
+    layer = f"blocks.{layer}"
     asked.model.transformer.get_submodule(layer).weight.requires_grad_(False).fill_(float("nan"))
     assert f"the weights of layer {layer} are not finite" in message(asked)
 
