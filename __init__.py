@@ -56,4 +56,5 @@ if __package__:
     _host.before_queuing(
         lambda prompt: _saved.take_moved_files(prompt, _host.classes_of_all_packs(), NODE_CLASS_MAPPINGS)
     )
+    _host.enter_comfyui()
     _host.warn_about_copies()

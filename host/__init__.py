@@ -13,7 +13,7 @@ from .standalone import StandaloneHost
 
 __all__ = [
     "CancelledError", "ComfyHost", "Host", "Managed", "Place", "Progress", "StandaloneHost", "get_host", "set_host",
-    "before_queuing", "classes_of_all_packs", "warn_about_copies",
+    "before_queuing", "classes_of_all_packs", "enter_comfyui", "warn_about_copies",
 ]  # fmt: skip
 
 log = logging.getLogger("wanvideo")
@@ -27,9 +27,22 @@ _current: Host | None = None
 def get_host() -> Host:
     """The host: ComfyUI's where ComfyUI is the process, else a StandaloneHost with its defaults."""
     if _current is None:
-        inside_comfyui = "folder_paths" in sys.modules and "comfy.model_management" in sys.modules
-        set_host(ComfyHost() if inside_comfyui else StandaloneHost())
+        set_host(ComfyHost() if _inside_comfyui() else StandaloneHost())
     return _current
+
+
+def _inside_comfyui() -> bool:
+    return "folder_paths" in sys.modules and "comfy.model_management" in sys.modules
+
+
+def enter_comfyui() -> None:
+    """Inside ComfyUI, name this pack's folders to it before it lists any node.
+
+    It reads a folder once for a whole answer to the front end, and its own nodes come first: named later, the files of
+    this pack would be missing from the lists, and their nodes red, until the user asks for the lists again.
+    """
+    if _inside_comfyui():
+        get_host()
 
 
 def set_host(host: Host) -> None:

@@ -170,3 +170,21 @@ def test_comfyui_gets_the_folders_of_the_pack_after_those_of_the_user(folder_pat
     assert known["vae"][0] == [str(tmp_path / "vae"), str(DEMO_MODELS / "vae")]
     assert known["unet_gguf"] == ([str(tmp_path / "diffusion_models")], {".gguf"})
     assert set(KINDS) <= set(known)
+
+
+def test_comfyui_knows_the_folders_before_it_lists_any_node(tmp_path):
+    """Its own nodes come first, and all share what was listed first."""
+    code = f"""
+import sys, types
+paths = types.ModuleType("folder_paths")
+paths.models_dir = {str(tmp_path)!r}
+paths.folder_names_and_paths = known = {{
+    kind: ([], set()) for kind in ("diffusion_models", "vae", "text_encoders", "clip_vision", "loras", "wav2vec2")
+}}
+paths.add_model_folder_path = lambda kind, folder: known.setdefault(kind, ([], set()))[0].append(folder)
+paths.get_folder_paths = lambda kind: []
+sys.modules.update({{name: types.ModuleType(name) for name in ("comfy", "comfy.model_management")}}, folder_paths=paths)
+import wanvideo_wrapper
+assert {str(DEMO_MODELS / "vae")!r} in known["vae"][0], known
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

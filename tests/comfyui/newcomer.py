@@ -31,7 +31,10 @@ def main(url, screenshot, pack, template):
         page.get_by_test_id(f"template-workflow-{template}").first.click()
         page.wait_for_function("() => app.graph.nodes.some((node) => node.type === 'SaveVideo')", timeout=MINUTE)
         page.wait_for_timeout(2 * SECOND)
-        page.get_by_test_id("queue-button").get_by_role("button").first.click()
+        red = page.evaluate("() => app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type)")
+        # The button itself, or in older versions what holds it and its menu.
+        queue = page.get_by_test_id("queue-button")
+        (queue if queue.evaluate("(found) => found.tagName") == "BUTTON" else queue.get_by_role("button").first).click()
         try:
             page.wait_for_function("() => document.querySelector('video')?.readyState >= 2", timeout=6 * MINUTE)
         except PlaywrightError:
@@ -43,7 +46,7 @@ def main(url, screenshot, pack, template):
         page.screenshot(path=screenshot)
         sources = page.evaluate("() => [...document.querySelectorAll('video')].map((video) => video.src)")
         browser.close()
-    sys.stdout.write(json.dumps({"videos": sources, "progress": progress, "errors": errors}))
+    sys.stdout.write(json.dumps({"videos": sources, "progress": progress, "errors": errors, "red": red}))
 
 
 def note(data, progress, errors):

@@ -28,7 +28,7 @@ def nodes_of(graph):
 
 
 @pytest.fixture(scope="module")
-def opened(server, tmp_path_factory):
+def opened(filled_server, tmp_path_factory):
     reason = browser_is_missing()
     if reason:
         pytest.skip(reason)
@@ -39,7 +39,7 @@ def opened(server, tmp_path_factory):
         workflow = json.loads(path.read_text(encoding="utf-8"))["workflow"]
         (folder / path.name).write_text(json.dumps(workflow), encoding="utf-8")
     script = Path(__file__).with_name("browser.py")
-    command = [PYTHON, script, server.url, pictures, *SAVED, *(folder / path.name for path in GROUPED)]
+    command = [PYTHON, script, filled_server.url, pictures, *SAVED, *(folder / path.name for path in GROUPED)]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
