@@ -16,7 +16,11 @@ OPEN = """async (saved) => {
     const made = app.graph.serialize();
     const types = Object.keys(LiteGraph.registered_node_types);
     const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
-    const red = graphs.flatMap((graph) => graph.nodes.filter((node) => node.has_errors).map((node) => node.type));
+    // Newer versions mark nodes whose file is not on the server, which says nothing of the pack.
+    const lost = ({value, options}) => Array.isArray(options?.values) && !options.values.includes(value);
+    const file = (widget) => /\\.\\w+$/.test(widget.value) && lost(widget);
+    const marked = (node) => node.has_errors && !node.widgets?.some(file);
+    const red = graphs.flatMap((graph) => graph.nodes.filter(marked).map((node) => node.type));
     // Some versions make none of a graph of another one.
     const prompt = await app.graphToPrompt().catch(() => null);
     return {made, types, red, output: prompt?.output, version: window.__COMFYUI_FRONTEND_VERSION__};
