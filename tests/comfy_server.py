@@ -1,4 +1,4 @@
-"""A real ComfyUI server on CPU, for tests.
+"""A real ComfyUI server for tests, on the CPU unless COMFYUI_OPTIONS says otherwise ("" for its GPU).
 
 Needs ComfyUI at COMFYUI_PATH (default ~/comfy/ComfyUI) and, in COMFYUI_PYTHON (default this interpreter), what ComfyUI
 and this pack import. Nodes of other packs come from this pack's stand-ins.
@@ -20,6 +20,7 @@ from saved_models import ROOT
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+OPTIONS = os.environ.get("COMFYUI_OPTIONS", "--cpu").split()
 START_SECONDS, RUN_SECONDS = 300, 400
 
 BROWSER = """
@@ -130,7 +131,7 @@ def serving(base, more=""):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = Path(__file__).parent / "comfyui" / "launch.py"
-    command = [PYTHON, launcher, COMFYUI, "--cpu", "--listen", "127.0.0.1"]
+    command = [PYTHON, launcher, COMFYUI, *OPTIONS, "--listen", "127.0.0.1"]
     command += ["--port", port, "--disable-auto-launch", "--base-directory", base, "--preview-method", "auto"]
     command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}"]
     with (base / "log.txt").open("w") as log:
