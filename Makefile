@@ -60,6 +60,8 @@ GPU_TEST_JOBS ?= 1
 gpu-test: $(VENV)/.installed
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
 	$(BIN)/python -m pytest -m cuda -rs -n $(GPU_TEST_JOBS)
+	# Once more as ComfyUI runs nodes.
+	WAN_INFERENCE_MODE=1 $(BIN)/python -m pytest -m cuda -q -n $(GPU_TEST_JOBS)
 
 # Allocations one by one, so that an access past a tensor's end is seen and not served by its neighbour.
 MEMCHECK := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1

@@ -16,11 +16,10 @@ from .staging import MAIN_MEMORY, Staging
 
 
 class Copied(NamedTuple):
-    """Of a tensor on a device: its memory outside, and what tells whether the tensor has been changed since."""
+    """Of a tensor on a device: its memory outside, and what it would still be if nobody had changed it."""
 
     home: Tensor
-    address: int
-    version: int
+    state: tuple[int, int | None]
 
 
 class Residence:
@@ -62,7 +61,7 @@ class Residence:
     def _point(self, tensor: Tensor, target: Tensor) -> None:
         home, tensor.data = tensor.data, target
         if home.device == MAIN_MEMORY:
-            self._copied[tensor] = Copied(home, tensor.data_ptr(), tensor._version)
+            self._copied[tensor] = Copied(home, _state(tensor))
 
     def forget(self) -> None:
         """Let main memory go: what is on a device will be copied back when it leaves."""
@@ -70,10 +69,15 @@ class Residence:
 
     def _go_home(self, tensor: Tensor) -> None:
         copied = self._copied.pop(tensor, None)
-        if copied is not None and (tensor.data_ptr(), tensor._version) == (copied.address, copied.version):
+        if copied is not None and _state(tensor) == copied.state:
             tensor.data = copied.home
         else:
             tensor.data = tensor.data.to(MAIN_MEMORY)
+
+
+def _state(tensor: Tensor) -> tuple[int, int | None]:
+    """Address, and changes in place, which torch does not count for tensors of inference mode: ComfyUI's weights."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def _away(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:

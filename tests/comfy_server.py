@@ -130,8 +130,10 @@ def serving(base, more=""):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = Path(__file__).parent / "comfyui" / "launch.py"
-    command = [PYTHON, launcher, COMFYUI, *OPTIONS, "--listen", "127.0.0.1"]
+    # On a GPU ComfyUI chooses an allocator before torch is imported, which the launcher does.
+    launcher = [Path(__file__).parent / "comfyui" / "launch.py", COMFYUI]
+    start = launcher if "--cpu" in OPTIONS else [COMFYUI / "main.py"]
+    command = [PYTHON, *start, *OPTIONS, "--listen", "127.0.0.1"]
     command += ["--port", port, "--disable-auto-launch", "--base-directory", base, "--preview-method", "auto"]
     command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}"]
     with (base / "log.txt").open("w") as log:

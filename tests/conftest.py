@@ -1,4 +1,7 @@
-"""Markers: a test that needs hardware is skipped, with the reason, where the machine lacks it."""
+"""Markers: a test that needs hardware is skipped, with the reason, where the machine lacks it.
+
+WAN_INFERENCE_MODE=1 runs tests as ComfyUI runs nodes: whatever they make, weights too, are tensors of inference mode.
+"""
 
 import os
 import signal
@@ -8,6 +11,7 @@ import torch
 
 pytest_plugins = ["limits", "seeds"]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+INFERENCE = os.environ.get("WAN_INFERENCE_MODE") == "1"
 NEEDS = {"cuda": (0, 0), "sm89": (8, 9), "sm100": (10, 0)}
 
 
@@ -37,3 +41,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
             elif least > CAPABILITY:
                 item.add_marker(pytest.mark.skip(reason=f"needs compute capability {least[0]}.{least[1]}"))
+
+
+@pytest.fixture(autouse=True)
+def inference_mode(request):
+    """All of a test in inference mode, where that is asked for and the test needs nothing that the mode lacks."""
+    with torch.inference_mode(INFERENCE and request.node.get_closest_marker("autograd") is None):
+        yield

@@ -68,12 +68,14 @@ def test_one_key_does_not_alias_its_value():
     assert v.abs().min() > 0
 
 
+@pytest.mark.autograd
 def test_gradients_flow():
     q, k, v = (t.requires_grad_() for t in qkv())
     sdpa()(q, k, v).square().sum().backward()
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (q, k, v))
 
 
+@pytest.mark.autograd
 @pytest.mark.parametrize("masked", ["no mask", "boolean", "numbers"])
 def test_gradients_flow_through_views_at_odd_offsets(masked, monkeypatch):
     storage = torch.randn(3, 2 * 7 * 3 * 16 + 1)
@@ -104,6 +106,7 @@ def test_gradients_flow_through_views_at_odd_offsets(masked, monkeypatch):
     assert masked != "numbers" or added.grad.abs().sum() > 0
 
 
+@pytest.mark.autograd
 def test_a_compiled_graph_has_gradients():
     torch._dynamo.reset()
     q, k, v = (t.requires_grad_() for t in qkv())

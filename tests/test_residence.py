@@ -24,8 +24,14 @@ def module():
     return made.requires_grad_(False)
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["", "in ComfyUI's mode"])
 @pytest.mark.parametrize("device", PLACES)
-def test_leaving_a_device_copies_nothing(device):
+def test_leaving_a_device_copies_nothing(device, inference):
+    with torch.inference_mode(inference):
+        leave_a_device(device)
+
+
+def leave_a_device(device):
     model = module()
     before = [(tensor, tensor.data_ptr(), tensor.clone()) for tensor in tensors_of(model)]
     place = ModuleResidence(model)
@@ -40,9 +46,14 @@ def test_leaving_a_device_copies_nothing(device):
     assert all(torch.equal(tensor, value) for tensor, _, value in before)
 
 
+@pytest.mark.autograd
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("how", ["in place", "replaced", "made there", "forgotten"])
 def test_what_changed_on_the_device_is_copied_back(how, device):
+    change_on_a_device(how, device)
+
+
+def change_on_a_device(how, device):
     weight = nn.Parameter(torch.randn(7), requires_grad=False)
     # Held, so that nothing else gets its memory.
     home, keeper, new = weight.data, Residence(), torch.randn(7)
@@ -58,6 +69,12 @@ def test_what_changed_on_the_device_is_copied_back(how, device):
         keeper.forget()
     keeper.move([weight], CPU)
     assert weight.device == CPU and weight.data_ptr() != home.data_ptr() and torch.equal(weight, new)
+
+
+@pytest.mark.parametrize("how", ["replaced", "made there", "forgotten"])
+def test_what_changed_in_inference_mode_is_copied_back(how):
+    with torch.inference_mode():
+        change_on_a_device(how, DEVICE)
 
 
 @pytest.mark.parametrize("device", PLACES)

@@ -19,6 +19,8 @@ from wanvideo_wrapper.demo.train.whole_clip import WholeClip, fused_normed, norm
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.wanvideo.modules.vae import MEAN_21, STD_21, build_vae, load_vae
 
+pytestmark = pytest.mark.autograd
+
 
 class Take:
     """Stands in for a stretch of speech: what a mouth does."""

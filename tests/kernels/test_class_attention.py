@@ -92,6 +92,7 @@ def test_operator_is_well_formed(device):
     torch.library.opcheck(operator, (q, k, masks), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.autograd
 def test_gradients_reach_queries_and_keys():
     q, k, masks = operands((1, 4, 6, 2, 32), 2, torch.float32)
     wanted = [t.clone().requires_grad_() for t in (q, k)]

@@ -205,6 +205,7 @@ def test_a_layer_that_is_watched_is_called(name, calls):
     assert seen == [name, name] and not calls
 
 
+@pytest.mark.autograd
 def test_gradients_pass(calls):
     block = block_of().requires_grad_(True)
     x, cond = case()
