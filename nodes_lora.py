@@ -11,7 +11,7 @@ from .node_checks import Types, verdict
 from .node_tools import CATEGORY, Inputs, files, mappings
 from .registry import SYSTEMS
 from .wanvideo.loading import WanVideoModel, with_loras
-from .wanvideo.lora import LoraFile
+from .wanvideo.lora import LoraFile, lora_files
 from .wanvideo.lora_weights import refuse
 
 log = logging.getLogger("wanvideo")
@@ -64,26 +64,18 @@ class WanVideoLoraSelect:
         unique_id: str | None = None,
     ) -> tuple[tuple[LoraFile, ...]]:
         """Add it to the LoRAs before; strength 0 adds nothing."""
-        before = tuple(prev_lora or ())
-        value = strength if isinstance(strength, int | float) else tuple(strength)
-        if value == 0:
+        before = lora_files(prev_lora)
+        if strength == 0:
             return (before,)
-        return ((*before, _lora_file(lora, value, blocks, merge_loras)),)
+        return ((*before, _lora_file(lora, strength, blocks, merge_loras)),)
 
 
 def _lora_file(
-    name: str, strength: float | tuple[float, ...], blocks: dict[str, object] | None, merge: bool
+    name: str, strength: float | Sequence[float], blocks: dict[str, object] | None, merge: bool
 ) -> LoraFile:
     chosen = blocks or {}
-    selected, skipped = chosen.get("selected_blocks"), chosen.get("layer_filter", "")
-    skipped = skipped.split(",") if isinstance(skipped, str) else skipped
-    return LoraFile(
-        path=get_host().find_file("loras", name),
-        strength=strength,
-        blocks=None if selected is None else tuple(selected),
-        skip_layers=tuple(part.strip() for part in skipped if part.strip()),
-        merge=bool(merge),
-    )
+    path, selected, skipped = get_host().find_file("loras", name), "selected_blocks", "layer_filter"
+    return LoraFile.chosen(path, strength, chosen.get(selected), chosen.get(skipped, ""), bool(merge))
 
 
 class WanVideoLoraSelectByName(WanVideoLoraSelect):
@@ -133,7 +125,7 @@ class WanVideoLoraSelectByName(WanVideoLoraSelect):
         Raises ValueError if the text is empty or no file contains it.
         """
         if strength == 0:
-            return (tuple(prev_lora or ()),)
+            return (lora_files(prev_lora),)
         matching = _matching_loras(lora_name)
         name = lora_name.strip() if lora_name.strip() in matching else matching[-1]
         log.info("LoRA '%s' is %s%s.", lora_name, name, "" if len(matching) == 1 else f", one of {len(matching)}")
@@ -228,7 +220,7 @@ class WanVideoLoraSelectMulti:
             for name, strength in zip(names, strengths, strict=True)
             if name and name != "none" and strength != 0
         ]
-        return ((*(prev_lora or ()), *chosen),)
+        return ((*lora_files(prev_lora), *chosen),)
 
 
 class WanVideoSetLoRAs:
@@ -250,8 +242,9 @@ class WanVideoSetLoRAs:
         """The same model with these LoRAs."""
         if lora is None:
             return (model,)
-        refuse(lora, SYSTEMS)
-        return (with_loras(model, lora),)
+        chosen = lora_files(lora)
+        refuse(chosen, SYSTEMS)
+        return (with_loras(model, chosen),)
 
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(

@@ -15,7 +15,7 @@ from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
 from .wanvideo.load_plan import LoadOptions, module_files, planned
 from .wanvideo.loading import Elsewhere, WanVideoModel, load_wan_model
-from .wanvideo.lora import LoraFile
+from .wanvideo.lora import LoraFile, lora_files
 from .wanvideo.modules.clip import ClipVision, load_clip_vision
 from .wanvideo.modules.t5 import TextEncoder, load_text_encoder
 from .wanvideo.modules.tiny_vae import TinyVAE, load_tiny_vae
@@ -115,7 +115,7 @@ class WanVideoModelLoader:
             quantization=quantization,
             attention_mode=attention_mode,
             modules=module_files(sockets.items()),
-            loras=tuple(lora or ()),
+            loras=lora_files(lora),
             block_swap=block_swap_args or vram_management_args,
             compile=compile_args,
             fp16_accumulation=base_precision == "fp16_fast",

@@ -70,6 +70,43 @@ def test_multi_takes_what_is_chosen_and_has_a_strength():
     assert [lora.selects("blocks.1.ffn.0") for lora in loras] == [True, False, False]
 
 
+def foreign(tmp_path, **changes):
+    """As nodes of other packs build it for the original pack."""
+    given = {"path": str(tmp_path / "loras/light rank32.safetensors"), "strength": 0.5, "name": "light rank32"}
+    return given | {"blocks": {}, "layer_filter": "", "low_mem_load": False, "merge_loras": False} | changes
+
+
+def test_loras_of_other_packs_are_those_of_this_one(tmp_path):
+    (own,) = SELECT.getlorapath("light rank32.safetensors", 0.5, merge_loras=False)[0]
+    (blocks,) = BLOCKS.select(layer_filter="ffn", **{f"blocks.{n}.": n == 3 for n in range(40)})
+    selected = {"blocks": blocks["selected_blocks"], "layer_filter": blocks["layer_filter"], "strength": [1.0, 0.25]}
+    (some,) = SELECT.getlorapath("light rank32.safetensors", [1.0, 0.25], blocks=blocks)[0]
+    foreign_some = foreign(tmp_path, merge_loras=True, **selected)
+    before = [foreign(tmp_path), foreign_some, foreign(tmp_path, strength=0.0)]
+    for found in (
+        SELECT.getlorapath("light.safetensors", 1.0, prev_lora=before)[0],
+        BY_NAME.getlorapath("light.safetensors", 1.0, prev_lora=before)[0],
+        MULTI.getlorapath("light.safetensors", 1.0, *("none", 1.0) * 4, prev_lora=before)[0],
+    ):
+        assert found[:2] == (own, some) and names(found) == ["light rank32", "light rank32", "light"]
+    assert SELECT.getlorapath("light.safetensors", 0.0, prev_lora=before)[0] == (own, some)
+    with pytest.raises(ValueError, match=r"LoRAs as str without a path and a strength.*WanVideo Lora Select"):
+        SELECT.getlorapath("light.safetensors", 1.0, prev_lora=["light rank32"])
+
+
+def test_models_take_loras_of_other_packs(tmp_path):
+    tiny.transformer(in_dim=16).save(tmp_path / "diffusion_models/m.safetensors", torch.float32)
+    layer, down, up = "blocks.0.self_attn.q", torch.randn(4, 128), torch.randn(128, 4)
+    keys = {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up}
+    save(tmp_path / "loras/light rank32.safetensors", keys)
+    load = NODE_CLASS_MAPPINGS["WanVideoModelLoader"]().loadmodel
+    (plain,) = load("m.safetensors", "fp32", "disabled", "offload_device")
+    (merged,) = load("m.safetensors", "fp32", "disabled", "offload_device", lora=[foreign(tmp_path, merge_loras=True)])
+    change = [model.transformer.get_submodule(layer).weight for model in (merged, plain)]
+    torch.testing.assert_close(change[0] - change[1], 0.5 * up @ down, rtol=1e-4, atol=1e-4)
+    assert SET.setlora(plain, [foreign(tmp_path)])[0].loras[0].strength == 0.5
+
+
 def test_set_loras_takes_only_what_runs_beside(tmp_path):
     tiny.transformer(in_dim=16).save(tmp_path / "m.safetensors", torch.float32)
     options = LoadOptions(base_dtype=torch.float32)

@@ -6,8 +6,8 @@ model and reports on every key, merging.py and beside.py apply it.
 """
 
 from .beside import Beside, beside
-from .file import LoraFile
+from .file import LoraFile, lora_files
 from .merging import MergedLoras
 from .reading import LeftOut, Lora, open_lora, read_lora
 
-__all__ = ["Beside", "LeftOut", "Lora", "LoraFile", "MergedLoras", "beside", "open_lora", "read_lora"]
+__all__ = ["Beside", "LeftOut", "Lora", "LoraFile", "MergedLoras", "beside", "lora_files", "open_lora", "read_lora"]
