@@ -148,12 +148,18 @@ def _check_channels(request: SampleRequest) -> None:
 
 
 def check_conditions(request: SampleRequest) -> None:
-    """Raises ValueError for a prompt that is missing, and for NaN or infinity in what is connected."""
+    """Raises ValueError for a prompt that is missing or another encoder's, and for NaN or infinity in what is connected."""
     text, samples = request.text, request.samples or {}
     if text is None or not text.positive:
         raise ValueError(NO_PROMPT)
     request.guidance.check_prompts(request.schedule.places(), negative=bool(text.negative))
+    reads = request.model.config.text_dim
     for prompt in (*text.positive, *text.negative):
+        if reads and prompt.shape[-1] != reads:
+            raise ValueError(
+                f"The text embeds are {prompt.shape[-1]} channels wide, and this model reads {reads}: they are of another "
+                "text encoder than umt5-xxl. Choose that one (in ComfyUI's Load CLIP also the type 'wan')."
+            )
         check_finite("The text embeds hold", prompt)
     for name in ("samples", "noise_mask", "original_image"):
         if isinstance(samples.get(name), Tensor):

@@ -101,6 +101,18 @@ def test_a_cfg_that_needs_a_negative_prompt_at_any_step_is_refused_before_the_fi
     assert asked.model.transformer.calls
 
 
+@pytest.mark.parametrize("changed", ["positive", "negative"])
+def test_prompts_of_another_encoder_are_refused_before_the_model_runs(changed):
+    """What ComfyUI's Load CLIP makes of a file under another type than 'wan'."""
+    texts = TextEmbeds(positive=(rand(3, 8),), negative=(rand(3, 8),))
+    asked = request(text=replace(texts, **{changed: (rand(3, 12),)}))
+    with pytest.raises(ValueError, match=r"embeds are 12 channels wide, and this model reads 8: .*type 'wan'"):
+        sample(asked, FakeHost())
+    assert asked.model.transformer.calls == [] and "enter" not in asked.model.events
+    wordless = FakeModel(GaussianTransformer(config(text_dim=0)))
+    sample(request(wordless, text=TextEmbeds(positive=(rand(3, 12),), negative=(rand(3, 12),))), FakeHost())
+
+
 @pytest.mark.parametrize(("factor", "size"), [(8, (1280, 720)), (16, (1280, 704))])
 def test_sides_are_what_the_vae_and_its_model_can_run(factor, size, caplog):
     caplog.set_level(logging.INFO, "wanvideo")
