@@ -148,7 +148,7 @@ def _check_channels(request: SampleRequest) -> None:
 
 
 def check_conditions(request: SampleRequest) -> None:
-    """Raises ValueError for a prompt that is missing or another encoder's, and for NaN or infinity in what is connected."""
+    """Raises ValueError for prompts that are missing or of another encoder, and for NaN or infinity anywhere."""
     text, samples = request.text, request.samples or {}
     if text is None or not text.positive:
         raise ValueError(NO_PROMPT)
@@ -157,8 +157,8 @@ def check_conditions(request: SampleRequest) -> None:
     for prompt in (*text.positive, *text.negative):
         if reads and prompt.shape[-1] != reads:
             raise ValueError(
-                f"The text embeds are {prompt.shape[-1]} channels wide, and this model reads {reads}: they are of another "
-                "text encoder than umt5-xxl. Choose that one (in ComfyUI's Load CLIP also the type 'wan')."
+                f"The text embeds are {prompt.shape[-1]} channels wide, and this model reads {reads}: they are of "
+                "another text encoder than umt5-xxl. Choose that one (in ComfyUI's Load CLIP also the type 'wan')."
             )
         check_finite("The text embeds hold", prompt)
     for name in ("samples", "noise_mask", "original_image"):
