@@ -18,7 +18,7 @@ from ..attention import Attention, AttentionSpec, resolve
 from ..host import Host
 from ..wanvideo.assign import head_count, layer_count
 from ..wanvideo.checkpoint import Checkpoint
-from ..wanvideo.compilation import CompileArgs
+from ..wanvideo.compilation import CompileArgs, refuse_unless_it_compiles
 from ..wanvideo.config import PATCH_SIZE, WanConfig
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.attention import WanSelfAttention
@@ -239,6 +239,7 @@ def load_uni3c(path: Path, opened: Checkpoint, options: Uni3COptions, host: Host
     checkpoint = opened.renamed(renamed)
     sizes, base = Uni3CSizes.of(checkpoint), options.base_dtype
     plan = plan_of(options.quantization, checkpoint, device=host.device(), base=base)
+    refuse_unless_it_compiles(options.compile, host.device())
     config = sizes.config
     spec = AttentionSpec(device=host.device(), heads=config.num_heads, head_dim=config.head_dim, dtype=base)
     attention = resolve(options.attention_mode, spec)

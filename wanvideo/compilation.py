@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from ..kernels import in_a_line
+
+WAY_OUT = "disconnect compile_args, or repair what is missing (on Windows the package triton-windows)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +30,41 @@ class CompileArgs:
     allow_unmerged_lora_compile: bool = False
 
 
+def refuse_unless_it_compiles(args: CompileArgs | None, device: torch.device) -> None:
+    """Compile something small and run it, so that a missing compiler is told before the models are loaded.
+
+    Raises ValueError, with the reason, where that fails.
+    """
+    reason = None if args is None else _trouble(args.backend, device)
+    if reason is not None:
+        raise ValueError(f"torch.compile cannot run here: {reason.rstrip('.')}. Please {WAY_OUT}.")
+
+
+@functools.cache
+def _trouble(backend: str, device: torch.device) -> str | None:
+    try:
+        fused = torch.compile(lambda x: (x * 2).sin().sum(dim=-1), backend=backend, fullgraph=True)
+        fused(torch.ones(4, 4, device=device)).tolist()
+    except torch.OutOfMemoryError:
+        # Says nothing of compilers.
+        return None
+    # Whatever stops it (no Triton, no C++ compiler, a folder that cannot be written) is the reason.
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """What stopped a backend; Dynamo's own error around it says so only in some versions."""
+    return in_a_line(getattr(error, "inner_exception", error))
+
+
 @contextmanager
 def compiled(stacks: Iterable[nn.ModuleList], args: CompileArgs | None) -> Iterator[None]:
-    """Blocks run compiled inside the context and plain after it; compiled code is kept for the next time."""
+    """Blocks run compiled inside the context and plain after it; compiled code is kept for the next time.
+
+    Raises ValueError where a block cannot be compiled.
+    """
     if args is None:
         yield
         return
@@ -46,6 +83,9 @@ def compiled(stacks: Iterable[nn.ModuleList], args: CompileArgs | None) -> Itera
             block._compiled_call_impl = block._wan_compiled
         try:
             yield
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = _reason(error).rstrip(".")
+            raise ValueError(f"The blocks cannot be compiled here: {reason}. Please {WAY_OUT}.") from error
         finally:
             for block in blocks:
                 block._compiled_call_impl = None

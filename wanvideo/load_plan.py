@@ -15,7 +15,7 @@ from .assign import layer_count
 from .attention_plan import AttentionPlan, plan_for
 from .block_swap import BlockSwapArgs
 from .checkpoint import Checkpoint, open_checkpoint
-from .compilation import CompileArgs
+from .compilation import CompileArgs, refuse_unless_it_compiles
 from .config import WanConfig
 from .extension import Extension
 from .families import Kind
@@ -112,6 +112,7 @@ def options_applied(files: Contents, options: LoadOptions, host: Host) -> LoadPl
     heads, head_dim = files.config.num_heads, files.config.head_dim
     spec = AttentionSpec(device=host.device(), heads=heads, head_dim=head_dim, dtype=options.base_dtype)
     quantization = plan_of(options.quantization, files.main, device=host.device(), base=options.base_dtype)
+    refuse_unless_it_compiles(options.compile, host.device())
     return LoadPlan(files, quantization, spec, plan_for(options.attention_mode, spec))
 
 

@@ -6,9 +6,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 from contract import SIZES, randomize
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.compilation import CompileArgs, compiled
 from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
@@ -72,3 +77,28 @@ def test_dynamic_sizes_share_graphs(model, counter, pieces):
             with model.sparing(0 if pieces == 1 else -(-math.prod(size) // 4 // pieces)):
                 torch.testing.assert_close(run(model, size), wanted, rtol=1e-4, atol=1e-5)
     assert counter.frame_count < len(want)
+
+
+def no_compiler(graph, inputs):
+    """A backend of a machine without one."""
+    raise RuntimeError("No working C++ compiler found\nand so on, for pages")
+
+
+def test_a_missing_compiler_is_told_before_weights_are_read(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    tiny.transformer(in_dim=16).save(tmp_path / "m.safetensors")
+    options = LoadOptions(base_dtype=torch.float32, compile=CompileArgs(backend=no_compiler))
+    monkeypatch.setattr("wanvideo_wrapper.wanvideo.loading.build", None)
+    says = r"^torch.compile cannot run here: RuntimeError: No working .* compiler found\. Please disconnect compile_args"
+    with pytest.raises(ValueError, match=says):
+        load_wan_model(tmp_path / "m.safetensors", options, StandaloneHost(device="cpu"), SYSTEMS)
+
+
+@torch.no_grad()
+def test_a_block_that_cannot_be_compiled_ends_in_a_sentence(model):
+    args = CompileArgs(backend=no_compiler, fullgraph=True)
+    says = "^The blocks cannot be compiled here: RuntimeError: No working .* found. Please disconnect compile_args"
+    with pytest.raises(ValueError, match=says), compiled(model.stacks().values(), args):
+        run(model, SMALL)
+    # Afterwards they run as they are.
+    assert run(model, SMALL).isfinite().all()

@@ -14,8 +14,9 @@ from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.host import StandaloneHost
+from wanvideo_wrapper.kernels import op_name
 from wanvideo_wrapper.multitalk.extension import AudioWindow
-from wanvideo_wrapper.quantized.fp8 import Fp8Linear, Fp8MatmulLinear
+from wanvideo_wrapper.quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear
 from wanvideo_wrapper.quantized.linear import QuantizedLinear
 from wanvideo_wrapper.quantized.nvfp4 import (
     Nvfp4Fp8Linear,
@@ -48,6 +49,7 @@ FROM_BF16 = {
     "fp4_experimental": (Nvfp4Linear, 0.15), "fp4_scaled": (Nvfp4Linear, 0.15), "fp4_scaled_fast": (FAST4, 0.2),
 }  # fmt: skip
 OPTIONS = list(QUANTIZATIONS)
+PRODUCT = op_name("quantized_product.default").replace("::", ".")
 
 
 def inputs(in_dim=16, device="cpu", payloads=()):
@@ -366,6 +368,27 @@ def test_block_swap_takes_the_scales_along(plain, option, ahead):
     assert torch.equal(run(swapped, "cuda"), want)
     with swapped.active() as transformer:
         assert not any(p.is_cuda for p in transformer.blocks[2].parameters())
+
+
+@pytest.mark.parametrize("option", ["disabled", "fp8_e4m3fn", "fp8_e4m3fn_scaled", "fp8_e5m2"])
+def test_compiled_code_never_reads_fp8(t2v, option, tmp_path):
+    """Triton has no E4M3 before compute capability 8.9, where all other options than the fast ones run, too."""
+    torch._dynamo.reset()
+    save_fp8(t2v, tmp_path / "m.safetensors", scaled=option.endswith("scaled"))
+    file, seen = lora(t2v, tmp_path / "l.safetensors", strength=1.0), []
+
+    def backend(graph, inputs):
+        for node in graph.graph.nodes:
+            values = [n.meta.get("example_value") for n in (node, *node.all_input_nodes)]
+            dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor)}
+            seen.extend((node.op, str(node.target)) for _ in dtypes & set(FP8_DTYPES.values()))
+        return graph.forward
+
+    options = replace(FP32, quantization=option, compile=CompileArgs(backend=backend, fullgraph=True))
+    model = load_wan_model(tmp_path / "m.safetensors", options, HOST, SYSTEMS)
+    run(with_loras(model, (replace(file, merge=False),)))
+    assert {op for op, _ in seen} == {"placeholder", "call_function"}
+    assert {target for op, target in seen if op == "call_function"} == {PRODUCT}
 
 
 @pytest.mark.parametrize("device", DEVICES)
