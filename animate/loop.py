@@ -121,7 +121,7 @@ class WindowMaker:
                 payloads=(character, *(part for part in parts if part is not None)),
             )
             result = denoise(
-                make_denoiser(request, transformer, host=self.host, conditions=conditions),
+                make_denoiser(request, transformer, conditions=conditions),
                 schedule,
                 latents=schedule.from_noise(start_noise(shape, self.generator)),
                 generator=self.generator,

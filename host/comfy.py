@@ -218,7 +218,8 @@ class ComfyManaged:
         from comfy import model_management
 
         model_management.load_models_gpu([self._patcher], memory_required=working, force_full_load=True)
-        return self._host.device()
+        # Other packs let ComfyUI name another device from node to node; a model stays with the one it was loaded for.
+        return self._patcher.load_device
 
     def release(self) -> None:
         """Leave the device and ComfyUI's list of loaded models."""

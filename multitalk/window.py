@@ -159,7 +159,7 @@ class WindowMaker:
         with active_model(request, latents.shape[1:], passes) as transformer:
             conditions = self._conditions(window, readable_payloads(request, transformer))
             result = denoise(
-                make_denoiser(request, transformer, host=self.host, conditions=conditions),
+                make_denoiser(request, transformer, conditions=conditions),
                 schedule,
                 latents=latents,
                 generator=self.generator,

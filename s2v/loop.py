@@ -141,7 +141,7 @@ class WindowMaker:
                 payloads=payloads,
             )
             result = denoise(
-                make_denoiser(request, transformer, host=self.host, conditions=conditions),
+                make_denoiser(request, transformer, conditions=conditions),
                 schedule,
                 latents=schedule.from_noise(start_noise((channels, *size), generator)),
                 generator=generator,

@@ -83,6 +83,7 @@ class FakeModel:
     payloads = ()
     elsewhere = None
     swapped = False
+    device = torch.device("cpu")
 
     def __init__(self, transformer=None, loras=()):
         self.transformer = transformer or GaussianTransformer(config())

@@ -67,6 +67,14 @@ def test_a_model_that_does_not_say_comes_whole(asked):
     assert asked.calls == [(80, 0)]
 
 
+def test_a_model_stays_with_the_device_that_it_was_loaded_for(asked):
+    """ComfyUI-MultiGPU lets ComfyUI name the device of the node that came last."""
+    managed = ComfyManaged(nn.Linear(4, 4), asked.host, lambda device: None, None)
+    asked.management.get_torch_device = lambda: torch.device("meta")
+    assert managed.acquire() == CPU
+    assert ComfyManaged(nn.Linear(4, 4), asked.host, lambda device: None, None).acquire().type == "meta"
+
+
 @pytest.mark.parametrize(("state", "mode"), [("NORMAL_VRAM", "normal"), ("LOW_VRAM", "low"), ("NO_VRAM", "none")])
 def test_options_for_little_memory(asked, state, mode):
     asked.management.vram_state = States[state]

@@ -93,6 +93,11 @@ class WanVideoModel:
         return self.options.base_dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: that of the host when it was loaded."""
+        return self.attention_spec.device
+
+    @property
     def swapped(self) -> bool:
         """Whether blocks wait in main memory, or may."""
         return self.block_swap is not None and self.block_swap.waits

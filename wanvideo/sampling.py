@@ -121,7 +121,7 @@ def sample_once(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     try:
         with host.progress(len(schedule), "Sampling") as progress, active_model(request, size, passes) as transformer:
             result = denoise(
-                _denoiser(request, transformer, host, frames),
+                _denoiser(request, transformer, frames),
                 schedule,
                 latents=start.latents,
                 generator=generator,
@@ -237,7 +237,6 @@ def make_denoiser(
     request: SampleRequest,
     transformer: WanModel,
     *,
-    host: Host,
     conditions: Conditions,
     remembered: StepMemories | None = None,
 ) -> Denoiser:
@@ -249,16 +248,16 @@ def make_denoiser(
         transformer,
         conditions,
         guidance=request.guidance,
-        device=host.device(),
+        device=request.model.device,
         dtype=request.model.base_dtype,
         riflex_index=request.riflex_index,
-        memories=new_memories(request, host) if remembered is None else remembered,
+        memories=new_memories(request) if remembered is None else remembered,
     )
 
 
-def new_memories(request: SampleRequest, host: Host) -> StepMemories | None:
+def new_memories(request: SampleRequest) -> StepMemories | None:
     """Empty memories of the request's step cache, if it has one."""
-    return None if request.cache is None else memories(request.cache, request.model, host.device())
+    return None if request.cache is None else memories(request.cache, request.model, request.model.device)
 
 
 def readable_payloads(request: SampleRequest, transformer: WanModel) -> tuple[Payload, ...]:
@@ -277,7 +276,7 @@ def readable_payloads(request: SampleRequest, transformer: WanModel) -> tuple[Pa
     return tuple(readable)
 
 
-def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames: int) -> Denoiser | WindowedDenoiser:
+def _denoiser(request: SampleRequest, transformer: WanModel, frames: int) -> Denoiser | WindowedDenoiser:
     """Of the whole video, or of context windows where it is longer than one."""
     text = request.text
     conditions = Conditions(
@@ -291,17 +290,17 @@ def _denoiser(request: SampleRequest, transformer: WanModel, host: Host, frames:
             log.info("The video is not longer than context_frames, so context_options have no effect.")
         whole = whole_window(frames, *references)
         parts = tuple(part for p in conditions.payloads if (part := p.window(whole)) is not None)
-        return make_denoiser(request, transformer, host=host, conditions=replace(conditions, payloads=parts))
+        return make_denoiser(request, transformer, conditions=replace(conditions, payloads=parts))
     denoiser = WindowedDenoiser(
         conditions,
         options=context,
         texts=text.positive,
         references=references,
-        device=host.device(),
+        device=request.model.device,
         make=lambda window, remembered: make_denoiser(
-            request, transformer, host=host, conditions=window, remembered=remembered
+            request, transformer, conditions=window, remembered=remembered
         ),
-        memories=lambda: new_memories(request, host),
+        memories=lambda: new_memories(request),
         model=transformer,
     )
     denoiser.check(frames)

@@ -416,6 +416,12 @@ def test_several_prompts_share_the_frames_of_positive_passes():
     assert negative.payloads == ()
 
 
+def test_a_model_computes_where_it_was_loaded():
+    """Not on the device that the host names by then."""
+    asked = request(cfg=3.0)
+    assert torch.equal(latents_of(sample(asked, FakeHost(device="meta"))), latents_of(sample(asked, FakeHost())))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", [name for name in available() if name != "multitalk"])
 def test_every_sampler_gives_the_same_on_the_gpu(name):
@@ -424,8 +430,10 @@ def test_every_sampler_gives_the_same_on_the_gpu(name):
     mask[..., 3:] = 1
     samples = {"samples": rand(1, *SHAPE, seed=5), "noise_mask": mask}
     asked = request(image=image, samples=samples, add_noise_to_samples=True, schedule=schedule(name), cfg=3.0)
-    found = latents_of(sample(asked, FakeHost(device="cuda")))
+    asked.model.device = torch.device("cuda")
+    found = latents_of(sample(asked, FakeHost()))
     assert found.device.type == "cpu"
+    asked.model.device = torch.device("cpu")
     torch.testing.assert_close(found, latents_of(sample(asked, FakeHost())), rtol=1e-4, atol=1e-4)
 
 
