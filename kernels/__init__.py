@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import re
@@ -62,6 +63,21 @@ def _trouble(device: torch.device) -> str | None:
             raise
         return in_a_line(error)
     return None
+
+
+@functools.cache
+def holds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of the dtype can be on the device: Apple's MPS has no float64, nor FP8."""
+    try:
+        torch.empty(1, dtype=dtype, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU where it has no float64."""
+    return device if holds(device, torch.float64) else torch.device("cpu")
 
 
 def in_a_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..kernels import with_float64
 from ..quiet_imports import kernels_hidden
 from ..wanvideo.assign import assign, head_count, layer_count
 from ..wanvideo.checkpoint import Checkpoint, open_checkpoint
@@ -90,15 +91,16 @@ class Wav2Vec:
         kernel, stride = first.conv.kernel_size[0], CONV_STRIDES[0]
         total = (samples.shape[0] - kernel) // stride + 1
         step = CONV_PIECE * HOP // stride
-        sums = torch.zeros(2, first.conv.out_channels, dtype=torch.float64, device=device)
+        place = with_float64(device)
+        sums = torch.zeros(2, first.conv.out_channels, dtype=torch.float64, device=place)
         for start in range(0, total, step):
             stop = min(start + step, total)
             part = samples[start * stride : (stop - 1) * stride + kernel]
-            values = first.conv(part[None, None].to(device, self.dtype)).double()
+            values = first.conv(part[None, None].to(device, self.dtype)).to(place).double()
             sums += torch.stack((values.sum(dim=(0, 2)), values.square().sum(dim=(0, 2))))
         mean, square = sums / total
         scale = (square - mean.square()).clamp(min=0).add(first.layer_norm.eps).rsqrt()
-        return Statistics(mean[None, :, None].float(), scale[None, :, None].float())
+        return Statistics(mean[None, :, None].float().to(device), scale[None, :, None].float().to(device))
 
     def _video_features(
         self, samples: Tensor, statistics: Statistics, count: int, frames: int, wanted: range, device: torch.device

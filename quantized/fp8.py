@@ -15,13 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import in_a_line, op_name
+from ..kernels import holds, in_a_line, op_name
 from ..kernels.fp8_rows import LEAST_CAPABILITY, Fp8Rows, expand_rows, padded_size, quantize
 from ..tensor_layout import check_entry, kernel_ready
 from .linear import ROW_MULTIPLE, QuantizedLinear, activation_scale, check_columns, frozen, moved, padded
 
 FP8_DTYPES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 TINY = 1e-12
+
+
+def refuse_without_fp8(what: str, device: torch.device) -> None:
+    """Raise ValueError, which begins with `what`, where the device has no FP8 at all, not even to keep it."""
+    if not holds(device, torch.float8_e4m3fn):
+        raise ValueError(
+            f"{what} weights in FP8, which '{device.type}' devices do not have: use a file in bf16, fp16 or GGUF, with "
+            "quantization 'disabled'."
+        )
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..quantized.linear import QuantizedLinear
 from .gguf_file import GgufFile
 from .key_names import Naming, naming_of
 from .model_file import open_files
-from .stored_formats import Weight, asks_full_precision, weights_of
+from .stored_formats import FP8_FORMATS, Weight, asks_full_precision, weights_of
 from .stored_weights import Stored, layer_of, read_stored, read_weight
 from .tensor_file import Parts, TensorFile
 
@@ -70,6 +70,13 @@ class Checkpoint:
     def asking_full_precision(self) -> tuple[str, ...]:
         """Names of the files whose `scaled_fp8` mark asks for products in base precision."""
         return tuple(file.path.name for file in self.files if asks_full_precision(file))
+
+    @property
+    def file_with_fp8(self) -> str | None:
+        """The name of one that holds weights in FP8, or in formats with scales in FP8."""
+        kinds = (*FP8_FORMATS, "NVFP4", "MXFP8")
+        name = next((name for name, form in self.formats.items() if form.startswith(kinds)), None)
+        return None if name is None else self.file_of(name).path.name
 
     @property
     def parameters(self) -> int:

@@ -21,7 +21,7 @@ from .extension import Extension
 from .families import Kind
 from .lora import LoraFile, widening
 from .lora_weights import take
-from .quantization import Plan, plan_of
+from .quantization import Plan, plan_of, refuse_fp8_files
 from .systems import Systems
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def options_applied(files: Contents, options: LoadOptions, host: Host) -> LoadPl
     heads, head_dim = files.config.num_heads, files.config.head_dim
     spec = AttentionSpec(device=host.device(), heads=heads, head_dim=head_dim, dtype=options.base_dtype)
     quantization = plan_of(options.quantization, files.main, device=host.device(), base=options.base_dtype)
+    refuse_fp8_files(files.checkpoint, host.device())
     refuse_unless_it_compiles(options.compile, host.device())
     return LoadPlan(files, quantization, spec, plan_for(options.attention_mode, spec))
 

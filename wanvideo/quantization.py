@@ -16,7 +16,7 @@ from torch import nn
 
 from ..host.residence import tensors_of
 from ..host.staging import Staging
-from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, runs_fp8
+from ..quantized.fp8 import FP8_DTYPES, Fp8Linear, refuse_without_fp8, runs_fp8
 from ..quantized.linear import QuantizedLinear
 from ..quantized.nvfp4 import Nvfp4Linear
 from .checkpoint import Checkpoint
@@ -125,11 +125,13 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
     option = QUANTIZATIONS.get(name)
     if option is None:
         raise ValueError(f"quantization '{name}' does not exist; choose one of: {', '.join(QUANTIZATIONS)}.")
+    refuse_fp8_files(checkpoint, device)
     if option.storage is None:
         return Plan(convert=None, fast=False, device=device, base=base)
     file = checkpoint.path.name
     if checkpoint.path.suffix.lower() == GGUF_SUFFIX:
         raise ValueError(f"{file} is a GGUF file, whose own quantization is used: choose quantization 'disabled'.")
+    refuse_without_fp8(f"quantization '{name}' makes", device)
     forms = {
         form
         for key, form in checkpoint.formats.items()
@@ -161,6 +163,13 @@ def plan_of(name: str, checkpoint: Checkpoint, *, device: torch.device, base: to
     convert = None if kept else option.storage
     anew = {key for key, form in checkpoint.formats.items() if form.startswith("F8_")} if convert == NVFP4 else ()
     return Plan(convert=convert, fast=option.fast, device=device, base=base, anew=frozenset(anew))
+
+
+def refuse_fp8_files(checkpoint: Checkpoint, device: torch.device) -> None:
+    """Raise ValueError for a file with weights in FP8 where the device has no such numbers."""
+    name = checkpoint.file_with_fp8
+    if name is not None:
+        refuse_without_fp8(f"{name} holds", device)
 
 
 def _say(name: str, option: Option, held: set[str], scaled: bool, file: str) -> None:

@@ -91,6 +91,14 @@ def test_convolutions_in_pieces_equal_one_pass(tmp_path, monkeypatch, seconds):
     assert (got - whole).norm() / whole.norm() < 1e-5
 
 
+def test_sums_need_no_float64_of_the_device(tmp_path, monkeypatch):
+    _, wav2vec = load(tmp_path, seed=1)
+    asked = []
+    monkeypatch.setattr(speech, "CONV_PIECE", 9)
+    monkeypatch.setattr(speech, "with_float64", lambda device: asked.append(device) or torch.device("cpu"))
+    assert wav2vec.encode(np.random.standard_normal(9000), 12).isfinite().all() and asked == [torch.device("cpu")]
+
+
 def test_attention_in_pieces(tmp_path, monkeypatch):
     """Beyond the limit every piece equals a whole pass over what it sees; nothing is lost at the seams."""
     _, wav2vec = load(tmp_path)

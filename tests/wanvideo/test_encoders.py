@@ -123,6 +123,17 @@ def test_scaled_fp8_text_encoder(host, quantization, tmp_path):
     assert relative(encoder.encode([prompt])[0], want) < 1e-4
 
 
+def test_a_text_encoder_in_fp8_needs_a_device_with_fp8(host, tmp_path, monkeypatch):
+    path = tmp_path / "text_encoders" / "umt5.safetensors"
+    tiny.text_encoder().save(path, torch.float32)
+    plain, fp8 = (t5.load_text_encoder(path, dtype=torch.float32, quantization=q, host=host) for q in t5.QUANTIZATIONS)
+    monkeypatch.setattr("wanvideo_wrapper.quantized.fp8.holds", lambda device, dtype: device.type != "cpu")
+    assert plain.encode(["a woman"])[0].isfinite().all()
+    for device in (None, torch.device("cpu")):
+        with pytest.raises(ValueError, match="encoder umt5.safetensors has weights in FP8, which 'cpu' devices"):
+            fp8.encode(["a woman"], device=device)
+
+
 @pytest.mark.parametrize(("file", "wan"), [("umt5_xxl_encoder_wan", True), ("umt5_xxl_encoder_hf", False)])
 def test_every_published_umt5_key_is_one_parameter(file, wan):
     from transformers import UMT5Config, UMT5EncoderModel

@@ -6,6 +6,8 @@ from diffusers import WanTransformer3DModel
 from wanvideo_wrapper.clip_image.extension import ClipImage
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.modules import layers
+from wanvideo_wrapper.wanvideo.modules.layers import sinusoidal_embedding
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
@@ -124,3 +126,20 @@ def test_wrong_inputs_are_named():
     with pytest.raises(ValueError, match="img_emb"):
         clip = ClipImage(torch.randn(1, 7, 20))
         model(ModelInputs(latents=torch.randn(1, 16, 1, 4, 4), timestep=step, text=text, payloads=(clip,)))
+
+
+def test_times_need_no_float64_of_the_device(monkeypatch):
+    """Apple's GPUs have none; the values are the same."""
+
+    class OnApple(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.double:
+                raise TypeError("the MPS framework doesn't support float64")
+            result = super().__torch_function__(function, types, args, kwargs or {})
+            return result.as_subclass(torch.Tensor) if function is torch.Tensor.to else result
+
+    times = torch.rand(2, 3) * 1000
+    want = sinusoidal_embedding(times, 32)
+    monkeypatch.setattr(layers, "with_float64", lambda device: torch.device("cpu"))
+    assert torch.equal(sinusoidal_embedding(times.as_subclass(OnApple), 32), want)

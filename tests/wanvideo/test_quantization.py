@@ -14,7 +14,7 @@ from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.fp8_optimization import keeps_precision
 from wanvideo_wrapper.host import StandaloneHost
-from wanvideo_wrapper.kernels import op_name
+from wanvideo_wrapper.kernels import holds, op_name
 from wanvideo_wrapper.multitalk.extension import AudioWindow
 from wanvideo_wrapper.quantized.fp8 import FP8_DTYPES, Fp8Linear, Fp8MatmulLinear
 from wanvideo_wrapper.quantized.linear import QuantizedLinear
@@ -368,6 +368,39 @@ def test_block_swap_takes_the_scales_along(plain, option, ahead):
     assert torch.equal(run(swapped, "cuda"), want)
     with swapped.active() as transformer:
         assert not any(p.is_cuda for p in transformer.blocks[2].parameters())
+
+
+def test_what_a_device_lacks_is_tried(monkeypatch):
+    """Apple's MPS raises TypeError for float64 and FP8."""
+    make = torch.empty
+
+    def empty(*size, dtype, device):
+        if dtype in (torch.float64, *FP8_DTYPES.values()):
+            raise TypeError(f"Trying to convert {dtype} to the MPS backend but it does not have support for that.")
+        return make(*size, dtype=dtype, device=device)
+
+    cpu = torch.device("cpu")
+    assert all(holds.__wrapped__(cpu, dtype) for dtype in (torch.float64, torch.float32, *FP8_DTYPES.values()))
+    monkeypatch.setattr(torch, "empty", empty)
+    kept = [holds.__wrapped__(cpu, dtype) for dtype in (torch.float64, torch.bfloat16, torch.float8_e5m2)]
+    assert kept == [False, True, False]
+
+
+def test_devices_without_fp8_are_told_before_weights_are_read(t2v, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("wanvideo_wrapper.quantized.fp8.holds", lambda device, dtype: dtype not in FP8_DTYPES.values())
+    monkeypatch.setattr("wanvideo_wrapper.wanvideo.loading.build", lambda *_, **__: "loaded")
+    fp8, speech, main = (tmp_path / f"{name}.safetensors" for name in ("fp8", "speech", "i2v"))
+    save_fp8(t2v, fp8, scaled=False)
+    tiny.image_to_video().save(main, torch.bfloat16)
+    save_fp8(tiny.speech_module(), speech, scaled=False)
+    assert load_wan_model(plain[0], FP32, HOST, SYSTEMS) == "loaded"
+    for path, options, says in (
+        (fp8, FP32, "^fp8.safetensors holds weights in FP8, which 'cpu' devices do not have: use a file in bf16, fp16"),
+        (main, replace(FP32, modules=(ModuleFile(speech),)), "^speech.safetensors holds weights in FP8"),
+        (plain[0], replace(FP32, quantization="fp8_e4m3fn"), "^quantization 'fp8_e4m3fn' makes weights in FP8"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_wan_model(path, options, HOST, SYSTEMS)
 
 
 @pytest.mark.parametrize("option", ["disabled", "fp8_e4m3fn", "fp8_e4m3fn_scaled", "fp8_e5m2"])

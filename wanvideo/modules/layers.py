@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import triton_runs
+from ...kernels import triton_runs, with_float64
 from ...kernels.fp8_rows import Fp8Rows, gelu_quantize, norm_quantize
 from ...kernels.gated_residual import gated_residual as gated_residual_fused
 from ...kernels.modulated_norm import norm_modulate, rms_norm, rms_norm_eager
@@ -227,10 +227,10 @@ def steered(
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Cosines then sines of timestep [...] at dim / 2 frequencies: [..., dim] float32, computed in float64."""
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angles = timestep.double().unsqueeze(-1) * MAX_PERIOD**-exponents
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+    half, place = dim // 2, with_float64(timestep.device)
+    exponents = torch.arange(half, dtype=torch.float64, device=place) / half
+    angles = timestep.to(place).double().unsqueeze(-1) * MAX_PERIOD**-exponents
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float().to(timestep.device)
 
 
 class Head(nn.Module):

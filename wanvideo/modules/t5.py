@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...quantized.fp8 import Fp8Linear
+from ...quantized.fp8 import FP8_DTYPES, Fp8Linear, refuse_without_fp8
 from ...quantized.gguf import GgufEmbedding
 from ...quantized.linear import QuantizedLinear
 from ...quiet_imports import kernels_hidden
@@ -105,6 +105,7 @@ class TextEncoder:
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, path: Path, host: Host, name: str) -> None:
         self.path = path
         self.name = name
+        self._host = host
         self._place = Streamed(model, model.encoder.block)
         self.managed = host.manage(model, place=self._place)
         self._model = model
@@ -114,8 +115,10 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], *, device: torch.device | None = None) -> list[Tensor]:
         """One tensor [tokens, dim] per prompt on the CPU, without padding. device: where to compute, None: the host's.
 
-        "(words:1.2)" multiplies the embedding of those words.
+        "(words:1.2)" multiplies the embedding of those words. Raises ValueError for FP8 on a device that has none.
         """
+        if any(parameter.dtype in FP8_DTYPES.values() for parameter in self._model.parameters()):
+            refuse_without_fp8(f"The text encoder {self.path.name} has", device or self._host.device())
         if device is None:
             device = self.managed.acquire()
         else:
