@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from .host import get_host
 from .host.protocol import KINDS
+from .linked_values import in_form
 from .node_tips import with_tips
 from .saved_values import ModelFiles, current_values, refuse_unusable, tolerant
 from .wanvideo.frames import round_frames
@@ -40,9 +40,6 @@ VIDEO_SIZE = {
 SIZE_STEP = 16
 # Kinds of the widget of a text encoder.
 TEXT_ENCODERS = ("text_encoders", "text_encoders_gguf")
-# Sockets at which nodes of this pack never give dicts, as those do that other packs made for the original pack: the
-# pack's own, but for LoRAs, which are taken in that form, and collected inputs of the sampler.
-OWN_SOCKETS = re.compile(r"WAN(?!VIDLORA|VIDSAMPLEREXTRAARGS)|BLOCKSWAPARGS|VRAM_MANAGEMENTARGS|CACHEARGS")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -78,16 +75,6 @@ def reject(node: str, options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if value is not None and value is not False:
             raise ValueError(f"The input '{name}' of '{node}' is not available in this version; disconnect it.")
-
-
-def _refuse_foreign(declared: Inputs, values: Mapping[str, object], node: str) -> None:
-    """Raise ValueError for settings that a node of another pack made for the original pack."""
-    for name, (kind, *_) in {**declared.get("required", {}), **declared.get("optional", {})}.items():
-        if isinstance(values.get(name), dict) and isinstance(kind, str) and OWN_SOCKETS.match(kind):
-            raise ValueError(
-                f"{node}: what is connected to '{name}' was made by a node of another pack for the original pack, and "
-                f"cannot be used here: connect a node of this pack that makes {kind}."
-            )
 
 
 def whole_numbers(name: str, text: str) -> tuple[int, ...]:
@@ -136,7 +123,7 @@ def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
 def _finish_interface(node: type) -> None:
     """Give inputs the tooltips that nodes share; let list widgets take older names, and the entry get today's.
 
-    The entry is not called with numbers that no run can use, nor with settings of other packs.
+    The entry is not called with numbers that no run can use, and gets what links bring in one form.
     """
     declare, entry = node.INPUT_TYPES, getattr(node, node.FUNCTION)
 
@@ -144,8 +131,8 @@ def _finish_interface(node: type) -> None:
     def run(self: object, *values: object, **named: object) -> object:
         declared = node.INPUT_TYPES()
         refuse_unusable(declared, named, node.DISPLAY_NAME)
-        _refuse_foreign(declared, named, node.DISPLAY_NAME)
-        return entry(self, *values, **current_values(declared, named, node.DISPLAY_NAME))
+        named = in_form(declared, current_values(declared, named, node.DISPLAY_NAME), node.DISPLAY_NAME)
+        return entry(self, *values, **named)
 
     node.INPUT_TYPES = classmethod(lambda cls: tolerant(with_tips(declare.__func__(cls))))
     setattr(node, node.FUNCTION, run)

@@ -104,6 +104,7 @@ class WanVideoImageToVideoEncode:
         if vae is None:
             raise ValueError(NO_VAE)
         width, height = round_size(width, height, vae)
+        reference = None if extra_latents is None else _reference(extra_latents, width, height, vae)
         given = GivenFrames(
             width=width,
             height=height,
@@ -120,8 +121,7 @@ class WanVideoImageToVideoEncode:
         )
         cond, mask = encode_given(given, vae, tile=Tile() if tiled_vae else None)
         leading = 0
-        if extra_latents is not None:
-            reference = extra_latents["samples"][0].float()
+        if reference is not None:
             leading = reference.shape[1]
             cond = torch.cat((reference, cond), dim=1)
             mask = torch.cat((torch.ones_like(mask[:, :1]).expand(-1, leading, -1, -1), mask), dim=1)
@@ -138,6 +138,18 @@ class WanVideoImageToVideoEncode:
             leading_latents=leading,
         )
         return (embeds,)
+
+
+def _reference(latents: Latent, width: int, height: int, vae: WanVAE) -> Tensor:
+    """[z, n, h, w] float32. Raises ValueError where they are not of a video of this size."""
+    reference = latents["samples"][0].float()
+    wanted = vae.latent_channels, height // vae.spatial_factor, width // vae.spatial_factor
+    if (reference.shape[0], *reference.shape[2:]) != wanted:
+        raise ValueError(
+            f"extra_latents are {tuple(reference.shape)} (channels, frames, height, width) but the video's have "
+            f"{wanted[0]} channels of {wanted[1]}x{wanted[2]}: encode them at {width}x{height} with the same VAE."
+        )
+    return reference
 
 
 class WanVideoPreviewEmbeds:

@@ -88,8 +88,8 @@ class WanVideoAddS2VEmbeds:
         speech = SpeechToVideo(
             audio=audio,
             scale=torch.tensor(float(audio_scale)),
-            reference=None if ref_latent is None else ref_latent["samples"],
-            pose=None if pose_latent is None else pose_latent["samples"],
+            reference=None if ref_latent is None else ref_latent["samples"][:1],
+            pose=None if pose_latent is None else pose_latent["samples"][:1],
             start=pose_start_percent,
             end=pose_end_percent,
         )

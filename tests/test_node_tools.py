@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
-from wanvideo_wrapper.node_tools import OWN_SOCKETS, whole_numbers
+from wanvideo_wrapper.linked_values import OWN_SOCKETS
+from wanvideo_wrapper.node_tools import whole_numbers
 
 
 @pytest.mark.parametrize(("text", "numbers"), [("10", (10,)), (" 9 ,10", (9, 10)), ("", ()), ("0,0", (0, 0))])

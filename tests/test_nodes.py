@@ -185,6 +185,9 @@ def test_image_to_video_needs_its_inputs(vae):
         sample(i2v, empty)
     with pytest.raises(ValueError, match="connect WanVideoVAELoader"):
         N["WanVideoImageToVideoEncode"]().process(32, 32, 9, 0.0, 1.0, 1.0, True)
+    apart = {"samples": torch.rand(1, 16, 1, 4, 6)}
+    with pytest.raises(ValueError, match=r"extra_latents are \(16, 1, 4, 6\).*16 channels of 4x4: encode them at 32"):
+        N["WanVideoImageToVideoEncode"]().process(32, 32, 9, 0.0, 1.0, 1.0, True, vae, extra_latents=apart)
     with pytest.raises(ValueError, match="no negative prompt"):
         sample(t2v, empty, cfg=3.0, text_embeds=TextEmbeds(positive=text()[0].positive))
 

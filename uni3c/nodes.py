@@ -127,11 +127,6 @@ class WanVideoUni3C_embeds:  # noqa: N801 - the name in saved graphs
         if render_latent is None:
             raise ValueError(NO_RENDER)
         render = render_latent["samples"]
-        if render.dim() != 5:
-            raise ValueError(
-                f"The render_latent has the shape {tuple(render.shape)}, which is no video: encode it with "
-                "'WanVideo Encode'."
-            )
         extra = controlnet.module.sizes.extra
         if render_mask is not None and extra != 1:
             raise ValueError(

@@ -43,13 +43,14 @@ def test_a_row_of_features_a_frame(features, num_frames, window):
 
 
 def test_what_the_node_emits():
-    reference, pose = ({"samples": rand(1, 16, n, 8, 8)} for n in (1, 9))
+    # Of a batch, the first.
+    reference, pose = ({"samples": rand(2, 16, n, 8, 8)} for n in (1, 9))
     add = N["WanVideoAddS2VEmbeds"]().add
     embeds, frames = add(EMBEDS, 33, 0.5, 0.1, 0.9, heard(), reference, pose)
     (speech,) = embeds.payloads
     assert isinstance(speech, SpeechToVideo) and frames == 33 == speech.audio.shape[-1] and embeds.loop is None
     assert float(speech.scale) == 0.5 and (speech.start, speech.end) == (0.1, 0.9)
-    assert speech.reference is reference["samples"] and speech.pose is pose["samples"]
+    assert torch.equal(speech.reference, reference["samples"][:1]) and torch.equal(speech.pose, pose["samples"][:1])
     embeds, frames = add(EMBEDS, 16, 1.0, 0.0, 1.0)
     assert embeds.payloads[0].audio is None and frames == 0
 

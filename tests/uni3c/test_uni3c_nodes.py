@@ -129,7 +129,7 @@ def test_what_is_refused(models):
         N["WanVideoUni3C_embeds"]().process(net, 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="not Uni3C's"):
         embeds(object(), torch.randn(1, 16, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"shape \(1, 16, 4, 4\), which is no video"):
+    with pytest.raises(ValueError, match=r"'render_latent' is \(1, 16, 4, 4\), but latents of a video are"):
         embeds(net, torch.randn(1, 16, 4, 4))
     with pytest.raises(ValueError, match="reads 7 channels of mask and camera rays"):
         embeds(net, torch.randn(1, 16, 3, 4, 4), render_mask=torch.ones(9, 32, 32))
