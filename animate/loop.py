@@ -65,6 +65,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     height, width = loop.footage.reference.shape[2:]
     check_room(loop.frames, height, width, remedy="ask for fewer frames, or a smaller picture")
     maker = WindowMaker(request, host)
+    maker.check()
     starts = (index * (loop.window_frames - 1) for index in range(loop.windows))
     video = make_windows(
         request,
@@ -103,18 +104,27 @@ class WindowMaker:
         self._last = images[-1:].movedim(-1, 0) * 2 - 1
         yield images
 
-    def _sample(self, index: int, character: Character, watcher: RunWatcher) -> Tensor:
-        """The window's latents [z, 1 + F, h, w], the reference's first."""
-        request, text = self.request, self.request.text
+    def check(self) -> None:
+        """Raises ValueError where a system brings less than the video needs, before the last window does."""
+        for payload in readable_payloads(self.request, self.request.model.transformer):
+            payload.window(self._seen(self.loop.windows - 1))
+
+    def _seen(self, index: int) -> conditioning.Window:
+        """Window `index` as payloads see it."""
         size = latent_frames(self.loop.window_frames)
         first = index * (size - 1)
         pixels = range(VAE_TIME_STRIDE * first, VAE_TIME_STRIDE * (first + size - 1) + 1)
-        window = conditioning.Window((0, *range(first + 1, first + size + 1)), tuple(pixels), leading=1)
+        latents = (0, *range(first + 1, first + size + 1))
+        return conditioning.Window(latents, tuple(pixels), leading=1, end=latent_frames(self.loop.frames))
+
+    def _sample(self, index: int, character: Character, watcher: RunWatcher) -> Tensor:
+        """The window's latents [z, 1 + F, h, w], the reference's first."""
+        request, text = self.request, self.request.text
         shape, schedule = self.footage.shape(self.loop.window_frames), request.schedule.fresh()
         with active_model(request, shape[1:], request.guidance.most_passes(len(schedule))) as transformer:
             if not transformer.reads(character):
                 raise ValueError(NEEDS)
-            parts = (payload.window(window) for payload in readable_payloads(request, transformer))
+            parts = (payload.window(self._seen(index)) for payload in readable_payloads(request, transformer))
             conditions = Conditions(
                 positive=text.positive[min(index, len(text.positive) - 1)],
                 negative=text.negative[0] if text.negative else None,

@@ -44,7 +44,9 @@ class ControlArgs(Payload):
 
     def window(self, window: Window) -> Self:
         """The window's frames; what is longer than the video is left out. Raises ValueError where it is shorter."""
-        frames, wanted = self.control.shape[2], max(window.pixels) + 1
+        frames = self.control.shape[2]
+        places = window.pixels_in(frames)
+        wanted = max(places) + 1
         if frames < wanted:
             raise ValueError(
                 f"The control video has {frames} frames but the video has {'' if window.whole else 'at least '}"
@@ -52,7 +54,7 @@ class ControlArgs(Payload):
             )
         if window.whole and frames > wanted:
             log.info("The control video has %d frames, of which the first %d are used.", frames, wanted)
-        control = self.control[:, :, list(window.pixels)]
+        control = self.control[:, :, places]
         return replace(self, control=control, leading=window.leading, trailing=window.trailing)
 
     def active(self, *, swapped: bool) -> AbstractContextManager[None]:

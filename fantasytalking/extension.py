@@ -57,7 +57,7 @@ class FantasyTalkingEmbeds(Payload):
         """The speech of these latent frames; references have none. Raises ValueError where it ends before the video."""
         if self.context.dim() == 3:
             return self
-        places = list(window.video)
+        places = window.video_in(self.context.shape[1])
         total = max(places) + 1 if window.video_total is None else window.video_total
         if total > self.context.shape[1]:
             raise ValueError(

@@ -57,13 +57,15 @@ def part_of(window: Window, frames: Tensor, what: str) -> Tensor:
 
     Raises ValueError if there are fewer, or for the whole video more, than the run has. what: its name in the message.
     """
-    count, needed = frames.shape[2], len(window.latents) if window.whole else max(window.latents) + 1
+    count = frames.shape[2]
+    places = window.latents_in(count)
+    needed = len(places) if window.whole else max(places) + 1
     if count < needed or (window.whole and count > needed):
         raise ValueError(
             f"The {what} has {count} latent frames but the video has {needed}{'' if window.whole else ' or more'}: "
             "give both the same number of frames."
         )
-    return frames[:, :, list(window.latents)]
+    return frames[:, :, places]
 
 
 def with_empty_picture(model: WanModel, payload: Payload, latents: Tensor, inputs: ModelInputs) -> Tensor:

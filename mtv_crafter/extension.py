@@ -59,7 +59,7 @@ class Motion(Payload):
         Raises ValueError where the motion ends before the window does.
         """
         frames = self.tokens.unflatten(1, (-1, JOINTS))
-        places = list(window.video)
+        places = window.video_in(frames.shape[1])
         if not places:
             return None
         if max(places) >= frames.shape[1]:

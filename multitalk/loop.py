@@ -17,7 +17,7 @@ from ..wanvideo.frames import latent_frames
 from ..wanvideo.loading import WanVideoModel
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import check_conditions
-from ..wanvideo.window_loop import make_windows
+from ..wanvideo.window_loop import check_whole_schedule, make_windows
 from .audio import MultiTalkEmbeds
 from .drift import warn_of_drift
 from .plan import loop_settings, plan_windows
@@ -62,6 +62,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     log.info("Sampling %d frames in %d windows of %dx%d.", total, len(windows), loop.width, loop.height)
     sides = (side // loop.vae.spatial_factor for side in (loop.height, loop.width))
     maker = WindowMaker(request, host, windows)
+    maker.check()
     video = make_windows(
         request,
         host,
@@ -89,6 +90,7 @@ def _check_inputs(request: SampleRequest) -> None:
     if request.find(MultiTalkEmbeds) is None:
         raise ValueError("A long talking video needs speech: connect multitalk_embeds to the sampler.")
     check_conditions(request)
+    check_whole_schedule(request)
     if request.context is not None:
         raise ValueError(
             "context_options and WanVideoImageToVideoMultiTalk are two ways to make a long video: disconnect one."

@@ -225,10 +225,20 @@ class WindowMaker:
         change = change_mask(_masks_of(source["noise_mask"], window.frames), noise.shape)
         return latents, (Inpainting(clean, noise, change, schedule),)
 
+    def check(self) -> None:
+        """Raises ValueError where a system brings less than the video needs, before the last window does."""
+        for payload in readable_payloads(self.request, self.request.model.transformer):
+            if not isinstance(payload, ImageCondition):
+                payload.window(self._seen(self.windows[-1]))
+
+    def _seen(self, window: Window) -> conditioning.Window:
+        """As payloads see it."""
+        end = latent_frames(self.request.find(MultiTalkEmbeds).num_frames)
+        return conditioning.Window(latents=window.latents, pixels=tuple(window.frames), end=end)
+
     def _conditions(self, window: Window, payloads: Sequence[Payload]) -> Conditions:
         text = self.request.text
-        part = conditioning.Window(latents=window.latents, pixels=tuple(window.frames))
-        parts = (payload if isinstance(payload, ImageCondition) else payload.window(part) for payload in payloads)
+        parts = (p if isinstance(p, ImageCondition) else p.window(self._seen(window)) for p in payloads)
         return Conditions(
             positive=text.positive[min(window.index, len(text.positive) - 1)],
             negative=text.negative[0] if text.negative else None,

@@ -72,12 +72,14 @@ class Animation(Payload):
         """The poses of the window's frames. Raises ValueError where there are too few."""
         if self.poses is None:
             return self
-        count, needed = self.poses.shape[2], max(window.pixels) + 1
+        count = self.poses.shape[2]
+        places = window.pixels_in(count)
+        needed = max(places) + 1
         if count < needed:
             raise ValueError(
                 f"One-to-All's pose_images have {count} frames but the video needs {needed}: give one for each frame."
             )
-        return replace(self, poses=self.poses[:, :, list(window.pixels)], leading=window.leading)
+        return replace(self, poses=self.poses[:, :, places], leading=window.leading)
 
     def guidance(self, scale: float, step: Step) -> tuple[Row, ...] | None:
         """Without text + cfg * (reference alone - without text) + scale * (all - reference alone)."""

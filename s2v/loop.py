@@ -17,7 +17,7 @@ from torch import Tensor
 from ..wanvideo import conditioning
 from ..wanvideo.denoise import denoise
 from ..wanvideo.footage import MemoryFootage, check_room
-from ..wanvideo.frames import VAE_TIME_STRIDE
+from ..wanvideo.frames import VAE_TIME_STRIDE, latent_frames
 from ..wanvideo.guidance import Conditions
 from ..wanvideo.images import to_images
 from ..wanvideo.latents import start_noise
@@ -86,6 +86,7 @@ def run_loop(request: SampleRequest, host: Host) -> tuple[Latent, Latent]:
     factor = loop.vae.spatial_factor
     check_room(frames, *(factor * side for side in sides), remedy="make the speech shorter, or the picture smaller")
     maker = WindowMaker(request, host)
+    maker.check()
     ends = [0, *(number * loop.window_frames - LOST_FIRST for number in range(1, count + 1))]
     video = make_windows(
         request,
@@ -150,14 +151,23 @@ class WindowMaker:
             )
         return result.latents.float().cpu()
 
-    def _parts(self, index: int, payloads: tuple[conditioning.Payload, ...]) -> Iterator[conditioning.Payload]:
-        """What belongs to a window; other systems see it as these latents of a longer video."""
+    def check(self) -> None:
+        """Raises ValueError where another system brings less than the video needs, before the last window does."""
+        for payload in readable_payloads(self.request, self.request.model.transformer):
+            if not isinstance(payload, SpeechToVideo):
+                payload.window(self._seen(self.speech.audio.shape[-1] // self.loop.window_frames - 1))
+
+    def _seen(self, index: int) -> conditioning.Window:
+        """Window `index` as other systems see it: these latents of a longer video."""
         first = index * self.loop.latents
         latents = range(first, first + self.loop.latents)
         pixels = range(VAE_TIME_STRIDE * first, VAE_TIME_STRIDE * (latents[-1]) + 1)
-        window = conditioning.Window(tuple(latents), tuple(pixels))
+        return conditioning.Window(tuple(latents), tuple(pixels), end=latent_frames(self.request.image.num_frames))
+
+    def _parts(self, index: int, payloads: tuple[conditioning.Payload, ...]) -> Iterator[conditioning.Payload]:
+        """What belongs to a window."""
         for payload in payloads:
-            part = self._heard(index) if isinstance(payload, SpeechToVideo) else payload.window(window)
+            part = self._heard(index) if isinstance(payload, SpeechToVideo) else payload.window(self._seen(index))
             if part is not None:
                 yield part
 

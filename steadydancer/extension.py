@@ -42,7 +42,7 @@ class DancePoses(Payload):
 
     def window(self, window: Window) -> Self | None:
         """The poses of the window's frames."""
-        places = list(window.video)
+        places = window.video_in(self.positive.shape[2])
         if not places:
             return None
         if max(places) >= self.positive.shape[2]:

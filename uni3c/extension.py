@@ -62,12 +62,14 @@ class Uni3CArgs(Payload):
         render = self.render
         if window.total is not None:
             render = resized(render, (window.total, *render.shape[3:]))
-        self._check_length("render_latent", render.shape[2], max(window.latents) + 1)
+        places = window.latents_in(render.shape[2])
+        self._check_length("render_latent", render.shape[2], max(places) + 1)
         mask = self.mask
         if mask is not None:
-            self._check_length("render_mask", mask.shape[2], max(window.pixels) + 1)
-            mask = mask[:, :, list(window.pixels)]
-        return replace(self, render=render[:, :, list(window.latents)], mask=mask)
+            pixels = window.pixels_in(mask.shape[2])
+            self._check_length("render_mask", mask.shape[2], max(pixels) + 1)
+            mask = mask[:, :, pixels]
+        return replace(self, render=render[:, :, places], mask=mask)
 
     @staticmethod
     def _check_length(name: str, frames: int, wanted: int) -> None:

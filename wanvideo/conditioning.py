@@ -54,7 +54,8 @@ class Window(NamedTuple):
     the first latent frame and four for every other. leading, trailing: how many of `latents`, at the ends, are
     references, which stand for no pixel frame. whole: this is all of the video. picture [C, F, h, w]: an encoded
     picture whose first frame takes the place of the first condition frame, for windows that do not start the video.
-    total: how many latents the run has, references included; None where it is not known.
+    total: how many latents the run has, references included; None where it is not known. end: how many the video has,
+    without references, where windows of a loop may reach behind it; None where none does.
     """
 
     latents: tuple[int, ...]
@@ -64,6 +65,7 @@ class Window(NamedTuple):
     whole: bool = False
     picture: Tensor | None = None
     total: int | None = None
+    end: int | None = None
 
     @property
     def video(self) -> tuple[int, ...]:
@@ -74,6 +76,22 @@ class Window(NamedTuple):
     def video_total(self) -> int | None:
         """Latent frames of the whole video without references, where it is known."""
         return None if self.total is None else self.total - self.leading - self.trailing
+
+    def latents_in(self, count: int) -> list[int]:
+        """Where its latents are among `count` that a system brings for the run: behind the video's end the last one."""
+        return self._held(self.latents, count, 0 if self.end is None else self.leading + self.end)
+
+    def video_in(self, count: int) -> list[int]:
+        """The same for `video`, without references."""
+        return self._held(self.video, count, self.end or 0)
+
+    def pixels_in(self, count: int) -> list[int]:
+        """The same for `pixels`."""
+        return self._held(self.pixels, count, VAE_TIME_STRIDE * ((self.end or 0) - 1) + 1)
+
+    def _held(self, places: tuple[int, ...], count: int, end: int) -> list[int]:
+        """What is shorter than the video is not made longer: its system tells the user."""
+        return list(places) if self.end is None else [min(place, max(count, end) - 1) for place in places]
 
     @property
     def sounding(self) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ def check_windows(request: SampleRequest, *, asked_by: str, remedy: str) -> None
     asked_by: the option that asks for windows; remedy: how to do without them.
     """
     check_conditions(request)
+    check_whole_schedule(request)
     if request.context is not None:
         raise ValueError(
             f"context_options and {asked_by} are two ways to make a long video: disconnect the options, or {remedy}."
@@ -47,6 +48,16 @@ def check_windows(request: SampleRequest, *, asked_by: str, remedy: str) -> None
     if request.schedule.for_loops:
         raise ValueError(
             f"The scheduler '{request.schedule.spec.name}' is not for {asked_by}: choose another, or {remedy}."
+        )
+
+
+def check_whole_schedule(request: SampleRequest) -> None:
+    """Raises ValueError where windows, which are decoded one by one, would be decoded with noise in them."""
+    schedule = request.schedule
+    if schedule.first_index + len(schedule) < schedule.total:
+        raise ValueError(
+            f"A video that is made in windows needs the last of the {schedule.total} steps, as each window is decoded "
+            "before the next begins: set end_step to -1. Two samplers cannot share its steps."
         )
 
 

@@ -14,6 +14,7 @@ from wanvideo_wrapper.animate.loop import CharacterLoop
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.uni3c.extension import Uni3CArgs
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
@@ -147,6 +148,9 @@ def test_colors_are_those_of_the_reference(parts):
         ({"context": ContextOptions()}, "two ways to make a long video"),
         ({"samples": {"samples": rand(1, 16, 4, 4, 4)}}, "takes no samples"),
         ({"schedule": make_schedule(ScheduleSpec(name="multitalk", steps=2, shift=5.0))}, "is not for a frame"),
+        ({"schedule": make_schedule(ScheduleSpec(name="euler", steps=3, shift=5.0, end_step=2))}, "of the 3 steps"),
+        ({"samples": {"samples": rand(1, 16, 4, 4, 4), "video": rand(9, 32, 32, 3)}}, "in windows; of its latents"),
+        ({"payloads": (Uni3CArgs(None, rand(1, 16, 2, 4, 4)),)}, "render_latent of Uni3C has 2 frames"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(options, says, parts, seen):

@@ -13,6 +13,7 @@ from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.loop import TalkingLoop
 from wanvideo_wrapper.multitalk.window import _masks_of
 from wanvideo_wrapper.registry import SYSTEMS
+from wanvideo_wrapper.uni3c.extension import Uni3CArgs
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
@@ -188,6 +189,25 @@ def test_noise_mask_frames_belong_to_their_window():
     mask = torch.arange(7.0)[:, None, None].expand(7, 2, 2)
     assert _masks_of(mask, range(5, 10))[:, 0, 0].tolist() == [5, 6, 0, 1, 2]
     assert _masks_of(mask[:1, None], range(3)).shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"payloads": (Uni3CArgs(None, torch.randn(1, 16, 6, 4, 4)),)}, "Uni3C has 6 frames but the video needs 7"),
+        ({"schedule": make_schedule(ScheduleSpec(name="euler", steps=3, shift=5.0, end_step=2))}, "of the 3 steps"),
+        ({"samples": {"samples": torch.randn(1, 16, 4, 4, 4), "video": torch.randn(9, 8, 8, 3)}}, "last window"),
+    ],
+)
+def test_what_later_windows_would_lack_is_told_before_the_first(parts, monkeypatch, change, says):
+    asked = request(parts)
+    calls = []
+    monkeypatch.setattr(type(parts[0].transformer), "forward", lambda *_: calls.append(1))
+    monkeypatch.setattr(parts[1], "encode", lambda *_, **__: calls.append(1))
+    change = {**change, "payloads": (*asked.payloads, *change.get("payloads", ()))}
+    with pytest.raises(ValueError, match=says):
+        sample(replace(asked, **change), parts[2])
+    assert not calls
 
 
 def test_pictures_on_disk_replace_the_video(parts, tmp_path):

@@ -14,6 +14,7 @@ from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.s2v import loop as module
 from wanvideo_wrapper.s2v.extension import SpeechInjection, SpeechToVideo
 from wanvideo_wrapper.s2v.loop import SpeechLoop
+from wanvideo_wrapper.uni3c.extension import Uni3CArgs
 from wanvideo_wrapper.wanvideo.denoise import NotFiniteError
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
@@ -165,6 +166,9 @@ def test_frames_that_are_no_numbers_are_told_of(request_of, monkeypatch):
         ({"context": ContextOptions()}, "two ways to make a long video"),
         ({"samples": {"samples": rand(1, 16, 4, 8, 8)}}, "takes no samples"),
         ({"schedule": make_schedule(ScheduleSpec(name="multitalk", steps=2, shift=5.0))}, "is not for enable"),
+        ({"schedule": make_schedule(ScheduleSpec(name="euler", steps=3, shift=5.0, end_step=2))}, "of the 3 steps"),
+        ({"samples": {"samples": rand(1, 16, 4, 8, 8), "video": rand(9, 32, 32, 3)}}, "in windows; of its latents"),
+        ({"payloads": (Uni3CArgs(None, rand(1, 16, 2, 4, 4)),)}, "render_latent of Uni3C has 2 frames"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(options, says, request_of, seen):

@@ -1,10 +1,11 @@
 """Payloads, steps and windows by themselves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import pytest
 import torch
+from contract import ALL_CASES
 from wanvideo_wrapper.wanvideo.conditioning import Payload, Step, Window
 from wanvideo_wrapper.wanvideo.frames import latent_frames, pixel_frames, round_frames
 
@@ -92,3 +93,33 @@ def test_references_stand_still():
 def test_counts_of_the_vae():
     assert [latent_frames(n) for n in (1, 5, 81)] == [1, 2, 21]
     assert [round_frames(n) for n in (1, 4, 5, 83)] == [1, 1, 5, 81]
+
+
+# Systems that share a run with a loop of windows, by a socket of the sampler or through embeds that carry the loop.
+IN_LOOPS = (
+    "uni3c", "controlnet", "fun_control", "fun_camera", "scail", "longvie2", "mtv_crafter", "steadydancer",
+    "one_to_all_poses", "fantasytalking",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_LOOPS)
+def test_where_a_loop_reaches_behind_the_video_the_last_frame_stands(name):
+    payload = ALL_CASES[name].payload
+    behind = payload.window(Window((1, 2, 3), tuple(range(1, 14)), end=3))
+    held = payload.window(Window((1, 2, 2), (*range(1, 9), *[8] * 5), total=3))
+    for field in fields(payload):
+        got, want = getattr(behind, field.name), getattr(held, field.name)
+        assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want, field.name
+    with pytest.raises(ValueError, match=r"(needs|video has)( at least)? (4|13)\b"):
+        payload.window(Window((1, 2, 3), tuple(range(1, 13)), end=4))
+
+
+def test_places_behind_the_video_by_hand():
+    plain = Window((0, 5, 6, 7), tuple(range(17, 26)), leading=1)
+    assert (plain.latents_in(6), plain.video_in(5)) == ([0, 5, 6, 7], [4, 5, 6])
+    assert plain.pixels_in(20) == list(range(17, 26))
+    loop = plain._replace(end=6)
+    # All of the video, more than it, and too little.
+    assert [loop.latents_in(n) for n in (7, 8, 3)] == [[0, 5, 6, 6], [0, 5, 6, 7], [0, 5, 6, 6]]
+    assert [loop.video_in(n) for n in (6, 7, 3)] == [[4, 5, 5], [4, 5, 6], [4, 5, 5]]
+    assert loop.pixels_in(21) == [17, 18, 19, *[20] * 6] and loop.pixels_in(30) == list(range(17, 26))
