@@ -39,6 +39,7 @@ class Layout(NamedTuple):
 
 TRANSFORMER = "Wan transformer"
 LORA = "LoRA"
+T5 = "T5 text encoder of Flux, SD3 and others, not UMT5"
 
 # The first row that fits names the file, so rows go from the most special to the most general.
 LORA_KIND = Kind(
@@ -54,13 +55,19 @@ OTHER_KINDS = (
     Kind(
         "UMT5 text encoder",
         "WanVideo T5 Text Encoder Loader",
-        (r"^(shared|encoder\.embed_tokens)\.weight$", r"^encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$"),
+        (
+            r"^(shared|encoder\.embed_tokens)\.weight$",
+            r"^encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.weight$",
+        ),
     ),
     Kind(
         "UMT5 text encoder",
         "WanVideo T5 Text Encoder Loader",
-        (r"^token_embd\.weight$", r"^enc\.blk\.0\.attn_rel_b\.weight$"),
+        (r"^token_embd\.weight$", r"^enc\.blk\.1\.attn_rel_b\.weight$"),
     ),
+    # It has relative positions in its first block alone.
+    Kind(T5, "", (r"^encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight$",)),
+    Kind(T5, "", (r"^enc\.blk\.0\.attn_rel_b\.weight$",)),
     Kind(
         "CLIP vision encoder",
         "WanVideo CLIP Text Encoder Loader",

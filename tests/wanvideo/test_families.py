@@ -10,6 +10,7 @@ import pytest
 import torch
 from published_keys import keys_of
 from wanvideo_wrapper import NODE_DISPLAY_NAME_MAPPINGS
+from wanvideo_wrapper.node_checks import check_loadable
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.wanvideo.architecture import config_of
 from wanvideo_wrapper.wanvideo.assign import check
@@ -278,6 +279,20 @@ def test_other_kinds_of_files_are_named(name, kind, tmp_path):
     assert kind in str(describe(path, SYSTEMS))
     with pytest.raises(ValueError, match=kind):
         config_of(open_checkpoint(path), SYSTEMS)
+
+
+HF, GGML = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight", "enc.blk.{}.attn_rel_b.weight"
+
+
+@pytest.mark.parametrize(("top", "bias"), [("shared.weight", HF), ("token_embd.weight", GGML)])
+def test_t5_of_other_models_is_no_umt5(top, bias, tmp_path):
+    """t5xxl_fp16 and the like lie in the same folder. It has relative positions in its first block alone."""
+    shared = {top: (96, 64), **{bias.format(block): (32, 4) for block in range(2)}}
+    umt5 = sparse_file(tmp_path / "umt5.safetensors", shared)
+    t5xxl = sparse_file(tmp_path / "t5xxl.safetensors", {k: v for k, v in shared.items() if k != bias.format(1)})
+    check_loadable(umt5, "WanVideo T5 Text Encoder Loader")
+    with pytest.raises(ValueError, match="t5xxl.safetensors is a T5 text encoder of Flux.*choose another file here"):
+        check_loadable(t5xxl, "WanVideo T5 Text Encoder Loader")
 
 
 def test_files_that_cannot_be_read_get_one_sentence(tmp_path):
