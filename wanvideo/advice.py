@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .guidance import per_step
+from .modifier import Modifier
 
 if TYPE_CHECKING:
     from .loading import WanVideoModel
@@ -30,8 +31,14 @@ MOST_DISTILLED_STEPS, FEWEST_CACHED_STEPS = 12, 9
 
 
 def warn_of_settings(request: SampleRequest) -> None:
-    """Log what in the steps, the guidance and the step cache of a run does not suit its model and LoRAs."""
+    """Log what in the steps, the guidance and the step cache of a run does not suit its model, LoRAs and samples."""
     steps = request.schedule.total
+    if request.schedule.first_index > 0 and not _begins_with_something(request):
+        log.warning(
+            "start_step or denoise_strength leaves out %d of %d steps, but there are no samples to go on from: the "
+            "video begins as noise and keeps some of it. Connect samples, or run all steps.",
+            request.schedule.first_index, steps,
+        )  # fmt: skip
     if request.cache is not None and steps < FEWEST_CACHED_STEPS:
         log.warning(
             "%s leaves out steps that differ little from the one before, and of %d steps none does: it brings nothing, "
@@ -52,6 +59,13 @@ def warn_of_settings(request: SampleRequest) -> None:
         log.warning(
             "%s is distilled to few steps: %d of them take longer and look no better. Set steps to 4 to 8.", name, steps
         )
+
+
+def _begins_with_something(request: SampleRequest) -> bool:
+    """Whether the run starts from anything but noise: latents, or what a modifier puts in their place."""
+    modifiers = (*request.modifiers, *request.image.modifiers)
+    changed = any(type(modifier).begin is not Modifier.begin for modifier in modifiers)
+    return changed or request.noise is not None or (request.samples or {}).get("samples") is not None
 
 
 def warn_of_cut(name: str, lasts: float, seconds: float) -> None:

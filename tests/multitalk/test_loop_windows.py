@@ -196,7 +196,7 @@ def test_noise_mask_frames_belong_to_their_window():
     [
         ({"payloads": (Uni3CArgs(None, torch.randn(1, 16, 6, 4, 4)),)}, "Uni3C has 6 frames but the video needs 7"),
         ({"schedule": make_schedule(ScheduleSpec(name="euler", steps=3, shift=5.0, end_step=2))}, "of the 3 steps"),
-        ({"samples": {"samples": torch.randn(1, 16, 4, 4, 4), "video": torch.randn(9, 8, 8, 3)}}, "last window"),
+        ({"samples": {"samples": torch.randn(1, 16, 4, 4, 4), "video": torch.randn(9, 8, 8, 3)}}, "last window's"),
     ],
 )
 def test_what_later_windows_would_lack_is_told_before_the_first(parts, monkeypatch, change, says):

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from sampler_stand_in import FakeHost, FakeModel, request, schedule
+from sampler_stand_in import SHAPE, FakeHost, FakeModel, rand, request, schedule
 from wanvideo_wrapper.cache_methods.teacache import TeaCache
 from wanvideo_wrapper.wanvideo import advice
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.lora import LoraFile
+from wanvideo_wrapper.wanvideo.modifier import Modifier
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds
 from wanvideo_wrapper.wanvideo.sampling import sample
 
 PUBLISHED = [
@@ -70,9 +72,26 @@ def test_a_cache_at_few_steps(caplog):
     (line,) = warnings(caplog, cache=cache, schedule=schedule(steps=4))
     assert line.startswith("TeaCache leaves out steps") and "of 4 steps" in line and line.endswith("cache_args.")
     # Each half of a run of eight steps.
-    assert warnings(caplog, cache=cache, schedule=schedule(steps=8, start_step=4))
-    assert not warnings(caplog, cache=cache, schedule=schedule(steps=12, start_step=6))
+    first_half = {"samples": rand(1, *SHAPE)}
+    assert warnings(caplog, cache=cache, samples=first_half, schedule=schedule(steps=8, start_step=4))
+    assert not warnings(caplog, cache=cache, samples=first_half, schedule=schedule(steps=12, start_step=6))
     assert not warnings(caplog, cache=cache, schedule=schedule(steps=20))
+
+
+@pytest.mark.parametrize("part", [{"start_step": 3}, {"denoise_strength": 0.5}])
+def test_a_run_that_begins_later_needs_something_to_begin_with(part, caplog):
+    (line,) = warnings(caplog, schedule=schedule(**part))
+    assert line.startswith("start_step or denoise_strength leaves out") and "no samples" in line
+    assert not warnings(caplog, schedule=schedule(**part), samples={"samples": rand(1, *SHAPE)})
+    assert not warnings(caplog, schedule=schedule())
+
+    class Begins(Modifier):
+        def begin(self, start, schedule, generator):
+            return start
+
+    assert not warnings(caplog, schedule=schedule(**part), modifiers=(Begins(),))
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, modifiers=(Begins(),))
+    assert not warnings(caplog, schedule=schedule(**part), image=image)
 
 
 def test_the_sampler_says_it(caplog):
