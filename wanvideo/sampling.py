@@ -296,6 +296,7 @@ def _denoiser(request: SampleRequest, transformer: WanModel, frames: int) -> Den
         whole = whole_window(frames, *references)
         parts = tuple(part for p in conditions.payloads if (part := p.window(whole)) is not None)
         return make_denoiser(request, transformer, conditions=replace(conditions, payloads=parts))
+    context.check_reference(noise_shape(request.image, request.model.config))
     denoiser = WindowedDenoiser(
         conditions,
         options=context,

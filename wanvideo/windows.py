@@ -75,6 +75,15 @@ class ContextOptions:
                 "fours."
             )
 
+    def check_reference(self, shape: Sequence[int]) -> None:
+        """Raises ValueError where the reference's pictures are not of a video of this shape [C, F, h, w]."""
+        given = shape if self.reference is None else self.reference.shape[1:]
+        if (given[0], *given[2:]) != (shape[0], *shape[2:]):
+            raise ValueError(
+                f"reference_latent of WanVideo Context Options has pictures of {tuple(given)} (channels, frames, "
+                f"height, width) but the video's latents are {tuple(shape)}: encode them at its width and height."
+            )
+
     def seen(self, frames: int) -> int:
         """Latent frames that one forward sees of a video of so many."""
         return self.latent_size if self.apply_to(frames) else frames

@@ -232,6 +232,14 @@ def test_windows_start_from_the_picture_or_the_reference(folder, calls):
         torch.testing.assert_close(torch.cat((seen.mask[0], seen.cond[0])), want)
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 1, 4, 6), (1, 48, 1, 4, 4)])
+def test_a_reference_of_another_size_is_refused_before_the_first_window(folder, calls, shape):
+    asked = request(folder, options(reference=torch.randn(*shape)), base="base")
+    with pytest.raises(ValueError, match=rf"has pictures of \({shape[1]}, 1, 4, {shape[4]}\) .* are \(16, 12, 4, 4\)"):
+        sample(asked, StandaloneHost(device="cpu"))
+    assert not calls
+
+
 class Remembered:
     reports = 0
 
