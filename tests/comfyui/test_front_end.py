@@ -7,6 +7,7 @@ Playwright's own). Screenshots go to WANVIDEO_SCREENSHOTS where that is set.
 import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,17 @@ MOVED = {
 
 
 def nodes_of(graph):
-    """All nodes, those inside subgraphs too, by the place where they are."""
+    """All nodes, those inside subgraphs too: by place, type, and which of that type it is there.
+
+    Newer versions give nodes numbers of their own where two subgraphs have the same.
+    """
     places = {"": graph, **{entry["id"]: entry for entry in (graph.get("definitions") or {}).get("subgraphs", ())}}
-    return {(place, node["id"]): node for place, part in places.items() for node in part["nodes"]}
+    found, counts = {}, Counter()
+    for place, part in places.items():
+        for node in part["nodes"]:
+            counts[place, node["type"]] += 1
+            found[place, node["type"], counts[place, node["type"]]] = node
+    return found
 
 
 def moved():
@@ -70,7 +79,7 @@ def test_graph_opens_as_saved(path, opened):
     assert set(shown) >= set(saved)
     assert not set(opened[path.name]["red"]) & OURS
     # A subgraph shows widgets of nodes inside.
-    subgraphs = {place for place, _ in saved}
+    subgraphs = {place for place, *_ in saved}
     checked = [key for key, node in saved.items() if node["type"] in OURS | subgraphs]
     assert checked
     for key in checked:
