@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import with_float64
+
 EPSILON = 1e-8
 
 
@@ -21,10 +23,10 @@ def tangential(cond: Tensor, uncond: Tensor) -> Tensor:
 
     The vector comes from the 2x2 products in float64, so that nothing of the video's size is decomposed.
     """
-    pair = torch.stack((cond, uncond), dim=1).flatten(2).double()
+    pair = torch.stack((cond, uncond), dim=1).flatten(2).to(with_float64(cond.device)).double()
     first = torch.linalg.eigh(pair @ pair.mT).eigenvectors[..., -1:]
     along = (first.mT @ pair).squeeze(1) * first[:, 1]
-    return along.view_as(uncond).to(uncond.dtype)
+    return along.view_as(uncond).to(uncond)
 
 
 def adaptive_scale(cond: Tensor, uncond: Tensor, scale: float, alpha: float) -> float:
