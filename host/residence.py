@@ -77,7 +77,11 @@ class Residence:
 
 def _state(tensor: Tensor) -> tuple[int, int | None]:
     """Address, and changes in place, which torch does not count for tensors of inference mode: ComfyUI's weights."""
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    try:
+        return tensor.data_ptr(), tensor._version
+    except RuntimeError:
+        # `is_inference` does not tell: it goes by the memory that the tensor has now.
+        return tensor.data_ptr(), None
 
 
 def _away(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:

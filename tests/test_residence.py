@@ -31,8 +31,17 @@ def test_leaving_a_device_copies_nothing(device, inference):
         leave_a_device(device)
 
 
-def leave_a_device(device):
-    model = module()
+@pytest.mark.autograd
+@pytest.mark.parametrize("made", [False, True])
+def test_weights_may_move_in_another_mode_than_they_were_made_in(made):
+    with torch.inference_mode(made):
+        model = module()
+    with torch.inference_mode(not made):
+        leave_a_device(DEVICE, model)
+
+
+def leave_a_device(device, model=None):
+    model = model or module()
     before = [(tensor, tensor.data_ptr(), tensor.clone()) for tensor in tensors_of(model)]
     place = ModuleResidence(model)
     for _ in range(2):
