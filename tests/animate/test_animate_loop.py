@@ -159,6 +159,12 @@ def test_what_does_not_fit_is_refused_before_work(options, says, parts, seen):
     assert not seen
 
 
+def test_the_last_window_may_reach_behind_what_a_system_brings(parts):
+    """20 frames in three windows of 9: of five latents and the reference, seven would be read."""
+    render = Uni3CArgs(None, rand(1, 16, 6, 4, 4))
+    module.WindowMaker(request_of(parts, options={"payloads": (render,)}), HOST).check()
+
+
 def test_videos_that_end_early_run_back_and_forth():
     places = torch.arange(3.0)[None, :, None, None]
     assert there_and_back(places, 8).flatten().tolist() == [0, 1, 2, 1, 0, 1, 2, 1]

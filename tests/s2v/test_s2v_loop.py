@@ -175,3 +175,8 @@ def test_what_does_not_fit_is_refused_before_work(options, says, request_of, see
     with pytest.raises(ValueError, match=says):
         sample(request_of(**options), HOST)
     assert not seen
+
+
+def test_the_last_window_may_reach_behind_what_a_system_brings(request_of):
+    """33 frames are nine latents, of which windows of four would read twelve."""
+    module.WindowMaker(request_of(payloads=(Uni3CArgs(None, rand(1, 16, 9, 8, 8)),)), HOST).check()
