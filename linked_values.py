@@ -103,12 +103,15 @@ def _latents(value: object, where: str) -> _Latent:
         raise ValueError(f"{where} is a {type(value).__name__}, not latents: connect a LATENT.")
     parts = {name: part.cpu() if isinstance(part, Tensor) else part for name, part in value.items()}
     samples = parts.get("samples")
-    if isinstance(samples, Tensor) and samples.dim() != 5:
+    if samples is None:
+        return _Latent(parts, where)
+    if not isinstance(samples, Tensor) or samples.dim() != 5:
+        given = tuple(samples.shape) if isinstance(samples, Tensor) else f"a {type(samples).__name__}"
         raise ValueError(
-            f"{where} is {tuple(samples.shape)}, but latents of a video are [n, channels, frames, height, width]: "
-            "encode it with WanVideo Encode; latents of picture models do not fit."
+            f"{where} is {given}, but latents of a video are [n, channels, frames, height, width]: encode it with "
+            "WanVideo Encode; latents of picture models, and those of video with sound, do not fit."
         )
-    if isinstance(samples, Tensor) and not samples.numel():
+    if not samples.numel():
         raise ValueError(f"{where} is {tuple(samples.shape)}, without any frame: look at the node that cuts them.")
     return _Latent(parts, where)
 

@@ -87,6 +87,8 @@ def test_latents():
         ("samples", {"samples": LATENTS[:, :, 0]}, r"is \(1, 16, 4, 4\), but latents of a video are"),
         ("samples", {"samples": LATENTS[:, :, :0]}, r"is \(1, 16, 0, 4, 4\), without any frame"),
         ("samples", LATENTS, "is a Tensor, not latents"),
+        # ComfyUI's LTXV with sound has a class of its own for the two.
+        ("samples", {"samples": [LATENTS, SOUND]}, "is a list, but latents of a video are"),
         ("audio", {"waveform": SOUND[..., :0], "sample_rate": 8000}, "has no samples"),
         ("audio", {"sample_rate": 8000}, "is no sound"),
         ("audio", "voice.wav", "is no sound"),
