@@ -14,6 +14,7 @@ from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.quantized.fp8 import Fp8Linear
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.uni3c.controlnet import KIND, Uni3CControlnet, Uni3CSizes, renamed
+from wanvideo_wrapper.wanvideo.compilation import CompileArgs
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.inspect import describe
 from wanvideo_wrapper.wanvideo.own_model import open_own
@@ -112,6 +113,20 @@ def test_precisions(models, name, quantization):
     exact, render = load().module, torch.randn(1, 36, 3, 4, 4)
     x, want = module.embed(render, None), exact.embed(render, None)
     assert x.dtype == torch.float32 and (x - want).norm() / want.norm() < 0.1
+
+
+def test_what_cannot_run_is_told_before_weights_are_read(models, monkeypatch):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("No compiler")
+
+    monkeypatch.setattr("wanvideo_wrapper.uni3c.controlnet.fill_own", None)
+    loader = N["WanVideoUni3C_ControlnetLoader"]()
+    with pytest.raises(ValueError, match="^torch.compile cannot run here: RuntimeError: No compiler"):
+        args = CompileArgs(backend=no_compiler)
+        loader.loadmodel("uni3c.safetensors", "fp32", "disabled", "main_device", "sdpa", compile_args=args)
+    monkeypatch.setattr("wanvideo_wrapper.quantized.fp8.holds", lambda device, dtype: dtype != torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="^uni3c_fp8.safetensors holds weights in FP8, which 'cpu' devices"):
+        load("uni3c_fp8.safetensors")
 
 
 def test_what_is_refused(models):
