@@ -45,25 +45,24 @@ def _trouble(backend: str, device: torch.device) -> str | None:
     try:
         fused = torch.compile(lambda x: (x * 2).sin().sum(dim=-1), backend=backend, fullgraph=True)
         fused(torch.ones(4, 4, device=device)).tolist()
-    except torch.OutOfMemoryError:
-        # Says nothing of compilers.
-        return None
     # Whatever stops it (no Triton, no C++ compiler, a folder that cannot be written) is the reason.
     except Exception as error:
-        return _reason(error)
+        cause = _cause(error)
+        # A full device says nothing of compilers.
+        return None if isinstance(cause, torch.OutOfMemoryError) else in_a_line(cause)
     return None
 
 
-def _reason(error: Exception) -> str:
+def _cause(error: Exception) -> Exception:
     """What stopped a backend; Dynamo's own error around it says so only in some versions."""
-    return in_a_line(getattr(error, "inner_exception", error))
+    return getattr(error, "inner_exception", error)
 
 
 @contextmanager
 def compiled(stacks: Iterable[nn.ModuleList], args: CompileArgs | None) -> Iterator[None]:
     """Blocks run compiled inside the context and plain after it; compiled code is kept for the next time.
 
-    Raises ValueError where a block cannot be compiled.
+    Raises ValueError where a block cannot be compiled, and OutOfMemoryError where that needs more memory than there is.
     """
     if args is None:
         yield
@@ -84,7 +83,10 @@ def compiled(stacks: Iterable[nn.ModuleList], args: CompileArgs | None) -> Itera
         try:
             yield
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = _reason(error).rstrip(".")
+            cause = _cause(error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = in_a_line(cause).rstrip(".")
             raise ValueError(f"The blocks cannot be compiled here: {reason}. Please {WAY_OUT}.") from error
         finally:
             for block in blocks:

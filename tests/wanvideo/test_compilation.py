@@ -9,7 +9,7 @@ from contract import SIZES, randomize
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
-from wanvideo_wrapper.wanvideo.compilation import CompileArgs, compiled
+from wanvideo_wrapper.wanvideo.compilation import CompileArgs, compiled, refuse_unless_it_compiles
 from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
@@ -102,3 +102,15 @@ def test_a_block_that_cannot_be_compiled_ends_in_a_sentence(model):
         run(model, SMALL)
     # Afterwards they run as they are.
     assert run(model, SMALL).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_full_device_is_no_missing_compiler(model):
+    def full(graph, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    torch._dynamo.reset()
+    args = CompileArgs(backend=full)
+    refuse_unless_it_compiles(args, torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError), compiled(model.stacks().values(), args):
+        run(model, SMALL)
