@@ -252,6 +252,9 @@ def test_what_ends_before_the_window_is_named():
     with pytest.raises(ValueError, match="render_mask of Uni3C has 9 frames but the video needs 17"):
         payload.window(Window((3, 4), tuple(range(12, 17)), total=5))
     assert torch.equal(payload.window(Window((1, 2), tuple(range(4, 9)), total=3)).mask, payload.mask[:, :, 4:])
+    # In a loop the last frame stands where a window reaches behind the video.
+    behind = payload.window(Window((1, 2), tuple(range(6, 11)), end=3)).mask
+    assert torch.equal(behind, payload.mask[:, :, [6, 7, 8, 8, 8]])
 
 
 def test_other_sizes_are_named():

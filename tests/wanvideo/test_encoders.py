@@ -132,6 +132,10 @@ def test_a_text_encoder_in_fp8_needs_a_device_with_fp8(host, tmp_path, monkeypat
     for device in (None, torch.device("cpu")):
         with pytest.raises(ValueError, match="encoder umt5.safetensors has weights in FP8, which 'cpu' devices"):
             fp8.encode(["a woman"], device=device)
+    # Computed on the CPU beside a device that has none.
+    monkeypatch.setattr("wanvideo_wrapper.quantized.fp8.holds", lambda device, dtype: device.type == "cpu")
+    monkeypatch.setattr(host, "device", lambda: torch.device("mps"))
+    assert fp8.encode(["a woman"], device=torch.device("cpu"))[0].isfinite().all()
 
 
 @pytest.mark.parametrize(("file", "wan"), [("umt5_xxl_encoder_wan", True), ("umt5_xxl_encoder_hf", False)])
