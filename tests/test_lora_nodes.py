@@ -89,7 +89,8 @@ def test_loras_of_other_packs_are_those_of_this_one(tmp_path):
         MULTI.getlorapath("light.safetensors", 1.0, *("none", 1.0) * 4, prev_lora=before)[0],
     ):
         assert found[:2] == (own, some) and names(found) == ["light rank32", "light rank32", "light"]
-    assert SELECT.getlorapath("light.safetensors", 0.0, prev_lora=before)[0] == (own, some)
+    for node in (SELECT, BY_NAME):
+        assert node.getlorapath("light.safetensors", 0.0, prev_lora=before)[0] == (own, some)
     with pytest.raises(ValueError, match=r"LoRAs as str without a path and a strength.*WanVideo Lora Select"):
         SELECT.getlorapath("light.safetensors", 1.0, prev_lora=["light rank32"])
 
