@@ -85,6 +85,8 @@ class WanVideoEncode(Tiled):
     FUNCTION = "encode"
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("samples",)
+    # In graphs of later forks of the original.
+    RENAMED_INPUTS = {"driving_video": "image"}
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

@@ -129,6 +129,7 @@ def test_values_that_are_there_and_nodes_of_others_are_left_alone(caplog):
         ("WanVideoSampler", "teacache_args", "cache_args"),
         ("WanVideoDiffusionForcingSampler", "teacache_args", "cache_args"),
         ("WanVideoModelLoader", "vace_model", "extra_model"),
+        ("WanVideoEncode", "driving_video", "image"),
         ("WanVideoImageClipEncode", "clip", "clip_vision"),
         ("MultiTalkWav2VecEmbeds", "audio", "audio_1"),
     ],
