@@ -74,8 +74,9 @@ def _lora_file(
     name: str, strength: float | Sequence[float], blocks: dict[str, object] | None, merge: bool
 ) -> LoraFile:
     chosen = blocks or {}
-    path, selected, skipped = get_host().find_file("loras", name), "selected_blocks", "layer_filter"
-    return LoraFile.chosen(path, strength, chosen.get(selected), chosen.get(skipped, ""), bool(merge))
+    path = get_host().find_file("loras", name)
+    selected, skipped = chosen.get("selected_blocks"), chosen.get("layer_filter", "")
+    return LoraFile.chosen(path, strength, selected, skipped, bool(merge))
 
 
 class WanVideoLoraSelectByName(WanVideoLoraSelect):

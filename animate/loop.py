@@ -23,7 +23,7 @@ from ..wanvideo.images import to_images
 from ..wanvideo.latents import start_noise
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
-from ..wanvideo.window_loop import check_decoded, check_windows, make_windows
+from ..wanvideo.window_loop import check_decoded, check_last_window, check_windows, make_windows
 from .extension import NEEDS, Character
 from .footage import Footage
 
@@ -106,8 +106,7 @@ class WindowMaker:
 
     def check(self) -> None:
         """Raises ValueError where a system brings less than the video needs, before the last window does."""
-        for payload in readable_payloads(self.request, self.request.model.transformer):
-            payload.window(self._seen(self.loop.windows - 1))
+        check_last_window(self.request, self._seen(self.loop.windows - 1))
 
     def _seen(self, index: int) -> conditioning.Window:
         """Window `index` as payloads see it."""

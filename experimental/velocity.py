@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import with_float64
 from ..wanvideo.conditioning import Step
 from ..wanvideo.modifier import Modifier, Velocity
 
@@ -38,7 +39,8 @@ class TemporalScoreRescaling(Modifier):
 
         def rescaled(latents: Tensor, timestep: Tensor, step: Step) -> Tensor:
             v = velocity(latents, timestep, step)
-            ratio, share = (c.reshape(-1, 1, 1).to(v) for c in self._factors(timestep.double() / 1000))
+            t = timestep.to(with_float64(timestep.device)).double() / 1000
+            ratio, share = (c.reshape(-1, 1, 1).to(v) for c in self._factors(t))
             return ratio * v + share * latents.to(v)
 
         return rescaled

@@ -26,7 +26,7 @@ from ..wanvideo.latents import Inpainting, add_noise, change_mask, start_noise
 from ..wanvideo.modules.vae import Tile
 from ..wanvideo.request import SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
-from ..wanvideo.window_loop import check_decoded
+from ..wanvideo.window_loop import check_decoded, check_last_window
 from .audio import MultiTalkEmbeds
 from .colormatch import match_colors
 from .motion import KeptMotion, NoisedMotion
@@ -227,9 +227,7 @@ class WindowMaker:
 
     def check(self) -> None:
         """Raises ValueError where a system brings less than the video needs, before the last window does."""
-        for payload in readable_payloads(self.request, self.request.model.transformer):
-            if not isinstance(payload, ImageCondition):
-                payload.window(self._seen(self.windows[-1]))
+        check_last_window(self.request, self._seen(self.windows[-1]), apart=ImageCondition)
 
     def _seen(self, window: Window) -> conditioning.Window:
         """As payloads see it."""

@@ -24,7 +24,7 @@ from ..wanvideo.latents import start_noise
 from ..wanvideo.modules.vae import WanVAE
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
-from ..wanvideo.window_loop import check_decoded, check_windows, make_windows
+from ..wanvideo.window_loop import check_decoded, check_last_window, check_windows, make_windows
 from .extension import SpeechToVideo
 
 if TYPE_CHECKING:
@@ -153,9 +153,8 @@ class WindowMaker:
 
     def check(self) -> None:
         """Raises ValueError where another system brings less than the video needs, before the last window does."""
-        for payload in readable_payloads(self.request, self.request.model.transformer):
-            if not isinstance(payload, SpeechToVideo):
-                payload.window(self._seen(self.speech.audio.shape[-1] // self.loop.window_frames - 1))
+        last = self.speech.audio.shape[-1] // self.loop.window_frames - 1
+        check_last_window(self.request, self._seen(last), apart=SpeechToVideo)
 
     def _seen(self, index: int) -> conditioning.Window:
         """Window `index` as other systems see it: these latents of a longer video."""

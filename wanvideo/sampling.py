@@ -153,12 +153,12 @@ def check_conditions(request: SampleRequest) -> None:
     if text is None or not text.positive:
         raise ValueError(NO_PROMPT)
     request.guidance.check_prompts(request.schedule.places(), negative=bool(text.negative))
-    reads = request.model.config.text_dim
     if samples.get("video") is not None:
         raise ValueError(
             "The samples are a video that a sampler made and decoded in windows; of its latents they hold the last "
             "window's alone: connect its frames from WanVideo Decode to WanVideo Encode, and that to samples."
         )
+    reads = request.model.config.text_dim
     for prompt in (*text.positive, *text.negative):
         if reads and prompt.shape[-1] != reads:
             raise ValueError(

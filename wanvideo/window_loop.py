@@ -18,10 +18,11 @@ from torch import Tensor
 from .denoise import NotFiniteError
 from .footage import Footage
 from .request import SampleRequest
-from .sampling import RunWatcher, check_conditions
+from .sampling import RunWatcher, check_conditions, readable_payloads
 
 if TYPE_CHECKING:
     from ..host import Host, Progress
+    from .conditioning import Payload, Window
     from .modules.vae import WanVAE
 
 log = logging.getLogger("wanvideo")
@@ -59,6 +60,13 @@ def check_whole_schedule(request: SampleRequest) -> None:
             f"A video that is made in windows needs the last of the {schedule.total} steps, as each window is decoded "
             "before the next begins: set end_step to -1. Two samplers cannot share its steps."
         )
+
+
+def check_last_window(request: SampleRequest, last: Window, *, apart: type[Payload] | tuple[()] = ()) -> None:
+    """Raises ValueError where a system brings less than the last window needs. apart: what the loop windows itself."""
+    for payload in readable_payloads(request, request.model.transformer):
+        if not isinstance(payload, apart):
+            payload.window(last)
 
 
 def check_decoded(frames: Tensor, first: int) -> None:

@@ -71,16 +71,23 @@ def test_tangential_is_the_first_singular_part():
     assert (tangential(cond, uncond) - uncond).abs().max() > 0.1
 
 
+class OnApple(torch.Tensor):
+    """Apple's GPUs have no float64."""
+
+    def double(self):
+        raise TypeError("the MPS framework doesn't support float64")
+
+    def to(self, *args):
+        return super().to(*args).as_subclass(torch.Tensor)
+
+
+def test_rescaling_needs_no_float64_of_the_device():
+    v, x = videos()
+    rule, time = TemporalScoreRescaling(0.9, 0.5).around_velocity(lambda *_: v), torch.tensor([700.0])
+    assert torch.equal(rule(x, time.as_subclass(OnApple), Step()), rule(x, time, Step()))
+
+
 def test_tangential_needs_no_float64_of_the_device():
-    """Apple's GPUs have none; the values are the same."""
-
-    class OnApple(torch.Tensor):
-        def double(self):
-            raise TypeError("the MPS framework doesn't support float64")
-
-        def to(self, *args):
-            return super().to(*args).as_subclass(torch.Tensor)
-
     cond, uncond = videos()
     got = tangential(cond.as_subclass(OnApple), uncond.as_subclass(OnApple))
     assert torch.equal(got.as_subclass(torch.Tensor), tangential(cond, uncond))
