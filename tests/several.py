@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from import_path import import_path
 from limits import PATIENCE
 
 TESTS = str(Path(__file__).parent)
@@ -41,7 +42,7 @@ class Several:
         context = get_context("forkserver")
         context.set_forkserver_preload(["preloaded"])
         # The server of Python 3.11 does not take over sys.path.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH"))))
+        os.environ["PYTHONPATH"] = import_path(TESTS)
         self._pipes, self._processes = [], []
         for rank in range(self.world):
             mine, theirs = context.Pipe()

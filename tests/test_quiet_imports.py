@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from import_path import import_path
 from limits import PATIENCE
 from test_host import ROOT, modules
 
@@ -89,12 +90,11 @@ def run(tmp_path):
             (tmp_path / name).mkdir()
             (tmp_path / name / "__init__.py").write_text(LOG + on_import)
             (tmp_path / name / f"{SUBMODULES.get(name, 'part')}.py").write_text(LOG + on_import)
-        paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
         imported = tmp_path / "imported"
         imported.touch()
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False,
-            env={**os.environ, "PYTHONPATH": paths, "IMPORTED": str(imported)}, cwd="/",
+            env={**os.environ, "PYTHONPATH": import_path(tmp_path), "IMPORTED": str(imported)}, cwd="/",
         )  # fmt: skip
         return done, imported.read_text()
 

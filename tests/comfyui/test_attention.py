@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import wanvideo_wrapper
+from import_path import import_path
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -42,7 +43,7 @@ def test_comfy_equals_sdpa(tmp_path):
         pytest.skip(f"{PYTHON} lacks what ComfyUI needs; set COMFYUI_PYTHON")
     done = subprocess.run(
         [PYTHON, "-c", SCRIPT], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": import_path(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) < 1e-5

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from comfy_server import COMFYUI, PYTHON, missing
+from import_path import import_path
 from saved_models import ROOT
 from wanvideo_wrapper.demo import tiny
 
@@ -23,7 +24,7 @@ def told(folder, *options):
     tiny.transformer(in_dim=16).save(folder / "models" / "tiny_t2v.safetensors")
     script = Path(__file__).with_name("managed_memory.py")
     command = [str(part) for part in (PYTHON, script, folder / "models", COMFYUI, *options)]
-    environment = {**os.environ, "PYTHONPATH": str(folder / "packages")}
+    environment = {**os.environ, "PYTHONPATH": import_path(folder / "packages")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from import_path import import_path
 from PIL import Image
 from safetensors import safe_open
 from wanvideo_wrapper import NODE_CLASS_MAPPINGS
@@ -43,8 +44,7 @@ def made(tmp_path_factory):
     options = [part for edit in edits for part in ("--set", edit)]
     peak = tmp_path_factory.mktemp("peak") / "bytes"
     command = [sys.executable, "-c", CODE, str(peak), "demo", "--device", "cpu", "--out", str(out), *options]
-    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": import_path(TESTS)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     (path,) = out.glob("*.mp4")
     return path, done.stdout, int(peak.read_text())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import small_cluster
 from crewed import Echo
+from import_path import import_path
 from wanvideo_wrapper.headless import batch
 from wanvideo_wrapper.headless.cli import main
 
@@ -15,7 +16,7 @@ from wanvideo_wrapper.distributed.ray_crew import RayCrew
 
 
 def test_actors_do_jobs_and_are_replaced_when_they_die(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", import_path(Path(__file__).parents[1]))
     crew = RayCrew(Echo(tmp_path), address="local", gpus=0, workers=1)
     ends = []
     try:

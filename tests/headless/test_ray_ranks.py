@@ -12,6 +12,7 @@ import launched
 import pytest
 import small_cluster
 import torch
+from import_path import import_path
 from wanvideo_wrapper.distributed import ray_cluster, ray_ranks
 from wanvideo_wrapper.distributed.ray_ranks import launch_on_ray
 from wanvideo_wrapper.headless.cli import main
@@ -37,7 +38,7 @@ def mark(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(mark):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{small_cluster.ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("PYTHONPATH", import_path(small_cluster.ROOT / "tests"))
         patch.setenv(*mark)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
