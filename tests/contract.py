@@ -5,13 +5,14 @@ A system joins with `tests/<folder>/cases.py`, whose CASES are name -> Case.
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from wanvideo_wrapper import registry
 from wanvideo_wrapper.wanvideo.conditioning import Step
 from wanvideo_wrapper.wanvideo.config import WanConfig
+from wanvideo_wrapper.wanvideo.loading import FULL_PRECISION
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 
@@ -81,6 +82,13 @@ def build(*extensions, config=None):
     return base, model
 
 
+def in_bfloat16(model):
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in FULL_PRECISION):
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def inputs(*payloads, step=0, seed=5, channels=16, batch=1, **more):
     generator = torch.Generator().manual_seed(seed)
     text = tuple(torch.randn(4, 8, generator=generator) for _ in range(batch))
@@ -89,3 +97,10 @@ def inputs(*payloads, step=0, seed=5, channels=16, batch=1, **more):
         timestep=torch.tensor([500.0 - step] * batch), text=text, payloads=payloads, step=Step(index=step, total=8),
         **more,
     )  # fmt: skip
+
+
+def placed(given, device):
+    """The inputs on a device; payloads stay as they are."""
+    device = torch.device(device)
+    text = tuple(prompt.to(device) for prompt in given.text)
+    return replace(given, latents=given.latents.to(device), timestep=given.timestep.to(device), text=text)

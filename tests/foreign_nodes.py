@@ -27,13 +27,13 @@ def foreign(returns, make):
     return Foreign
 
 
-def run_graph(case, folder, monkeypatch):
-    """The videos that the graph of a case writes; `folder` has models/ and input/."""
+def run_graph(case, folder, monkeypatch, device="cpu"):
+    """The videos that the graph of a case writes, in the order of their names; `folder` has models/ and input/."""
     for name, node in case.nodes.items():
         nodes = NODE_CLASS_MAPPINGS if name in NODE_CLASS_MAPPINGS else core_nodes.NODE_CLASS_MAPPINGS
         monkeypatch.setitem(nodes, name, node)
     arguments = ["run", case.path, "--models", folder / "models", "--input", folder / "input"]
-    arguments += ["--out", folder / "output", "--device", "cpu"]
+    arguments += ["--out", folder / f"output_{device}", "--device", device]
     for option, values in (("--set", case.edits), ("--bypass", case.bypassed), ("--mute", case.muted)):
         arguments += [part for value in values for part in (option, value)]
     before = get_host()
@@ -41,7 +41,7 @@ def run_graph(case, folder, monkeypatch):
         assert main([str(argument) for argument in arguments]) == 0
     finally:
         set_host(before)
-    return list((folder / "output").rglob("*.mp4"))
+    return sorted((folder / f"output_{device}").rglob("*.mp4"))
 
 
 def save_talking_clip(path, frames, rate=16):

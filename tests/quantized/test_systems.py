@@ -4,17 +4,15 @@ The cases are those of the contract tests. Their layers have sizes that no kerne
 end. On the CPU the products are eager, and layouts are checked.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
-from contract import ALL_CASES, build, inputs
+from contract import ALL_CASES, build, in_bfloat16, inputs, placed
 from torch import nn
 from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.quantized.fp8 import FP8_DTYPES, Fp8Linear
 from wanvideo_wrapper.quantized.linear import QuantizedLinear
 from wanvideo_wrapper.quantized.nvfp4 import Nvfp4Linear
-from wanvideo_wrapper.wanvideo.loading import FULL_PRECISION, quantizable
+from wanvideo_wrapper.wanvideo.loading import quantizable
 from wanvideo_wrapper.wanvideo.quantization import NVFP4, QUANTIZATIONS
 
 ON_GPU = [pytest.param(name, "cuda", marks=[pytest.mark.cuda, pytest.mark.sm89]) for name in ALL_CASES]
@@ -22,13 +20,6 @@ ON_GPU = [pytest.param(name, "cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])
 TOLERANCES = {"fp8_e4m3fn_fast": 0.15, "fp4_scaled": 0.45}
 # What every block has: four layers of attention and two of the feed-forward.
 LEAST = 3 * 6
-
-
-def in_bfloat16(model):
-    for name, parameter in model.named_parameters():
-        if not any(part in name for part in FULL_PRECISION):
-            parameter.data = parameter.data.bfloat16()
-    return model
 
 
 def quantized(model, option, device):
@@ -55,10 +46,6 @@ def test_a_system_beside_quantized_layers(name, option, device, monkeypatch):
     want = model(inputs(payload))
     model, count = quantized(model, option, device)
     assert count >= LEAST and sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == count
-    given = inputs(payload.to(torch.device(device), torch.bfloat16))
-    given = replace(
-        given, latents=given.latents.to(device), timestep=given.timestep.to(device),
-        text=tuple(text.to(device) for text in given.text),
-    )  # fmt: skip
+    given = placed(inputs(payload.to(torch.device(device), torch.bfloat16)), device)
     got = model(given).cpu()
     assert got.isfinite().all() and (got - want).norm() < TOLERANCES[option] * want.norm()

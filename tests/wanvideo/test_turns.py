@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from contract import build, cases_of, inputs
+from contract import build, cases_of, inputs, placed
 from swap_stand_in import CountedCopies, LateCopies
 from torch import nn
 from wanvideo_wrapper.host import StandaloneHost
@@ -40,12 +40,7 @@ def beside(case, copies=None, device="cpu:0"):
 def forwards(model, payload, steps=3):
     device = next(model.parameters()).device
 
-    def at(step):
-        given = inputs(payload, step=step, seed=step)
-        text = tuple(prompt.to(device) for prompt in given.text)
-        return replace(given, latents=given.latents.to(device), timestep=given.timestep.to(device), text=text)
-
-    return torch.stack([model(at(step)).cpu() for step in range(steps)])
+    return torch.stack([model(placed(inputs(payload, step=step, seed=step), device)).cpu() for step in range(steps)])
 
 
 def padded(part):
