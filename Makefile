@@ -69,7 +69,8 @@ gpu-memcheck: $(VENV)/.installed
 	WAN_LAYOUT_EXAMPLES=30 $(MEMCHECK) $(BIN)/python -m pytest -q -m cuda \
 	    tests/kernels tests/quantized/test_layouts.py tests/quantized/test_systems.py tests/wanvideo/test_quantization.py \
 	    tests/s2v/test_s2v_quantized.py tests/animate/test_animate_quantized.py
-	$(MEMCHECK) --report-api-errors no $(BIN)/python -m pytest -q -m cuda \
+	# Under it cuDNN's graphs outlive the interpreter, so that one test is left out.
+	$(MEMCHECK) --report-api-errors no $(BIN)/python -m pytest -q -m cuda -k "not ends_without_a_word" \
 	    tests/attention_backends/test_any_layout.py tests/test_attention_fp8.py
 
 # Speed against the best of earlier runs on this card, which TREND keeps; fails where it is 5 % slower.

@@ -106,7 +106,7 @@ class Server:
         while time.time() < deadline:
             entry = self.get(f"/history/{number}").get(number)
             if entry is not None:
-                assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])[-2000:]
+                assert entry["status"]["status_str"] == "success", _why(entry["status"])
                 return sorted(self._results() - before)
             time.sleep(0.5)
         pytest.fail(f"the prompt did not finish in {RUN_SECONDS} seconds")
@@ -114,6 +114,12 @@ class Server:
     def _results(self):
         folders = (self.base / "output", self.base / "temp")
         return {path for folder in folders for ending in ("mp4", "png") for path in folder.rglob(f"*.{ending}")}
+
+
+def _why(status):
+    """What went wrong in a run, and in which node."""
+    told = dict(status["messages"]).get("execution_error", status)
+    return json.dumps({key: value for key, value in told.items() if not key.startswith("current_")})[-3000:]
 
 
 @contextlib.contextmanager
