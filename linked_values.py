@@ -82,7 +82,7 @@ def _pictures(value: object, where: str) -> Tensor:
         )
     if not images.numel():
         raise ValueError(f"{where} holds no picture: look at the node that loads or cuts them.")
-    return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images
+    return (images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images).float()
 
 
 def _masks(value: object, where: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from .host import get_host
 from .host.protocol import KINDS
 from .linked_values import in_form
+from .node_results import placed
 from .node_tips import with_tips
 from .saved_values import ModelFiles, current_values, refuse_unusable, tolerant
 from .wanvideo.frames import round_frames
@@ -123,7 +124,8 @@ def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
 def _finish_interface(node: type) -> None:
     """Give inputs the tooltips that nodes share; let list widgets take older names, and the entry get today's.
 
-    The entry is not called with numbers that no run can use, and gets what links bring in one form.
+    The entry is not called with numbers that no run can use, and gets what links bring in one form; what it gives goes
+    where other nodes look for it.
     """
     declare, entry = node.INPUT_TYPES, getattr(node, node.FUNCTION)
 
@@ -132,7 +134,8 @@ def _finish_interface(node: type) -> None:
         declared = node.INPUT_TYPES()
         refuse_unusable(declared, named, node.DISPLAY_NAME)
         named = in_form(declared, current_values(declared, named, node.DISPLAY_NAME), node.DISPLAY_NAME)
-        return entry(self, *values, **named)
+        results = entry(self, *values, **named)
+        return placed(node.RETURN_TYPES, results, get_host().results_device(), node.DISPLAY_NAME)
 
     node.INPUT_TYPES = classmethod(lambda cls: tolerant(with_tips(declare.__func__(cls))))
     setattr(node, node.FUNCTION, run)

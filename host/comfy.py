@@ -107,6 +107,12 @@ class ComfyHost:
 
         return model_management.unet_offload_device()
 
+    def results_device(self) -> torch.device:
+        """Main memory; the GPU under --gpu-only."""
+        from comfy import model_management
+
+        return model_management.intermediate_device()
+
     def list_files(self, kind: str) -> list[str]:
         """ComfyUI's list, in its own spelling."""
         return self._paths.get_filename_list(kind)

@@ -81,6 +81,9 @@ class Host(Protocol):
     def offload_device(self) -> torch.device:
         """Where models wait."""
 
+    def results_device(self) -> torch.device:
+        """Where pictures lie between nodes."""
+
     def list_files(self, kind: str) -> list[str]:
         """Names of the model files of a kind (KINDS), sorted, with '/' between folders."""
 

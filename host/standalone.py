@@ -102,6 +102,10 @@ class StandaloneHost:
         """Main memory."""
         return torch.device("cpu")
 
+    def results_device(self) -> torch.device:
+        """Main memory."""
+        return torch.device("cpu")
+
     def _folders(self, kind: str) -> tuple[list[Path], tuple[str, ...]]:
         folder, suffixes = KINDS.get(kind, (kind, MODEL_SUFFIXES))
         return [self._models / folder], suffixes

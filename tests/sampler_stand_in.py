@@ -43,6 +43,9 @@ class FakeHost:
     def device(self):
         return torch.device(self.where)
 
+    def results_device(self):
+        return torch.device("cpu")
+
     def progress(self, total, label=""):
         self.log.append(total)
         return FakeProgress(self.log)

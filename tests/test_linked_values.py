@@ -117,7 +117,7 @@ def test_every_node_reads_what_was_brought_into_form():
     class Node:
         """Any."""
 
-        DISPLAY_NAME, FUNCTION = "Any node", "run"
+        DISPLAY_NAME, FUNCTION, RETURN_TYPES = "Any node", "run", ("MASK",)
 
         @classmethod
         def INPUT_TYPES(cls):
@@ -131,3 +131,7 @@ def test_every_node_reads_what_was_brought_into_form():
     with pytest.raises(ValueError, match="Any node: 'masks' holds no mask"):
         Node().run(masks=MASKS[:0])
     assert all(hasattr(getattr(node, node.FUNCTION), "__wrapped__") for node in NODE_CLASS_MAPPINGS.values())
+
+
+def test_pictures_of_16_bits_are_read_as_32():
+    assert formed(images=PICTURES.half())["images"].dtype == torch.float32
