@@ -217,7 +217,7 @@ class WindowMaker:
         if samples is None:
             return schedule.from_noise(noise), ()
         clean = _frames_of(samples, window, noise.shape)
-        latents = add_noise(clean, noise, schedule.sigmas[0]) if self.request.noises_samples else clean
+        latents = add_noise(clean, noise, schedule.begun_at) if self.request.noises_samples else clean
         if source.get("noise_mask") is None:
             return latents, ()
         if source.get("original_image") is not None:

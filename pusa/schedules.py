@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..wanvideo.schedulers import Method, euler_solver
-from ..wanvideo.schedulers.grids import dpm_grid
+from ..wanvideo.schedulers.grids import uniform_grid
 
-SCHEDULES = {"flowmatch_pusa": Method(grid=dpm_grid, solver=euler_solver, times_frames=True)}
+SCHEDULES = {"flowmatch_pusa": Method(grid=uniform_grid, solver=euler_solver, times_frames=True)}

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..wanvideo.schedulers import FlowSolver, Method, noise_like
-from ..wanvideo.schedulers.grids import LAST_TRAINED, Grid, unipc_grid
+from ..wanvideo.schedulers.grids import LAST_TRAINED, Grid, deis_grid
 from ..wanvideo.schedulers.methods import exact, whole
 
 
 def bridge_grid(steps: int, shift: float) -> Grid:
     """Times from 1 (the source) on: those of UniPC in whole timesteps, each counted to its end."""
-    return (whole(unipc_grid(steps, shift)) + 1) * LAST_TRAINED
+    return (whole(deis_grid(steps, shift)) + 1) * LAST_TRAINED
 
 
 def begun(grid: Grid) -> Grid:

@@ -38,9 +38,11 @@ def shift_of(sigma: float, shift: float) -> float:
 
 def expected(name: str, steps: int, shift: float) -> list[float]:
     """Scalar float64 forms, written from the published definitions."""
-    if name in ("unipc", "deis"):
+    if name == "deis":
         return [shift_of(0.999 * (1 - i / steps), shift) for i in range(steps)]
-    if name.startswith("dpm++") or name == "flowmatch_pusa":
+    if name == "unipc" or name.startswith("dpm++"):
+        return [shift_of(shift_of(0.999, shift) * (1 - i / steps), shift) for i in range(steps)]
+    if name == "flowmatch_pusa":
         return [shift_of(1 - i / steps, shift) for i in range(steps)]
     if name == "multitalk":
         return [shift_of((1000 - 999 * i / max(steps - 1, 1)) / 1000, shift) for i in range(steps)]
@@ -90,6 +92,23 @@ def test_sigmas_equal_the_published_form(name: str, steps: int, shift: float) ->
                    for t, w in zip(schedule.timesteps.tolist(), timesteps, strict=True))  # fmt: skip
     else:
         np.testing.assert_allclose(schedule.timesteps.double().numpy(), timesteps, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm++"])
+def test_whole_timesteps_stay_whole(name: str) -> None:
+    """0.999 in 32 bits lies above it, so that no timestep falls to the whole number below."""
+    timesteps = make_schedule(spec(name, 27, shift=1.0)).timesteps
+    assert timesteps.tolist() == [999 - 37 * i for i in range(27)]
+
+
+def test_a_finer_tail_begins_at_half_of_the_whole_timesteps() -> None:
+    whole = make_schedule(spec("unipc", 10, shift=2.0)).timesteps
+    schedule = make_schedule(spec("unipc", 10, shift=2.0, enhance_hf=True))
+    half = whole[0] / 2
+    want = torch.cat([whole[whole > half], half * torch.tensor([1, 2 / 3, 1 / 3])])
+    torch.testing.assert_close(schedule.timesteps, want)
+    torch.testing.assert_close(schedule.sigmas[:-1], want / 1000)
+    assert want[-1] % 1 > 0.01
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])

@@ -29,13 +29,26 @@ def shifted(sigmas: Grid, shift: float) -> Grid:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def unipc_grid(steps: int, shift: float) -> Grid:
-    """Wan's UniPC (and DEIS): uniform from the last trained noise level below 1, then shifted."""
-    return shifted(np.linspace(1 - LAST_TRAINED, 0, steps + 1)[:-1], shift)
+def wan_grid(steps: int, shift: float) -> Grid:
+    """Wan's UniPC and DPM-Solver++: uniform from the shifted noise level below 1, then shifted once more.
+
+    Wan's own runs shift that level once. Saved graphs were tuned on this grid, its first level in 32 bits: timesteps,
+    which are rounded down, count on what that is above 0.999.
+    """
+    top = shifted(np.array([1 - LAST_TRAINED], dtype=np.float32), np.float32(shift))
+    return shifted(np.linspace(float(top[0]), 0, steps + 1)[:-1], shift)
 
 
-def dpm_grid(steps: int, shift: float) -> Grid:
-    """Wan's DPM-Solver++, and Pusa: uniform from 1, then shifted."""
+def deis_grid(steps: int, shift: float) -> Grid:
+    """DEIS (and ViBT): uniform from the last trained noise level below 1, then shifted.
+
+    In diffusers' order of operations, since whole timesteps are rounded down.
+    """
+    return shifted((1 - np.linspace(1, LAST_TRAINED, steps + 1))[:0:-1], shift)
+
+
+def uniform_grid(steps: int, shift: float) -> Grid:
+    """Pusa's: uniform from 1, then shifted."""
     return shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
 
 
@@ -78,7 +91,7 @@ def picked_grid(steps: int, shift: float) -> Grid:
 def settling_grid(steps: int, shift: float) -> Grid:
     """Uniform for few steps, for more of them half a wave of the cosine: small steps at both ends. Then shifted."""
     if steps <= MOST_UNIFORM:
-        return dpm_grid(steps, shift)
+        return uniform_grid(steps, shift)
     return shifted((1 + np.cos(np.pi * np.arange(steps) / steps)) / 2, shift)
 
 

@@ -98,16 +98,16 @@ def _beta(grid: Callable[[int, float], Grid]) -> Callable[[int, float], Grid]:
 
 def _method_rows() -> dict[str, Method]:
     bases = {
-        "unipc": Method(grid=grids.unipc_grid, solver=_unipc, timesteps=whole),
-        "dpm++": Method(grid=grids.dpm_grid, solver=_dpm, timesteps=whole),
-        "dpm++_sde": Method(grid=grids.dpm_grid, solver=_dpm_sde, timesteps=whole),
+        "unipc": Method(grid=grids.wan_grid, solver=_unipc, timesteps=whole),
+        "dpm++": Method(grid=grids.wan_grid, solver=_dpm, timesteps=whole),
+        "dpm++_sde": Method(grid=grids.wan_grid, solver=_dpm_sde, timesteps=whole),
         "euler": Method(grid=grids.euler_grid, solver=euler_solver),
         "lcm": Method(grid=grids.euler_grid, solver=_lcm),
     }
     rows = dict(bases)
     for name, row in bases.items():
         rows[f"{name}/beta"] = replace(row, grid=_beta(row.grid))
-    rows["deis"] = Method(grid=grids.unipc_grid, solver=_deis, timesteps=whole)
+    rows["deis"] = Method(grid=grids.deis_grid, solver=_deis, timesteps=whole)
     rows["res_multistep"] = Method(grid=grids.picked_grid, solver=ResMultistep, steps=up_to(TRAIN_STEPS))
     rows["er_sde"] = Method(grid=grids.picked_grid, solver=ErSde, steps=up_to(TRAIN_STEPS))
     rows["sa_ode_stable"] = Method(grid=grids.settling_grid, solver=StableOde)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Step
-from .grids import Grid, finer_tail
-from .methods import Method, method_of
+from .grids import TRAIN_STEPS, Grid, finer_tail
+from .methods import Method, exact, method_of, whole
 from .solver import Solver
 
 
@@ -51,7 +51,7 @@ class Schedule:
         self._method = method_of(spec.name, spec.width)
         self._grid, self._last, self._span = grid, last, span
         self._all_sigmas = torch.from_numpy(np.append(grid, last).astype(np.float32))
-        self._all_timesteps = _timesteps(grid, self._method)
+        self._all_timesteps = _timesteps(grid, self._method, finer=spec.enhance_hf)
         self.sigmas = self._all_sigmas[span.start : span.stop + 1]
         self.timesteps = self._all_timesteps[span.start : span.stop]
         self._solver: Solver | None = None
@@ -84,6 +84,11 @@ class Schedule:
         """The same schedule for a model of this width. Raises ValueError for steps that it has not."""
         same = method_of(self.spec.name, width) is self._method
         return self if same else make_schedule(replace(self.spec, width=width))
+
+    @property
+    def begun_at(self) -> Tensor:
+        """The noise level of the first step as the model is told it: rounded down where timesteps are."""
+        return self.timesteps[0] / TRAIN_STEPS
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """What a run that begins with noise alone (standard normal, any shape) begins with."""
@@ -123,9 +128,11 @@ def make_schedule(spec: ScheduleSpec) -> Schedule:
 
     Raises ValueError for a scheduler that is not available, for sigmas that are not usable, and for an empty range.
     """
-    grid, last = _whole_grid(spec, method_of(spec.name, spec.width))
+    method = method_of(spec.name, spec.width)
+    grid, last = _whole_grid(spec, method)
     if spec.enhance_hf:
-        grid, last = finer_tail(grid), 0.0
+        seen = whole(grid) / TRAIN_STEPS if method.timesteps is whole else grid
+        grid, last = finer_tail(seen), 0.0
     start = _start(spec, grid, last)
     stop = _stop(spec, grid)
     if start >= stop:
@@ -163,8 +170,10 @@ def _custom_grid(sigmas: Tensor) -> tuple[Grid, float]:
     return values[:-1], float(values[-1])
 
 
-def _timesteps(grid: Grid, method: Method) -> Tensor:
-    return torch.from_numpy(method.timesteps(grid).astype(np.float32))
+def _timesteps(grid: Grid, method: Method, *, finer: bool) -> Tensor:
+    """Those of a finer tail are not rounded, as saved graphs have it."""
+    timesteps = exact if finer and method.timesteps is whole else method.timesteps
+    return torch.from_numpy(timesteps(grid).astype(np.float32))
 
 
 def _start(spec: ScheduleSpec, grid: Grid, last: float) -> int:
