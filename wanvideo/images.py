@@ -31,11 +31,9 @@ def _lanczos(images: Tensor, width: int, height: int) -> Tensor:
 
     frames = []
     for image in (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy():
-        channels = [
-            Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), Image.Resampling.LANCZOS)
-            for c in range(image.shape[-1])
-        ]
-        frames.append(np.stack([np.asarray(channel) for channel in channels], axis=-1))
+        # With an alpha channel Pillow weighs colors by it, so that what is transparent does not bleed into the rest.
+        picture = Image.fromarray(image if image.shape[-1] > 1 else image[..., 0])
+        frames.append(np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, -1))
     return torch.from_numpy(np.stack(frames)).float().div(255).to(images.device)
 
 
