@@ -41,8 +41,9 @@ def centered(images: Tensor, width: int, height: int) -> Tensor:
     """The largest part in the middle of images [n, H, W, C] that has the proportions of width x height."""
     rows, columns = images.shape[1:3]
     ratio, wanted = columns / rows, width / height
-    left = round((columns - columns * wanted / ratio) / 2) if ratio > wanted else 0
-    top = round((rows - rows * ratio / wanted) / 2) if ratio < wanted else 0
+    # Sums in ComfyUI's order: half pixels fall to the side on which they fall there.
+    left = round((columns - columns * (wanted / ratio)) / 2) if ratio > wanted else 0
+    top = round((rows - rows * (ratio / wanted)) / 2) if ratio < wanted else 0
     return images[:, top : rows - top, left : columns - left]
 
 
