@@ -128,7 +128,8 @@ class WanVideoEncode(Tiled):
         video = to_video(image[: whole_frames(image.shape[0])], width, height)
         if noise_aug_strength > 0:
             noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
-            video = video + noise * noise_aug_strength
+            # The strength counts in 0..1, as pictures come; the video is twice as wide.
+            video = video + noise * noise_aug_strength * 2
         tile = Tile(x=tile_x, y=tile_y, stride_x=tile_stride_x, stride_y=tile_stride_y) if enable_vae_tiling else None
         latents = vae.encode(video, tile=tile) * latent_strength
         vae.managed.release()
@@ -225,7 +226,7 @@ class WanVideoDecode(Tiled):
             "optional": {
                 "normalization": (
                     ["default", "minmax", "none"],
-                    {"advanced": True, "tooltip": "minmax: darkest is black, brightest is white; none: no limits"},
+                    {"advanced": True, "tooltip": "minmax: darkest is black, brightest is white; none: 0 is black"},
                 )
             },
         }
@@ -266,7 +267,7 @@ class WanVideoDecode(Tiled):
             # A video of one colour has no range to stretch; it stays as it is.
             video = (video - low) / (high - low) * 2 - 1 if high > low else video
         if normalization == "none":
-            return (video.movedim(0, -1).contiguous(),)
+            return (video.movedim(0, -1).clamp(0, 1).contiguous(),)
         return (to_images(video),)
 
 

@@ -190,7 +190,7 @@ class WanVideoTextEncodeSingle:
         """An encoder, or a prompt that the cache on disk has."""
 
         def check(**values: object) -> None:
-            _check_encoder(_split(prompt), use_disk_cache, input_types)
+            _check_encoder([prompt.strip()], use_disk_cache, input_types)
 
         return verdict(cls, check, input_types, prompt=prompt, use_disk_cache=use_disk_cache)
 
@@ -203,9 +203,9 @@ class WanVideoTextEncodeSingle:
         use_disk_cache: bool = False,
         device: str = "gpu",
     ) -> tuple[TextEmbeds]:
-        """Embeds without a negative prompt."""
-        positive = _encoded(_split(prompt), t5, force_offload, model_to_offload, use_disk_cache, device)
-        return (TextEmbeds(positive=positive, payloads=_payloads(prompt, positive)),)
+        """Embeds of the whole text, whatever separators it has, without a negative prompt."""
+        positive = _encoded([prompt.strip()], t5, force_offload, model_to_offload, use_disk_cache, device)
+        return (TextEmbeds(positive=positive),)
 
 
 class WanVideoTextEncodeCached:

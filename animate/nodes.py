@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..node_tools import CATEGORY, OFFLOAD_TIP, SIDE_TIP, Inputs, mappings, round_size, whole_frames
 from ..wanvideo.conditioning import Payload
-from ..wanvideo.images import resize_images, to_video
+from ..wanvideo.images import centered, to_video
 from ..wanvideo.modules.vae import Tile, WanVAE
 from ..wanvideo.request import ImageEmbeds, payloads_of
 from .footage import Footage, kept_background
@@ -126,11 +126,7 @@ def _faces(images: Tensor | None, *, masked: bool) -> Tensor | None:
     """[3, n, 512, 512] in -1..1, the middle of each picture. A masked video without faces has grey ones."""
     if images is None:
         return torch.zeros(3, 1, FACE_SIDE, FACE_SIDE) if masked else None
-    height, width = images.shape[1:3]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = images[:, top : top + side, left : left + side]
-    return to_video(resize_images(square, FACE_SIDE, FACE_SIDE), FACE_SIDE, FACE_SIDE)
+    return to_video(centered(images, FACE_SIDE, FACE_SIDE), FACE_SIDE, FACE_SIDE)
 
 
 class FaceMaskFromPoseKeypoints:

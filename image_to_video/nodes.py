@@ -115,16 +115,12 @@ class WanVideoImageToVideoEncode:
             mask=temporal_mask,
             end_in_video=fun_or_fl2v_model or start_image is None,
             noise=noise_aug_strength,
+            reference=reference,
             start_strength=start_latent_strength,
             end_strength=end_latent_strength,
             spread=augment_empty_frames,
         )
         cond, mask = encode_given(given, vae, tile=Tile() if tiled_vae else None)
-        leading = 0
-        if reference is not None:
-            leading = reference.shape[1]
-            cond = torch.cat((reference, cond), dim=1)
-            mask = torch.cat((torch.ones_like(mask[:, :1]).expand(-1, leading, -1, -1), mask), dim=1)
         if add_cond_latents is not None:
             empty = vae.encode(torch.zeros(3, 1, height, width), quiet=True)
             add_cond_latents = replace(add_cond_latents, empty=empty[None])
@@ -135,7 +131,7 @@ class WanVideoImageToVideoEncode:
             num_frames=given.num_frames,
             payloads=payloads_of(ImageCondition(cond[None], mask[None]), clip_embeds, control_embeds, add_cond_latents),
             extra_end_frame=given.extra_end,
-            leading_latents=leading,
+            leading_latents=0 if reference is None else reference.shape[1],
         )
         return (embeds,)
 

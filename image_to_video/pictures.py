@@ -23,8 +23,9 @@ class GivenFrames:
     """Pictures of a video to be made. start, end, pad: IMAGE tensors or None; mask [n, h, w]: 1 where a frame is given.
 
     end_in_video: the end pictures are the video's last frames (FLF2V, Fun); else the end picture is one more latent.
-    noise: strength of noise on the pictures; start_strength, end_strength: factors of the first and last latent.
-    spread: how much empty latents are moved away from the first one.
+    noise: strength of noise on the pictures. reference [z, n, h, w]: latents in front of the video, or None.
+    start_strength, end_strength: factors of the first and last latent of all. spread: how much empty latents are moved
+    away from the first one of all.
     """
 
     width: int
@@ -36,6 +37,7 @@ class GivenFrames:
     mask: Tensor | None = None
     end_in_video: bool = True
     noise: float = 0.0
+    reference: Tensor | None = None
     start_strength: float = 1.0
     end_strength: float = 1.0
     spread: float = 0.0
@@ -57,6 +59,9 @@ def encode_given(given: GivenFrames, vae: WanVAE, *, tile: Tile | None = None) -
     video = _video(given, frame_mask)
     latents = vae.encode_with_end(video, tile=tile) if given.extra_end else vae.encode(video, tile=tile)
     mask = fold_mask(frame_mask, extra_end=given.extra_end)
+    if given.reference is not None:
+        latents = torch.cat((given.reference, latents), dim=1)
+        mask = torch.cat((torch.ones_like(mask[:, :1]).expand(-1, given.reference.shape[1], -1, -1), mask), dim=1)
     latents[:, :1] *= given.start_strength
     latents[:, -1:] *= given.end_strength
     if given.spread > 0:

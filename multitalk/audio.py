@@ -280,7 +280,8 @@ def silent_speech(silence: Tensor, frames: int) -> MultiTalkEmbeds:
 
 def whole_frames(sound: NDArray[np.float32], fps: float) -> NDArray[np.float32]:
     """Without the part of a frame at the end, which would put a sound after it behind its picture."""
-    return sound[: round(frame_count(len(sound), fps) * SAMPLE_RATE / fps)]
+    # Rounded up: with a sample less, the last frame would not be whole.
+    return sound[: math.ceil(frame_count(len(sound), fps) * SAMPLE_RATE / fps - SLACK)]
 
 
 def mix(sounds: Sequence[NDArray[np.float32]], *, sequential: bool, seconds: float) -> dict[str, object]:

@@ -179,6 +179,8 @@ def test_prompts_on_disk_need_no_encoder(host, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="not in the cache"):
         node.VALIDATE_INPUTS(positive_prompt="a | c", use_disk_cache=True)
     assert single.VALIDATE_INPUTS(prompt="b", use_disk_cache=True) is True
+    with pytest.raises(ValueError, match="not in the cache"):
+        single.VALIDATE_INPUTS(prompt="a | b", use_disk_cache=True)
 
 
 def test_every_value_of_a_wrong_type_is_refused_in_one_sentence(host):

@@ -110,6 +110,15 @@ def test_temporal_mask_pad_picture_and_strengths(vae):
     scaled, _ = encode_given(half, vae)
     torch.testing.assert_close(scaled[:, 0], cond[:, 0] * 0.5)
     torch.testing.assert_close(scaled[:, -1], cond[:, -1] * 2)
+    reference = torch.randn(16, 2, 4, 4)
+    behind, folded_behind = encode_given(GivenFrames(**{**half.__dict__, "reference": reference, "spread": 0.4}), vae)
+    torch.testing.assert_close(behind[:, 0], reference[:, 0] * 0.5)
+    torch.testing.assert_close(behind[:, 1], reference[:, 1])
+    assert folded_behind[:, :2].all() and torch.equal(folded_behind[:, 2:], folded)
+    # Of the three latent frames of the video, the mask leaves the first two empty.
+    first = behind[:, :1]
+    torch.testing.assert_close(behind[:, 2:4], first + (cond[:, :2] - first) * 1.4)
+    torch.testing.assert_close(behind[:, -1], cond[:, -1] * 2)
     with pytest.raises(ValueError, match="12 pictures are given for a video of 9"):
         encode_given(GivenFrames(width=32, height=32, num_frames=9, start=pictures(12)), vae)
 
@@ -122,6 +131,15 @@ def test_picture_with_alpha_and_odd_sizes(vae, caplog):
     assert "70x50 is rounded to 64x48" in caplog.text and "11 frames are rounded to 9" in caplog.text
     (encoded,) = N["WanVideoEncode"]().encode(vae, torch.rand(6, 50, 70, 4), False, 272, 272, 144, 128)
     assert encoded["samples"].shape == (1, 16, 2, 6, 8)
+
+
+def test_noise_on_pictures_is_as_strong_as_asked_for_in_their_own_units(vae, monkeypatch):
+    seen = []
+    monkeypatch.setattr(vae, "encode", lambda video, **o: seen.append(video) or torch.zeros(16, 2, 8, 8))
+    images = torch.rand(5, 64, 64, 3)
+    N["WanVideoEncode"]().encode(vae, images, False, 272, 272, 144, 128, noise_aug_strength=0.3)
+    added = ((seen[0] + 1) / 2).movedim(0, -1) - images
+    assert float(added.std()) == pytest.approx(0.3, rel=0.03) and float(added.mean()) == pytest.approx(0, abs=0.01)
 
 
 def test_text_to_video_and_what_decoding_gives(vae):
@@ -161,6 +179,9 @@ def test_a_vae_may_read_more_of_samples_than_latents():
     samples = {"samples": torch.rand(1, 16, 3, 4, 4), "shade": torch.rand(1, 3, 3, 4, 4), "has_ref": 1}
     (images,) = N["WanVideoDecode"]().decode(Shaded(), samples, False, 272, 272, 144, 128)
     torch.testing.assert_close(images, (samples["shade"][0, :, 1:].movedim(0, -1) + 1) / 2)
+    samples["shade"] = torch.randn(1, 3, 3, 4, 4)
+    (images,) = N["WanVideoDecode"]().decode(Shaded(), samples, False, 272, 272, 144, 128, "none")
+    torch.testing.assert_close(images, samples["shade"][0, :, 1:].movedim(0, -1).clamp(0, 1))
 
 
 @pytest.mark.parametrize("shade", [-1.0, 0.25])
@@ -239,6 +260,9 @@ def test_text_nodes_and_the_disk_cache(host, monkeypatch):
     (direct,) = N["WanVideoTextEncode"]().process("a person | a song", "bad", t5)
     assert all(torch.equal(a, b) for a, b in zip(direct.positive, both.positive, strict=True))
     (single,) = N["WanVideoTextEncodeSingle"]().process("a person", t5, use_disk_cache=True)
+    (whole,) = N["WanVideoTextEncodeSingle"]().process("[1] a person | a song", t5)
+    torch.testing.assert_close(whole.positive[0], t5.encode(["[1] a person | a song"])[0])
+    assert len(whole.positive) == 1 and whole.payloads == ()
     # Alone or among other prompts: the same up to the order of sums, which depends on the threads.
     torch.testing.assert_close(single.positive[0], both.positive[0])
     assert single.negative == ()
@@ -353,6 +377,17 @@ def test_pictures_keep_flat_colours_when_resized(method):
     assert got.shape == (2, 11, 17, 3) and (got - flat[:, :11, :17]).abs().max() < 1 / 255
     same = resize_images(flat, 30, 20, method)
     assert same is flat
+
+
+def test_what_is_transparent_does_not_bleed_into_the_rest_when_resized():
+    images = torch.tensor([0.8, 0.2, 0.1, 1.0]).repeat(1, 40, 40, 1)
+    hidden = torch.rand(40, 40) > 0.6
+    images[0, hidden] = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    small = resize_images(images, 17, 11)[0]
+    seen = small[small[..., 3] > 0.3][:, :3]
+    assert len(seen) > 50
+    # Pillow keeps what overshoots within 8 bits of the weighted color.
+    torch.testing.assert_close(seen, torch.tensor([0.8, 0.2, 0.1]).expand_as(seen), atol=0.1, rtol=0)
 
 
 def test_pictures_and_video_are_each_others_inverse():

@@ -54,6 +54,15 @@ def test_the_middle_has_the_proportions():
     assert torch.equal(centered(picture, 8, 4), picture[:, 35:55])
 
 
+@pytest.mark.parametrize(
+    ("sides", "wanted", "cut"), [((33, 30), (64, 96), 7), ((37, 35), (64, 112), 9), ((121, 100), (512, 512), 10)]
+)
+def test_half_pixels_are_cut_where_comfyui_cuts_them(sides, wanted, cut):
+    """Measured with its common_upscale, crop center, of 0.33.0."""
+    picture = torch.rand(1, sides[1], sides[0], 3)
+    assert torch.equal(centered(picture, *wanted), picture[:, :, cut : sides[0] - cut])
+
+
 def test_start_frames(caplog):
     video = torch.rand(5, 4, 6, 3, dtype=torch.float64)
     take = N["ExtractStartFramesForContinuations"]().get_start_frames

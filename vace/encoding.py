@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..wanvideo.frames import latent_frames, round_frames
-from ..wanvideo.images import resize_images, to_video
+from ..wanvideo.images import centered, resize_images, to_video
 from ..wanvideo.modules.vae import Tile, WanVAE
 
 LATENT_FACTOR = 8
@@ -47,16 +47,7 @@ def reference_frame(images: Tensor, width: int, height: int) -> Tensor:
     canvas = torch.ones(max(int(columns / target), rows), max(int(rows * target), columns), 3)
     top, left = (canvas.shape[0] - rows) // 2, (canvas.shape[1] - columns) // 2
     canvas[top : top + rows, left : left + columns] = picture
-    return to_video(resize_images(_trimmed(canvas, target)[None], width, height))
-
-
-def _trimmed(picture: Tensor, target: float) -> Tensor:
-    """The middle of a picture [H, W, 3] in the proportions width / height = `target`, to whole pixels."""
-    rows, columns = picture.shape[:2]
-    aspect = columns / rows
-    x = round((columns - columns * target / aspect) / 2) if aspect > target else 0
-    y = round((rows - rows * aspect / target) / 2) if aspect < target else 0
-    return picture[y : rows - y, x : columns - x]
+    return to_video(resize_images(centered(canvas[None], width, height), width, height))
 
 
 def resize_masks(masks: Tensor, width: int, height: int) -> Tensor:

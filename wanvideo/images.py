@@ -31,11 +31,9 @@ def _lanczos(images: Tensor, width: int, height: int) -> Tensor:
 
     frames = []
     for image in (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy():
-        channels = [
-            Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), Image.Resampling.LANCZOS)
-            for c in range(image.shape[-1])
-        ]
-        frames.append(np.stack([np.asarray(channel) for channel in channels], axis=-1))
+        # With an alpha channel Pillow weighs colors by it, so that what is transparent does not bleed into the rest.
+        picture = Image.fromarray(image if image.shape[-1] > 1 else image[..., 0])
+        frames.append(np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, -1))
     return torch.from_numpy(np.stack(frames)).float().div(255).to(images.device)
 
 
@@ -43,8 +41,9 @@ def centered(images: Tensor, width: int, height: int) -> Tensor:
     """The largest part in the middle of images [n, H, W, C] that has the proportions of width x height."""
     rows, columns = images.shape[1:3]
     ratio, wanted = columns / rows, width / height
-    left = round((columns - columns * wanted / ratio) / 2) if ratio > wanted else 0
-    top = round((rows - rows * ratio / wanted) / 2) if ratio < wanted else 0
+    # Sums in ComfyUI's order: half pixels fall to the side on which they fall there.
+    left = round((columns - columns * (wanted / ratio)) / 2) if ratio > wanted else 0
+    top = round((rows - rows * (ratio / wanted)) / 2) if ratio < wanted else 0
     return images[:, top : rows - top, left : columns - left]
 
 

@@ -247,6 +247,15 @@ def test_speakers_at_once_and_in_turn(sequential, tmp_path):
     assert audio.mix(sounds, sequential=sequential, seconds=9)["waveform"].shape[-1] == (24000 if sequential else 16000)
 
 
+@pytest.mark.parametrize("fps", [23.7, 24, 25, 29.97])
+def test_a_sound_that_is_cut_to_whole_frames_keeps_all_of_them(fps):
+    for count in range(1000, 40000, 777):
+        sound = np.arange(count)
+        whole = audio.whole_frames(sound, fps)
+        assert audio.frame_count(len(whole), fps) == audio.frame_count(count, fps)
+        assert len(whole) * fps / 16000 - audio.frame_count(count, fps) < fps / 16000
+
+
 def test_turns_end_with_whole_frames_and_the_longest_video(tmp_path):
     _, wav2vec = load(tmp_path)
     sounds = [audio.whole_frames(np.random.default_rng(i).standard_normal(16624), 25) for i in range(4)]

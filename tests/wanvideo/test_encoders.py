@@ -101,6 +101,12 @@ def test_prompt_weights_scale_their_words(host, tmp_path):
     torch.testing.assert_close(weighted, want)
 
 
+def test_weights_of_words_in_every_notation():
+    plain, weights = t5.parse_weights("a (red:.5) and (blue:1.) (green hat:1.25) (odd:x) one")
+    assert plain == "a red and blue green hat (odd:x) one"
+    assert weights == {"red": 0.5, "blue": 1.0, "green hat": 1.25}
+
+
 @pytest.mark.parametrize("quantization", t5.QUANTIZATIONS)
 def test_scaled_fp8_text_encoder(host, quantization, tmp_path):
     model = tiny.text_encoder(wan_names=False)

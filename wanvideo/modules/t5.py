@@ -37,7 +37,7 @@ QUANTIZATIONS = ("disabled", "fp8_e4m3fn")
 # unless that is int8.
 KEPT = (BLOCKS, "INT8", "INT4", "W4A8", "W6A8")
 FP8 = "F8_E4M3"
-WEIGHTED = re.compile(r"\((.*?):(\d+(?:\.\d+)?)\)")
+WEIGHTED = re.compile(r"\((.*?):(\d+\.?\d*|\.\d+)\)")
 
 # Hugging Face's name -> Wan's, or llama.cpp's in GGUF files: inside a block, and of the rest.
 BLOCK_NAMES = {
