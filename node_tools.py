@@ -14,7 +14,7 @@ from .host import get_host
 from .host.protocol import KINDS
 from .linked_values import in_form
 from .node_tips import with_tips
-from .saved_values import ModelFiles, current_values, refuse_unusable, tolerant
+from .saved_values import ModelFiles, current_values, refuse_unusable, renamed_inputs, tolerant
 from .wanvideo.frames import round_frames
 from .wanvideo.latents import LATENTS_A_TOKEN
 from .wanvideo.modules.vae import WanVAE
@@ -123,16 +123,19 @@ def mappings(*nodes: type) -> tuple[dict[str, type], dict[str, str]]:
 def _finish_interface(node: type) -> None:
     """Give inputs the tooltips that nodes share; let list widgets take older names, and the entry get today's.
 
-    The entry is not called with numbers that no run can use, and gets what links bring in one form.
+    The entry is not called with numbers that no run can use, and gets what links bring in one form. Nodes of other
+    packs call it, too: in the order of the original's parameters, which is the same here, or by names that it had.
     """
     declare, entry = node.INPUT_TYPES, getattr(node, node.FUNCTION)
+    signature = inspect.signature(functools.partial(entry, None))
 
     @functools.wraps(entry)
     def run(self: object, *values: object, **named: object) -> object:
         declared = node.INPUT_TYPES()
+        named = renamed_inputs(node, signature.bind_partial(*values).arguments | named, node.DISPLAY_NAME)
         refuse_unusable(declared, named, node.DISPLAY_NAME)
         named = in_form(declared, current_values(declared, named, node.DISPLAY_NAME), node.DISPLAY_NAME)
-        return entry(self, *values, **named)
+        return entry(self, **named)
 
     node.INPUT_TYPES = classmethod(lambda cls: tolerant(with_tips(declare.__func__(cls))))
     setattr(node, node.FUNCTION, run)
