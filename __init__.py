@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
+from types import ModuleType
 
 log = logging.getLogger("wanvideo")
 
@@ -37,6 +39,34 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 WEB_DIRECTORY = "./web"
 
 
+def _copy_loaded_before() -> ModuleType | None:
+    """This package where another pack, or ComfyUI, has imported it under another name."""
+    others = [module for name, module in list(sys.modules.items()) if name != __name__]
+    same = (module for module in others if getattr(module, "__file__", None) == __file__)
+    return next((module for module in same if module.NODE_CLASS_MAPPINGS), None)
+
+
+def _share(copy: ModuleType) -> None:
+    """Use its modules under this name, too: a second set of classes would not know the objects of the first."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{copy.__name__}."):
+            sys.modules[__name__ + name.removeprefix(copy.__name__)] = module
+    NODE_CLASS_MAPPINGS.update(copy.NODE_CLASS_MAPPINGS)
+    NODE_DISPLAY_NAME_MAPPINGS.update(copy.NODE_DISPLAY_NAME_MAPPINGS)
+
+
+def _of_the_original(module: str, name: str) -> object:
+    """What other packs look up in the original's modules: any node, and where it computes.
+
+    ComfyUI-MultiGPU sets the devices, too. Nothing reads them here: it also lets ComfyUI itself name the device.
+    """
+    if name in ("device", "offload_device"):
+        return getattr(_host.get_host(), name)()
+    if name in NODE_CLASS_MAPPINGS:
+        return NODE_CLASS_MAPPINGS[name]
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
 def _register(family: str) -> None:
     try:
         module = importlib.import_module(family, package=__package__)
@@ -45,12 +75,15 @@ def _register(family: str) -> None:
         return
     NODE_CLASS_MAPPINGS.update(module.NODE_CLASS_MAPPINGS)
     NODE_DISPLAY_NAME_MAPPINGS.update(module.NODE_DISPLAY_NAME_MAPPINGS)
+    module.__getattr__ = functools.partial(_of_the_original, module.__name__)
 
 
-if __package__:
+if __package__ and (_copy := _copy_loaded_before()):
+    _share(_copy)
+elif __package__:
+    _host, _saved = (importlib.import_module(name, package=__package__) for name in (".host", ".saved_values"))
     for _family in (*FAMILIES, *importlib.import_module(".registry", package=__package__).NODE_MODULES):
         _register(_family)
-    _host, _saved = (importlib.import_module(name, package=__package__) for name in (".host", ".saved_values"))
     for _change in (_saved.take_renamed_inputs, _saved.take_defaults):
         _host.before_queuing(functools.partial(_change, classes=NODE_CLASS_MAPPINGS))
     _host.before_queuing(

@@ -15,7 +15,7 @@ from .host.protocol import KINDS
 from .linked_values import in_form
 from .node_results import placed
 from .node_tips import with_tips
-from .saved_values import ModelFiles, current_values, refuse_unusable, tolerant
+from .saved_values import ModelFiles, current_values, refuse_unusable, renamed_inputs, tolerant
 from .wanvideo.frames import round_frames
 from .wanvideo.latents import LATENTS_A_TOKEN
 from .wanvideo.modules.vae import WanVAE
@@ -125,16 +125,19 @@ def _finish_interface(node: type) -> None:
     """Give inputs the tooltips that nodes share; let list widgets take older names, and the entry get today's.
 
     The entry is not called with numbers that no run can use, and gets what links bring in one form; what it gives goes
-    where other nodes look for it.
+    where other nodes look for it. Nodes of other packs call it, too: in the order of the original's parameters, which
+    is the same here, or by names that it had.
     """
     declare, entry = node.INPUT_TYPES, getattr(node, node.FUNCTION)
+    signature = inspect.signature(functools.partial(entry, None))
 
     @functools.wraps(entry)
     def run(self: object, *values: object, **named: object) -> object:
         declared = node.INPUT_TYPES()
+        named = renamed_inputs(node, signature.bind_partial(*values).arguments | named, node.DISPLAY_NAME)
         refuse_unusable(declared, named, node.DISPLAY_NAME)
         named = in_form(declared, current_values(declared, named, node.DISPLAY_NAME), node.DISPLAY_NAME)
-        results = entry(self, *values, **named)
+        results = entry(self, **named)
         return placed(node.RETURN_TYPES, results, get_host().results_device(), node.DISPLAY_NAME)
 
     node.INPUT_TYPES = classmethod(lambda cls: tolerant(with_tips(declare.__func__(cls))))

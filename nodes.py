@@ -44,9 +44,9 @@ class WanVideoEmptyEmbeds:
 
     def process(
         self,
+        num_frames: int,
         width: int,
         height: int,
-        num_frames: int,
         control_embeds: ImageEmbeds | None = None,
         extra_latents: Latent | None = None,
     ) -> tuple[ImageEmbeds]:
@@ -159,11 +159,11 @@ class WanVideoEncodeLatentBatch(Tiled):
         self,
         vae: WanVAE,
         images: Tensor,
-        enable_vae_tiling: bool,
-        tile_x: int,
-        tile_y: int,
-        tile_stride_x: int,
-        tile_stride_y: int,
+        enable_vae_tiling: bool = False,
+        tile_x: int = 272,
+        tile_y: int = 272,
+        tile_stride_x: int = 144,
+        tile_stride_y: int = 128,
     ) -> tuple[Latent]:
         """LATENT [n, C, 1, h, w]."""
         width, height = round_size(images.shape[2], images.shape[1], vae)

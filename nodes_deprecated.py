@@ -56,11 +56,11 @@ class WanVideoImageClipEncode:
     def process(
         self,
         clip_vision: object,
-        image: Tensor,
         vae: WanVAE,
+        image: Tensor,
+        num_frames: int,
         generation_width: int,
         generation_height: int,
-        num_frames: int,
         force_offload: bool = True,
         noise_aug_strength: float = 0.0,
         latent_strength: float = 1.0,

@@ -114,7 +114,7 @@ def _quantization_runs(device: torch.device) -> tuple[Callable[[str], Tensor], T
     vae = load_vae(DEMO_MODELS / "vae" / "tiny_wan_vae.safetensors", dtype=torch.float32, host=host)
     picture, _ = WanVideoDemoInputs().load()
     encoded = WanVideoImageToVideoEncode().process(
-        SIDE, SIDE, FRAMES, 0.0, 1.0, 1.0, True, vae=vae, start_image=picture
+        SIDE, SIDE, FRAMES, True, 0.0, 1.0, 1.0, vae=vae, start_image=picture
     )
     encoder = load_text_encoder(
         DEMO_MODELS / "text_encoders" / "tiny_umt5.safetensors", dtype=torch.float32, host=host
@@ -135,7 +135,7 @@ def _sampled(quantization: str, dtype: torch.dtype, image: ImageEmbeds, text: Te
     if quantization.startswith("fp8"):
         quantization = quantization.replace("_scaled", "")
     model = load_wan_model(path, LoadOptions(base_dtype=dtype, quantization=quantization), get_host(), SYSTEMS)
-    latents, _ = WanVideoSampler().process(model, image, 1, 1.0, 3.0, 0, True, "euler", 0, text_embeds=text)
+    latents, _ = WanVideoSampler().process(model, image, 3.0, 1, 1.0, 0, "euler", 0, text_embeds=text)
     return latents["samples"]
 
 

@@ -57,11 +57,11 @@ class WanVideoLoraSelect:
         self,
         lora: str,
         strength: float | Sequence[float],
-        prev_lora: Sequence[LoraFile] | None = None,
+        unique_id: str | None = None,
         blocks: dict[str, object] | None = None,
+        prev_lora: Sequence[LoraFile] | None = None,
         low_mem_load: bool = False,
         merge_loras: bool = True,
-        unique_id: str | None = None,
     ) -> tuple[tuple[LoraFile, ...]]:
         """Add it to the LoRAs before; strength 0 adds nothing."""
         before = lora_files(prev_lora)
@@ -130,7 +130,9 @@ class WanVideoLoraSelectByName(WanVideoLoraSelect):
         matching = _matching_loras(lora_name)
         name = lora_name.strip() if lora_name.strip() in matching else matching[-1]
         log.info("LoRA '%s' is %s%s.", lora_name, name, "" if len(matching) == 1 else f", one of {len(matching)}")
-        return super().getlorapath(name, strength, prev_lora, blocks, low_mem_load, merge_loras)
+        return super().getlorapath(
+            name, strength, blocks=blocks, prev_lora=prev_lora, low_mem_load=low_mem_load, merge_loras=merge_loras
+        )
 
 
 def _matching_loras(text: str) -> list[str]:
@@ -208,8 +210,8 @@ class WanVideoLoraSelectMulti:
         strength_3: float,
         lora_4: str,
         strength_4: float,
-        prev_lora: Sequence[LoraFile] | None = None,
         blocks: dict[str, object] | None = None,
+        prev_lora: Sequence[LoraFile] | None = None,
         low_mem_load: bool = False,
         merge_loras: bool = True,
     ) -> tuple[tuple[LoraFile, ...]]:

@@ -140,9 +140,9 @@ class WanVideoPromptExtender:
         self,
         qwen: Qwen,
         prompt: str,
-        max_new_tokens: int,
         device: str,
         force_offload: bool,
+        max_new_tokens: int,
         system_prompt: str | None = None,
         custom_system_prompt: str | None = None,
         seed: int = 0,
@@ -184,8 +184,8 @@ class WanVideoPromptExtenderSelect:
     def set(
         self,
         model: str,
-        max_new_tokens: int,
         system_prompt: str,
+        max_new_tokens: int,
         custom_system_prompt: str | None = None,
         seed: int = 0,
     ) -> tuple[PromptExtension]:

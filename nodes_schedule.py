@@ -69,12 +69,12 @@ class WanVideoScheduler:
         self,
         scheduler: str,
         steps: int,
-        shift: float,
         start_step: int,
         end_step: int,
+        shift: float,
+        unique_id: str | None = None,
         sigmas: Tensor | None = None,
         enhance_hf: bool = False,
-        unique_id: str | None = None,
     ) -> tuple[Tensor, int, float, Schedule, int, int]:
         """All sigmas, the settings, and the schedule itself where a sampler takes a scheduler's name."""
         spec = ScheduleSpec(
@@ -97,9 +97,9 @@ class WanVideoSchedulerv2(WanVideoScheduler):
     RETURN_TYPES = ("WANVIDEOSCHEDULER",)
     RETURN_NAMES = ("scheduler",)
 
-    def process(self, *args: object, **kwargs: object) -> tuple[Schedule]:
+    def process(self, **widgets: object) -> tuple[Schedule]:
         """The schedule."""
-        return (super().process(*args, **kwargs)[3],)
+        return (super().process(**widgets)[3],)
 
 
 class WanVideoContextOptions:
@@ -151,6 +151,7 @@ class WanVideoContextOptions:
         context_overlap: int,
         freenoise: bool,
         verbose: bool,
+        *,
         fuse_method: str = "linear",
         reference_latent: Latent | None = None,
     ) -> tuple[ContextOptions]:

@@ -75,13 +75,13 @@ class WanVideoAnimateEmbeds:
         colormatch: str,
         pose_strength: float,
         face_strength: float,
-        clip_embeds: Payload | None = None,
         ref_images: Tensor | None = None,
         pose_images: Tensor | None = None,
         face_images: Tensor | None = None,
+        clip_embeds: Payload | None = None,
+        tiled_vae: bool = False,
         bg_images: Tensor | None = None,
         mask: Tensor | None = None,
-        tiled_vae: bool = False,
     ) -> tuple[ImageEmbeds]:
         """What the model reads of a short video, or the loop of a longer one."""
         width, height = round_size(width, height)

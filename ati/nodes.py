@@ -149,7 +149,7 @@ class WanVideoATI_comfy:  # noqa: N801 - the name that saved graphs have
         }
 
     def patchcond(
-        self, model: ComfyModel, width: int, height: int, tracks: Tracks, temperature: float, topk: int
+        self, model: ComfyModel, tracks: Tracks, width: int, height: int, temperature: float, topk: int
     ) -> tuple[ComfyModel]:
         """A copy of the model whose picture condition has the tracks in it.
 

@@ -59,7 +59,7 @@ def talk(seconds: float, folder: Path, *, on_disk: bool) -> dict[str, float]:
     waveform = torch.from_numpy(rng.standard_normal((1, 1, round(seconds * SAMPLE_RATE)), dtype=np.float32) * 0.1)
     began = time.monotonic()
     speech, _, frames = MultiTalkWav2VecEmbeds().process(
-        wav2vec, {"waveform": waveform, "sample_rate": SAMPLE_RATE}, True, round(seconds * FPS), FPS, 1.0, 1.0, "para"
+        wav2vec, True, FPS, round(seconds * FPS), {"waveform": waveform, "sample_rate": SAMPLE_RATE}, 1.0, 1.0, "para"
     )
     picture = torch.from_numpy(rng.random((1, SIZE, SIZE, 3), dtype=np.float32))
     path = "talk" if on_disk else ""

@@ -53,9 +53,7 @@ class WanVideoControlnetLoader:
             }
         }
 
-    def loadmodel(
-        self, model: str, base_precision: str, quantization: str, load_device: str
-    ) -> tuple[ControlnetModel]:
+    def loadmodel(self, model: str, base_precision: str, load_device: str, quantization: str) -> tuple[ControlnetModel]:
         """Load it as the widgets say."""
         host = get_host()
         path = host.find_file("controlnet", model)

@@ -88,8 +88,8 @@ class FantasyPortraitFaceDetector:
 
     def detect(
         self,
-        portrait_model: FantasyPortraitModel,
         images: Tensor,
+        portrait_model: FantasyPortraitModel,
         adapter_scale: float = 1.0,
         mouth_scale: float = 1.0,
         emo_scale: float = 1.0,

@@ -95,11 +95,11 @@ class FantasyTalkingWav2VecEmbeds:
         self,
         wav2vec_model: Wav2Vec,
         fantasytalking_model: FantasyTalkingModel,
-        audio: Audio | None,
-        num_frames: int,
         fps: float,
+        num_frames: int,
         audio_scale: float | Sequence[float],
         audio_cfg_scale: float | Sequence[float],
+        audio: Audio | None,
     ) -> tuple[FantasyTalkingEmbeds]:
         """Contexts of speech for every latent frame. Raises ValueError if sound and models do not fit."""
         if audio is None:

@@ -42,7 +42,7 @@ class WanVideoControlEmbeds:
         }
 
     def process(
-        self, start_percent: float, end_percent: float, latents: Latent, fun_ref_image: Latent | None = None
+        self, latents: Latent, start_percent: float, end_percent: float, fun_ref_image: Latent | None = None
     ) -> tuple[ImageEmbeds]:
         """The signal, and sizes for the sampler."""
         signal = _signal(latents, fun_ref_image, start_percent, end_percent)
@@ -74,8 +74,8 @@ class WanVideoAddControlEmbeds:
         embeds: ImageEmbeds,
         start_percent: float,
         end_percent: float,
-        latents: Latent | None = None,
         fun_ref_image: Latent | None = None,
+        latents: Latent | None = None,
     ) -> tuple[ImageEmbeds]:
         """Embeds with the signal."""
         others = tuple(payload for payload in embeds.payloads if not isinstance(payload, ControlSignal))

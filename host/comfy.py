@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,11 @@ from .residence import ModuleResidence
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+log = logging.getLogger("wanvideo")
+
+# As ComfyUI's progress bar takes it: format, image, largest side.
+Picture = tuple[str, object, int]
+
 
 class ComfyProgress:
     """ComfyUI's progress bar, with a picture of the current latents where ComfyUI has a previewer."""
@@ -26,6 +32,7 @@ class ComfyProgress:
         self._bar = ProgressBar(total)
         self._total = total
         self._shown = 0
+        self._preview = _Previews()
 
     def __enter__(self) -> Self:
         return self
@@ -35,7 +42,7 @@ class ComfyProgress:
 
     def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
         """Move the bar, show the note under the node and the first frame of the preview."""
-        picture = None if preview is None else _preview(preview)
+        picture = None if preview is None else self._preview(preview)
         # A note on what comes next is no progress.
         if done != self._shown or picture is not None:
             self._bar.update_absolute(done, self._total, picture)
@@ -56,17 +63,42 @@ def _show_text(note: str) -> None:
         PromptServer.instance.send_progress_text(note, context.node_id)
 
 
-def _preview(latents: Tensor) -> tuple[str, object, int] | None:
-    """What ComfyUI's progress bar shows: the middle frame through ComfyUI's own factors for Wan latents."""
+class _Previews:
+    """Pictures of latents by the previewer that ComfyUI has for Wan, one for a run: those of other packs animate them.
+
+    No run ends for a picture: where one cannot be made, the log says so, and no more are tried.
+    """
+
+    def __init__(self) -> None:
+        self._make: Callable[[Tensor], Picture | None] | None = None
+
+    def __call__(self, latents: Tensor) -> Picture | None:
+        try:
+            self._make = self._make or _previewer(latents)
+            return self._make(latents)
+        except Exception as error:
+            log.warning("This run has no more previews: %s: %s.", type(error).__name__, error)
+            self._make = lambda latents: None
+            return None
+
+
+def _previewer(latents: Tensor) -> Callable[[Tensor], Picture | None]:
+    """ComfyUI's own shows the middle frame, in the place of the first; those of other packs get all frames."""
     import latent_preview
     from comfy import latent_formats
 
     form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()
     previewer = latent_preview.get_previewer(latents.device, form)
     if previewer is None:
-        return None
-    frame = latents[:, latents.shape[1] // 2].unsqueeze(0).float()
-    return previewer.decode_latent_to_preview_image("JPEG", frame)
+        return lambda latents: None
+    if type(previewer).__module__ != latent_preview.__name__:
+        return lambda latents: previewer.decode_latent_to_preview_image("JPEG", latents[None].float())
+
+    def middle(latents: Tensor) -> Picture | None:
+        place = latents.shape[1] // 2
+        return previewer.decode_latent_to_preview_image("JPEG", latents[None, :, place : place + 1].float())
+
+    return middle
 
 
 class ComfyHost:

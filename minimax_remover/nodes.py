@@ -34,7 +34,7 @@ class WanVideoMiniMaxRemoverEmbeds:
         }
 
     def process(
-        self, width: int, height: int, num_frames: int, latents: Latent, mask_latents: Latent
+        self, num_frames: int, width: int, height: int, latents: Latent, mask_latents: Latent
     ) -> tuple[ImageEmbeds]:
         """Embeds of video and mask. Raises ValueError for latents that do not fit the size."""
         width, height = round_size(width, height)

@@ -180,13 +180,14 @@ class WanVideoImageToVideoSkyreelsv3_audio:  # noqa: N801 - the name in saved gr
         frame_window_size: int,
         motion_frame: int,
         drop_frames: int,
-        tiled_vae: bool,
         force_offload: bool,
         colormatch: str,
         start_image: Tensor | None = None,
-        reference_video: Tensor | None = None,
+        tiled_vae: bool = False,
         clip_embeds: Payload | None = None,
+        *,
         output_path: str = "",
+        reference_video: Tensor | None = None,
     ) -> tuple[ImageEmbeds, str]:
         """Picture, reference and settings for the sampler."""
         width, height = round_size(width, height, vae)

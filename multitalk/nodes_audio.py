@@ -140,10 +140,10 @@ class MultiTalkWav2VecEmbeds:
     def process(
         self,
         wav2vec_model: Wav2Vec,
-        audio_1: dict[str, object],
         normalize_loudness: bool,
-        num_frames: int,
         fps: float,
+        num_frames: int,
+        audio_1: dict[str, object],
         audio_scale: float,
         audio_cfg_scale: float | Sequence[float],
         multi_audio_type: str,

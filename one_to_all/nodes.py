@@ -119,9 +119,9 @@ class WanVideoAddOneToAllPoseEmbeds:
         embeds: ImageEmbeds,
         pose_images: Tensor,
         strength: float,
+        pose_prefix_image: Tensor | None = None,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
-        pose_prefix_image: Tensor | None = None,
         pose_cfg_scale: float | Sequence[float] = 1.5,
     ) -> tuple[ImageEmbeds]:
         """Embeds with the poses, in the place of earlier ones. Raises ValueError for pictures of other sizes."""

@@ -72,10 +72,10 @@ class WanVideoPhantomEmbeds:
     def process(
         self,
         num_frames: int,
-        phantom_latent_1: Latent,
         phantom_cfg_scale: float | Sequence[float],
         phantom_start_percent: float,
         phantom_end_percent: float,
+        phantom_latent_1: Latent,
         phantom_latent_2: Latent | None = None,
         phantom_latent_3: Latent | None = None,
         phantom_latent_4: Latent | None = None,

@@ -44,8 +44,8 @@ class WanVideoRealisDanceLatents:
         ref_latent: Latent,
         pose_cond_start_percent: float,
         pose_cond_end_percent: float,
-        smpl_latent: Latent | None = None,
         hamer_latent: Latent | None = None,
+        smpl_latent: Latent | None = None,
     ) -> tuple[DancePoses]:
         """Reference and poses. Raises ValueError without poses, and where the two differ in size."""
         given = [None if latent is None else latent["samples"][:1].float() for latent in (smpl_latent, hamer_latent)]

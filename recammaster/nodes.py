@@ -53,7 +53,7 @@ class WanVideoReCamMasterGenerateOrbitCamera:
         degrees = {"default": 90, "min": -180, "max": 180, "step": 1, "tooltip": "Turn over the whole video"}
         return {"required": {"num_frames": ("INT", frames), "degrees": ("INT", degrees)}}
 
-    def process(self, num_frames: int, degrees: int) -> tuple[np.ndarray]:
+    def process(self, degrees: int, num_frames: int) -> tuple[np.ndarray]:
         """One pose [4, 4] for every fourth frame."""
         return (orbit(num_frames, degrees),)
 
@@ -118,7 +118,7 @@ class ReCamMasterPoseVisualizer:
         }
 
     def plot(
-        self, camera_poses: np.ndarray, base_xval: float, zval: float, scale: float, arrow_length: float
+        self, camera_poses: np.ndarray, scale: float, base_xval: float, zval: float, arrow_length: float
     ) -> tuple[Tensor]:
         """The picture [1, H, W, 4]."""
         return (draw(camera_poses, half_width=base_xval, depth=zval, scale=scale, arrow=arrow_length),)

@@ -63,13 +63,13 @@ class WanVideoAddS2VEmbeds:
         self,
         embeds: ImageEmbeds,
         frame_window_size: int,
-        audio_scale: float,
-        pose_start_percent: float,
-        pose_end_percent: float,
         audio_encoder_output: Mapping[str, object] | None = None,
+        audio_scale: float = 1.0,
         ref_latent: Latent | None = None,
         pose_latent: Latent | None = None,
         vae: WanVAE | None = None,
+        pose_start_percent: float = 0.0,
+        pose_end_percent: float = 1.0,
         enable_framepack: bool = False,
     ) -> tuple[ImageEmbeds, int]:
         """The embeds with S2V's conditions, and how many frames the speech and the silence behind it fill."""

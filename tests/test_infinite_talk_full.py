@@ -49,13 +49,15 @@ def host(request, models, tmp_path):
 def talk(quantization, attention, size):
     """Frames [81, size, size, 3] in 0..1, the sampler's output, and the speech nodes' frame count."""
     precision = "fp32" if get_host().device().type == "cpu" else "bf16"
-    (model,) = N["WanVideoModelLoader"]().loadmodel(CHECKPOINT, precision, quantization, "offload_device", attention)
+    (model,) = N["WanVideoModelLoader"]().loadmodel(
+        CHECKPOINT, precision, "offload_device", quantization, attention_mode=attention
+    )
     assert talk_kind(model) == "infinitetalk"
     (vae,) = N["WanVideoVAELoader"]().loadmodel("vae.safetensors", precision)
     (wav2vec,) = N["Wav2VecModelLoader"]().loadmodel("w.safetensors", "fp32", "main_device")
     rng = np.random.default_rng(7)
     sound = {"waveform": torch.from_numpy(rng.standard_normal((1, 2, 44100 * 11)) * 0.1).float(), "sample_rate": 44100}
-    speech, heard, count = N["MultiTalkWav2VecEmbeds"]().process(wav2vec, sound, True, FRAMES, FPS, 1.0, 1.0, "para")
+    speech, heard, count = N["MultiTalkWav2VecEmbeds"]().process(wav2vec, True, FPS, FRAMES, sound, 1.0, 1.0, "para")
     assert heard["waveform"].shape[-1] == FRAMES * 16000 / FPS
     generator = torch.Generator().manual_seed(1)
     clip = ClipImage(positive=torch.randn(1, 257, tiny.CLIP_DIM, generator=generator))
@@ -65,7 +67,7 @@ def talk(quantization, attention, size):
     )  # fmt: skip
     text = TextEmbeds(positive=(torch.randn(6, tiny.TEXT_DIM, generator=generator),))
     samples, _ = N["WanVideoSampler"]().process(
-        model, embeds, STEPS, 1.0, 11.0, 42, True, "dpm++_sde", 0, text_embeds=text, multitalk_embeds=speech
+        model, embeds, 11.0, STEPS, 1.0, 42, "dpm++_sde", 0, text_embeds=text, multitalk_embeds=speech
     )
     (images,) = N["WanVideoDecode"]().decode(vae, samples, False, 272, 272, 144, 128)
     return images, count

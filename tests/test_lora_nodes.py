@@ -101,8 +101,8 @@ def test_models_take_loras_of_other_packs(tmp_path):
     keys = {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up}
     save(tmp_path / "loras/light rank32.safetensors", keys)
     load = NODE_CLASS_MAPPINGS["WanVideoModelLoader"]().loadmodel
-    (plain,) = load("m.safetensors", "fp32", "disabled", "offload_device")
-    (merged,) = load("m.safetensors", "fp32", "disabled", "offload_device", lora=[foreign(tmp_path, merge_loras=True)])
+    (plain,) = load("m.safetensors", "fp32", "offload_device", "disabled")
+    (merged,) = load("m.safetensors", "fp32", "offload_device", "disabled", lora=[foreign(tmp_path, merge_loras=True)])
     change = [model.transformer.get_submodule(layer).weight for model in (merged, plain)]
     torch.testing.assert_close(change[0] - change[1], 0.5 * up @ down, rtol=1e-4, atol=1e-4)
     assert SET.setlora(plain, [foreign(tmp_path)])[0].loras[0].strength == 0.5

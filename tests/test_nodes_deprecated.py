@@ -25,7 +25,7 @@ def vae(tmp_path_factory):
 
 
 def encode(vae, image, width=48, height=32, frames=9, **options):
-    (embeds,) = N["WanVideoImageClipEncode"]().process(CLIP, image, vae, width, height, frames, **options)
+    (embeds,) = N["WanVideoImageClipEncode"]().process(CLIP, vae, image, frames, width, height, **options)
     condition, clip = embeds.payloads
     assert isinstance(condition, ImageCondition) and isinstance(clip, ClipImage)
     return embeds, condition, clip
@@ -34,7 +34,7 @@ def encode(vae, image, width=48, height=32, frames=9, **options):
 def test_equals_the_nodes_of_today(vae):
     image = torch.rand(1, 64, 96, 3)
     embeds, condition, clip = encode(vae, image, noise_aug_strength=0.3, clip_embed_strength=0.5)
-    (wanted,) = N["WanVideoImageToVideoEncode"]().process(48, 32, 9, 0.3, 1.0, 1.0, True, vae, start_image=image)
+    (wanted,) = N["WanVideoImageToVideoEncode"]().process(48, 32, 9, True, 0.3, 1.0, 1.0, vae=vae, start_image=image)
     (today,) = wanted.payloads
     torch.testing.assert_close(condition.cond, today.cond)
     assert torch.equal(condition.mask, today.mask) and torch.equal(clip.positive, FEATURES * 0.5)

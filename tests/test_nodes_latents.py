@@ -37,13 +37,13 @@ def test_rescale_normalizes_channel_by_channel(channels):
 
 @pytest.mark.parametrize("shape", [(1, 4, 3, 4, 5), (1, 16, 4, 5)])
 def test_latents_of_other_models_are_refused(shape):
-    with pytest.raises(ValueError, match="16 or 48 channels: connect latents of a Wan VAE"):
+    with pytest.raises(ValueError, match="(latents of a Wan VAE|encode it with WanVideo Encode)"):
         N["WanVideoLatentReScale"]().encode({"samples": torch.randn(shape)}, "comfy_to_wrapper")
 
 
 def test_extra_latents_are_where_they_were_put(tmp_path):
     add = N["WanVideoAddExtraLatent"]().add
-    (empty,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 17)
+    (empty,) = N["WanVideoEmptyEmbeds"]().process(17, 32, 32)
     first, last = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 1, 4, 4)
     (one,) = add(empty, {"samples": first}, 1)
     (both,) = add(one, {"samples": last}, -1)

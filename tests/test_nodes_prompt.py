@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 
 def extend(qwen, **options):
-    return N["WanVideoPromptExtender"]().generate(qwen, "a cat", 8, "gpu", True, **options)[0]
+    return N["WanVideoPromptExtender"]().generate(qwen, "a cat", "gpu", True, 8, **options)[0]
 
 
 def test_instructions(folder, monkeypatch):
@@ -51,7 +51,7 @@ def test_other_files_are_refused_before_the_run(folder, node):
 
 
 def test_a_prompt_is_extended_before_it_is_encoded(folder, monkeypatch):
-    (how,) = N["WanVideoPromptExtenderSelect"]().set("qwen.safetensors", 8, DIRECTOR, seed=5)
+    (how,) = N["WanVideoPromptExtenderSelect"]().set("qwen.safetensors", DIRECTOR, 8, seed=5)
     loaded, real = [], nodes_prompt.load_qwen
     monkeypatch.setattr(nodes_prompt, "load_qwen", lambda *a, **o: loaded.append(o["dtype"]) or real(*a, **o))
     encode = N["WanVideoTextEncodeCached"]().process

@@ -10,7 +10,7 @@ def test_a_noise_level_in_the_place_of_a_step():
     assert isinstance(level, float) and level == 1.0
     (split,) = N["WanVideoSigmaToStep"]().convert(0.9)
     make = N["WanVideoScheduler"]().process
-    first, second = make("euler", 20, 5.0, 0, split)[3], make("euler", 20, 5.0, split, -1)[3]
+    first, second = make("euler", 20, 0, split, 5.0)[3], make("euler", 20, split, -1, 5.0)[3]
     assert (first.sigmas[:-1] > 0.9).all() and (second.sigmas <= 0.9).all()
     assert len(first) + len(second) == 20 and 0 < len(first) < 20
 

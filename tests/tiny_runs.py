@@ -25,7 +25,7 @@ class Runs:
         tiny.transformer(in_dim=16).save(self.folder / "diffusion_models/t2v.safetensors")
         set_host(StandaloneHost(models=self.folder, device="cpu"))
         load = N["WanVideoModelLoader"]().loadmodel
-        (self.model,) = load("t2v.safetensors", "fp32", "disabled", "offload_device")
+        (self.model,) = load("t2v.safetensors", "fp32", "offload_device", "disabled")
         return self
 
     def __exit__(self, *_):
@@ -33,7 +33,7 @@ class Runs:
 
     def sample(self, *, prompts=1, frames=9, image_embeds=None, **options):
         """Latents [16, F, 4, 4] of the prompts 1 to `prompts` against the negative prompt 0."""
-        embeds = image_embeds or N["WanVideoEmptyEmbeds"]().process(32, 32, frames)[0]
+        embeds = image_embeds or N["WanVideoEmptyEmbeds"]().process(frames, 32, 32)[0]
         texts = tuple(map(prompt, range(1, prompts + 1)))
         text = TextEmbeds(positive=texts, negative=(prompt(0),), payloads=segments(texts))
         settings = dict(steps=STEPS, cfg=3.0, shift=5.0, seed=1, force_offload=True, scheduler="euler")

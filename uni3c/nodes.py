@@ -55,8 +55,8 @@ class WanVideoUni3C_ControlnetLoader:  # noqa: N801 - the name in saved graphs
         self,
         model: str,
         base_precision: str,
-        quantization: str,
         load_device: str,
+        quantization: str,
         attention_mode: str,
         compile_args: CompileArgs | None = None,
     ) -> tuple[Uni3CModel]:

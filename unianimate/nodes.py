@@ -117,6 +117,7 @@ class WanVideoUniAnimateDWPoseDetector:
         pose_images: Tensor,
         score_threshold: float,
         stick_width: int,
+        reference_pose_image: Tensor | None = None,
         draw_body: bool = True,
         body_keypoint_size: int = 4,
         draw_feet: bool = True,
@@ -125,7 +126,6 @@ class WanVideoUniAnimateDWPoseDetector:
         colorspace: str = "RGB",
         handle_not_detected: str = "empty",
         draw_head: bool = True,
-        reference_pose_image: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Drawn poses [F, H, W, 3] in 0..1, and that of the reference [1, H, W, 3]; black, 64x64, without one."""
         host = get_host()

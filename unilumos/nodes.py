@@ -39,9 +39,9 @@ class WanVideoUniLumosEmbeds:
 
     def process(
         self,
+        num_frames: int,
         width: int,
         height: int,
-        num_frames: int,
         foreground_latents: Latent | None = None,
         background_latents: Latent | None = None,
     ) -> tuple[ImageEmbeds]:

@@ -52,10 +52,10 @@ class WanVideoAddWanMoveTracks:
     def add(
         self,
         image_embeds: ImageEmbeds,
-        strength: float = 1.0,
-        track_mask: Tensor | None = None,
         track_coords: Coords | None = None,
         tracks: Tracks | None = None,
+        strength: float = 1.0,
+        track_mask: Tensor | None = None,
     ) -> tuple[ImageEmbeds, Tracks]:
         """The embeds with tracks, and the tracks. Raises ValueError without tracks or picture, or where they differ."""
         height, width = image_embeds.latent_shape[2:]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -86,6 +87,16 @@ class WanVideoModel:
     def config(self) -> WanConfig:
         """Sizes of the transformer."""
         return self.transformer.config
+
+    @property
+    def model(self) -> SimpleNamespace:
+        """The transformer where nodes of other packs look for it, as in ComfyUI's ModelPatcher."""
+        return SimpleNamespace(diffusion_model=self.transformer)
+
+    @property
+    def model_options(self) -> dict[str, object]:
+        """None: nodes of other packs look for settings of the original pack here."""
+        return {}
 
     @property
     def base_dtype(self) -> torch.dtype:

@@ -194,7 +194,7 @@ def test_models_of_comfyui():
     model = SimpleNamespace(get_model_object=lambda name: lambda **kwargs: kwargs["cond"])
     model.clone = lambda: SimpleNamespace(add_object_patch=patches.__setitem__)
     tracks = json.dumps(walk(3))
-    N["WanVideoATI_comfy"]().patchcond(model, 96, 64, tracks, 50.0, 2)
+    N["WanVideoATI_comfy"]().patchcond(model, tracks, 96, 64, 50.0, 2)
     got = patches["concat_cond"](cond=cond)
     starts, points = latent_tracks(padded(parse_tracks(tracks)), (96, 64))
     for row in range(2):

@@ -64,7 +64,7 @@ def test_the_middle_square_is_cut_out_before_the_tiles():
 def test_the_node_takes_tiles():
     clip = SimpleNamespace(encode_image=lambda images, crop: SimpleNamespace(penultimate_hidden_states=colors(images)))
     image = torch.rand(1, 16, 16, 3)
-    asked = (clip, image, 1.0, 1.0, "center", "average", True)
+    asked = (clip, image, 1.0, 1.0, True, "center", "average")
     (plain,) = N["WanVideoClipVisionEncode"]().process(*asked)
     (tiled,) = N["WanVideoClipVisionEncode"]().process(*asked, negative_image=image, tiles=2, ratio=0.5)
     torch.testing.assert_close(tiled.positive, plain.positive)

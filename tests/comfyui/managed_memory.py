@@ -129,7 +129,7 @@ def loaders(management, gpu, host, folder):
     for device in ("offload_device", "main_device"):
         (model,) = load("tiny_t2v.safetensors", "fp32", "disabled", device)
         told[device] = listed(model)
-    embeds = N["WanVideoEmptyEmbeds"]().process(32, 32, 9)[0]
+    embeds = N["WanVideoEmptyEmbeds"]().process(9, 32, 32)[0]
     text = TextEmbeds(positive=(torch.randn(4, model.transformer.config.text_dim),), negative=())
     for offload in (False, True):
         N["WanVideoSampler"]().process(
@@ -140,7 +140,7 @@ def loaders(management, gpu, host, folder):
     sizes = {}
     for share in (0.0, 0.5, 1.0):
         (arguments,) = N["WanVideoVRAMManagement"]().setargs(share)
-        (model,) = load("tiny_t2v.safetensors", "fp32", "disabled", "offload_device", vram_management_args=arguments)
+        (model,) = load("tiny_t2v.safetensors", "fp32", "offload_device", "disabled", vram_management_args=arguments)
         sizes[share] = model.managed._patcher.model_size()
     return told | {"resident": list(sizes.values())}
 

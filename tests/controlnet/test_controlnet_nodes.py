@@ -83,11 +83,11 @@ def models(tmp_path_factory):
 
 
 def load(name="control.safetensors", precision="fp32", quantization="disabled", device="offload_device"):
-    return N["WanVideoControlnetLoader"]().loadmodel(name, precision, quantization, device)[0]
+    return N["WanVideoControlnetLoader"]().loadmodel(name, precision, device, quantization)[0]
 
 
 def model():
-    return N["WanVideoModelLoader"]().loadmodel("wan.safetensors", "fp32", "disabled", "offload_device")[0]
+    return N["WanVideoModelLoader"]().loadmodel("wan.safetensors", "fp32", "offload_device", "disabled")[0]
 
 
 def apply(model, net, images, strength=1.0, stride=2, start=0.0, end=1.0):
@@ -213,7 +213,7 @@ def test_runs_of_the_sampler(models):
 
     def run(model, cfg=1.0, **more):
         return N["WanVideoSampler"]().process(
-            model, image, 2, cfg, 5.0, 3, True, "euler", 0, text_embeds=text, **more
+            model, image, 5.0, 2, cfg, 3, "euler", 0, text_embeds=text, **more
         )[0]["samples"]
 
     off, on = run(plain), run(apply(plain, net, images))

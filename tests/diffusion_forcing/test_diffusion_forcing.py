@@ -128,11 +128,11 @@ class ForcedRuns(Runs):
         forced = tiny.transformer(in_dim=16, extensions=(FrameRateEmbedding(),))
         forced.save(self.folder / "diffusion_models/df.safetensors", torch.float32)
         self.plain = self.model
-        (self.model,) = N["WanVideoModelLoader"]().loadmodel("df.safetensors", "fp32", "disabled", "offload_device")
+        (self.model,) = N["WanVideoModelLoader"]().loadmodel("df.safetensors", "fp32", "offload_device", "disabled")
         return self
 
     def forced(self, **options):
-        (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 4 * FRAMES - 3)
+        (embeds,) = N["WanVideoEmptyEmbeds"]().process(4 * FRAMES - 3, 32, 32)
         text = TextEmbeds(positive=(prompt(1),), negative=(prompt(0),))
         settings = dict(model=self.model, text_embeds=text, image_embeds=embeds, addnoise_condition=0, fps=24.0)
         settings |= dict(steps=STEPS, cfg=3.0, shift=SHIFT, seed=1, force_offload=True, scheduler="unipc") | options
@@ -210,7 +210,7 @@ def test_samples_act_below_full_strength_only(runs, caplog):
 def test_what_leaves_nothing_to_make_is_refused(runs):
     with pytest.raises(ValueError, match="4 latent frames and the whole video 4, so that none is left"):
         runs.forced(prefix_samples={"samples": torch.randn(1, 16, FRAMES, 4, 4)})
-    (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 13)
+    (embeds,) = N["WanVideoEmptyEmbeds"]().process(13, 32, 32)
     with pytest.raises(ValueError, match="makes one stretch of video"):
         runs.forced(image_embeds=type(embeds)(**{**embeds.__dict__, "loop": object()}))
     with pytest.raises(ValueError, match="extra latents are"):

@@ -62,7 +62,7 @@ def ranks(runs):
 
 def load(ranks, name="t2v.safetensors"):
     (model,) = N["WanVideoModelLoader"]().loadmodel(
-        name, "fp32", "disabled", "offload_device", multi_gpu_args=ranks
+        name, "fp32", "offload_device", "disabled", multi_gpu_args=ranks
     )
     return model
 
@@ -97,7 +97,7 @@ def test_a_stop_does_not_wait_for_their_start(runs, ranks, monkeypatch):
     monkeypatch.setattr(standing._Team, "order", lambda *_: pytest.fail("they have started"))
     with pytest.raises(CancelledError):
         N["WanVideoSampler"]().process(
-            load(ranks), N["WanVideoEmptyEmbeds"]().process(32, 32, 9)[0], 1, 1.0, 5.0, 1, True, "euler", 0
+            load(ranks), N["WanVideoEmptyEmbeds"]().process(9, 32, 32)[0], 5.0, 1, 1.0, 1, "euler", 0
         )
     assert [process.returncode for process in ends[0]] == [-signal.SIGKILL] * 2 and ranks._team is None
 

@@ -35,7 +35,7 @@ def load_module(name="portrait"):
 
 
 def load_model(**more):
-    return N["WanVideoModelLoader"]().loadmodel("t2v.safetensors", "fp32", "disabled", "offload_device", **more)[0]
+    return N["WanVideoModelLoader"]().loadmodel("t2v.safetensors", "fp32", "offload_device", "disabled", **more)[0]
 
 
 def video(frames=11, seed=0, size=(160, 150)):
@@ -44,7 +44,7 @@ def video(frames=11, seed=0, size=(160, 150)):
 
 def detect(runs, monkeypatch, images, module=None, **more):
     stand_in_detector(monkeypatch, runs.folder)
-    return N["FantasyPortraitFaceDetector"]().detect(module or load_module(), images, **more)
+    return N["FantasyPortraitFaceDetector"]().detect(images, module or load_module(), **more)
 
 
 def motion(frames=3):
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_named(runs, monkeypatch):
 def sampled(runs, model, portrait, frames=9, cfg=1.0, **options):
     """A short run whose embeds have the motion."""
     text = TextEmbeds(positive=(prompt(1),), negative=(prompt(0),))
-    (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, frames)
+    (embeds,) = N["WanVideoEmptyEmbeds"]().process(frames, 32, 32)
     if portrait is not None:
         (embeds,) = N["WanVideoAddFantasyPortrait"]().add(
             embeds, portrait, **{"strength": 1.0, **options.pop("add", {})}
@@ -133,7 +133,7 @@ def test_both_modules_join_one_model(runs):
 
 
 def test_embeds_keep_what_they_have():
-    (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 9)
+    (embeds,) = N["WanVideoEmptyEmbeds"]().process(9, 32, 32)
     (added,) = N["WanVideoAddFantasyPortrait"]().add(embeds, motion(), 0.5, 0.1, 0.8, 3.0)
     (payload,) = (p for p in added.payloads if isinstance(p, PortraitMotion))
     assert (payload.strength, payload.start, payload.end, payload.cfg_scale) == (0.5, 0.1, 0.8, 3.0)

@@ -44,7 +44,7 @@ def load_module(name="talk", precision="fp32"):
 
 
 def load_model(name="t2v", **more):
-    return N["WanVideoModelLoader"]().loadmodel(f"{name}.safetensors", "fp32", "disabled", "offload_device", **more)[0]
+    return N["WanVideoModelLoader"]().loadmodel(f"{name}.safetensors", "fp32", "offload_device", "disabled", **more)[0]
 
 
 def sound(seconds, channels=1, seed=0):
@@ -54,7 +54,7 @@ def sound(seconds, channels=1, seed=0):
 
 def embeds(wav2vec, audio, frames=9, fps=23.0, scale=1.0, cfg=1.0, module=None):
     process = N["FantasyTalkingWav2VecEmbeds"]().process
-    return process(wav2vec, module or load_module(), audio, frames, fps, scale, cfg)[0]
+    return process(wav2vec, module or load_module(), fps, frames, scale, cfg, audio)[0]
 
 
 @torch.no_grad()

@@ -150,8 +150,8 @@ def test_the_nodes_restore_a_video(file):
         with pytest.raises(ValueError, match="load it with 'WanVideo FlashVSR"):
             N["WanVideoVAELoader"].VALIDATE_INPUTS(model_name=NAME)
         (vae,) = loader().loadmodel(NAME, "fp32")
-        (model,) = N["WanVideoModelLoader"]().loadmodel("vsr.safetensors", "fp32", "disabled", "offload_device")
-        (empty,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 9)
+        (model,) = N["WanVideoModelLoader"]().loadmodel("vsr.safetensors", "fp32", "offload_device", "disabled")
+        (empty,) = N["WanVideoEmptyEmbeds"]().process(9, 32, 32)
         (embeds,) = N["WanVideoAddFlashVSRInput"]().add(empty, torch.rand(9, 32, 32, 3), 1.0)
         settings = dict(steps=1, cfg=1.0, shift=5.0, seed=1, force_offload=True, scheduler="euler")
         settings |= {"riflex_freq_index": 0, "text_embeds": TextEmbeds(positive=(prompt(1),))}

@@ -206,7 +206,7 @@ def models(tmp_path):
 
 def test_sampler(models):
     def run(name, embeds, **options):
-        model = N["WanVideoModelLoader"]().loadmodel(name, "fp32", "disabled", "offload_device")[0]
+        model = N["WanVideoModelLoader"]().loadmodel(name, "fp32", "offload_device", "disabled")[0]
         encode = N["WanVideoTextEncodeCached"]().process
         text = encode("t5.safetensors", "fp32", "a person", "bad", use_disk_cache=False)[0]
         settings = dict(steps=2, cfg=1.0, shift=5.0, seed=1, force_offload=True, scheduler="euler", riflex_freq_index=0)
@@ -215,7 +215,7 @@ def test_sampler(models):
     poses = [pose(camera(0)) for _ in range(21)]
     moving = [pose(camera(seed)) for seed in range(21)]
     still, moved = (N["WanVideoFunCameraEmbeds"]().process(path, 32, 32, 1.0, 0.0, 1.0)[0] for path in (poses, moving))
-    (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 21, moved)
+    (embeds,) = N["WanVideoEmptyEmbeds"]().process(21, 32, 32, moved)
     (windows,) = N["WanVideoContextOptions"]().process("static_standard", 13, 4, 4, True, False)
     whole = run("camera.safetensors", embeds)
     assert whole.shape == (1, 16, 6, 4, 4) and not torch.equal(whole, run("camera.safetensors", still))

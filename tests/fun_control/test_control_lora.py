@@ -103,7 +103,7 @@ def test_the_sampler_switches_it_off_outside_its_range(runs, tmp_path, monkeypat
     set_step = Beside.set_step
     monkeypatch.setattr(Beside, "set_step", noting)
     for start, end, want in [(0.0, 1.0, [1, 1, 1, 1]), (0.0, 0.5, [1, 1, 1, 0]), (0.6, 1.0, [0, 0, 0, 1])]:
-        (embeds,) = N["WanVideoControlEmbeds"]().process(start, end, {"samples": VIDEO})
+        (embeds,) = N["WanVideoControlEmbeds"]().process({"samples": VIDEO}, start, end)
         strengths.clear()
         assert runs.sample(image_embeds=embeds).isfinite().all()
         assert strengths == [STRENGTH * on for on in want]
@@ -112,7 +112,7 @@ def test_the_sampler_switches_it_off_outside_its_range(runs, tmp_path, monkeypat
 def test_a_range_without_steps_is_the_base_model(runs, tmp_path):
     plain = runs.sample(frames=9)
     runs.model = load(tmp_path, control(tmp_path))
-    (embeds,) = N["WanVideoControlEmbeds"]().process(0.9, 0.95, {"samples": VIDEO})
+    (embeds,) = N["WanVideoControlEmbeds"]().process({"samples": VIDEO}, 0.9, 0.95)
     assert torch.allclose(runs.sample(image_embeds=embeds), plain, atol=1e-5)
 
 

@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_named():
 
 def test_nodes():
     video, picture = {"samples": rand(1, 16, 6, 4, 4)}, {"samples": rand(1, 16, 2, 4, 4)}
-    (embeds,) = N["WanVideoControlEmbeds"]().process(0.1, 0.9, video, picture)
+    (embeds,) = N["WanVideoControlEmbeds"]().process(video, 0.1, 0.9, picture)
     assert (embeds.latent_shape, embeds.num_frames) == ((16, 6, 4, 4), 21)
     (signal,) = embeds.payloads
     assert torch.equal(signal.video, video["samples"]) and torch.equal(signal.reference, picture["samples"][:, :, 0])
@@ -217,15 +217,15 @@ def models(tmp_path):
 
 def test_sampler(models):
     def run(name, embeds, **options):
-        model = N["WanVideoModelLoader"]().loadmodel(name, "fp32", "disabled", "offload_device")[0]
+        model = N["WanVideoModelLoader"]().loadmodel(name, "fp32", "offload_device", "disabled")[0]
         encode = N["WanVideoTextEncodeCached"]().process
         text = encode("t5.safetensors", "fp32", "a person", "bad", use_disk_cache=False)[0]
         settings = dict(steps=2, cfg=2.0, shift=5.0, seed=1, force_offload=True, scheduler="euler", riflex_freq_index=0)
         return N["WanVideoSampler"]().process(model, embeds, text_embeds=text, **settings, **options)[0]["samples"]
 
     video, picture = {"samples": rand(1, 16, 6, 4, 4)}, {"samples": rand(1, 16, 1, 4, 4)}
-    (control,) = N["WanVideoControlEmbeds"]().process(0.0, 1.0, video, picture)
-    (embeds,) = N["WanVideoEmptyEmbeds"]().process(32, 32, 21, control)
+    (control,) = N["WanVideoControlEmbeds"]().process(video, 0.0, 1.0, picture)
+    (embeds,) = N["WanVideoEmptyEmbeds"]().process(21, 32, 32, control)
     (windows,) = N["WanVideoContextOptions"]().process("static_standard", 13, 4, 4, True, False)
     for name in ("control_48.safetensors", "control_52.safetensors"):
         whole = run(name, embeds)

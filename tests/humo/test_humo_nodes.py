@@ -62,7 +62,7 @@ def conditions_of(made):
 
 
 def sample(name, made, quantization="disabled", steps=2, **options):
-    loaded = N["WanVideoModelLoader"]().loadmodel(name, "fp32", quantization, "offload_device")[0]
+    loaded = N["WanVideoModelLoader"]().loadmodel(name, "fp32", "offload_device", quantization)[0]
     generator = torch.Generator().manual_seed(3)
     text = TextEmbeds(
         positive=(torch.randn(4, tiny.TEXT_DIM, generator=generator),),
@@ -178,7 +178,7 @@ def test_quantized(vae, hearing):
     want = sample("big.safetensors", made)["samples"]
     got = sample("fp8.safetensors", made, "fp8_e4m3fn_scaled")["samples"]
     assert 0 < (got - want).norm() < 0.2 * want.norm()
-    loaded = N["WanVideoModelLoader"]().loadmodel("fp8.safetensors", "fp32", "fp8_e4m3fn_scaled", "offload_device")[0]
+    loaded = N["WanVideoModelLoader"]().loadmodel("fp8.safetensors", "fp32", "offload_device", "fp8_e4m3fn_scaled")[0]
     block, projection = loaded.transformer.blocks[0].audio_cross_attn_wrapper, loaded.transformer.audio_proj
     assert all("Fp8" in type(getattr(block.audio_cross_attn, part)).__name__ for part in "qkvo")
     assert {type(m).__name__ for m in projection.modules() if "Linear" in type(m).__name__} == {"Linear"}
@@ -186,7 +186,7 @@ def test_quantized(vae, hearing):
 
 @pytest.mark.parametrize("name", ["big.safetensors", "small.safetensors"])
 def test_context_windows_keep_the_references(vae, hearing, name, monkeypatch):
-    context = N["WanVideoContextOptions"]().process("static_standard", 9, 4, 4, False, False, "linear")[0]
+    context = N["WanVideoContextOptions"]().process("static_standard", 9, 4, 4, False, False, fuse_method="linear")[0]
     made = embeds(vae, 21, cfg=3.0, audio=sound(), whisper_model=hearing, reference_images=pictures(2))
     seen, window = [], HuMoConditions.window
     monkeypatch.setattr(HuMoConditions, "window", lambda self, w: seen.append(w) or window(self, w))

@@ -28,8 +28,8 @@ class FakeVae:
 
 def test_they_get_an_encoded_empty_picture():
     encode = N["WanVideoImageToVideoEncode"]().process
-    embeds = encode(96, 64, 9, 0.0, 1.0, 1.0, True, vae=FakeVae(), add_cond_latents=Toy(name="mine"))[0]
+    embeds = encode(96, 64, 9, True, 0.0, 1.0, 1.0, vae=FakeVae(), add_cond_latents=Toy(name="mine"))[0]
     toy = next(payload for payload in embeds.payloads if isinstance(payload, Toy))
     assert toy.name == "mine" and torch.equal(toy.empty, torch.ones(1, 16, 1, 8, 12))
-    plain = encode(96, 64, 9, 0.0, 1.0, 1.0, True, vae=FakeVae())[0]
+    plain = encode(96, 64, 9, True, 0.0, 1.0, 1.0, vae=FakeVae())[0]
     assert len(plain.payloads) == 1

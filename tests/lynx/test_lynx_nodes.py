@@ -184,13 +184,13 @@ def test_embeds_get_the_face():
     embeds, node = ImageEmbeds(latent_shape=(16, 3, 4, 4), num_frames=9), N["WanVideoAddLynxEmbeds"]()
     text, image = TextEmbeds(positive=(rand(3, 8),)), torch.rand(1, 16, 16, 3)
     ip = rand(1, 4, 10), rand(1, 4, 10, seed=1)
-    (added,) = node.add(embeds, 0.7, 0.6, [2.0, 1.0], 0.1, 0.9, Vae(), ip, image, text, "0-2, 5")
+    (added,) = node.add(embeds, 0.7, 0.6, 0.1, 0.9, [2.0, 1.0], Vae(), ip, image, text, "0-2, 5")
     (face,) = added.payloads
     assert (face.cfg, face.ref_blocks, face.start, face.end) == ((2.0, 1.0), (0, 1, 2, 5), 0.1, 0.9)
     assert (float(face.ip_scale), float(face.ref_scale)) == (pytest.approx(0.7), pytest.approx(0.6))
     assert torch.equal(face.prompt[0], text.positive[0]) and not face.without_picture.any()
     torch.testing.assert_close(face.picture[0, 0, 0], image[0].mean(2) * 2 - 1)
-    (alone,) = node.add(embeds, 0.7, 0.6, 1.0, 0.0, 1.0, lynx_ip_embeds=ip)[0].payloads
+    (alone,) = node.add(embeds, 0.7, 0.6, 0.0, 1.0, 1.0, lynx_ip_embeds=ip)[0].payloads
     assert alone.picture is None and alone.ref_blocks is None
     for more, says in [
         ({}, "got no face"), ({"ref_image": image}, "needs vae and ref_text_embed"),

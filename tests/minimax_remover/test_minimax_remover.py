@@ -58,8 +58,8 @@ def test_other_models_do_not_read_it():
 def test_node():
     process = N["WanVideoMiniMaxRemoverEmbeds"]().process
     video, mask = rand(1, 16, 3, 8, 12, seed=1), rand(1, 16, 3, 8, 12, seed=2)
-    (embeds,) = process(100, 64, 10, {"samples": video}, {"samples": mask})
+    (embeds,) = process(10, 100, 64, {"samples": video}, {"samples": mask})
     assert (embeds.latent_shape, embeds.num_frames) == ((16, 3, 8, 12), 9)
     assert torch.equal(embeds.payloads[0].channels, torch.cat((video, mask), dim=1))
     with pytest.raises(ValueError, match="encode both at this size"):
-        process(96, 64, 9, {"samples": video}, {"samples": mask[:, :, :2]})
+        process(9, 96, 64, {"samples": video}, {"samples": mask[:, :, :2]})

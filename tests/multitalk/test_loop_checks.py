@@ -236,7 +236,7 @@ def test_skyreels_node(folder):
 
     vae = request(folder).image.loop.vae
     embeds, path = N["WanVideoImageToVideoSkyreelsv3_audio"]().process(
-        vae, 32, 32, 13, 5, 6, False, False, "reinhard_torch",
+        vae, 32, 32, 13, 5, 6, False, "reinhard_torch",
         start_image=torch.rand(1, 40, 40, 3), reference_video=torch.rand(7, 40, 40, 3),
     )  # fmt: skip
     loop = embeds.loop

@@ -39,7 +39,7 @@ def sound(seconds, rate=16000, seed=0):
 
 
 def encode(wav2vec, first, frames, fps=25.0, how="para", **others):
-    return N["MultiTalkWav2VecEmbeds"]().process(wav2vec, first, True, frames, fps, 1.0, 1.0, how, **others)
+    return N["MultiTalkWav2VecEmbeds"]().process(wav2vec, True, fps, frames, first, 1.0, 1.0, how, **others)
 
 
 @pytest.mark.parametrize("fps", [25.0, 30.0, 23.976, 16.0, 60.0])

@@ -67,7 +67,7 @@ def test_reference():
 
 def test_poses():
     add, before = WanVideoAddOneToAllPoseEmbeds().add, Animation(ref_start=0.2)
-    (got,) = add(replace(EMBEDS, payloads=(before, OTHER)), IMAGES, 0.7, 0.1, 0.9, pose_cfg_scale=[1.5, 2.0])
+    (got,) = add(replace(EMBEDS, payloads=(before, OTHER)), IMAGES, 0.7, None, 0.1, 0.9, pose_cfg_scale=[1.5, 2.0])
     other, given = got.payloads
     assert other is OTHER and (given.ref_start, given.pose_strength) == (0.2, 0.7)
     assert (given.pose_start, given.pose_end, given.cfg) == (0.1, 0.9, (1.5, 2.0))

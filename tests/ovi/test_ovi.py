@@ -155,7 +155,7 @@ def embeds(scale=2.0, negative=True):
 
 
 def sample(model, **options):
-    (image,) = N["WanVideoEmptyEmbeds"]().process(64, 64, 9)
+    (image,) = N["WanVideoEmptyEmbeds"]().process(9, 64, 64)
     settings = dict(steps=STEPS, cfg=3.0, shift=5.0, seed=1, force_offload=True, scheduler="unipc")
     settings |= {"riflex_freq_index": 0, "text_embeds": embeds(), **options}
     return N["WanVideoSampler"]().process(model, image, **settings)[0]

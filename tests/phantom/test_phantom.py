@@ -158,22 +158,22 @@ class Control(Payload):
 def test_node():
     process = WanVideoPhantomEmbeds().process
     first, third = latent(), latent(2, seed=4)
-    (embeds,) = process(82, first, [5.0, 2.0], 0.1, 0.9, phantom_latent_3=third)
+    (embeds,) = process(82, [5.0, 2.0], 0.1, 0.9, first, phantom_latent_3=third)
     assert (embeds.latent_shape, embeds.num_frames, embeds.leading_latents) == ((16, 21, HEIGHT, WIDTH), 81, 0)
     (subjects,) = embeds.payloads
     assert torch.equal(subjects.latents, torch.cat((first["samples"], third["samples"]), dim=2))
     assert (subjects.cfg, subjects.start, subjects.end) == ((5.0, 2.0), 0.1, 0.9)
     with pytest.raises(ValueError, match="different sizes"):
-        process(81, first, 5.0, 0.0, 1.0, phantom_latent_2=latent(height=6))
+        process(81, 5.0, 0.0, 1.0, first, phantom_latent_2=latent(height=6))
 
 
 def test_node_with_control_of_the_same_video():
     process, control = WanVideoPhantomEmbeds().process, Control()
     other = ImageEmbeds(latent_shape=(16, 22, HEIGHT, WIDTH), num_frames=81, payloads=(control,), leading_latents=1)
-    (embeds,) = process(81, latent(), 5.0, 0.0, 1.0, vace_embeds=other)
+    (embeds,) = process(81, 5.0, 0.0, 1.0, latent(), vace_embeds=other)
     assert embeds.payloads[1] is control and embeds.latent_shape == other.latent_shape and embeds.leading_latents == 1
     with pytest.raises(ValueError, match="same width, height and num_frames"):
-        process(77, latent(), 5.0, 0.0, 1.0, vace_embeds=other)
+        process(77, 5.0, 0.0, 1.0, latent(), vace_embeds=other)
     for more in ({"modifiers": (Modifier(),)}, {"given_latents": ((0, latent()["samples"][0]),)}):
         with pytest.raises(ValueError, match="takes only their conditions"):
-            process(81, latent(), 5.0, 0.0, 1.0, vace_embeds=replace(other, **more))
+            process(81, 5.0, 0.0, 1.0, latent(), vace_embeds=replace(other, **more))

@@ -108,14 +108,15 @@ def test_sizes_that_do_not_fit_are_named(model):
 def test_node():
     process, smpl = N["WanVideoRealisDanceLatents"]().process, {"samples": rand(1, 16, 3, 4, 6, seed=1)}
     reference, hands = {"samples": rand(1, 16, 1, 4, 6, seed=2)}, {"samples": rand(1, 16, 3, 4, 6, seed=3)}
-    (both,) = process(reference, 0.1, 0.8, smpl, hands)
+    (both,) = process(reference, 0.1, 0.8, hands, smpl)
     assert torch.equal(both.poses, torch.cat((smpl["samples"], hands["samples"]), dim=1))
     assert torch.equal(both.reference, reference["samples"]) and (both.start, both.end) == (0.1, 0.8)
     nothing = torch.zeros(1, 16, 3, 4, 6)
-    assert torch.equal(process(reference, 0.0, 1.0, smpl)[0].poses, torch.cat((smpl["samples"], nothing), dim=1))
+    without = process(reference, 0.0, 1.0, smpl_latent=smpl)[0]
+    assert torch.equal(without.poses, torch.cat((smpl["samples"], nothing), dim=1))
     only_hands = process(reference, 0.0, 1.0, hamer_latent=hands)[0].poses
     assert torch.equal(only_hands, torch.cat((nothing, hands["samples"]), dim=1))
     with pytest.raises(ValueError, match="no poses to follow"):
         process(reference, 0.0, 1.0)
     with pytest.raises(ValueError, match="same frames and size"):
-        process(reference, 0.0, 1.0, smpl, {"samples": rand(1, 16, 2, 4, 6)})
+        process(reference, 0.0, 1.0, {"samples": rand(1, 16, 2, 4, 6)}, smpl)

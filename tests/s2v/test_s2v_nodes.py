@@ -9,7 +9,7 @@ from wanvideo_wrapper.s2v.audio import frame_features
 from wanvideo_wrapper.s2v.extension import SpeechToVideo
 from wanvideo_wrapper.s2v.loop import SpeechLoop
 
-EMBEDS = N["WanVideoEmptyEmbeds"]().process(64, 64, 33)[0]
+EMBEDS = N["WanVideoEmptyEmbeds"]().process(33, 64, 64)[0]
 
 
 def heard(features=150, layers=3):
@@ -46,20 +46,20 @@ def test_what_the_node_emits():
     # Of a batch, the first.
     reference, pose = ({"samples": rand(2, 16, n, 8, 8)} for n in (1, 9))
     add = N["WanVideoAddS2VEmbeds"]().add
-    embeds, frames = add(EMBEDS, 33, 0.5, 0.1, 0.9, heard(), reference, pose)
+    embeds, frames = add(EMBEDS, 33, heard(), 0.5, reference, pose, None, 0.1, 0.9)
     (speech,) = embeds.payloads
     assert isinstance(speech, SpeechToVideo) and frames == 33 == speech.audio.shape[-1] and embeds.loop is None
     assert float(speech.scale) == 0.5 and (speech.start, speech.end) == (0.1, 0.9)
     assert torch.equal(speech.reference, reference["samples"][:1]) and torch.equal(speech.pose, pose["samples"][:1])
-    embeds, frames = add(EMBEDS, 16, 1.0, 0.0, 1.0)
+    embeds, frames = add(EMBEDS, 16)
     assert embeds.payloads[0].audio is None and frames == 0
 
 
 def test_a_cut_of_the_speech_is_named(caplog):
     add = N["WanVideoAddS2VEmbeds"]().add
-    add(EMBEDS, 33, 1.0, 0.0, 1.0, heard(103))
+    add(EMBEDS, 33, heard(103))
     assert not caplog.records
-    add(EMBEDS, 33, 1.0, 0.0, 1.0, heard(150))
+    add(EMBEDS, 33, heard(150))
     assert "The speech lasts 3.00 s, of which num_frames leaves the first 2.06 s" in caplog.text
 
 
@@ -74,7 +74,7 @@ def test_a_cut_of_the_speech_is_named(caplog):
 )
 def test_what_is_missing_is_named(options, says):
     with pytest.raises(ValueError, match=says):
-        N["WanVideoAddS2VEmbeds"]().add(EMBEDS, 16, 1.0, 0.0, 1.0, **options)
+        N["WanVideoAddS2VEmbeds"]().add(EMBEDS, 16, **options)
 
 
 @pytest.mark.parametrize("size", [4, 18])

@@ -66,7 +66,7 @@ def models(tmp_path_factory):
 
 
 def load(name="uni3c.safetensors", precision="fp32", quantization="disabled", attention="sdpa", device="main_device"):
-    return N["WanVideoUni3C_ControlnetLoader"]().loadmodel(name, precision, quantization, device, attention)[0]
+    return N["WanVideoUni3C_ControlnetLoader"]().loadmodel(name, precision, device, quantization, attention)[0]
 
 
 def embeds(net, render, **more):
@@ -123,7 +123,7 @@ def test_what_cannot_run_is_told_before_weights_are_read(models, monkeypatch):
     loader = N["WanVideoUni3C_ControlnetLoader"]()
     with pytest.raises(ValueError, match="^torch.compile cannot run here: RuntimeError: No compiler"):
         args = CompileArgs(backend=no_compiler)
-        loader.loadmodel("uni3c.safetensors", "fp32", "disabled", "main_device", "sdpa", compile_args=args)
+        loader.loadmodel("uni3c.safetensors", "fp32", "main_device", "disabled", "sdpa", compile_args=args)
     monkeypatch.setattr("wanvideo_wrapper.quantized.fp8.holds", lambda device, dtype: dtype != torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="^uni3c_fp8.safetensors holds weights in FP8, which 'cpu' devices"):
         load("uni3c_fp8.safetensors")
@@ -168,14 +168,14 @@ def test_a_mask_for_a_file_that_reads_one(models):
 
 def test_runs_of_the_sampler(models):
     """Strength 0 is the plain run; guided passes see the render; windows see their own part."""
-    model = N["WanVideoModelLoader"]().loadmodel("wan.safetensors", "fp32", "disabled", "offload_device")[0]
+    model = N["WanVideoModelLoader"]().loadmodel("wan.safetensors", "fp32", "offload_device", "disabled")[0]
     text = TextEmbeds(positive=(torch.randn(4, tiny.TEXT_DIM),), negative=(torch.randn(3, tiny.TEXT_DIM),))
     image = N["WanVideoEmptyEmbeds"]().process(width=32, height=32, num_frames=25)[0]
     net, render = load(), torch.randn(1, 16, 7, 4, 4)
 
     def run(args=None, cfg=1.0, **more):
         more |= {"text_embeds": text, "uni3c_embeds": args}
-        return N["WanVideoSampler"]().process(model, image, 2, cfg, 5.0, 3, True, "euler", 0, **more)[0]["samples"]
+        return N["WanVideoSampler"]().process(model, image, 5.0, 2, cfg, 3, "euler", 0, **more)[0]["samples"]
 
     plain, strong = run(), run(embeds(net, render))
     assert torch.equal(plain, run(embeds(net, render, strength=0.0)))

@@ -29,7 +29,7 @@ def test_the_model_reads_both_videos_in_every_pass(batch):
     shapes = {k: tuple(v.shape) for k, v in WanModel(sizes).state_dict().items()}
     model = randomized(WanModel(sizes, SYSTEMS.detect(shapes)))
     front, behind = rand(1, 16, 3, 4, 6, seed=3), rand(1, 16, 3, 4, 6, seed=4)
-    (embeds,) = N["WanVideoUniLumosEmbeds"]().process(64, 64, 9)
+    (embeds,) = N["WanVideoUniLumosEmbeds"]().process(9, 64, 64)
     video = replace(embeds.payloads[0], channels=torch.cat((front, behind), dim=1))
     asked = ModelInputs(
         latents=rand(batch, 16, 3, 4, 6, seed=1), timestep=torch.tensor([731.0, 402.5])[:batch],
@@ -56,7 +56,7 @@ def test_files_are_told_by_their_channels():
 def test_node():
     process = N["WanVideoUniLumosEmbeds"]().process
     front, behind = rand(1, 16, 3, 8, 12, seed=1), rand(1, 16, 3, 8, 12, seed=2)
-    (embeds,) = process(100, 64, 10, {"samples": front}, {"samples": behind})
+    (embeds,) = process(10, 100, 64, {"samples": front}, {"samples": behind})
     assert (embeds.latent_shape, embeds.num_frames) == ((16, 3, 8, 12), 9)
     assert torch.equal(embeds.payloads[0].channels, torch.cat((front, behind), dim=1))
     nothing = torch.zeros_like(front)
@@ -64,8 +64,8 @@ def test_node():
         ({"foreground_latents": {"samples": front}}, (front, nothing)),
         ({"background_latents": {"samples": behind}}, (nothing, behind)),
     ):
-        (payload,) = process(96, 64, 9, **given)[0].payloads
+        (payload,) = process(9, 96, 64, **given)[0].payloads
         assert torch.equal(payload.channels, torch.cat(want, dim=1))
     with pytest.raises(ValueError, match=r"background_latents are \(16, 2, 8, 12\).*encode the video at this size"):
-        process(96, 64, 9, {"samples": front}, {"samples": behind[:, :, :2]})
+        process(9, 96, 64, {"samples": front}, {"samples": behind[:, :, :2]})
     assert isinstance(embeds.payloads[0], RelitVideo) and embeds.payloads[0].encoded

@@ -121,7 +121,7 @@ def embeds(**more):
 def test_node():
     text, walk = coords(frames=12)
     add = N["WanVideoAddWanMoveTracks"]().add
-    made, tracks = add(embeds(), 0.5, track_coords=text)
+    made, tracks = add(embeds(), text, strength=0.5)
     torch.testing.assert_close(tracks["track_path"], walk[:9])
     assert tracks["track_visibility"].shape == (9, 2) and tracks["track_visibility"].all()
     (payload,) = made.payloads

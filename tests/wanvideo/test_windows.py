@@ -339,7 +339,8 @@ def test_the_loop_and_context_windows_exclude_each_other(folder):
 
 def test_node():
     (made,) = N["WanVideoContextOptions"]().process(
-        "static_standard", 49, 8, 12, True, False, "pyramid", {"samples": torch.zeros(1, 16, 1, 4, 4)}
+        "static_standard", 49, 8, 12, True, False, fuse_method="pyramid",
+        reference_latent={"samples": torch.zeros(1, 16, 1, 4, 4)},
     )
     assert (made.latent_size, made.latent_overlap, made.stride, made.fuse) == (13, 3, 8, "pyramid")
     assert made.reference.shape[0] == 1

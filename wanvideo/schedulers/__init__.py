@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from .for_other_packs import get_scheduler, scheduler_list
 from .methods import SCHEDULERS, Method, add_methods, available, euler_solver, up_to
 from .schedule import Schedule, ScheduleSpec, make_schedule
 from .solver import FlowSolver, noise_like
 
 __all__ = [
     "SCHEDULERS", "FlowSolver", "Method", "Schedule", "ScheduleSpec", "add_methods", "available", "euler_solver",
-    "make_schedule", "noise_like", "up_to",
+    "get_scheduler", "make_schedule", "noise_like", "scheduler_list", "up_to",
 ]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Nodes of other packs use this pack as they use the original: by method, by module, and under names of their own."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import wanvideo_wrapper
+from wanvideo_wrapper.host import get_host
+from wanvideo_wrapper.host.comfy import ComfyProgress
+from wanvideo_wrapper.wanvideo.schedulers import get_scheduler, scheduler_list
+
+N = wanvideo_wrapper.NODE_CLASS_MAPPINGS
+# The parameters of the original's entries, in their order.
+ORDERS = json.loads((Path(__file__).parent / "data/call_orders.json").read_text())
+
+
+def taken_in_order(node):
+    """The parameters that an entry takes in order."""
+    parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters.values()
+    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_entries_take_values_in_the_order_of_the_original(name):
+    renamed = getattr(N[name], "RENAMED_INPUTS", {})
+    theirs, ours = [renamed.get(each, each) for each in ORDERS[name]], taken_in_order(N[name])
+    assert ours[: len(theirs)] == theirs[: len(ours)]
+
+
+def test_values_in_order_are_looked_at_as_those_of_links_are():
+    swap = N["WanVideoBlockSwap"]()
+    assert swap.setargs(3, True, False) == swap.setargs(blocks_to_swap=3, offload_img_emb=True, offload_txt_emb=False)
+    with pytest.raises(ValueError, match="WanVideo Block Swap: 'blocks_to_swap' must be a whole number, not nan"):
+        swap.setargs(float("nan"), False, False)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        swap.setargs(*range(8))
+
+
+def test_inputs_that_had_another_name_are_taken_under_it():
+    given = {"width": 32, "height": 32, "num_frames": 9, "force_offload": True}
+    with pytest.raises(ValueError, match="WanVideo Encode: 'image' is a str, not pictures"):
+        N["WanVideoEncode"]().encode(object(), driving_video="a video", enable_vae_tiling=False)
+    with pytest.raises(ValueError, match="has no input 'video' in this version"):
+        N["WanVideoImageToVideoEncode"]().process(**given, video=None)
+
+
+@pytest.mark.parametrize("name", ["WanVideoModelLoader", "WanVideoSampler", "WanVideoDecode", "WanVideoVACEEncode"])
+def test_a_node_that_sets_the_device_of_a_module_finds_it(name):
+    """As those of ComfyUI-MultiGPU do."""
+    module = inspect.getmodule(N[name]())
+    before = module.device
+    assert before == get_host().device() and module.offload_device == get_host().offload_device()
+    module.device = torch.device("meta")
+    assert module.device.type == "meta" and get_host().device() == before
+    module.device = before
+
+
+def test_a_module_of_the_original_has_every_node():
+    for module in ("nodes", "nodes_model_loading", "nodes_sampler", "nodes_utility"):
+        for name, node in N.items():
+            assert getattr(importlib.import_module(f"wanvideo_wrapper.{module}"), name) is node
+    with pytest.raises(AttributeError, match="'wanvideo_wrapper.nodes' has no attribute 'nothing'"):
+        _ = importlib.import_module("wanvideo_wrapper.nodes").nothing
+
+
+def test_an_import_under_another_name_is_the_same_package(monkeypatch):
+    """As `importlib.import_module("custom_nodes.ComfyUI-WanVideoWrapper.nodes_sampler")` makes one."""
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    queued = []
+    monkeypatch.setattr("wanvideo_wrapper.host.before_queuing", queued.append)
+    file, name = Path(wanvideo_wrapper.__file__), "ComfyUI-WanVideoWrapper"
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
+    sys.modules[name] = other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert other.NODE_CLASS_MAPPINGS == N and not queued
+    assert importlib.import_module(f"{name}.nodes_sampler").WanVideoSampler is N["WanVideoSampler"]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_schedules_are_those_of_the_scheduler_node(start):
+    """As ComfyUI-TripleKSampler reads them."""
+    for name in ("euler", "unipc/beta", "dpm++_sde"):
+        assert name in scheduler_list
+        *_, wired, _, _ = N["WanVideoScheduler"]().process(name, 6, start, -1, 5.0)
+        schedule, timesteps, first, last = get_scheduler(
+            name, 6, start_step=start, end_step=-1, shift=5.0, device=torch.device("cpu"), transformer_dim=5120
+        )
+        assert torch.equal(schedule.sigmas, wired.sigmas) and (first, last) == (start, 5)
+        assert torch.equal(timesteps, wired.timesteps) and len(timesteps) == 6 - start
+
+
+@pytest.fixture
+def previewing(monkeypatch):
+    """ComfyUI's modules with a get_previewer that gives `made`, which counts what it is asked for."""
+    formats = SimpleNamespace(Wan21=object, Wan22=object)
+    made, progress = [], SimpleNamespace(ProgressBar=lambda total: SimpleNamespace(update_absolute=lambda *told: None))
+    latent_preview = ModuleType("latent_preview")
+    latent_preview.get_previewer = lambda device, form: made.append(latent_preview.kind()) or made[-1]
+    for name, module in {
+        "latent_preview": latent_preview, "comfy": SimpleNamespace(latent_formats=formats, utils=progress),
+        "comfy.latent_formats": formats, "comfy.utils": progress,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def show(kind, *latents):
+        latent_preview.kind = kind
+        bar = ComfyProgress(9, "")
+        for done, part in enumerate(latents):
+            bar.update(done, preview=part)
+        return made
+
+    return show
+
+
+class Previewer:
+    def __init__(self):
+        self.seen = []
+
+    def decode_latent_to_preview_image(self, form, x0):
+        self.seen.append(x0)
+
+
+def test_a_previewer_of_another_pack_sees_every_frame_in_every_step(previewing):
+    """As that of ComfyUI-VideoHelperSuite, which animates them."""
+    latents = torch.randn(2, 16, 5, 4, 6)
+    (previewer,) = previewing(Previewer, *latents)
+    assert torch.equal(torch.cat(previewer.seen), latents)
+
+
+def test_comfyui_s_previewer_sees_the_middle_frame_as_the_first(previewing):
+    latents = torch.randn(16, 5, 4, 6)
+    (previewer,) = previewing(type("Own", (Previewer,), {"__module__": "latent_preview"}), latents)
+    assert torch.equal(previewer.seen[0], latents[None, :, 2:3])
+
+
+def test_a_previewer_that_fails_ends_no_run(previewing, caplog):
+    class Failing(Previewer):
+        def decode_latent_to_preview_image(self, form, x0):
+            super().decode_latent_to_preview_image(form, x0)
+            raise AttributeError("no client")
+
+    (previewer,) = previewing(Failing, *torch.randn(3, 16, 5, 4, 6))
+    assert len(previewer.seen) == 1 and caplog.messages == ["This run has no more previews: AttributeError: no client."]
