@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from .residence import ModuleResidence
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+log = logging.getLogger("wanvideo")
+
 
 class ComfyProgress:
     """ComfyUI's progress bar, with a picture of the current latents where ComfyUI has a previewer."""
@@ -24,6 +27,7 @@ class ComfyProgress:
         from comfy.utils import ProgressBar
 
         self._bar = ProgressBar(total)
+        self._previews = ComfyPreviews()
         self._total = total
         self._shown = 0
 
@@ -34,8 +38,8 @@ class ComfyProgress:
         return None
 
     def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
-        """Move the bar, show the note under the node and the first frame of the preview."""
-        picture = None if preview is None else _preview(preview)
+        """Move the bar, show the note under the node and a picture of the preview."""
+        picture = None if preview is None else self._previews.picture(preview)
         # A note on what comes next is no progress.
         if done != self._shown or picture is not None:
             self._bar.update_absolute(done, self._total, picture)
@@ -56,17 +60,50 @@ def _show_text(note: str) -> None:
         PromptServer.instance.send_progress_text(note, context.node_id)
 
 
-def _preview(latents: Tensor) -> tuple[str, object, int] | None:
-    """What ComfyUI's progress bar shows: the middle frame through ComfyUI's own factors for Wan latents."""
-    import latent_preview
-    from comfy import latent_formats
+class ComfyPreviews:
+    """Pictures of one run by ComfyUI's previewer, or by the one that another pack puts in its place (VideoHelperSuite).
 
-    form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()
-    previewer = latent_preview.get_previewer(latents.device, form)
-    if previewer is None:
-        return None
-    frame = latents[:, latents.shape[1] // 2].unsqueeze(0).float()
-    return previewer.decode_latent_to_preview_image("JPEG", frame)
+    It is made once: it may be a decoder that is read from a file, and an animated one counts on from step to step.
+    """
+
+    def __init__(self) -> None:
+        self._previewer: object = None
+        self._wanted = True
+
+    def picture(self, latents: Tensor) -> tuple[str, object, int] | None:
+        """What the progress bar shows of latents [C, F, h, w]; None for nothing, and where the previewer shows itself.
+
+        A previewer that fails makes no more pictures, and the log says so: no run is lost for them.
+        """
+        if not self._wanted:
+            return None
+        try:
+            return self._shown(latents)
+        # It is code of other packs, which may raise anything.
+        except Exception as error:
+            self._wanted = False
+            log.warning(
+                "This run has no previews, for the previewer failed (%s: %s). Choose another preview method in "
+                "ComfyUI's settings.",
+                type(error).__name__, error,
+            )  # fmt: skip
+            return None
+
+    def _shown(self, latents: Tensor) -> tuple[str, object, int] | None:
+        import latent_preview
+        from comfy import latent_formats
+
+        if self._previewer is None:
+            form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()
+            self._previewer = latent_preview.get_previewer(latents.device, form)
+        if self._previewer is None:
+            self._wanted = False
+            return None
+        # ComfyUI's own show the first frame of what they get, which is the given one in image to video.
+        own = type(self._previewer).__module__ == latent_preview.__name__
+        middle = latents.shape[1] // 2
+        video = latents[None, :, middle : middle + 1] if own else latents[None]
+        return self._previewer.decode_latent_to_preview_image("JPEG", video.float())
 
 
 class ComfyHost:
