@@ -122,6 +122,12 @@ def _sound(value: object, where: str) -> dict[str, object]:
         raise ValueError(f"{where} is no sound with a waveform [n, channels, samples]: connect an AUDIO.")
     if not waveform.numel():
         raise ValueError(f"{where} has no samples: choose a file that has sound, or trim less of it.")
+    try:
+        rate = int(value["sample_rate"])
+    except (KeyError, TypeError, ValueError):
+        rate = 0
+    if rate < 1:
+        raise ValueError(f"{where} has no sample rate, so that its length is not known: connect an AUDIO.")
     return {**value, "waveform": waveform.cpu()[(None,) * (3 - waveform.dim())]}
 
 

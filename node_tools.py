@@ -93,8 +93,10 @@ def round_size(width: int, height: int, vae: WanVAE | None = None) -> tuple[int,
     """Sides rounded down to what models with this VAE can run, and says so where that changes them.
 
     Multiples of 16, or of 32 with the 2.2 VAE of the 5B model: a token is two latents wide. Without a VAE 16: which
-    model samples is not known, and the sampler rounds once more for the 5B.
+    model samples is not known, and the sampler rounds once more for the 5B. Raises ValueError for sides without pixels.
     """
+    if min(width, height) < 1:
+        raise ValueError(f"A video cannot be {width}x{height} pixels large: set both sides, or look what is linked.")
     step = SIZE_STEP if vae is None else LATENTS_A_TOKEN * vae.spatial_factor
     rounded = (max(width // step, 1) * step, max(height // step, 1) * step)
     if rounded != (width, height):

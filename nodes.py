@@ -187,6 +187,24 @@ def _check_tiles(
         raise ValueError("tile_x and tile_y must be larger than their strides, so that tiles overlap.")
 
 
+def _decoded(vae: WanVAE, samples: Latent, tile: Tile | None) -> Tensor:
+    """Video [3, F, H, W] of one LATENT, without its references and its end image.
+
+    Raises ValueError where nothing else is in it.
+    """
+    latents = vae.latents_of(samples)
+    count = latents.shape[1]
+    last = count - int(samples.get("trailing_latents") or 0) - bool(samples.get("extra_end_frame"))
+    latents = latents[:, int(samples.get("has_ref") or 0) : max(last, 0)]
+    if not latents.shape[1]:
+        raise ValueError(
+            f"The samples have {count} latent frames, all of them references or an end image, so that no video is left "
+            "to decode: connect all that the sampler made."
+        )
+    video = vae.decode(latents, tile=tile, ranks=ranks_of(get_host()))
+    return _closed(vae, latents, video, tile) if samples.get("looped") else video
+
+
 def _closed(vae: WanVAE, latents: Tensor, video: Tensor, tile: Tile | None) -> Tensor:
     """The video [3, 4 F, H, W] of a ring of latents [z, F, h, w], whose end leads to its start without a seam.
 
@@ -242,19 +260,15 @@ class WanVideoDecode(Tiled):
         tile_stride_y: int,
         normalization: str = "default",
     ) -> tuple[Tensor]:
-        """IMAGE of all frames, a ring closed; a video that the talking loop decoded already passes through."""
+        """IMAGE of all frames, those of a batch one behind the other, a ring closed.
+
+        A video that the talking loop decoded already passes through.
+        """
         if samples.get("video") is not None:
             return (to_unit(samples["video"]),)
-        latents = vae.latents_of(samples)
-        last = latents.shape[1] - int(samples.get("trailing_latents") or 0)
-        latents = latents[:, int(samples.get("has_ref") or 0) : last]
-        if samples.get("extra_end_frame"):
-            latents = latents[:, :-1]
         tile = Tile(x=tile_x, y=tile_y, stride_x=tile_stride_x, stride_y=tile_stride_y) if enable_vae_tiling else None
         try:
-            video = vae.decode(latents, tile=tile, ranks=ranks_of(get_host()))
-            if samples.get("looped"):
-                video = _closed(vae, latents, video, tile)
+            videos = [_decoded(vae, {**samples, "samples": one[None]}, tile) for one in samples["samples"]]
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 "The GPU has too little memory to decode frames of this size: turn on enable_vae_tiling; the samples "
@@ -262,6 +276,7 @@ class WanVideoDecode(Tiled):
             ) from error
         finally:
             vae.managed.release()
+        video = torch.cat(videos, dim=1) if len(videos) > 1 else videos[0]
         if normalization == "minmax":
             low, high = video.aminmax()
             # A video of one colour has no range to stretch; it stays as it is.

@@ -292,9 +292,18 @@ class WanVideoTextEmbedBridge:
         }
 
     def process(self, positive: list[list[object]], negative: list[list[object]] | None = None) -> tuple[TextEmbeds]:
-        """The same embeddings as text embeds."""
-        tensors = [None if c is None else (c[0][0][0].float().cpu(),) for c in (positive, negative)]
-        return (TextEmbeds(positive=tensors[0], negative=tensors[1] or ()),)
+        """The same embeddings as text embeds. Raises ValueError for a conditioning that is empty."""
+        prompts = _bridged("positive", positive)
+        return (TextEmbeds(positive=prompts, negative=() if negative is None else _bridged("negative", negative)),)
+
+
+def _bridged(name: str, conditioning: list[list[object]]) -> tuple[Tensor]:
+    if not conditioning:
+        raise ValueError(f"The conditioning at '{name}' is empty: connect CLIPTextEncode.")
+    tensor = conditioning[0][0]
+    if len(conditioning) > 1 or len(tensor) > 1:
+        log.warning("Several prompts are combined at '%s'; the first alone is read.", name)
+    return (tensor[0].float().cpu(),)
 
 
 class TextImageEncodeQwenVL:

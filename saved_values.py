@@ -137,7 +137,7 @@ def refuse_unusable(
     """Raise ValueError for the first number that no run can use. node: for the message.
 
     NaN passes ComfyUI's limits, and what another node makes is held to none; numbers above or below the widget's own
-    limits may be meant, negative ones where it has none are not.
+    limits may be meant, but not negative ones where it has none, nor zero where it counts from one.
     """
     for section in ("required", "optional"):
         for name, (kind, *options) in declared.get(section, {}).items():
@@ -146,7 +146,7 @@ def refuse_unusable(
                 continue
             least = (options[0] if options else {}).get("min", -math.inf)
             finite = not isinstance(value, str | float) or (isinstance(value, float) and math.isfinite(value))
-            if not finite or value < 0 <= least:
+            if not finite or value < 0 <= least or value == 0 < least <= 1:
                 limit = f" of at least {least}" if least >= 0 else ""
                 raise ValueError(f"{node}: '{name}' must be {KIND_NAMES[kind]}{limit}, not {value!r}.")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wanvideo.assign import layer_count
-from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.conditioning import Payload, Window, frames_at
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import BlockInputs, ModelInputs, Tokens, video_tokens
@@ -58,10 +58,11 @@ class Character(Payload):
             return self
         pose, faces = self.pose, self.faces
         if pose is not None:
-            pose = pose[:, :, [place - 1 for place in window.latents[1:]]]
+            pose = frames_at([place - 1 for place in window.latents[1:]], pose, "The latents of Animate's pose_images")
         if faces is not None:
-            faces = faces[:, :, list(window.pixels)]
-        return replace(self, cond=self.cond[:, :, list(window.latents)], pose=pose, faces=faces)
+            faces = frames_at(window.pixels, faces, "Animate's face_images")
+        cond = frames_at(window.latents, self.cond, "The latents of Animate's pictures")
+        return replace(self, cond=cond, pose=pose, faces=faces)
 
     def without(self, names: frozenset[str]) -> Self:
         """Passes without the prompt see a black face, as the authors guide expressions."""

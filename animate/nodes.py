@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,8 @@ from ..wanvideo.request import ImageEmbeds, payloads_of
 from .footage import Footage, kept_background
 from .loop import CharacterLoop
 from .mask import face_masks
+
+log = logging.getLogger("wanvideo")
 
 COLOR_METHODS = ["disabled", "mkl", "hm", "reinhard", "mvgd", "hm-mvgd-hm", "hm-mkl-hm"]
 # What the published motion encoder reads.
@@ -86,6 +89,7 @@ class WanVideoAnimateEmbeds:
         """What the model reads of a short video, or the loop of a longer one."""
         width, height = round_size(width, height)
         frames = whole_frames(num_frames)
+        _warn_of_short(frames, pose_images=pose_images, face_images=face_images, bg_images=bg_images, mask=mask)
         sides = (height // vae.spatial_factor, width // vae.spatial_factor)
         footage = Footage(
             vae=vae,
@@ -112,6 +116,16 @@ class WanVideoAnimateEmbeds:
                 vae.managed.release()
         payloads = (character, *clip)
         return (ImageEmbeds(latent_shape=shape, num_frames=frames, payloads=payloads, leading_latents=1),)
+
+
+def _warn_of_short(frames: int, **videos: Tensor | None) -> None:
+    """One frame is meant to stand still."""
+    for name, video in videos.items():
+        if video is not None and 1 < len(video) < frames:
+            log.warning(
+                "%s has %d frames, and the video %d: it runs back and forth. Lower num_frames to end with it.",
+                name, len(video), frames,
+            )  # fmt: skip
 
 
 def _one(images: Tensor | None) -> Tensor:

@@ -48,7 +48,7 @@ class FreeInit(Modifier):
         generator = torch.Generator().manual_seed(request.seed)
         start = prepare_start(request, request.schedule.fresh(), generator)
         noise = start.latents
-        video = given_samples(request.samples or {}, noise.shape)
+        video = given_samples(request.samples or {}, noise.shape, request.image.ends)
         asked, left = request, self.iterations
         if video is not None and left > 1:
             asked, left = self._again(request, start, video, generator), left - 1

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanvideo")
 
-# As ComfyUI's progress bar takes it: format, image, largest side.
-Picture = tuple[str, object, int]
-
 
 class ComfyProgress:
     """ComfyUI's progress bar, with a picture of the current latents where ComfyUI has a previewer."""
@@ -30,9 +27,9 @@ class ComfyProgress:
         from comfy.utils import ProgressBar
 
         self._bar = ProgressBar(total)
+        self._previews = ComfyPreviews()
         self._total = total
         self._shown = 0
-        self._preview = _Previews()
 
     def __enter__(self) -> Self:
         return self
@@ -41,8 +38,8 @@ class ComfyProgress:
         return None
 
     def update(self, done: int, *, note: str = "", preview: Tensor | None = None) -> None:
-        """Move the bar, show the note under the node and the first frame of the preview."""
-        picture = None if preview is None else self._preview(preview)
+        """Move the bar, show the note under the node and a picture of the preview."""
+        picture = None if preview is None else self._previews.picture(preview)
         # A note on what comes next is no progress.
         if done != self._shown or picture is not None:
             self._bar.update_absolute(done, self._total, picture)
@@ -63,42 +60,50 @@ def _show_text(note: str) -> None:
         PromptServer.instance.send_progress_text(note, context.node_id)
 
 
-class _Previews:
-    """Pictures of latents by the previewer that ComfyUI has for Wan, one for a run: those of other packs animate them.
+class ComfyPreviews:
+    """Pictures of one run by ComfyUI's previewer, or by the one that another pack puts in its place (VideoHelperSuite).
 
-    No run ends for a picture: where one cannot be made, the log says so, and no more are tried.
+    It is made once: it may be a decoder that is read from a file, and an animated one counts on from step to step.
     """
 
     def __init__(self) -> None:
-        self._make: Callable[[Tensor], Picture | None] | None = None
+        self._previewer: object = None
+        self._wanted = True
 
-    def __call__(self, latents: Tensor) -> Picture | None:
+    def picture(self, latents: Tensor) -> tuple[str, object, int] | None:
+        """What the progress bar shows of latents [C, F, h, w]; None for nothing, and where the previewer shows itself.
+
+        A previewer that fails makes no more pictures, and the log says so: no run is lost for them.
+        """
+        if not self._wanted:
+            return None
         try:
-            self._make = self._make or _previewer(latents)
-            return self._make(latents)
+            return self._shown(latents)
+        # It is code of other packs, which may raise anything.
         except Exception as error:
-            log.warning("This run has no more previews: %s: %s.", type(error).__name__, error)
-            self._make = lambda latents: None
+            self._wanted = False
+            log.warning(
+                "This run has no previews, for the previewer failed (%s: %s). Choose another preview method in "
+                "ComfyUI's settings.",
+                type(error).__name__, error,
+            )  # fmt: skip
             return None
 
+    def _shown(self, latents: Tensor) -> tuple[str, object, int] | None:
+        import latent_preview
+        from comfy import latent_formats
 
-def _previewer(latents: Tensor) -> Callable[[Tensor], Picture | None]:
-    """ComfyUI's own shows the middle frame, in the place of the first; those of other packs get all frames."""
-    import latent_preview
-    from comfy import latent_formats
-
-    form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()
-    previewer = latent_preview.get_previewer(latents.device, form)
-    if previewer is None:
-        return lambda latents: None
-    if type(previewer).__module__ != latent_preview.__name__:
-        return lambda latents: previewer.decode_latent_to_preview_image("JPEG", latents[None].float())
-
-    def middle(latents: Tensor) -> Picture | None:
-        place = latents.shape[1] // 2
-        return previewer.decode_latent_to_preview_image("JPEG", latents[None, :, place : place + 1].float())
-
-    return middle
+        if self._previewer is None:
+            form = latent_formats.Wan22() if latents.shape[0] == 48 else latent_formats.Wan21()
+            self._previewer = latent_preview.get_previewer(latents.device, form)
+        if self._previewer is None:
+            self._wanted = False
+            return None
+        # ComfyUI's own show the first frame of what they get, which is the given one in image to video.
+        own = type(self._previewer).__module__ == latent_preview.__name__
+        middle = latents.shape[1] // 2
+        video = latents[None, :, middle : middle + 1] if own else latents[None]
+        return self._previewer.decode_latent_to_preview_image("JPEG", video.float())
 
 
 class ComfyHost:

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.conditioning import Payload, Row, Step, Window
+from ..wanvideo.conditioning import Payload, Row, Step, Window, frames_at
 from ..wanvideo.config import WanConfig
 from ..wanvideo.frames import VAE_TIME_STRIDE
 from ..wanvideo.guidance import at_step, per_step
@@ -60,7 +60,7 @@ class HuMoConditions(Payload):
         places = (torch.tensor(window.latents) - window.leading).clamp(min=0)
         # No sound is behind a reference: a frame number far before the first gives zeros.
         heard = torch.where(places < self.cond.shape[2] - self.references, places, -AUDIO_WINDOW)
-        cond = self.cond[:, :, places]
+        cond = frames_at(places.tolist(), self.cond, "The latents of HuMoEmbeds")
         return HuMoWindow(
             audio=audio_windows(self.features, heard)[None],
             scale=torch.tensor(float(self.scale)),

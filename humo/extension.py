@@ -104,9 +104,14 @@ class HuMo(Extension):
         """Pictures behind the noise; a model without condition channels has them in the last frames of the noise.
 
         Where another system fills the channels (start pictures), the last frames of these are replaced. Raises
-        ValueError where the channels that are left do not fit.
+        ValueError where the channels that are left do not fit, or the size.
         """
         cond = self._pictures(payload, inputs.timestep).to(latents).expand(latents.shape[0], -1, -1, -1, -1)
+        if cond.shape[2:] != latents.shape[2:]:
+            raise ValueError(
+                f"The latents of HuMoEmbeds are {tuple(cond.shape[2:])} but the video's {tuple(latents.shape[2:])} "
+                "(frames, height, width): give both the same width, height and num_frames."
+            )
         noise, room = model.config.out_dim, model.config.in_dim - latents.shape[1]
         if room == cond.shape[1]:
             return torch.cat((latents, cond), dim=1)

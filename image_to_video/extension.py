@@ -12,10 +12,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.conditioning import Payload, Window, frames_at
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import ModelInputs
+
+PICTURES = "The latents of the encoded pictures"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ImageCondition(Payload):
     def window(self, window: Window) -> Self:
         """The frames of the window, of which the first is the video's first, or the window's own picture."""
         first = window.leading
-        cond, mask = self.cond[:, :, list(window.latents)], self.mask[:, :, list(window.latents)]
+        cond, mask = (frames_at(window.latents, part, PICTURES) for part in (self.cond, self.mask))
         mask[:, :, first] = self.mask[:, :, first]
         picture = self.cond[0, :, first] if window.picture is None else window.picture[:, 0].to(cond)
         cond[:, :, first] = picture
@@ -72,9 +74,14 @@ class ImageToVideo(Extension):
     def latents(self, model: WanModel, payload: ImageCondition, latents: Tensor, inputs: ModelInputs) -> Tensor:
         """Joins mask and pictures behind the noise; Fun models have no room for a mask and read the first frame only.
 
-        Raises ValueError where the channels that are left do not fit.
+        Raises ValueError where the channels that are left do not fit, or the pictures are of another size.
         """
         room = model.config.in_dim - latents.shape[1]
+        if payload.cond.shape[2:] != latents.shape[2:]:
+            raise ValueError(
+                f"{PICTURES} are {tuple(payload.cond.shape[2:])} but the video's are "
+                f"{tuple(latents.shape[2:])} (frames, height, width): encode them at its width, height and length."
+            )
         channels = torch.cat((payload.mask, payload.cond), dim=1)
         if room == payload.cond.shape[1]:
             channels = torch.cat((payload.cond[:, :, :1], torch.zeros_like(payload.cond[:, :, 1:])), dim=2)

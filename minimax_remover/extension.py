@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.conditioning import Payload, Window, frames_at
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import ModelInputs
@@ -31,7 +31,7 @@ class MaskedVideo(Payload):
 
     def window(self, window: Window) -> Self:
         """The frames of the window."""
-        return replace(self, channels=self.channels[:, :, list(window.latents)])
+        return replace(self, channels=frames_at(window.latents, self.channels, "The latents of MiniMax-Remover"))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Latents stay in float32 until the patch embedding reads them."""

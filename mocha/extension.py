@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.conditioning import Payload, Window, frames_at
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import ModelInputs, Tokens
@@ -37,8 +37,9 @@ class SubjectReplacement(Payload):
 
     def window(self, window: Window) -> Self | None:
         """The source's frames; the mask and the pictures are there in every window."""
-        places = list(window.video)
-        return replace(self, source=self.source[:, :, places]) if places else None
+        if not window.video:
+            return None
+        return replace(self, source=frames_at(window.video, self.source, "The latents of MoCha's input_video"))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Latents stay in float32 until the patch embedding reads them."""

@@ -54,7 +54,7 @@ def prepared(
     Raises ValueError without a first one, where sounds and masks do not fit, or a sound holds NaN.
     """
     if fps != TRAINED_FPS:
-        log.warning("The audio layers were trained at 25 fps; at %s the lips may drift.", fps)
+        log.warning("MultiTalk and InfiniteTalk were trained at 25 fps; at %s their lips may drift.", fps)
     given = {f"audio_{number}": audio for number, audio in enumerate(audios, 1) if audio is not None}
     if "audio_1" not in given:
         raise ValueError("audio_1 has no sound: choose a file that has some.")

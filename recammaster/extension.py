@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.conditioning import Payload, Window, frames_at
 from ..wanvideo.extension import Extension
 from ..wanvideo.families import Kind
 from ..wanvideo.modules.block import WanAttentionBlock
@@ -49,7 +49,8 @@ class CameraChange(Payload):
         places = list(window.video)
         if not places:
             return None
-        return replace(self, poses=self.poses[:, places], source=self.source[:, :, places])
+        source = frames_at(places, self.source, "The latents of ReCamMaster's source video")
+        return replace(self, poses=self.poses[:, places], source=source)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Latents and poses stay in float32 until the model's layers read them."""

@@ -228,13 +228,19 @@ def test_no_node_runs_with_a_number_that_is_none(host):
     refused = 0
     for name, entry, kind, least in numbers():
         node = N[name]
-        for value in (math.nan, math.inf, -math.inf, "8", *([-(10**400), -1] if least >= 0 else [])):
+        zero = [0] if 0 < least <= 1 else []
+        for value in (math.nan, math.inf, -math.inf, "8", *zero, *([-(10**400), -1] if least >= 0 else [])):
             sentence = rf"^{re.escape(node.DISPLAY_NAME)}: '{entry}' must be a .*\.$"
             with pytest.raises(ValueError, match=sentence) as told:
                 getattr(node(), node.FUNCTION)(**{entry: value})
             assert repr(value) in str(told.value) and ("whole" in str(told.value)) == (kind == "INT")
             refused += 1
     assert refused > 1500
+
+
+def test_a_video_without_pixels_is_refused(host):
+    with pytest.raises(ValueError, match="^A video cannot be 0x480 pixels large"):
+        N["WanVideoEmptyEmbeds"]().process(width=0, height=480, num_frames=9)
 
 
 def test_numbers_beyond_a_widgets_own_limits_may_be_linked(host):

@@ -184,6 +184,19 @@ def test_a_vae_may_read_more_of_samples_than_latents():
     torch.testing.assert_close(images, samples["shade"][0, :, 1:].movedim(0, -1).clamp(0, 1))
 
 
+def test_all_videos_of_a_batch_are_decoded(vae):
+    samples, decode = torch.randn(2, 16, 2, 4, 4), N["WanVideoDecode"]().decode
+    got, *each = (decode(vae, {"samples": part}, False, 272, 272, 144, 128)[0] for part in (samples, *samples[:, None]))
+    assert torch.equal(got, torch.cat(each)) and len(got) == 10 and not torch.equal(*each)
+
+
+@pytest.mark.parametrize("flags", [{"has_ref": 2}, {"trailing_latents": 3}, {"has_ref": 1, "extra_end_frame": True}])
+def test_references_alone_are_no_video(vae, flags):
+    samples = {"samples": torch.randn(1, 16, 2, 4, 4), **flags}
+    with pytest.raises(ValueError, match=r"^The samples have 2 latent frames, all of them references or an end image"):
+        N["WanVideoDecode"]().decode(vae, samples, False, 272, 272, 144, 128)
+
+
 @pytest.mark.parametrize("shade", [-1.0, 0.25])
 def test_a_video_of_one_colour_has_no_range_to_stretch(shade):
     class OneColour(WithoutModel):
@@ -288,6 +301,17 @@ def test_text_of_comfyui():
     (embeds,) = N["WanVideoTextEmbedBridge"]().process([[positive, {}]], [[negative, {}]])
     assert torch.equal(embeds.positive[0], positive[0]) and torch.equal(embeds.negative[0], negative[0])
     assert N["WanVideoTextEmbedBridge"]().process([[positive, {}]])[0].negative == ()
+
+
+def test_conditioning_of_no_prompt_is_refused_and_of_several_warned_of(caplog):
+    one, other = ([[torch.randn(1, 5, 8), {}]] for _ in range(2))
+    bridge = N["WanVideoTextEmbedBridge"]().process
+    for named in ({"positive": []}, {"positive": one, "negative": []}):
+        with pytest.raises(ValueError, match=f"^The conditioning at '{list(named)[-1]}' is empty"):
+            bridge(**named)
+    (embeds,) = bridge(one, other + one)
+    assert torch.equal(embeds.negative[0], other[0][0][0]) and len(embeds.negative) == 1
+    assert caplog.messages == ["Several prompts are combined at 'negative'; the first alone is read."]
 
 
 @pytest.mark.parametrize("how", ["average", "sum", "concat", "batch"])

@@ -6,13 +6,11 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import wanvideo_wrapper
 from wanvideo_wrapper.host import get_host
-from wanvideo_wrapper.host.comfy import ComfyProgress
 from wanvideo_wrapper.wanvideo.schedulers import get_scheduler, scheduler_list
 
 N = wanvideo_wrapper.NODE_CLASS_MAPPINGS
@@ -93,57 +91,3 @@ def test_schedules_are_those_of_the_scheduler_node(start):
         )
         assert torch.equal(schedule.sigmas, wired.sigmas) and (first, last) == (start, 5)
         assert torch.equal(timesteps, wired.timesteps) and len(timesteps) == 6 - start
-
-
-@pytest.fixture
-def previewing(monkeypatch):
-    """ComfyUI's modules with a get_previewer that gives `made`, which counts what it is asked for."""
-    formats = SimpleNamespace(Wan21=object, Wan22=object)
-    made, progress = [], SimpleNamespace(ProgressBar=lambda total: SimpleNamespace(update_absolute=lambda *told: None))
-    latent_preview = ModuleType("latent_preview")
-    latent_preview.get_previewer = lambda device, form: made.append(latent_preview.kind()) or made[-1]
-    for name, module in {
-        "latent_preview": latent_preview, "comfy": SimpleNamespace(latent_formats=formats, utils=progress),
-        "comfy.latent_formats": formats, "comfy.utils": progress,
-    }.items():  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)
-
-    def show(kind, *latents):
-        latent_preview.kind = kind
-        bar = ComfyProgress(9, "")
-        for done, part in enumerate(latents):
-            bar.update(done, preview=part)
-        return made
-
-    return show
-
-
-class Previewer:
-    def __init__(self):
-        self.seen = []
-
-    def decode_latent_to_preview_image(self, form, x0):
-        self.seen.append(x0)
-
-
-def test_a_previewer_of_another_pack_sees_every_frame_in_every_step(previewing):
-    """As that of ComfyUI-VideoHelperSuite, which animates them."""
-    latents = torch.randn(2, 16, 5, 4, 6)
-    (previewer,) = previewing(Previewer, *latents)
-    assert torch.equal(torch.cat(previewer.seen), latents)
-
-
-def test_comfyui_s_previewer_sees_the_middle_frame_as_the_first(previewing):
-    latents = torch.randn(16, 5, 4, 6)
-    (previewer,) = previewing(type("Own", (Previewer,), {"__module__": "latent_preview"}), latents)
-    assert torch.equal(previewer.seen[0], latents[None, :, 2:3])
-
-
-def test_a_previewer_that_fails_ends_no_run(previewing, caplog):
-    class Failing(Previewer):
-        def decode_latent_to_preview_image(self, form, x0):
-            super().decode_latent_to_preview_image(form, x0)
-            raise AttributeError("no client")
-
-    (previewer,) = previewing(Failing, *torch.randn(3, 16, 5, 4, 6))
-    assert len(previewer.seen) == 1 and caplog.messages == ["This run has no more previews: AttributeError: no client."]

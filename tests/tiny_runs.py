@@ -15,14 +15,14 @@ def prompt(seed):
 
 
 class Runs:
-    """Runs on one model, saved in `folder`; a context that holds its host."""
+    """Runs on one model, saved in `folder`; a context that holds its host. model: a tiny one, by default plain Wan."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, model=None):
+        self.folder, self.tiny = folder, model or tiny.transformer(in_dim=16)
 
     def __enter__(self):
         self.before = get_host()
-        tiny.transformer(in_dim=16).save(self.folder / "diffusion_models/t2v.safetensors")
+        self.tiny.save(self.folder / "diffusion_models/t2v.safetensors")
         set_host(StandaloneHost(models=self.folder, device="cpu"))
         load = N["WanVideoModelLoader"]().loadmodel
         (self.model,) = load("t2v.safetensors", "fp32", "offload_device", "disabled")

@@ -49,7 +49,7 @@ class WanVideoAddTTMLatents:
             raise ValueError(f"TTM's end_step ({end_step}) must come after start_step ({start_step}).")
         reference = reference_latents["samples"][0].float()
         factor = 16 if reference.shape[0] == CHANNELS_2_2 else 8
-        sides = mask.shape[1] // factor, mask.shape[2] // factor
+        sides = tuple(max(side // factor, 1) for side in mask.shape[1:])
         small = functional.interpolate(mask[None, ::VAE_TIME_STRIDE].float(), size=sides, mode="nearest")
         motion = TimeToMove(reference, small, start_step, end_step)
         return (replace(embeds, modifiers=(*embeds.modifiers, motion)),)

@@ -50,10 +50,12 @@ class Placed:
             free = free[free < count]
             if len(free):
                 frames[free] = _sized(self.control[free], width, height)
-        if self.inpaint is not None:
-            index = torch.arange(self.num_frames) % len(self.inpaint)
-            masks = masks * resize_masks(self.inpaint, width, height)[index]
-        return frames, masks
+        return frames, masks if self.inpaint is None else masks * self._inpainted(width, height)
+
+    def _inpainted(self, width: int, height: int) -> Tensor:
+        """The inpaint masks, one a frame."""
+        index = torch.arange(self.num_frames) % len(self.inpaint)
+        return resize_masks(self.inpaint, width, height)[index]
 
     def _places(self) -> list[tuple[Tensor, int]]:
         """Start and end pictures with the frame that their first one stands at."""
@@ -62,13 +64,14 @@ class Placed:
         return [*start, *([] if self.end is None else [(self.end, last - len(self.end) + 1)])]
 
     def _control_alone(self) -> tuple[Tensor, Tensor]:
-        """The control frames as they are, empty ones behind them; none of it is masked."""
+        """The control frames as they are, empty ones behind them; none of it is masked but by the inpaint masks."""
         if self.control is None:
             raise ValueError("There are no pictures: connect start_image, end_image or control_images.")
         frames = torch.full((self.num_frames, *self.control.shape[1:]), self.level)
         count = min(len(self.control), self.num_frames)
         frames[:count] = self.control[:count]
-        return frames, torch.zeros(frames.shape[:3])
+        height, width = frames.shape[1:3]
+        return frames, torch.zeros(frames.shape[:3]) if self.inpaint is None else self._inpainted(width, height)
 
 
 def _sized(images: Tensor, width: int, height: int) -> Tensor:

@@ -39,6 +39,12 @@ def warn_of_settings(request: SampleRequest) -> None:
             "video begins as noise and keeps some of it. Connect samples, or run all steps.",
             request.schedule.first_index, steps,
         )  # fmt: skip
+    samples = request.samples or {}
+    if samples.get("original_image") is not None and samples.get("noise_mask") is None:
+        log.warning(
+            "The sampler before painted within a mask, which does not come along with its samples: this one changes "
+            "the whole video. To keep the rest, connect Set Latent Noise Mask between the two."
+        )
     if request.cache is not None and steps < FEWEST_CACHED_STEPS:
         log.warning(
             "%s leaves out steps that differ little from the one before, and of %d steps none does: it brings nothing, "

@@ -99,6 +99,19 @@ class Window(NamedTuple):
         return (*(self.pixels[0],) * VAE_TIME_STRIDE * self.leading, *self.pixels)
 
 
+def frames_at(places: Sequence[int], frames: Tensor, what: str) -> Tensor:
+    """Those of frames [B, C, F, ...], which a system brings for the whole video, that are at these places.
+
+    Raises ValueError if there are fewer. what: their name in the message, in the plural.
+    """
+    count, needed = frames.shape[2], max(places, default=-1) + 1
+    if needed > count:
+        raise ValueError(
+            f"{what} have {count} frames but the video needs {needed} or more: give both the same number of frames."
+        )
+    return frames[:, :, list(places)]
+
+
 @dataclass(frozen=True)
 class Payload:
     """What a node emits for one system; all that sampler and windows know of it. Subclasses are frozen dataclasses.

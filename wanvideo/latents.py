@@ -57,10 +57,12 @@ def start_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def given_samples(samples: dict[str, object], shape: Sequence[int]) -> Tensor | None:
+def given_samples(samples: dict[str, object], shape: Sequence[int], ends: tuple[int, int] = (0, 0)) -> Tensor | None:
     """The latents of a LATENT as [C, F, H, W]; missing frames repeat the first one in front.
 
-    Returns None where the dict has none. Raises ValueError if the size does not fit.
+    ends: how many latents in front of the video and behind it are no part of it; the last frame stands for those
+    behind, where they are missing, so that the video keeps its place. Returns None where the dict has none. Raises
+    ValueError if the size does not fit.
     """
     found = samples.get("samples")
     if found is None:
@@ -75,8 +77,10 @@ def given_samples(samples: dict[str, object], shape: Sequence[int]) -> Tensor | 
             f"The samples are {tuple(found.shape)} but the sampler makes latents of shape {(1, *shape)}: use the same "
             "width, height, frame count and VAE for both."
         )
-    missing = frames - latents.shape[1]
-    return torch.cat([latents[:, :1].expand(-1, missing, -1, -1), latents], dim=1)
+    missing, (leading, trailing) = frames - latents.shape[1], ends
+    behind = max(min(missing - leading, trailing), 0)
+    first, last = (latents[:, place].unsqueeze(1) for place in (0, -1))
+    return torch.cat([first.expand(-1, missing - behind, -1, -1), latents, last.expand(-1, behind, -1, -1)], dim=1)
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
@@ -107,17 +111,18 @@ class Inpainting:
         return noised * keep + latents * (1 - keep)
 
 
-def change_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
+def change_mask(mask: Tensor, shape: Sequence[int], ends: tuple[int, int] = (0, 0)) -> Tensor:
     """A ComfyUI noise_mask, [n, H, W] or [n, 1, H, W] with 1 where to paint, as [1, F, H, W] of the latents.
 
-    Fewer masks than latent frames are repeated; sizes are interpolated.
+    Fewer masks than latent frames are repeated; sizes are interpolated. ends: as `given_samples`; masks are of the
+    video between, and what is at the ends is free.
     """
-    frames, height, width = shape[1:]
+    frames, height, width = shape[1] - sum(ends), *shape[2:]
     masks = mask.float().reshape(-1, *mask.shape[-2:])
     if masks.shape[0] < frames:
         masks = masks.repeat(frames // masks.shape[0], 1, 1)
     sized = functional.interpolate(masks[None, None], size=(frames, height, width), mode="trilinear")
-    return sized[0]
+    return functional.pad(sized[0], (0, 0, 0, 0, *ends), value=1.0)
 
 
 @dataclass(frozen=True)

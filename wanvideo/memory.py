@@ -150,7 +150,7 @@ def precision_of(model: WanModel, attention: Attention | None = None) -> Precisi
     """How the blocks of this model compute."""
     block = model.blocks[0]
     layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
-    rows = all_take_rows((*block.self_attn.readers(), *(m for m in block.ffn if isinstance(m, nn.Linear))))
+    rows = all_take_rows((*block.self_attn.readers(), *(m for m in block.ffn.modules() if isinstance(m, nn.Linear))))
     return Precision(
         itemsize=model.compute_dtype.itemsize,
         fp8_rows=rows,

@@ -70,6 +70,11 @@ class ImageEmbeds:
     modifiers: tuple[Modifier, ...] = ()
     loop: Loop | None = None
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """How many latents in front of the video and behind it are no part of it: references, and an end image."""
+        return self.leading_latents, self.trailing_latents + self.extra_end_frame
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:

@@ -214,7 +214,7 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
     samples = request.samples or {}
     if samples.get("generator_state") is not None:
         generator.set_state(samples["generator_state"])
-    given = given_samples(samples, shape)
+    given = given_samples(samples, shape, request.image.ends)
     hooks: list[LatentHook] = []
     original = None
     if given is not None:
@@ -222,7 +222,8 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
         if samples.get("noise_mask") is not None:
             original = samples.get("original_image")
             original = given if original is None else original
-            hooks.append(Inpainting(original, noise, change_mask(samples["noise_mask"], shape), schedule))
+            change = change_mask(samples["noise_mask"], shape, request.image.ends)
+            hooks.append(Inpainting(original, noise, change, schedule))
     frame_times: dict[int, float] = {}
     if request.image.given_latents:
         held = GivenLatents.placed(request.image.given_latents, shape)

@@ -102,8 +102,14 @@ def make_windows(
     """Make the windows that the footage does not have yet; returns its video. Frees the GPU in the end.
 
     frames: new frames [n, H, W, 3] in 0..1 of a window by its number, some at a time. spans: the frames that windows
-    sample. size: of the latents of a forward (frames, height, width). relay: for a footage that runs go on from.
+    sample. size: of the latents of a forward (frames, height, width). relay: for a footage that runs go on from. Raises
+    ValueError for the VAE of another model.
     """
+    if vae.latent_channels != request.model.config.out_dim:
+        raise ValueError(
+            f"The VAE makes latents of {vae.latent_channels} channels but the model predicts "
+            f"{request.model.config.out_dim}: connect the Wan 2.2 VAE for the 5B model, the Wan 2.1 VAE for the others."
+        )
     steps = len(request.schedule)
     request.model.try_attention(size, request.guidance.most_passes(steps))
     footage = request.model.transformer.ranks.writer(footage)

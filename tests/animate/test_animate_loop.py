@@ -159,6 +159,13 @@ def test_what_does_not_fit_is_refused_before_work(options, says, parts, seen):
     assert not seen
 
 
+def test_the_vae_of_another_model_is_refused_before_work(parts, seen, monkeypatch):
+    monkeypatch.setattr(type(parts[1]), "latent_channels", 48)
+    with pytest.raises(ValueError, match="^The VAE makes latents of 48 channels but the model predicts 16"):
+        sample(request_of(parts), HOST)
+    assert not seen
+
+
 def test_the_last_window_may_reach_behind_what_a_system_brings(parts):
     """20 frames in three windows of 9: of five latents and the reference, seven would be read."""
     render = Uni3CArgs(None, rand(1, 16, 6, 4, 4))
@@ -200,6 +207,15 @@ def test_the_node_makes_a_short_video_or_a_loop(parts):
             process(*sizes, **options)
     with pytest.raises(ValueError, match="5 or more"):
         process(vae, SIDE, SIDE, 13, True, 3, "mkl", 1.0, 1.0, ref_images=picture)
+
+
+def test_videos_that_end_before_the_new_one_are_told(parts, caplog):
+    sizes = (parts[1], SIDE, SIDE, 9, True, 77, "disabled", 1.0, 1.0)
+    still, short, whole = (torch.rand(count, 32, 32, 3) for count in (1, 5, 9))
+    given = {"pose_images": short, "bg_images": still, "face_images": whole}
+    N["WanVideoAnimateEmbeds"]().process(*sizes, ref_images=still, **given)
+    (line,) = caplog.messages
+    assert line.startswith("pose_images has 5 frames, and the video 9: it runs back and forth.")
 
 
 def test_a_short_video_is_sampled_and_decoded_without_its_reference(parts):

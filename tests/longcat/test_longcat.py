@@ -5,6 +5,8 @@ import torch
 from contract import HEIGHT, WIDTH, build, inputs
 from float64_longcat import CONFIG, FRAMES, GRID, ExactLongCat, all_seen
 from float64_wan import places, relative
+from tiny_runs import Runs
+from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.longcat.extension import LongCat
 from wanvideo_wrapper.longcat.given import GivenFrames
 from wanvideo_wrapper.wanvideo.conditioning import Window
@@ -48,6 +50,13 @@ def test_a_reference_is_apart_and_has_a_place_in_the_video():
     positions = places((9,), *map(range, GRID[1:])) + places(range(FRAMES - 1), *map(range, GRID[1:]))
     want = ExactLongCat(model).run(given.latents, given.timestep[0], text, 2, seen, positions)
     assert relative(model(given), want) < 1e-5
+
+
+def test_a_file_of_it_is_loaded_and_sampled(tmp_path):
+    with Runs(tmp_path, tiny.transformer(in_dim=16, extensions=(LongCat(width=16),))) as runs:
+        assert LongCat(width=16) in runs.model.transformer.extensions
+        one, other = (runs.sample(seed=seed) for seed in (1, 2))
+    assert one.isfinite().all() and not torch.equal(one, other)
 
 
 def test_a_video_of_given_frames_alone_and_a_part_of_one_are_refused():

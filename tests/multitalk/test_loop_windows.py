@@ -210,6 +210,16 @@ def test_what_later_windows_would_lack_is_told_before_the_first(parts, monkeypat
     assert not calls
 
 
+def test_the_vae_of_another_model_is_refused_before_the_first_window(parts, monkeypatch):
+    """As of the 5B model, whose latents are half as large."""
+    calls = []
+    monkeypatch.setattr(type(parts[1]), "latent_channels", 48)
+    monkeypatch.setattr(parts[1], "encode", lambda *_, **__: calls.append(1))
+    with pytest.raises(ValueError, match="^The VAE makes latents of 48 channels but the model predicts 16: connect"):
+        sample(request(parts), parts[2])
+    assert not calls
+
+
 def test_pictures_on_disk_replace_the_video(parts, tmp_path):
     asked = request(parts)
     loop = replace(asked.image.loop, output_path=str(tmp_path / "a" / "b"))

@@ -72,7 +72,8 @@ def test_what_does_not_fit_is_named():
         embeds(3, 3)
     with pytest.raises(ValueError, match="None of 6 steps"):
         sample(request(image=embeds(6, 7)), FakeHost())
-    for wrong in ({"reference": REFERENCE[:, :, :2]}, {"mask": MASK[:5]}, {"mask": MASK[:, :16]}):
+    masks = (MASK[:5], MASK[:, :16], MASK[:, :4, :6])
+    for wrong in ({"reference": REFERENCE[:, :, :2]}, *({"mask": mask} for mask in masks)):
         with pytest.raises(ValueError, match="same width, height and number of frames"):
             sample(request(image=embeds(0, 2, **wrong)), FakeHost())
 

@@ -215,6 +215,9 @@ def test_control_alone_is_left_as_it_is():
     frames, masks = placed(control_images=control)
     assert torch.equal(frames[:3], control) and (frames[3:] == 0.25).all() and not masks.any() and len(masks) == 8
     assert len(placed(frames=2, control_images=control)[0]) == 2
+    inpaint = torch.rand(2, 16, 24)
+    frames, masks = placed(control_images=control, inpaint_mask=inpaint)
+    assert torch.equal(frames[:3], control) and torch.equal(masks, inpaint.repeat(4, 1, 1))
 
 
 def test_other_sizes_are_resized_to_the_start_pictures():

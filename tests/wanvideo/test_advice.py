@@ -94,6 +94,14 @@ def test_a_run_that_begins_later_needs_something_to_begin_with(part, caplog):
     assert not warnings(caplog, schedule=schedule(**part), image=image)
 
 
+def test_a_second_sampler_goes_on_without_the_mask_of_the_first(caplog):
+    painted = {"samples": rand(1, *SHAPE), "original_image": rand(*SHAPE)}
+    (line,) = warnings(caplog, samples=painted)
+    assert line.startswith("The sampler before painted within a mask") and "Set Latent Noise Mask" in line
+    assert not warnings(caplog, samples={**painted, "noise_mask": torch.ones(1, 4, 6)})
+    assert not warnings(caplog, samples={**painted, "original_image": None})
+
+
 def test_the_sampler_says_it(caplog):
     sample(request(model_with(PUBLISHED[0]), cfg=3.0), FakeHost())
     assert "Set cfg to 1." in caplog.text

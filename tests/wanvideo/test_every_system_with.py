@@ -18,7 +18,9 @@ from wanvideo_wrapper.wanvideo.guidance import Conditions
 from wanvideo_wrapper.wanvideo.loading import quantizable
 from wanvideo_wrapper.wanvideo.lora import LoraFile
 from wanvideo_wrapper.wanvideo.lora.beside import beside
+from wanvideo_wrapper.wanvideo.memory import Work, footprint_of
 from wanvideo_wrapper.wanvideo.modules.model import WanModel
+from wanvideo_wrapper.wanvideo.sampling import whole_window
 from wanvideo_wrapper.wanvideo.tokens import ModelInputs
 from windowed import LEAST, blended, denoisers, windowed
 
@@ -102,6 +104,30 @@ def test_context_windows(case, model):
         )  # fmt: skip
         parts.append((window.latents, shares, model(given)[0]))
     torch.testing.assert_close(velocity(latents, time, step), blended(parts, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "windows"])
+@pytest.mark.parametrize("size", [(6, 4, 4), (3, 6, 4)], ids=["longer", "higher"])
+def test_a_video_of_another_size_runs_or_is_refused_in_a_sentence(case, model, size, whole):
+    """What was encoded for three latent frames of 4x4 meets another video: torch itself never has to refuse."""
+    video, leading = (case.video or case.payload).fitted(case.config), case.leading
+    latents, step = rand(16, *size, seed=2), Step(index=2, total=8, in_run=2)
+    try:
+        part = video.window(whole_window(size[0], leading)) if whole else video
+        conditions = Conditions(positive=rand(4, 8, seed=1), payloads=() if part is None else (part,))
+        make = denoisers(model)
+        denoiser = make(conditions) if whole else windowed(conditions, make, size=5, leading=leading)
+        velocity = denoiser(latents, torch.tensor(731.0), step)
+    except ValueError as error:
+        assert str(error).endswith(".")
+    else:
+        assert velocity.shape == latents.shape and velocity.isfinite().all()
+
+
+def test_its_memory_is_counted(model):
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert footprint_of(model, Work(12)).peak(0) > weights
 
 
 @torch.no_grad()

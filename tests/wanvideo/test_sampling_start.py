@@ -102,6 +102,30 @@ def test_an_inpainting_keeps_the_original_image_where_there_is_one():
         assert isinstance(hook, Inpainting) and torch.equal(hook.original, want) and torch.equal(start.original, want)
 
 
+END_IMAGE = ImageEmbeds(latent_shape=(16, 4, 4, 6), num_frames=9, extra_end_frame=True)
+
+
+@pytest.mark.parametrize(
+    ("image", "given", "first", "last"),
+    [(LONG, 15, 0, 0), (LONG, 10, 3, 2), (LONG, 8, 5, 2), (LONG, 12, 3, 0), (END_IMAGE, 3, 0, 1), (END_IMAGE, 2, 1, 1)],
+)
+def test_samples_of_the_video_alone_keep_their_place_between_references_and_end_image(image, given, first, last):
+    video = rand(1, 16, given, 4, 6, seed=3)
+    want = [0] * first + list(range(given)) + [given - 1] * last
+    assert torch.equal(started(request(image=image, samples={"samples": video})).latents, video[0, :, want])
+
+
+def test_a_mask_is_of_the_video_and_leaves_references_and_end_image_free():
+    change, mask = torch.rand(10, 4, 6), torch.zeros(1, 4, 6)
+    for image, masks, want in (
+        (LONG, change, torch.cat((torch.ones(3, 4, 6), change, torch.ones(2, 4, 6)))),
+        (END_IMAGE, mask, torch.cat((mask, mask, mask, torch.ones(1, 4, 6)))),
+    ):
+        samples = {"samples": rand(1, *image.latent_shape, seed=3), "noise_mask": masks}
+        (hook,) = started(request(image=image, samples=samples)).hooks
+        torch.testing.assert_close(hook.change, want[None])
+
+
 @dataclass(frozen=True)
 class Holds(Payload):
     needs: ClassVar[str] = "none"

@@ -309,10 +309,22 @@ def test_denoise_strength_needs_start_zero() -> None:
         make_schedule(spec("euler", denoise_strength=0.5, start_step=2))
 
 
-@pytest.mark.parametrize("options", [{"start_step": 4, "end_step": 4}, {"start_step": 9}, {"end_step": 0}])
+@pytest.mark.parametrize(
+    "options", [{"start_step": 4, "end_step": 4}, {"start_step": 9}, {"end_step": 0}, {"end_step": 1.0}]
+)
 def test_empty_ranges_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="start_step must come before end_step"):
         make_schedule(spec("unipc", **options))
+    with pytest.raises(ValueError, match=r"^denoise_strength 0.5 begins at step 3 of 8, behind end_step 2: raise one"):
+        make_schedule(spec("unipc", 8, denoise_strength=0.5, end_step=2))
+
+
+def test_a_sampler_above_a_noise_level_that_its_sigmas_never_reach_has_no_steps() -> None:
+    """Of two that share a boundary, the other one runs all of them."""
+    low = torch.tensor([0.8, 0.4, 0.0])
+    with pytest.raises(ValueError, match="No steps are left"):
+        make_schedule(spec("euler", sigmas=low, end_step=0.9))
+    assert torch.equal(make_schedule(spec("euler", sigmas=low, start_step=0.9)).sigmas, low)
 
 
 @pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - FIXED))

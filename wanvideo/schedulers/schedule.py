@@ -136,6 +136,11 @@ def make_schedule(spec: ScheduleSpec) -> Schedule:
     start = _start(spec, grid, last)
     stop = _stop(spec, grid)
     if start >= stop:
+        if spec.denoise_strength < 1:
+            raise ValueError(
+                f"denoise_strength {spec.denoise_strength} begins at step {start} of {len(grid)}, behind end_step "
+                f"{spec.end_step}: raise one of them."
+            )
         raise ValueError(
             f"No steps are left between start_step {spec.start_step} and end_step {spec.end_step} of {len(grid)} "
             "steps; start_step must come before end_step."
@@ -190,5 +195,5 @@ def _start(spec: ScheduleSpec, grid: Grid, last: float) -> int:
 def _stop(spec: ScheduleSpec, grid: Grid) -> int:
     if isinstance(spec.end_step, float):
         above = np.flatnonzero(grid > spec.end_step)
-        return int(above[-1]) + 1 if len(above) else len(grid)
+        return int(above[-1]) + 1 if len(above) else 0
     return len(grid) if spec.end_step < 0 else min(spec.end_step, len(grid))
