@@ -108,7 +108,7 @@ class WanVideoSetRadialAttention:
                 ),
                 "dense_blocks": (
                     "INT",
-                    {"default": 1, "min": 0, "max": 40, "step": 1, "tooltip": "The first blocks are dense"},
+                    {"default": 1, "min": 0, "max": 40, "step": 1, "tooltip": "So many first blocks are dense"},
                 ),
                 "dense_vace_blocks": (
                     "INT",
@@ -136,7 +136,7 @@ class WanVideoSetRadialAttention:
         self,
         model: WanVideoModel,
         dense_attention_mode: str,
-        dense_blocks: int,
+        dense_blocks: int | Sequence[int],
         dense_vace_blocks: int,
         dense_timesteps: int,
         decay_factor: float,
@@ -145,7 +145,8 @@ class WanVideoSetRadialAttention:
         """The same model with these settings."""
         settings = RadialSettings(
             dense=dense_attention_mode,
-            dense_blocks=dense_blocks,
+            # A number of first blocks, or which ones, from WanVideo Block List.
+            dense_blocks=frozenset(range(dense_blocks) if isinstance(dense_blocks, int) else dense_blocks),
             dense_steps=dense_timesteps,
             decay=decay_factor,
             block=block_size,

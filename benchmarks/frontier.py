@@ -145,7 +145,8 @@ def radial(talker: Talker) -> dict[str, tuple[Talker, float]]:
     tokens = GRID[0] * GRID[1] * GRID[2]
     made_by, model = {}, talker.model
     for steps, blocks, decay in ((0, 0, 0.2), (3, 1, 0.2), (3, 1, 1.0), (6, 2, 0.2), (9, 3, 0.2)):
-        settings = RadialSettings(dense="sdpa", dense_blocks=blocks, dense_steps=steps, decay=decay, block=BLOCK)
+        dense = {"dense": "sdpa", "dense_blocks": frozenset(range(blocks)), "dense_steps": steps}
+        settings = RadialSettings(**dense, decay=decay, block=BLOCK)
         plan = with_radial(model.attention, settings, model.attention_spec)
         other = object.__new__(Talker)
         other.__dict__.update(talker.__dict__, model=replace(model, attention=plan))

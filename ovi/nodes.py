@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from ..host import get_host
 from ..node_tools import DTYPES, Inputs, Latent, files, mappings
+from ..wanvideo.guidance import per_step
 from ..wanvideo.request import TextEmbeds
 from .run import SOUND
 from .sound import SAMPLE_RATE, SoundVae, load_sound_vae
@@ -131,7 +133,8 @@ class WanVideoOviCFG:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        scale = {"default": 3.0, "min": 0.0, "max": 100.0, "step": 0.01, "tooltip": "In the place of cfg; 3 is usual"}
+        tip = "In the place of cfg; 3 is usual, or a list with one value a step"
+        scale = {"default": 3.0, "min": 0.0, "max": 100.0, "step": 0.01, "tooltip": tip}
         avoid = "What the sound avoids, as the positive prompt of its embeds: 'robotic, muffled, echo, distorted'"
         return {
             "required": {
@@ -144,7 +147,7 @@ class WanVideoOviCFG:
     def process(
         self,
         original_text_embeds: TextEmbeds,
-        ovi_audio_cfg: float,
+        ovi_audio_cfg: float | Sequence[float],
         ovi_negative_text_embeds: TextEmbeds | None = None,
     ) -> tuple[TextEmbeds]:
         """The embeds with guidance of the sound in the place of any before."""
@@ -153,7 +156,7 @@ class WanVideoOviCFG:
             log.info("WanVideoOviCFG: the sound has no prompt to avoid; it is guided by what the video avoids alone.")
             avoided = original_text_embeds
         others = tuple(p for p in original_text_embeds.payloads if not isinstance(p, OviText))
-        text = OviText(avoided.positive, ovi_audio_cfg)
+        text = OviText(avoided.positive, per_step(ovi_audio_cfg))
         return (replace(original_text_embeds, payloads=(*others, text)),)
 
 

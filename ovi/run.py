@@ -44,7 +44,7 @@ class SoundRun(Modifier):
         generator = torch.Generator().manual_seed(request.seed)
         start_noise(noise_shape(request.image, request.model.config), generator)
         guidance = request.find(OviText)
-        stream = SoundStream(self._start(request, generator), scale=None if guidance is None else guidance.scale)
+        stream = SoundStream(self._start(request, generator), scales=None if guidance is None else guidance.scales)
         sound = OviSound(stream, None if guidance is None else guidance.negative)
         if guidance is not None:
             others = tuple(payload for payload in request.text.payloads if not isinstance(payload, OviText))
@@ -100,7 +100,7 @@ class SoundSteps(Modifier):
         """The video's guidance, and the sound's beside it."""
 
         def both(rows: Sequence[Row], predictions: Sequence[Tensor], step: Step) -> Tensor:
-            self.stream.guide(rows)
+            self.stream.guide(rows, step)
             return combine(rows, predictions, step)
 
         return both

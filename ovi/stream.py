@@ -8,8 +8,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from ..wanvideo.conditioning import EVERYTHING, Payload, Row, Window
-from ..wanvideo.guidance import NO_TEXT
+from ..wanvideo.conditioning import EVERYTHING, Payload, Row, Step, Window
+from ..wanvideo.guidance import NO_TEXT, at_step
 
 # From this text scale on, sound that has no scale of its own follows the text one lower.
 HIGH_SCALE, LOWERED = 4.0, 1.0
@@ -19,25 +19,26 @@ HIGH_SCALE, LOWERED = 4.0, 1.0
 class SoundStream:
     """Latents of sound on their way through a run.
 
-    audio [L, channels] float32. scale: of the prompt for sound; None follows that of the video. velocities: the
-    predictions [B, L, channels] of the latest passes, by what they went without. velocity [L, channels]: guided, of
-    this step; None where no pass ran. steps: taken so far.
+    audio [L, channels] float32. scales: of the prompt for sound, one a step; None follows that of the video.
+    velocities: the predictions [B, L, channels] of the latest passes, by what they went without. velocity [L,
+    channels]: guided, of this step; None where no pass ran. steps: taken so far.
     """
 
     audio: Tensor
-    scale: float | None = None
+    scales: tuple[float, ...] | None = None
     velocities: dict[frozenset[str], Tensor] = field(default_factory=dict)
     velocity: Tensor | None = None
     steps: int = 0
 
-    def guide(self, rows: Sequence[Row]) -> None:
+    def guide(self, rows: Sequence[Row], step: Step) -> None:
         """The velocity of the passes of this step, with the sound's own scale where there are two."""
         weights = {row.without: row.weight for row in rows}
         if set(weights) == {EVERYTHING, NO_TEXT}:
             text = weights[EVERYTHING]
-            scale = self.scale
-            if scale is None:
+            if self.scales is None:
                 scale = text - LOWERED if text > HIGH_SCALE else text
+            else:
+                scale = at_step(self.scales, step)
             weights = {EVERYTHING: scale, NO_TEXT: 1.0 - scale}
         self.velocity = sum(weight * self.velocities[names][0] for names, weight in weights.items())
 
@@ -74,9 +75,9 @@ class OviSound(Payload):
 
 @dataclass(frozen=True)
 class OviText(Payload):
-    """Guidance of the sound, as its node gives it to text embeds. negative, scale: as in OviSound and SoundStream."""
+    """Guidance of the sound, as its node gives it to text embeds. negative, scales: as in OviSound and SoundStream."""
 
     negative: tuple[Tensor, ...]
-    scale: float
+    scales: tuple[float, ...]
     needs: ClassVar[str] = "This model makes no sound, so that WanVideoOviCFG has no effect."
     optional: ClassVar[bool] = True

@@ -41,14 +41,15 @@ class WanVideoAddPusaNoise:
     def add(
         self, embeds: ImageEmbeds, noise_multipliers: float | Sequence[float], noisy_steps: int
     ) -> tuple[ImageEmbeds]:
-        """The embeds with noise on given frames. Raises ValueError for parts above 1."""
+        """The embeds with noise on given frames, in the place of earlier noise. Raises ValueError for parts above 1."""
         parts = per_step(noise_multipliers)
         if not all(0 <= part <= 1 for part in parts):
             raise ValueError(
                 f"noise_multipliers are parts of a step's noise, 0 to 1, but one is {max(parts, key=abs):g}: a frame "
                 "cannot be noisier than the video."
             )
-        return (replace(embeds, modifiers=(*embeds.modifiers, FrameNoise(parts, noisy_steps))),)
+        others = tuple(modifier for modifier in embeds.modifiers if not isinstance(modifier, FrameNoise))
+        return (replace(embeds, modifiers=(*others, FrameNoise(parts, noisy_steps))),)
 
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoAddPusaNoise)

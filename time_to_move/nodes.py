@@ -44,7 +44,7 @@ class WanVideoAddTTMLatents:
     def add(
         self, embeds: ImageEmbeds, reference_latents: Latent, mask: Tensor, start_step: int, end_step: int
     ) -> tuple[ImageEmbeds]:
-        """The embeds with the reference. Raises ValueError for steps in the wrong order."""
+        """The embeds with this reference alone. Raises ValueError for steps in the wrong order."""
         if end_step <= start_step:
             raise ValueError(f"TTM's end_step ({end_step}) must come after start_step ({start_step}).")
         reference = reference_latents["samples"][0].float()
@@ -52,7 +52,8 @@ class WanVideoAddTTMLatents:
         sides = tuple(max(side // factor, 1) for side in mask.shape[1:])
         small = functional.interpolate(mask[None, ::VAE_TIME_STRIDE].float(), size=sides, mode="nearest")
         motion = TimeToMove(reference, small, start_step, end_step)
-        return (replace(embeds, modifiers=(*embeds.modifiers, motion)),)
+        others = tuple(modifier for modifier in embeds.modifiers if not isinstance(modifier, TimeToMove))
+        return (replace(embeds, modifiers=(*others, motion)),)
 
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(WanVideoAddTTMLatents)

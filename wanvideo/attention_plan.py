@@ -113,10 +113,10 @@ def plan_for(name: str, spec: AttentionSpec) -> AttentionPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RadialSettings:
-    """Settings of WanVideoSetRadialAttention. dense: the option of the first blocks and the first steps of a run."""
+    """Settings of WanVideoSetRadialAttention. dense: the option of these blocks and of the first steps of a run."""
 
     dense: str
-    dense_blocks: int
+    dense_blocks: frozenset[int]
     dense_steps: int
     decay: float
     block: int
@@ -144,7 +144,7 @@ def with_radial(plan: AttentionPlan, settings: RadialSettings, spec: AttentionSp
         dense = AttentionPlan(main=replace(sparse, everything=True))
     else:
         dense = plan_for(settings.dense, spec)
-    blocks = Rule(plan=dense, blocks=frozenset(range(settings.dense_blocks)), radial=True)
+    blocks = Rule(plan=dense, blocks=settings.dense_blocks, radial=True)
     steps = Rule(plan=dense, steps=(0, settings.dense_steps), radial=True)
     return AttentionPlan(main=sparse, rules=(*rules, blocks, steps))
 

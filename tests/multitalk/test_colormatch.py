@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from wanvideo_wrapper.multitalk.colormatch import METHODS, hm, match_colors, mkl, mvgd, reinhard
+from wanvideo_wrapper.multitalk.colormatch import METHODS, hm, match_colors, reinhard
 
 
 def picture(seed, shape=(40, 50, 3)):
@@ -12,19 +12,13 @@ def picture(seed, shape=(40, 50, 3)):
     return generator.normal(size=shape) @ mixing + generator.uniform(0.3, 0.7, 3)
 
 
-@pytest.mark.parametrize("method", [mkl, mvgd])
+@pytest.mark.parametrize("method", ["mkl", "mvgd"])
 def test_mean_and_covariance(method):
     source, reference = picture(1), picture(2, (30, 20, 3))
-    got = method(source, reference).reshape(-1, 3)
+    got = METHODS[method](source, reference).reshape(-1, 3)
     want = reference.reshape(-1, 3)
     np.testing.assert_allclose(got.mean(0), want.mean(0), atol=1e-8)
     np.testing.assert_allclose(np.cov(got, rowvar=False), np.cov(want, rowvar=False), atol=1e-6)
-
-
-def test_mkl_moves_colours_less_than_mvgd():
-    source, reference = picture(3), picture(4)
-    moved = [np.square(method(source, reference) - source).mean() for method in (mkl, mvgd)]
-    assert moved[0] <= moved[1]
 
 
 def test_histograms():

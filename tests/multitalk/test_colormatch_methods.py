@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from wanvideo_wrapper.multitalk.colormatch import METHODS, match_colors, mkl, mvgd, reinhard
+from wanvideo_wrapper.multitalk.colormatch import METHODS, match_colors, reinhard
 
 
 def colours(generator, shape=(48, 40, 3), low=0.25, high=0.75):
@@ -54,15 +54,12 @@ def affine_part(method, source, reference):
     return (placed[1:] - placed[0]).T
 
 
-def test_mkl_is_the_symmetric_positive_map(pair):
-    matrix = affine_part(mkl, *pair)
+@pytest.mark.parametrize("method", ["mkl", "mvgd"])
+def test_gaussians_are_matched_by_the_symmetric_positive_map(method, pair):
+    """mvgd, too: color-matcher 0.6.0 gave both alike when it was called as node packs call it."""
+    matrix = affine_part(METHODS[method], *pair)
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-6)
     assert np.linalg.eigvalsh((matrix + matrix.T) / 2).min() > 0
-
-
-def test_mvgd_is_the_triangular_map(pair):
-    matrix = affine_part(mvgd, *pair)
-    assert np.abs(np.triu(matrix, 1)).max() < 1e-6 and np.diag(matrix).min() > 0
 
 
 @pytest.mark.parametrize("method", ["hm", "hm-mvgd-hm", "hm-mkl-hm"])

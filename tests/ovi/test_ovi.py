@@ -15,7 +15,7 @@ from wanvideo_wrapper.ovi.extension import FusedText, Ovi
 from wanvideo_wrapper.ovi.stream import OviSound, OviText, SoundStream
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.slg.extension import SkippedBlocks
-from wanvideo_wrapper.wanvideo.conditioning import Row, Window
+from wanvideo_wrapper.wanvideo.conditioning import Row, Step, Window
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.request import TextEmbeds
@@ -75,14 +75,14 @@ def test_lengths_hide_what_stands_behind_them():
 
 
 @pytest.mark.parametrize(
-    ("text", "own", "want"), [(5.0, None, 4.0), (4.0, None, 4.0), (5.0, 3.0, 3.0), (0.5, 7.0, 7.0)]
+    ("text", "own", "want"), [(5.0, None, 4.0), (4.0, None, 4.0), (5.0, (3.0,), 3.0), (0.5, (9.0, 7.0, 8.0), 7.0)]
 )
 def test_sound_has_a_scale_of_its_own(text, own, want):
     cond, uncond = torch.randn(1, 4, 20), torch.randn(1, 4, 20)
     stream = SoundStream(torch.randn(4, 20), own, {frozenset(): cond, NO_TEXT: uncond})
-    stream.guide((Row(text), Row(1 - text, NO_TEXT)))
+    stream.guide((Row(text), Row(1 - text, NO_TEXT)), Step(in_run=1))
     torch.testing.assert_close(stream.velocity, (uncond + want * (cond - uncond))[0])
-    stream.guide((Row(1.0),))
+    stream.guide((Row(1.0),), Step())
     assert torch.equal(stream.velocity, cond[0])
 
 
@@ -212,9 +212,9 @@ def test_guidance_of_sound_on_a_model_without_it_says_so(models, caplog):
 
 def test_the_node_of_guidance(caplog):
     text = embeds(3.0, negative=False)
-    assert text.payloads == (OviText(text.positive, 3.0),)
-    (again,) = N["WanVideoOviCFG"]().process(text, 5.0)
-    assert [p.scale for p in again.payloads] == [5.0]
+    assert text.payloads == (OviText(text.positive, (3.0,)),)
+    (again,) = N["WanVideoOviCFG"]().process(text, [5.0, 2.0])
+    assert [p.scales for p in again.payloads] == [(5.0, 2.0)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.sm89])])

@@ -75,3 +75,5 @@ def test_what_does_not_fit_is_named(caplog):
     sample(request(image=embeds(0.2, given=()), schedule=schedule("flowmatch_pusa")), FakeHost())
     assert "has no effect" in caplog.text
     assert embeds(0.2).modifiers == (FrameNoise((0.2,), -1),)
+    (again,) = N["WanVideoAddPusaNoise"]().add(embeds(0.2), 0.6, 3)
+    assert again.modifiers == (FrameNoise((0.6,), 3),)

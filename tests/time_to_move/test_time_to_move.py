@@ -82,3 +82,10 @@ def test_latents_of_the_other_vae_are_half_as_large():
     image = embeds(0, 2, reference=rand(1, 48, 3, 2, 3), mask=MASK)
     assert image.modifiers[0].mask.shape == (1, 3, 2, 3)
     assert torch.equal(image.modifiers[0].mask[0, 1], MASK[4, ::16, ::16])
+
+
+def test_a_second_node_takes_the_place_of_the_first():
+    mask = torch.ones(9, 32, 48)
+    (again,) = N["WanVideoAddTTMLatents"]().add(embeds(1, 4), {"samples": REFERENCE}, mask, 2, 5)
+    (motion,) = again.modifiers
+    assert (motion.start_step, motion.end_step) == (2, 5)

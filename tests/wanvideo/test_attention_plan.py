@@ -142,6 +142,8 @@ def test_radial_node(asked):
     assert names(sparse.attention, Step(in_run=1), 3) == ["sdpa"] * 3
     first, second, third = sparse.attention.at(Step(in_run=2), GRID, 3)
     assert first.name == "sdpa" and second == third == RadialAttention(GRID, 0.4, 64)
+    (listed,) = set_radial(model, "sdpa", N["WanVideoBlockList"]().create_list("0, 2")[0], 1, 2, 0.4, 64)
+    assert names(listed.attention, Step(in_run=2), 3) == ["sdpa", "radial_sage_attention", "sdpa"]
     (same,) = set_radial(model, "sparse_sage_attention", 1, 1, 0, 0.4, 64)
     first, second, _ = same.attention.at(Step(), GRID, 3)
     assert first.everything and not second.everything
