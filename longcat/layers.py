@@ -6,8 +6,6 @@ files. Shapes: B batch, L tokens, C channels, E channels of the time embedding, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +16,6 @@ from ..wanvideo.config import WanConfig
 from ..wanvideo.modules.attention import WanSelfAttention, WanT2VCrossAttention
 from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import Head, HeadRMSNorm
-from ..wanvideo.shard import Shard
 from ..wanvideo.tokens import BlockInputs
 
 
@@ -71,6 +68,8 @@ class Modulation(nn.Sequential):
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
 
+    hidden_layers = 2
+
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = (
@@ -84,19 +83,19 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """[..., C] -> [..., C]."""
         shared = shared_input(x, self.w1, self.w3)
-        return self.w2(F.silu(self.w1(shared)) * self.w3(shared))
+        # In place: the two are the largest tensors of a forward.
+        return self.w2(F.silu(self.w1(shared), inplace=True).mul_(self.w3(shared)))
 
 
 class LongCatSelfAttention(WanSelfAttention):
     """Attention of all video tokens to each other, with norms of each head."""
 
+    # Kernels that norm queries and keys norm all heads at once. v, q, and k before its norm, behind it, and placed.
+    fusible, projections = False, 5
+
     def __init__(self, config: WanConfig, attention: Attention) -> None:
         super().__init__(config, attention)
         self.norm_q, self.norm_k = (HeadRMSNorm(config.head_dim, config.eps) for _ in range(2))
-
-    def _fused(self, attention: Attention, shard: Shard, *, rows: bool) -> Callable[..., Tensor | Fp8Rows] | None:
-        """None: kernels that norm queries and keys norm all heads at once."""
-        return None
 
 
 class LongCatCrossAttention(WanT2VCrossAttention):

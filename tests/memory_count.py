@@ -89,7 +89,8 @@ def quantize_blocks(model):
         for name, layer in list(stack.named_modules()):
             if type(layer) is nn.Linear:
                 parent, _, leaf = name.rpartition(".")
-                made = Fp8MatmulLinear.quantize(layer.weight.detach(), layer.bias.detach(), torch.float8_e4m3fn)
+                bias = None if layer.bias is None else layer.bias.detach()
+                made = Fp8MatmulLinear.quantize(layer.weight.detach(), bias, torch.float8_e4m3fn)
                 setattr(stack.get_submodule(parent), leaf, made)
 
 
@@ -111,9 +112,12 @@ def give_fake_weights(model):
     return list(model.parameters())
 
 
-def peaks(monkeypatch, size, *, extensions=(), payloads=lambda: (), in_dim=16, attention=None, fp8=True, spare=True):
+def peaks(
+    monkeypatch, size, *, extensions=(), payloads=lambda: (), in_dim=16, attention=None, fp8=True, spare=True,
+    sizes=SIZES,
+):  # fmt: skip
     """Bytes of activations at the peak, and of all parameters that are outside blocks, and of one block."""
-    model = shapes_of(WanConfig(**SIZES, in_dim=in_dim), extensions, attention=attention, fp8=fp8)
+    model = shapes_of(WanConfig(**sizes, in_dim=in_dim), extensions, attention=attention, fp8=fp8)
     block = sum(-(-p.nbytes // 256) * 256 for p in model.blocks[0].parameters())
     with weightless(monkeypatch), LiveBytes() as live:
         live.ignore(give_fake_weights(model))
@@ -127,7 +131,7 @@ def peaks(monkeypatch, size, *, extensions=(), payloads=lambda: (), in_dim=16, a
             model(given)
     blocks = sum(p.nbytes for stack in model.stacks().values() for p in stack.parameters())
     outside = sum(p.nbytes for p in model.parameters()) - blocks
-    return live.peak - start, outside, block, frames * height * width // 4 * SIZES["dim"] * 2
+    return live.peak - start, outside, block, frames * height * width // 4 * sizes["dim"] * 2
 
 
 def talking(size):

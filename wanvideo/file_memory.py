@@ -16,7 +16,7 @@ from .config import WanConfig
 from .host_slabs import padded_bytes
 from .load_plan import LoadOptions, contents
 from .loading import parameter_dtype, quantizable
-from .memory import SLABS, Beside, Footprint, Precision, Work, footprint
+from .memory import SLABS, Beside, Footprint, Precision, Work, footprint, held
 from .modules.model import WanModel
 from .quantization import NVFP4, QUANTIZATIONS, STORED_AS
 
@@ -59,7 +59,7 @@ def config_and_footprint(
         for stack, blocks in model.stacks().items()
         for index, block in enumerate(blocks)
     ]
-    outside, precision = sum(sizes.values()) - sum(blocks), _precision(checkpoint, options)
+    outside, precision = sum(sizes.values()) - sum(blocks), _precision(model, checkpoint, options)
     return config, footprint(config, blocks, outside, work=work, precision=precision)
 
 
@@ -125,7 +125,7 @@ def _gguf_bits(form: str) -> float:
     return 8 * size / values
 
 
-def _precision(checkpoint: Checkpoint, options: LoadOptions) -> Precision:
+def _precision(model: WanModel, checkpoint: Checkpoint, options: LoadOptions) -> Precision:
     option = QUANTIZATIONS[options.quantization]
     stored = {form.split()[0] for name, form in checkpoint.formats.items() if name.startswith("blocks.")}
     few_bits = option.storage is not None or bool(stored & STORED_AS.keys())
@@ -133,5 +133,5 @@ def _precision(checkpoint: Checkpoint, options: LoadOptions) -> Precision:
         itemsize=options.base_dtype.itemsize,
         fp8_rows=option.fast,
         expands=few_bits and not option.fast,
-        fused=BACKENDS[options.attention_mode].fused,
+        **held(model, fused=BACKENDS[options.attention_mode].fused),
     )

@@ -49,13 +49,16 @@ class Precision:
     """How blocks compute. itemsize: bytes of a residual stream's value; fp8_rows: linear layers read FP8 rows.
 
     expands: a stored weight becomes one in base precision for its product; fused: attention takes q and k as the linear
-    layers give them, one after the other, in 8 bits.
+    layers give them, one after the other, in 8 bits. projections, hidden_layers: how many tensors of q's size there are
+    at once otherwise, and of the feed-forward's hidden layer.
     """
 
     itemsize: int = 2
     fp8_rows: bool = False
     expands: bool = False
     fused: bool = False
+    projections: int = 4
+    hidden_layers: int = 1
 
 
 class Beside(NamedTuple):
@@ -110,14 +113,16 @@ def activations(config: WanConfig, work: Work, precision: Precision, at_once: in
     The largest of three moments. Self-attention: the residual stream, its normalized form, and q, k, v with the result
     or, in 8 bits, the last of them in 16. GELU and second product of the feed-forward, for all tokens or for a piece:
     the stream before and behind self-attention, what goes in, and the hidden layer before and behind its GELU (once
-    where the first product applies it), or the hidden layer and what comes out.
+    where the first product applies it, both where one gates the other), or the hidden layer and what comes out.
     """
     values, size = work.tokens * work.batch * config.dim, precision.itemsize
     read = 1 if precision.fp8_rows else size
-    attention = values * (size + read + (2.5 + size if precision.fused else 4 * size))
+    attention = values * (size + read + (2.5 + size if precision.fused else precision.projections * size))
     piece = min(at_once or math.inf, work.tokens * work.batch)
     within = size == 2 and not (precision.fp8_rows or precision.expands)
-    gelu = config.dim * read + config.ffn_dim * (size if within else size + read)
+    hidden = size if within else size + read
+    hidden = hidden if precision.hidden_layers == 1 else precision.hidden_layers * size
+    gelu = config.dim * read + config.ffn_dim * hidden
     out = config.dim * (read + size) + config.ffn_dim * read
     # In pieces: the result of all, and that of the piece before.
     stream, before = (3, config.dim * size) if at_once else (2, 0)
@@ -155,8 +160,18 @@ def precision_of(model: WanModel, attention: Attention | None = None) -> Precisi
         itemsize=model.compute_dtype.itemsize,
         fp8_rows=rows,
         expands=not rows and any(isinstance(layer, QuantizedLinear) for layer in layers),
-        fused=isinstance(attention, FusedAttention),
+        **held(model, fused=isinstance(attention, FusedAttention)),
     )
+
+
+def held(model: WanModel, *, fused: bool) -> dict[str, int | bool]:
+    """What layers of a block hold at once, as fields of Precision. fused: attention would take q and k as they come."""
+    attention, ffn = model.blocks[0].self_attn, model.blocks[0].ffn
+    return {
+        "fused": fused and attention.fusible,
+        "projections": attention.projections,
+        "hidden_layers": getattr(ffn, "hidden_layers", Precision.hidden_layers),
+    }
 
 
 def slab_bytes(tensors: Iterable[Tensor]) -> int:

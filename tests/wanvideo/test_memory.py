@@ -3,9 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from memory_count import GOALS, ROUTES, SIZES, peaks
+from memory_count import GOALS, ROUTES, SIZES, peaks, shapes_of
+from wanvideo_wrapper.longcat.extension import LongCat
 from wanvideo_wrapper.wanvideo.config import WanConfig
-from wanvideo_wrapper.wanvideo.memory import AT_ONCE, WORKSPACES, Beside, Footprint, Precision, Work, activations
+from wanvideo_wrapper.wanvideo.memory import (
+    AT_ONCE,
+    WORKSPACES,
+    Beside,
+    Footprint,
+    Precision,
+    Work,
+    activations,
+    held,
+)
 
 
 @pytest.mark.parametrize("spare", [True, False], ids=["pieces", "whole"])
@@ -15,6 +25,19 @@ def test_activations_are_what_is_counted(name, route, spare, monkeypatch):
     size, more, _ = GOALS[name]
     counted, *_ = peaks(monkeypatch, size, attention=attention, fp8=route != "bf16", spare=spare, **more)
     config, work = WanConfig(**SIZES, in_dim=more.get("in_dim", 16)), Work(21 * size[0] * size[1] // 256)
+    assert activations(config, work, precision, AT_ONCE if spare else 0) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("spare", [True, False], ids=["pieces", "whole"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_longcat_holds_more_of_its_layers(route, spare, monkeypatch):
+    sizes, system = dict(dim=4096, ffn_dim=11008, num_heads=32, num_layers=2), (LongCat(width=512),)
+    (attention, precision), fp8 = ROUTES[route], route != "bf16"
+    counted, *_ = peaks(
+        monkeypatch, (480, 832), extensions=system, attention=attention, fp8=fp8, spare=spare, sizes=sizes
+    )
+    config, work = WanConfig(**sizes, in_dim=16), Work(21 * 480 * 832 // 256)
+    precision = replace(precision, **held(shapes_of(config, system), fused=precision.fused))
     assert activations(config, work, precision, AT_ONCE if spare else 0) == pytest.approx(counted, rel=0.05)
 
 

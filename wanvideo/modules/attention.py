@@ -22,7 +22,12 @@ from .layers import WanRMSNorm
 
 
 class WanSelfAttention(nn.Module):
-    """Attention of all video tokens to each other."""
+    """Attention of all video tokens to each other.
+
+    fusible: kernels may norm queries and keys themselves. projections: how many of the size of q there are at once.
+    """
+
+    fusible, projections = True, 4
 
     def __init__(self, config: WanConfig, attention: Attention) -> None:
         super().__init__()
@@ -119,7 +124,7 @@ class WanSelfAttention(nn.Module):
 
         In FP8 rows where `o` reads those, and nothing between does not (`rows`).
         """
-        backend = shard.fused(attention)
+        backend = shard.fused(attention) if self.fusible else None
         if backend is None:
             return None
         return backend.fused_rows if rows and all_take_rows((self.o,)) else backend.fused
