@@ -128,7 +128,8 @@ class WanVideoEncode(Tiled):
         video = to_video(image[: whole_frames(image.shape[0])], width, height)
         if noise_aug_strength > 0:
             noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
-            video = video + noise * noise_aug_strength
+            # The strength is that of pictures in 0..1, and these are in -1..1.
+            video = video + 2 * noise * noise_aug_strength
         tile = Tile(x=tile_x, y=tile_y, stride_x=tile_stride_x, stride_y=tile_stride_y) if enable_vae_tiling else None
         latents = vae.encode(video, tile=tile) * latent_strength
         vae.managed.release()

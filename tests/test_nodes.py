@@ -124,6 +124,19 @@ def test_picture_with_alpha_and_odd_sizes(vae, caplog):
     assert encoded["samples"].shape == (1, 16, 2, 6, 8)
 
 
+def test_noise_on_pictures_is_measured_in_their_range():
+    """Pictures of 0..1 are encoded in -1..1, where the noise is twice as strong."""
+    seen = []
+    vae = SimpleNamespace(
+        spatial_factor=8, managed=SimpleNamespace(release=lambda: None),
+        encode=lambda video, tile: seen.append(video) or torch.zeros(16, 3, 4, 4),
+    )  # fmt: skip
+    pictures = torch.rand(9, 32, 32, 3)
+    N["WanVideoEncode"]().encode(vae, pictures, False, 272, 272, 144, 128, noise_aug_strength=0.3)
+    noise = (seen[0] + 1) / 2 - pictures.movedim(-1, 0)
+    assert float(noise.std()) == pytest.approx(0.3, rel=0.05)
+
+
 def test_text_to_video_and_what_decoding_gives(vae):
     embeds = N["WanVideoEmptyEmbeds"]().process(32, 32, 9)[0]
     samples, denoised = sample(model(), embeds)
