@@ -23,7 +23,7 @@ from ..wanvideo.images import to_images
 from ..wanvideo.latents import start_noise
 from ..wanvideo.request import Latent, SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
-from ..wanvideo.window_loop import check_decoded, check_last_window, check_windows, make_windows
+from ..wanvideo.window_loop import check_decoded, check_last_window, check_windows, make_windows, windows_generator
 from .extension import NEEDS, Character
 from .footage import Footage
 
@@ -88,7 +88,7 @@ class WindowMaker:
         self.loop: CharacterLoop = request.image.loop
         step = self.loop.window_frames - 1
         self.footage = self.loop.footage.lasting(self.loop.windows * step + 1)
-        self.generator = torch.Generator().manual_seed(request.seed)
+        self.generator = windows_generator(request)
         self.latents = torch.empty(0)
         self._reference = to_images(self.footage.reference)[0]
         self._last: Tensor | None = None

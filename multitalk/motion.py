@@ -48,8 +48,8 @@ class NoisedMotion:
 
     def before(self, latents: Tensor, index: int) -> Tensor:
         """Only the first step finds latents without motion frames."""
-        return self._placed(latents, self.schedule.sigmas[0]) if index == 0 else latents
+        return self._placed(latents, self.schedule.level(0)) if index == 0 else latents
 
     def after(self, latents: Tensor, index: int) -> Tensor:
         """Motion frames at the level that the step reached."""
-        return self._placed(latents, self.schedule.sigmas[index + 1])
+        return self._placed(latents, self.schedule.level(index + 1))

@@ -26,7 +26,7 @@ from ..wanvideo.latents import Inpainting, add_noise, change_mask, start_noise
 from ..wanvideo.modules.vae import Tile
 from ..wanvideo.request import SampleRequest
 from ..wanvideo.sampling import RunWatcher, active_model, make_denoiser, readable_payloads
-from ..wanvideo.window_loop import check_decoded, check_last_window
+from ..wanvideo.window_loop import check_decoded, check_last_window, windows_generator
 from .audio import MultiTalkEmbeds
 from .colormatch import match_colors
 from .motion import KeptMotion, NoisedMotion
@@ -66,7 +66,7 @@ class WindowMaker:
         self.loop: LoopSettings = request.image.loop
         self.host = host
         self.windows = windows
-        self.generator = torch.Generator().manual_seed(request.seed)
+        self.generator = windows_generator(request)
         self.tile = Tile() if self.loop.tiled_vae else None
         self.latents: Tensor = torch.empty(0)
         self.reads_pictures = bool(request.model.config.condition_channels) or self.loop.start_images is not None
@@ -217,7 +217,7 @@ class WindowMaker:
         if samples is None:
             return schedule.from_noise(noise), ()
         clean = _frames_of(samples, window, noise.shape)
-        latents = add_noise(clean, noise, schedule.begun_at) if self.request.noises_samples else clean
+        latents = add_noise(clean, noise, schedule.level(0)) if self.request.noises_samples else clean
         if source.get("noise_mask") is None:
             return latents, ()
         if source.get("original_image") is not None:

@@ -72,6 +72,7 @@ def denoise(
     latents = latents.to(denoiser.device, torch.float32)
     clean, parts = latents, dict(frame_times or {})
     still = [frame for frame, part in parts.items() if part == 0]
+    free = [frame for frame in range(latents.shape[1]) if frame not in still] if still else slice(None)
     tripwire = _Tripwire(schedule)
     velocity_of: Velocity = denoiser
     for modifier in reversed(modifiers):
@@ -87,7 +88,11 @@ def denoise(
         velocity = velocity_of(given, timesteps, step)
         clean = latents - schedule.sigmas[index] * velocity
         clean[:, still] = latents[:, still]
-        latents = schedule.step(velocity, index, latents, generator)
+        # Solvers that draw noise draw it for the other frames alone, as saved graphs have it: a seed means one video.
+        moved = schedule.step(velocity[:, free], index, latents[:, free], generator)
+        # Solvers hold on to the latents that they were given.
+        latents = latents.clone()
+        latents[:, free] = moved
         for hook in hooks:
             latents = hook.after(latents, index)
         tripwire.look(velocity, latents, partial(_origin, denoiser, given, timesteps, step))

@@ -218,7 +218,7 @@ def prepare_start(request: SampleRequest, schedule: Schedule, generator: torch.G
     hooks: list[LatentHook] = []
     original = None
     if given is not None:
-        latents = add_noise(given, noise, schedule.begun_at) if request.noises_samples else given
+        latents = add_noise(given, noise, schedule.level(0)) if request.noises_samples else given
         if samples.get("noise_mask") is not None:
             original = samples.get("original_image")
             original = given if original is None else original

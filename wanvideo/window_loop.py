@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanvideo")
 
+# Of noise; a multiple of 16, the numbers that torch draws at once.
+PIECE = 2**20
 # Parts of a step that the progress bar can show, for a bar that moves while a window is decoded.
 TICKS = 20
+
+
+def windows_generator(request: SampleRequest) -> torch.Generator:
+    """The seed's generator for windows that draw their noise from it in turn, as saved graphs have it.
+
+    The first noise, of the size of the embeds, is no window's. It is drawn in pieces: a long video has gigabytes of it.
+    """
+    generator = torch.Generator().manual_seed(request.seed)
+    count = math.prod(request.image.latent_shape)
+    for first in range(0, count, PIECE):
+        torch.randn(min(PIECE, count - first), generator=generator)
+    return generator
 
 
 def check_windows(request: SampleRequest, *, asked_by: str, remedy: str) -> None:

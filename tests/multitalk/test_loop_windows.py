@@ -14,6 +14,7 @@ from wanvideo_wrapper.multitalk.loop import TalkingLoop
 from wanvideo_wrapper.multitalk.window import _masks_of
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.uni3c.extension import Uni3CArgs
+from wanvideo_wrapper.wanvideo import window_loop
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions, ModuleFile
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
@@ -105,10 +106,21 @@ def test_infinitetalk_shows_the_picture_of_the_window(parts, run, pictures):
         torch.testing.assert_close(call.latents[0, 16:], want)
 
 
+def seeded_noise(seed):
+    """Of the first window: a seed's first draw is no window's."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(16, LATENTS, 4, 4, generator=generator) for _ in range(2)][1]
+
+
+def test_a_seed_gives_the_noise_of_saved_graphs(parts, run, monkeypatch):
+    monkeypatch.setattr(window_loop, "PIECE", 160)
+    calls, _ = run(request(parts))
+    torch.testing.assert_close(calls[0].latents[0, :16, 1:], seeded_noise(11)[:, 1:], rtol=0, atol=0)
+
+
 def test_a_schedule_that_begins_below_noise_alone_scales_it(parts, run):
     calls, _ = run(request(parts, schedule=make_schedule(ScheduleSpec(name="rcm", steps=1, shift=5.0))))
-    noise = torch.randn(16, LATENTS, 4, 4, generator=torch.Generator().manual_seed(11))
-    torch.testing.assert_close(calls[0].latents[0, :16, 1:], noise[:, 1:] * 120 / 121)
+    torch.testing.assert_close(calls[0].latents[0, :16, 1:], seeded_noise(11)[:, 1:] * 120 / 121)
 
 
 def test_infinitetalk_keeps_the_motion_to_the_end(parts, run):

@@ -211,6 +211,18 @@ def test_samples_start_noised_or_as_they_are():
     )
 
 
+def test_samples_are_as_noisy_as_the_model_is_told():
+    """Timesteps of multistep solvers are rounded down, and so is the noise of latents that are given."""
+    clean, noise = rand(1, *SHAPE, seed=5), torch.randn(SHAPE, generator=torch.Generator().manual_seed(42))
+    late = schedule("unipc", 7, start_step=3)
+    told = float(late.timesteps[0]) / 1000
+    assert told < float(late.sigmas[0]) - 1e-4
+    asked = request(samples={"samples": clean}, schedule=late, add_noise_to_samples=True)
+    sample(asked, FakeHost())
+    first = asked.model.transformer.calls[0].latents[0]
+    torch.testing.assert_close(first, told * noise + (1 - told) * clean[0], rtol=0, atol=1e-6)
+
+
 def test_shorter_samples_repeat_their_first_frame():
     clean = rand(1, 16, 2, 4, 6, seed=5)
     asked = request(samples={"samples": clean})
@@ -269,6 +281,21 @@ def test_given_frames_of_the_5b_stay_at_timestep_zero():
     free = request(FakeModel(GaussianTransformer(config(in_dim=48, out_dim=48))), schedule=schedule("unipc"))
     alone = sample(replace(free, image=replace(image, given_latents=())), FakeHost())
     torch.testing.assert_close(found["samples"][0][:, 1:], latents_of(alone)[:, 1:])
+
+
+def test_noise_of_a_step_is_drawn_for_frames_that_move_alone():
+    """The order of a seed's numbers is that of saved graphs."""
+    transformer = GaussianTransformer(config(in_dim=48, out_dim=48))
+    image = ImageEmbeds(latent_shape=(48, 3, 4, 6), num_frames=9, given_latents=((0, rand(1, 48, 1, 4, 6, seed=5)),))
+    plan = schedule("lcm", 2)
+    sample(request(FakeModel(transformer), image=image, schedule=plan), FakeHost())
+    first, second = transformer.calls
+    seeded = torch.Generator().manual_seed(42)
+    torch.randn(48, 3, 4, 6, generator=seeded)
+    drawn = torch.randn(48, 2, 4, 6, generator=seeded)
+    clean = first.latents[0] - plan.sigmas[0] * transformer(first)[0]
+    want = (1 - plan.sigmas[1]) * clean[:, 1:] + plan.sigmas[1] * drawn
+    torch.testing.assert_close(second.latents[0][:, 1:], want)
 
 
 def test_empty_embeds_fit_the_5b():

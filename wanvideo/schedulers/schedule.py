@@ -85,10 +85,12 @@ class Schedule:
         same = method_of(self.spec.name, width) is self._method
         return self if same else make_schedule(replace(self.spec, width=width))
 
-    @property
-    def begun_at(self) -> Tensor:
-        """The noise level of the first step as the model is told it: rounded down where timesteps are."""
-        return self.timesteps[0] / TRAIN_STEPS
+    def level(self, index: int) -> Tensor:
+        """The noise level before a step of this run as the model is told it: rounded down where timesteps are.
+
+        index: of the step; of as many as there are, the level behind the last one.
+        """
+        return self.timesteps[index] / TRAIN_STEPS if index < len(self) else self.sigmas[-1]
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """What a run that begins with noise alone (standard normal, any shape) begins with."""
