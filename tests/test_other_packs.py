@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,6 +14,8 @@ import torch
 import wanvideo_wrapper
 from wanvideo_wrapper.host import get_host
 from wanvideo_wrapper.host.comfy import ComfyProgress
+from wanvideo_wrapper.linked_values import in_form
+from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import get_scheduler, scheduler_list
 
 N = wanvideo_wrapper.NODE_CLASS_MAPPINGS
@@ -147,3 +150,41 @@ def test_a_previewer_that_fails_ends_no_run(previewing, caplog):
 
     (previewer,) = previewing(Failing, *torch.randn(3, 16, 5, 4, 6))
     assert len(previewer.seen) == 1 and caplog.messages == ["This run has no more previews: AttributeError: no client."]
+
+
+def test_settings_of_block_swap_are_taken_as_a_dict():
+    """As WanVideoBlockSwapMultiGPU gives them."""
+    widgets = {"blocks_to_swap": 7, "offload_img_emb": True, "offload_txt_emb": False, "prefetch_blocks": 2}
+    model = Model()
+    (swapped,) = N["WanVideoSetBlockSwap"]().loadmodel(model, {**widgets, "swap_device": "cpu"})
+    assert swapped.block_swap == N["WanVideoBlockSwap"]().setargs(**widgets)[0]
+    with pytest.raises(ValueError, match="'block_swap_args' wants blocks to wait on cuda:1; .* choose cpu"):
+        N["WanVideoSetBlockSwap"]().loadmodel(model, {**widgets, "swap_device": "cuda:1"})
+
+
+@dataclass(frozen=True)
+class Model:
+    block_swap: object = None
+
+
+def cut(speech, start, length):
+    """As InfiniteTalkEmbedsSlice cuts speech for the original pack."""
+    features = [part[start : start + length] for part in speech["audio_features"]]
+    scales = {name: speech.get(name, 1.0) for name in ("audio_scale", "audio_cfg_scale")}
+    return {"audio_features": features, **scales, "ref_target_masks": speech.get("ref_target_masks", None)}
+
+
+def test_speech_is_read_and_taken_as_a_dict():
+    features, masks = (torch.randn(20, 3, 8), torch.randn(20, 3, 8)), torch.rand(2, 4, 4)
+    speech = MultiTalkEmbeds(features=features, scale=0.7, cfg_scale=2.5, masks=masks)
+
+    def taken(value):
+        declared = {"optional": {"multitalk_embeds": ("MULTITALK_EMBEDS",)}}
+        return in_form(declared, {"multitalk_embeds": value}, "Sampler")
+
+    got = taken(cut(speech, 4, 9))["multitalk_embeds"]
+    assert (got.scale, got.cfg_scale, got.num_frames) == (0.7, 2.5, 9) and got.masks is masks
+    assert all(torch.equal(part, whole[4:13]) for part, whole in zip(got.features, features, strict=True))
+    assert taken(speech)["multitalk_embeds"] is speech and speech.get("audio_stride") is None
+    with pytest.raises(ValueError, match="Sampler: 'multitalk_embeds' holds no speech"):
+        taken(cut(speech, 20, 9))
