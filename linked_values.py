@@ -64,12 +64,13 @@ def _formed(kind: object, value: object, where: str, *, needed: bool) -> object:
         if needed and (own or kind in FORMS) and kind != "AUDIO":
             raise ValueError(f"{where} got nothing from the node that is linked to it: a switch or a loader is empty.")
         return value
-    if own and kind not in FORMS and isinstance(value, dict):
+    value = FORMS[kind](value, where) if kind in FORMS else value
+    if own and isinstance(value, dict):
         raise ValueError(
             f"{where} was made by a node of another pack for the original pack, and cannot be used here: connect a "
             f"node of this pack that makes {kind}."
         )
-    return FORMS[kind](value, where) if kind in FORMS else value
+    return value
 
 
 def _pictures(value: object, where: str) -> Tensor:

@@ -154,7 +154,7 @@ class WanVideoSetBlockSwap:
 
 def _block_swap(value: object, where: str) -> object:
     """Settings of this pack, also from the dict of ComfyUI-MultiGPU's node of that name."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or "blocks_to_swap" not in value:
         return value
     widgets = dict(value)
     device = widgets.pop("swap_device", "cpu")
