@@ -64,12 +64,13 @@ def _formed(kind: object, value: object, where: str, *, needed: bool) -> object:
         if needed and (own or kind in FORMS) and kind != "AUDIO":
             raise ValueError(f"{where} got nothing from the node that is linked to it: a switch or a loader is empty.")
         return value
+    value = FORMS[kind](value, where) if kind in FORMS else value
     if own and isinstance(value, dict):
         raise ValueError(
             f"{where} was made by a node of another pack for the original pack, and cannot be used here: connect a "
             f"node of this pack that makes {kind}."
         )
-    return FORMS[kind](value, where) if kind in FORMS else value
+    return value
 
 
 def _pictures(value: object, where: str) -> Tensor:
@@ -137,6 +138,10 @@ def _tensor(value: object, where: str, kind: str) -> Tensor:
     return value.cpu()
 
 
-FORMS: Mapping[str, Callable[[object, str], object]] = {
-    "IMAGE": _pictures, "MASK": _masks, "LATENT": _latents, "AUDIO": _sound,
-}  # fmt: skip
+Form = Callable[[object, str], object]
+FORMS: dict[str, Form] = {"IMAGE": _pictures, "MASK": _masks, "LATENT": _latents, "AUDIO": _sound}
+
+
+def add_form(kind: str, form: Form) -> None:
+    """How nodes of this pack take what other packs make for a socket of its own. form: (value, its place) -> value."""
+    FORMS[kind] = form

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .linked_values import add_form
 from .node_tools import CATEGORY, Inputs, mappings
 from .wanvideo.block_swap import BlockSwapArgs
 from .wanvideo.compilation import CompileArgs
@@ -150,6 +151,19 @@ class WanVideoSetBlockSwap:
         """The same model with these settings."""
         return (model if block_swap_args is None else replace(model, block_swap=block_swap_args),)
 
+
+def _block_swap(value: object, where: str) -> object:
+    """Settings of this pack, also from the dict of ComfyUI-MultiGPU's node of that name."""
+    if not isinstance(value, dict) or "blocks_to_swap" not in value:
+        return value
+    widgets = dict(value)
+    device = widgets.pop("swap_device", "cpu")
+    if device != "cpu":
+        raise ValueError(f"{where} wants blocks to wait on {device}; here they wait in main memory: choose cpu.")
+    return WanVideoBlockSwap().setargs(**widgets)[0]
+
+
+add_form("BLOCKSWAPARGS", _block_swap)
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     WanVideoTorchCompileSettings, WanVideoBlockSwap, WanVideoSetBlockSwap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -65,12 +66,31 @@ FOLDERS = (
 )
 
 
+HERE = Path(__file__).parent
+
+
+def refuse_other_spellings(names: Iterable[str]) -> None:
+    """Raises ImportError where one of the folders is spelled as in the original pack. names: of all that are there.
+
+    Where a file system ignores case, files that are put over the original's go into its folders, under their names; but
+    Python imports by the exact name.
+    """
+    there = set(names)
+    other = sorted(name for name in there if name.lower() in FOLDERS and name.lower() not in there)
+    if other:
+        raise ImportError(
+            f"This pack was put over the original one, whose folders {', '.join(other)} stayed: delete {HERE} as a "
+            "whole, and install this pack anew."
+        )
+
+
 def _modules(name: str) -> tuple[str, ...]:
     """The modules of this name that the folders have."""
-    have = (folder for folder in FOLDERS if (Path(__file__).parent / folder / f"{name}.py").is_file())
+    have = (folder for folder in FOLDERS if (HERE / folder / f"{name}.py").is_file())
     return tuple(f"{__package__}.{folder}.{name}" for folder in have)
 
 
+refuse_other_spellings(path.name for path in HERE.iterdir())
 NODE_MODULES = _modules("nodes")
 PROMPT_FORMS = tuple(import_module(path) for path in _modules("prompts"))
 for _path in _modules("schedules"):

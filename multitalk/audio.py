@@ -32,6 +32,10 @@ SILENT, RELATIVE_GATE = -70.0, -10.0
 NOISE_FLOOR_DB = -45.0
 TRANSIENT_CUTOFF = 3000.0
 NO_AUDIO = frozenset({AUDIO})
+# Names in the dict that the original pack has for speech, and those here.
+IN_DICT = {
+    "audio_features": "features", "audio_scale": "scale", "audio_cfg_scale": "cfg_scale", "ref_target_masks": "masks",
+}  # fmt: skip
 # Rounding error of times in floating point, far below one sample.
 SLACK = 1e-6
 
@@ -67,6 +71,14 @@ class MultiTalkEmbeds(Payload):
     def num_frames(self) -> int:
         """Frames of the sound."""
         return int(self.features[0].shape[0])
+
+    def __getitem__(self, name: str) -> object:
+        """A part under its name in the original pack's dict: nodes of other packs cut speech."""
+        return getattr(self, IN_DICT[name])
+
+    def get(self, name: str, default: object = None) -> object:
+        """As of a dict."""
+        return self[name] if name in IN_DICT else default
 
     def guidance(self, scale: float, step: Step) -> tuple[Row, ...] | None:
         """Nothing + scale * (all - no text) + cfg_scale * (no text - nothing): each term has a scale of its own.

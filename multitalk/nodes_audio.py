@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ..host import get_host
+from ..linked_values import add_form
 from ..node_checks import Types, check_loadable, need_link, verdict
 from ..node_tools import CATEGORY, DTYPES, Inputs, files, mappings
-from .audio import AudioOptions, MultiTalkEmbeds, encode_silence, encode_speech, mix, silent_speech
+from .audio import IN_DICT, AudioOptions, MultiTalkEmbeds, encode_silence, encode_speech, mix, silent_speech
 from .sounds import FIRST_SPEAKER, HOW_THEY_SPEAK, OTHER_SPEAKERS, TRAINED_FPS, frames_of, prepared
 from .wav2vec import Wav2Vec, load_wav2vec
 
@@ -215,6 +216,19 @@ class MultiTalkSilentEmbeds:
             wav2vec_model.managed.release()
         return (silent_speech(silence, num_frames),)
 
+
+def _speech(value: object, where: str) -> object:
+    """Speech of this pack, also from the dict that nodes of other packs make of it."""
+    if not isinstance(value, Mapping):
+        return value
+    features = tuple(value.get("audio_features") or ())
+    if not features or not all(isinstance(part, Tensor) and part.dim() == 3 and len(part) for part in features):
+        raise ValueError(f"{where} holds no speech: look at the node that cuts it, and at how long the sound is.")
+    given = {field: value[name] for name, field in IN_DICT.items() if value.get(name) is not None}
+    return MultiTalkEmbeds(**{**given, "features": features})
+
+
+add_form("MULTITALK_EMBEDS", _speech)
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
     Wav2VecModelLoader, DownloadAndLoadWav2VecModel, MultiTalkWav2VecEmbeds, MultiTalkSilentEmbeds

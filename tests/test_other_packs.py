@@ -1,16 +1,29 @@
 """Nodes of other packs use this pack as they use the original: by method, by module, and under names of their own."""
 
+import copy
 import importlib
 import importlib.util
 import inspect
 import json
+import pickle
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 import wanvideo_wrapper
-from wanvideo_wrapper.host import get_host
+from wanvideo_wrapper.demo import tiny
+from wanvideo_wrapper.host import StandaloneHost, get_host
+from wanvideo_wrapper.linked_values import in_form
+from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
+from wanvideo_wrapper.registry import SYSTEMS, refuse_other_spellings
+from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
+from wanvideo_wrapper.wanvideo.loading import load_wan_model
+from wanvideo_wrapper.wanvideo.modules.t5 import TextEncoder
+from wanvideo_wrapper.wanvideo.modules.vae import WanVAE
+from wanvideo_wrapper.wanvideo.opaque import Opaque
+from wanvideo_wrapper.wanvideo.request import ImageEmbeds, TextEmbeds
 from wanvideo_wrapper.wanvideo.schedulers import get_scheduler, scheduler_list
 
 N = wanvideo_wrapper.NODE_CLASS_MAPPINGS
@@ -91,3 +104,84 @@ def test_schedules_are_those_of_the_scheduler_node(start):
         )
         assert torch.equal(schedule.sigmas, wired.sigmas) and (first, last) == (start, 5)
         assert torch.equal(timesteps, wired.timesteps) and len(timesteps) == 6 - start
+
+
+def test_settings_of_block_swap_are_taken_as_a_dict():
+    """As WanVideoBlockSwapMultiGPU gives them."""
+    widgets = {"blocks_to_swap": 7, "offload_img_emb": True, "offload_txt_emb": False, "prefetch_blocks": 2}
+    model = Model()
+    (swapped,) = N["WanVideoSetBlockSwap"]().loadmodel(model, {**widgets, "swap_device": "cpu"})
+    assert swapped.block_swap == N["WanVideoBlockSwap"]().setargs(**widgets)[0]
+    with pytest.raises(ValueError, match="'block_swap_args' wants blocks to wait on cuda:1; .* choose cpu"):
+        N["WanVideoSetBlockSwap"]().loadmodel(model, {**widgets, "swap_device": "cuda:1"})
+
+
+@dataclass(frozen=True)
+class Model:
+    block_swap: object = None
+
+
+def cut(speech, start, length):
+    """As InfiniteTalkEmbedsSlice cuts speech for the original pack."""
+    features = [part[start : start + length] for part in speech["audio_features"]]
+    scales = {name: speech.get(name, 1.0) for name in ("audio_scale", "audio_cfg_scale")}
+    return {"audio_features": features, **scales, "ref_target_masks": speech.get("ref_target_masks", None)}
+
+
+def test_speech_is_read_and_taken_as_a_dict():
+    features, masks = (torch.randn(20, 3, 8), torch.randn(20, 3, 8)), torch.rand(2, 4, 4)
+    speech = MultiTalkEmbeds(features=features, scale=0.7, cfg_scale=2.5, masks=masks)
+
+    def taken(value):
+        declared = {"optional": {"multitalk_embeds": ("MULTITALK_EMBEDS",)}}
+        return in_form(declared, {"multitalk_embeds": value}, "Sampler")
+
+    got = taken(cut(speech, 4, 9))["multitalk_embeds"]
+    assert (got.scale, got.cfg_scale, got.num_frames) == (0.7, 2.5, 9) and got.masks is masks
+    assert all(torch.equal(part, whole[4:13]) for part, whole in zip(got.features, features, strict=True))
+    assert taken(speech)["multitalk_embeds"] is speech and speech.get("audio_stride") is None
+    with pytest.raises(ValueError, match="Sampler: 'multitalk_embeds' holds no speech"):
+        taken(cut(speech, 20, 9))
+
+
+def test_a_look_into_values_of_this_pack_is_told_in_one_sentence():
+    """As nodes of other packs read the dicts of the original's embeds, and move its VAE themselves."""
+    embeds = ImageEmbeds(latent_shape=(16, 3, 4, 4), num_frames=9)
+    text = TextEmbeds(positive=(torch.randn(3, 8),))
+    for value in (embeds, text, WanVAE.__new__(WanVAE), TextEncoder.__new__(TextEncoder)):
+        name = type(value).__name__
+        with pytest.raises(AttributeError, match=f"^{name} of this pack has no attribute 'clone': a node of another"):
+            value.clone()
+        with pytest.raises(TypeError, match=f"^{name} of this pack has no item 'target_shape'.* in its place.$"):
+            _ = value["target_shape"]
+        assert not hasattr(value, "get")
+    assert replace(embeds, num_frames=5).num_frames == 5 and copy.copy(text) == text
+    assert pickle.loads(pickle.dumps(embeds)) == embeds
+
+
+def test_an_error_in_a_property_stays_its_own():
+    class Broken(Opaque):
+        @property
+        def size(self):
+            return None.size
+
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'size'"):
+        _ = Broken().size
+
+
+def test_the_model_is_where_nodes_of_other_packs_look_for_it(tmp_path):
+    """As WanVideoSamplerMultiGPU and ComfyUI-TripleKSampler do."""
+    tiny.transformer(in_dim=16).save(tmp_path / "m.safetensors", torch.float32)
+    model = load_wan_model(
+        tmp_path / "m.safetensors", LoadOptions(base_dtype=torch.float32), StandaloneHost(device="cpu"), SYSTEMS
+    )
+    assert model.model.diffusion_model is model.transformer
+    assert model.model_options.get("transformer_options", {}).get("block_swap_args") is None
+
+
+@pytest.mark.parametrize("there", [["ATI", "ovi"], ["ovi", "HuMo", "LongCat"]])
+def test_files_put_over_the_original_s_folders_are_told(there):
+    """As Windows and macOS leave them: the folder keeps its name, and Python does not find it under the other."""
+    with pytest.raises(ImportError, match=f"whose folders {', '.join(sorted(set(there) - {'ovi'}))} stayed: delete"):
+        refuse_other_spellings(there)
+    refuse_other_spellings([*(name.lower() for name in there), *there, "MTV", "gguf"])

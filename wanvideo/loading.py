@@ -35,6 +35,7 @@ from .load_plan import LoadOptions, LoadPlan, planned
 from .lora import LoraFile, MergedLoras, beside, widening
 from .memory import Work, described, usual_work
 from .modules.model import WanModel
+from .opaque import Opaque
 from .quantization import Plan, describe, say_what_is_overruled
 from .systems import Systems
 
@@ -60,7 +61,7 @@ class Elsewhere(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanVideoModel:
+class WanVideoModel(Opaque):
     """A loaded transformer and how to run it (socket WANVIDEOMODEL). Copies share the weights.
 
     payloads: what nodes between loader and sampler condition every run of this copy on. elsewhere: who samples with it;

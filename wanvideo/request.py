@@ -16,6 +16,7 @@ from .conditioning import Payload, Step
 from .guidance import Guidance, per_step
 from .loading import WanVideoModel
 from .modifier import Modifier
+from .opaque import Opaque
 from .schedulers import Schedule
 from .step_cache import StepCache
 from .windows import ContextOptions
@@ -29,7 +30,7 @@ NO_PROMPT = "There is no prompt: connect text_embeds (WanVideoTextEncode) to the
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEmbeds:
+class TextEmbeds(Opaque):
     """Encoded prompts (socket WANVIDEOTEXTEMBEDS).
 
     positive: one tensor [tokens, text_dim] per prompt, without padding; windows share several out among themselves.
@@ -49,7 +50,7 @@ class Loop(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEmbeds:
+class ImageEmbeds(Opaque):
     """What the video is conditioned on besides text (socket WANVIDIMAGE_EMBEDS).
 
     latent_shape: (channels, frames, height, width) of the noise; num_frames: pixel frames of the result.

@@ -23,6 +23,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..gguf_file import BLOCKS
 from ..memory import gigabytes
 from ..model_file import part_paths
+from ..opaque import Opaque
 from ..streaming import Streamed
 from ..text_cache import content_digest
 from .tokenizer import EMBEDDED, Tokenizer, find_tokenizer
@@ -99,7 +100,7 @@ def parse_weights(prompt: str) -> tuple[str, dict[str, float]]:
     return WEIGHTED.sub(r"\1", prompt), weights
 
 
-class TextEncoder:
+class TextEncoder(Opaque):
     """A loaded UMT5 encoder and its tokenizer, under the host's memory management. name: see `encoder_name`."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, path: Path, host: Host, name: str) -> None:

@@ -24,6 +24,7 @@ from ...quiet_imports import kernels_hidden
 from ..assign import assign
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..frames import VAE_TIME_STRIDE, latent_frames, round_frames
+from ..opaque import Opaque
 from ..shard import ALONE, Ranks
 from .hand_over import to_device, to_host
 from .vae_keys import VaeLayout, file_names, read_layout
@@ -76,7 +77,7 @@ class Tile:
             )
 
 
-class WanVAE:
+class WanVAE(Opaque):
     """A loaded Wan VAE under the host's memory management.
 
     latent_channels: 16 (2.1) or 48 (2.2); spatial_factor: pixels a side behind one latent, 8 or 16. recipe: loads it
