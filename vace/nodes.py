@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..node_tools import CATEGORY, Inputs, files, find_model, mappings, round_size, whole_frames
 from ..wanvideo.frames import latent_frames
@@ -17,6 +19,8 @@ from ..wanvideo.request import ImageEmbeds, payloads_of
 from .encoding import encode_context, reference_frame, resize_masks
 from .extension import LATENT_CHANNELS, Vace, VaceContext, VaceExtension
 from .start_to_end import Placed
+
+log = logging.getLogger("wanvideo")
 
 NUM_FRAMES = {"default": 81, "min": 1, "max": 10000, "step": 4}
 
@@ -110,20 +114,29 @@ def _video_and_mask(images: Tensor | None, masks: Tensor | None, size: tuple[int
     video = torch.zeros(3, frames, height, width)
     if images is not None:
         video = to_video(images[:frames].float().cpu(), width, height)
-        if latent_frames(video.shape[1]) != latent_frames(frames):
-            raise ValueError(
-                f"input_frames has {video.shape[1]} frames but num_frames is {frames}: give as many, or set num_frames "
-                "to the length of the video."
-            )
+    mask = _mask(masks, video.shape[1:])
+    missing = frames - video.shape[1] if latent_frames(video.shape[1]) < latent_frames(frames) else 0
+    if missing:
+        log.warning(
+            "input_frames has %d frames, and the video %d: what comes behind them is made anew. Set num_frames to %d "
+            "to end with them.",
+            video.shape[1], frames, video.shape[1],
+        )  # fmt: skip
+    return functional.pad(video, (0, 0, 0, 0, 0, missing)), functional.pad(mask, (0, 0, 0, 0, 0, missing), value=1.0)
+
+
+def _mask(masks: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Masks [n, H, W] of a video of this shape (frames, H, W); one stands for all frames."""
+    frames, height, width = shape
     if masks is None:
-        return video, torch.ones(video.shape[1:])
+        return torch.ones(*shape)
     mask = resize_masks(masks[:frames].cpu(), width, height)
-    if len(mask) != video.shape[1]:
+    if len(mask) not in (1, frames):
         raise ValueError(
-            f"input_masks has {len(mask)} masks for {video.shape[1]} frames: give one for each frame "
+            f"input_masks has {len(mask)} masks for {frames} frames: give one for each frame, or one for all "
             "(WanVideoVACEStartToEndFrame repeats them)."
         )
-    return video, mask
+    return mask.expand(*shape)
 
 
 def _contexts(embeds: ImageEmbeds, size: tuple[int, int, int, int]) -> tuple[VaceContext, ...]:

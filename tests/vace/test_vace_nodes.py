@@ -71,6 +71,22 @@ def test_video_and_masks():
     assert embeds.latent_shape == (16, 3, 4, 6) and embeds.num_frames == FRAMES and embeds.leading_latents == 0
 
 
+def test_behind_a_short_video_all_is_made_anew(caplog):
+    images, masks = pictures(5), torch.rand(5, HEIGHT, WIDTH)
+    filled = torch.cat((images, torch.full((4, HEIGHT, WIDTH, 3), 0.5)))
+    (got,) = only(encode(input_frames=images, input_masks=masks))
+    (want,) = only(encode(input_frames=filled, input_masks=torch.cat((masks, torch.ones(4, HEIGHT, WIDTH)))))
+    torch.testing.assert_close(got.latents, want.latents)
+    (told,) = caplog.messages
+    assert told.startswith("input_frames has 5 frames, and the video 9: what comes behind them is made anew.")
+
+
+def test_one_mask_stands_for_all_frames():
+    images, mask = pictures(), torch.rand(1, HEIGHT, WIDTH)
+    (got,), (want,) = (only(encode(input_frames=images, input_masks=m)) for m in (mask, mask.repeat(FRAMES, 1, 1)))
+    assert torch.equal(got.latents, want.latents)
+
+
 def test_without_video_all_is_made_anew_from_grey():
     (context,) = only(encode(strength=[0.5, 0.25], vace_start_percent=0.1, vace_end_percent=0.6))
     grey = Vae().encode(torch.zeros(3, FRAMES, HEIGHT, WIDTH))
@@ -141,8 +157,7 @@ def test_embeds_in_a_chain():
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        (dict(input_frames=torch.rand(5, HEIGHT, WIDTH, 3)), "input_frames has 5 frames but num_frames is 9"),
-        (dict(input_masks=torch.rand(1, HEIGHT, WIDTH)), "input_masks has 1 masks for 9 frames"),
+        (dict(input_masks=torch.rand(2, HEIGHT, WIDTH)), "input_masks has 2 masks for 9 frames"),
         (dict(vae=Vae(channels=48)), "Wan 2.1 VAE"),
         (dict(prev_vace_embeds=ImageEmbeds(latent_shape=(16, 3, 4, 6), num_frames=9)), "no VACE embeds"),
         (dict(strength=[]), "list of cfg values is empty|empty"),
