@@ -15,6 +15,7 @@ from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.uni3c.extension import Uni3CArgs
+from wanvideo_wrapper.wanvideo.images import to_video
 from wanvideo_wrapper.wanvideo.load_plan import LoadOptions
 from wanvideo_wrapper.wanvideo.loading import load_wan_model
 from wanvideo_wrapper.wanvideo.modules.vae import load_vae
@@ -203,9 +204,11 @@ def test_the_node_makes_a_short_video_or_a_loop(parts):
     assert character.faces.shape == (1, 3, 13, 512, 512) and not character.faces.any()
     assert character.cond[0, :4, 0].eq(1).all() and character.cond[0, :4, 1:].eq(0).all()
     assert (float(character.pose_strength), float(character.face_strength)) == (0.5, 0.25) and embeds.loop is None
-    (embeds,) = process(vae, SIDE, SIDE, 13, True, 9, "mkl", 1.0, 1.0, ref_images=picture, face_images=clip)
+    wide = torch.rand(5, 40, 61, 3)
+    (embeds,) = process(vae, SIDE, SIDE, 13, True, 9, "mkl", 1.0, 1.0, ref_images=picture, face_images=wide)
     assert embeds.loop.windows == 2 and embeds.loop.colormatch == "mkl" and not embeds.payloads
     assert embeds.loop.footage.faces.shape == (3, 5, 512, 512)
+    torch.testing.assert_close(embeds.loop.footage.faces, to_video(wide[:, :, 10:51], 512, 512))
     for options, says in (({}, "connect ref_images"), ({"ref_images": clip}, "ref_images has 5")):
         with pytest.raises(ValueError, match=says):
             process(*sizes, **options)
