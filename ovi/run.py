@@ -72,7 +72,7 @@ class SoundRun(Modifier):
         if not latents.any():
             return request.schedule.from_noise(start_noise(latents.shape, generator))
         if request.noises_samples:
-            return add_noise(latents, start_noise(latents.shape, generator), request.schedule.sigmas[0])
+            return add_noise(latents, start_noise(latents.shape, generator), request.schedule.level(0))
         return latents.cpu()
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from wanvideo_wrapper import tensor_layout
 from wanvideo_wrapper.demo import tiny
 from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.ovi.extension import FusedText, Ovi
+from wanvideo_wrapper.ovi.run import SoundRun
 from wanvideo_wrapper.ovi.stream import OviSound, OviText, SoundStream
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.slg.extension import SkippedBlocks
@@ -202,6 +204,16 @@ def test_sound_of_other_lengths_and_of_its_own_start(models):
     assert (kept["latent_ovi_audio"] - given).abs().max() < (given - torch.randn(1, 20, LENGTH)).abs().max()
     with pytest.raises(ValueError, match="where this model has 20 channels"):
         sample(model, samples={"latent_ovi_audio": torch.randn(1, 21, LENGTH)})
+
+
+def test_sound_that_is_given_is_as_noisy_as_the_model_is_told():
+    schedule, given = make_schedule(ScheduleSpec(name="unipc", steps=7, shift=5.0, start_step=3)), torch.randn(1, 20, 6)
+    told = float(schedule.timesteps[0]) / 1000
+    assert told < float(schedule.sigmas[0]) - 1e-4
+    request = SimpleNamespace(samples={"latent_ovi_audio": given}, schedule=schedule, noises_samples=True)
+    drawn, seeded = (torch.Generator().manual_seed(3) for _ in range(2))
+    want = told * torch.randn(6, 20, generator=seeded) + (1 - told) * given[0].T
+    torch.testing.assert_close(SoundRun(20)._start(request, drawn), want, rtol=0, atol=1e-6)
 
 
 def test_guidance_of_sound_on_a_model_without_it_says_so(models, caplog):
