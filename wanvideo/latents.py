@@ -163,5 +163,5 @@ class GivenLatents:
         return latents
 
     def after(self, latents: Tensor, index: int) -> Tensor:
-        """As `before`: the solver moved the given frames too."""
+        """As `before`: the solver moves those that the model sees at the time of the others."""
         return self.before(latents, index)
