@@ -95,10 +95,13 @@ class MultiTalkEmbeds(Payload):
     def window(self, window: Window) -> AudioWindow:
         """The speech of these frames of the whole video, each with its two neighbors on both sides.
 
-        Frames before the start repeat the first; after the end comes silence, or the sound mirrored.
+        Frames before the start repeat the first. After the end the last one is repeated, but in a loop's later windows
+        comes silence, or the sound mirrored.
         """
         half = AUDIO_WINDOW // 2
         index = torch.tensor([[f + offset for offset in range(-half, half + 1)] for f in window.sounding]).clamp(min=0)
+        if window.end is None or window.pixels[0] == 0:
+            index = index.clamp(max=self.num_frames - 1)
         speakers = [self._at(feature, index) for feature in self.features]
         return AudioWindow(torch.stack(speakers)[None], torch.tensor(float(self.scale)), self.masks)
 
