@@ -44,6 +44,18 @@ def test_entries_take_values_in_the_order_of_the_original(name):
     assert ours[: len(theirs)] == theirs[: len(ours)]
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("WanVideoImageToVideoEncode", "fun_or_fl2v_model", False), ("WanVideoClipVisionEncode", "ratio", 1.0),
+        ("DrawNLFPoses", "stick_width", 1.0), ("DrawNLFPoses", "point_radius", 2),
+    ],
+)  # fmt: skip
+def test_what_a_prompt_leaves_out_is_as_in_the_original(name, given, value):
+    """There entries have other defaults than their widgets."""
+    assert inspect.signature(getattr(N[name], N[name].FUNCTION)).parameters[given].default == value
+
+
 def test_values_in_order_are_looked_at_as_those_of_links_are():
     swap = N["WanVideoBlockSwap"]()
     assert swap.setargs(3, True, False) == swap.setargs(blocks_to_swap=3, offload_img_emb=True, offload_txt_emb=False)
