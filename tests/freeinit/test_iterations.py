@@ -89,12 +89,14 @@ def test_the_model_stays_on_the_device_between_runs():
         assert [asked.force_offload for asked in run.asked] == [False, False, offload]
 
 
-def test_samples_stand_for_the_first_run():
+@pytest.mark.parametrize(("extra_end", "places"), [(False, [0, 1, 2]), (True, [0, 1, 1])])
+def test_samples_stand_for_the_first_run(extra_end, places):
     run, settings = Sampler(), FreeInit(iterations=3)
-    video = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
-    asked = request(samples={"samples": video[None]})
+    image = ImageEmbeds(latent_shape=SHAPE, num_frames=9, extra_end_frame=extra_end)
+    video = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))[:, : 2 if extra_end else 3]
+    asked = request(image=image, samples={"samples": video[None]})
     result, _ = settings.around_run(run)(asked, None)
-    torch.testing.assert_close(result["samples"][0], by_hand(settings, video), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result["samples"][0], by_hand(settings, video[:, places]), rtol=1e-5, atol=1e-5)
     assert len(run.asked) == 2
     run = Sampler()
     FreeInit(iterations=1).around_run(run)(asked, None)

@@ -11,6 +11,7 @@ from wanvideo_wrapper.host import StandaloneHost
 from wanvideo_wrapper.multitalk import plan
 from wanvideo_wrapper.multitalk.audio import MultiTalkEmbeds
 from wanvideo_wrapper.multitalk.loop import TalkingLoop
+from wanvideo_wrapper.multitalk.motion import NoisedMotion
 from wanvideo_wrapper.multitalk.window import _masks_of
 from wanvideo_wrapper.registry import SYSTEMS
 from wanvideo_wrapper.uni3c.extension import Uni3CArgs
@@ -176,6 +177,24 @@ def test_source_video_goes_along_with_the_windows(parts, run, length, noised):
                 continue
             noise = (latents[:, place] - (1 - sigma) * clean) / sigma
             assert noise.mean().abs() < 0.3 and (noise.std() - 1).abs() < 0.3
+
+
+def test_what_is_given_is_as_noisy_as_the_model_is_told(parts, run):
+    """Timesteps of multistep solvers are rounded down, and so is the noise of source video and motion frames."""
+    schedule = make_schedule(ScheduleSpec(name="unipc", steps=7, shift=5.0, start_step=5))
+    told = [*(schedule.timesteps / 1000).tolist(), 0.0]
+    assert all(level < sigma - 1e-4 for level, sigma in zip(told[:2], schedule.sigmas, strict=False))
+    source = torch.randn(1, 16, LATENTS, 4, 4)
+    calls, _ = run(request(parts, schedule=schedule, samples={"samples": source}, add_noise_to_samples=True))
+    want = told[0] * seeded_noise(11) + (1 - told[0]) * source[0]
+    torch.testing.assert_close(calls[0].latents[0, :16, 1:], want[:, 1:], rtol=0, atol=1e-6)
+    motion, latents = torch.randn(16, 2, 4, 4), torch.randn(16, LATENTS, 4, 4)
+    drawn, seeded = (torch.Generator().manual_seed(3) for _ in range(2))
+    hook = NoisedMotion(motion, schedule, drawn)
+    placed = (hook.before(latents, 0), hook.after(latents, 0), hook.after(latents, 1))
+    for level, got in zip(told, placed, strict=True):
+        want = level * torch.randn(motion.shape, generator=seeded) + (1 - level) * motion
+        torch.testing.assert_close(got, torch.cat((want, latents[:, 2:]), dim=1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("masks", [1, TOTAL + 3])
