@@ -49,8 +49,10 @@ def test_values_in_order_are_looked_at_as_those_of_links_are():
     assert swap.setargs(3, True, False) == swap.setargs(blocks_to_swap=3, offload_img_emb=True, offload_txt_emb=False)
     with pytest.raises(ValueError, match="WanVideo Block Swap: 'blocks_to_swap' must be a whole number, not nan"):
         swap.setargs(float("nan"), False, False)
-    with pytest.raises(TypeError, match="too many positional arguments"):
+    with pytest.raises(TypeError, match=r"Block Swap takes 7 values in order \(blocks_to_swap, .*\), not 8"):
         swap.setargs(*range(8))
+    with pytest.raises(TypeError, match="Swap got 'blocks_to_swap' twice, in order and by name"):
+        swap.setargs(3, True, False, blocks_to_swap=4)
 
 
 def test_inputs_that_had_another_name_are_taken_under_it():
