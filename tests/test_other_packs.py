@@ -9,6 +9,7 @@ import pickle
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -82,9 +83,16 @@ def test_a_module_of_the_original_has_every_node():
         _ = importlib.import_module("wanvideo_wrapper.nodes").nothing
 
 
+class Unloaded(ModuleType):
+    """As modules whose package is not there, or loaded when something is looked up in it."""
+
+    def __getattr__(self, name):
+        raise ImportError("looked up")
+
+
 def test_an_import_under_another_name_is_the_same_package(monkeypatch):
     """As `importlib.import_module("custom_nodes.ComfyUI-WanVideoWrapper.nodes_sampler")` makes one."""
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(sys, "modules", {"unloaded": Unloaded("unloaded")} | sys.modules)
     queued = []
     monkeypatch.setattr("wanvideo_wrapper.host.before_queuing", queued.append)
     file, name = Path(wanvideo_wrapper.__file__), "ComfyUI-WanVideoWrapper"
