@@ -150,6 +150,9 @@ def test_speech_is_read_and_taken_as_a_dict():
     assert (got.scale, got.cfg_scale, got.num_frames) == (0.7, 2.5, 9) and got.masks is masks
     assert all(torch.equal(part, whole[4:13]) for part, whole in zip(got.features, features, strict=True))
     assert taken(speech)["multitalk_embeds"] is speech and speech.get("audio_stride") is None
+    assert "audio_features" in speech and "audio_stride" not in speech
+    stacked = taken({**speech, "audio_features": torch.stack(features)})["multitalk_embeds"]
+    assert stacked.num_frames == 20 and (stacked.scale, stacked.cfg_scale) == (0.7, 2.5) and stacked.masks is masks
     with pytest.raises(ValueError, match="Sampler: 'multitalk_embeds' holds no speech"):
         taken(cut(speech, 20, 9))
 
