@@ -6,7 +6,7 @@ Source: MeiGen-AI/InfiniteTalk (feature interpolation, five-frame context, loudn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,6 +75,13 @@ class MultiTalkEmbeds(Payload):
     def __getitem__(self, name: str) -> object:
         """A part under its name in the original pack's dict: nodes of other packs cut speech."""
         return getattr(self, IN_DICT[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(IN_DICT)
+
+    def keys(self) -> Iterable[str]:
+        """The names of all parts."""
+        return IN_DICT.keys()
 
     def get(self, name: str, default: object = None) -> object:
         """As of a dict."""
