@@ -41,9 +41,12 @@ WEB_DIRECTORY = "./web"
 
 def _copy_loaded_before() -> ModuleType | None:
     """This package where another pack, or ComfyUI, has imported it under another name."""
-    others = [module for name, module in list(sys.modules.items()) if name != __name__]
-    same = (module for module in others if getattr(module, "__file__", None) == __file__)
-    return next((module for module in same if module.NODE_CLASS_MAPPINGS), None)
+    for name, module in list(sys.modules.items()):
+        # Past its own __getattr__, at which a module that waits to be loaded is, and may fail.
+        parts = object.__getattribute__(module, "__dict__") if isinstance(module, ModuleType) else {}
+        if name != __name__ and parts.get("__file__") == __file__ and parts.get("NODE_CLASS_MAPPINGS"):
+            return module
+    return None
 
 
 def _share(copy: ModuleType) -> None:

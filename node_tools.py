@@ -39,6 +39,7 @@ VIDEO_SIZE = {
     "num_frames": ("INT", {"default": 81, "min": 1, "max": 10000, "step": 4, "tooltip": FRAMES_TIP}),
 }
 SIZE_STEP = 16
+IN_ORDER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 # Kinds of the widget of a text encoder.
 TEXT_ENCODERS = ("text_encoders", "text_encoders_gguf")
 DTYPES = {
@@ -131,12 +132,12 @@ def _finish_interface(node: type) -> None:
     is the same here, or by names that it had.
     """
     declare, entry = node.INPUT_TYPES, getattr(node, node.FUNCTION)
-    signature = inspect.signature(functools.partial(entry, None))
+    order = [each.name for each in inspect.signature(entry).parameters.values() if each.kind is IN_ORDER][1:]
 
     @functools.wraps(entry)
     def run(self: object, *values: object, **named: object) -> object:
         declared = node.INPUT_TYPES()
-        named = renamed_inputs(node, signature.bind_partial(*values).arguments | named, node.DISPLAY_NAME)
+        named = renamed_inputs(node, _by_name(order, values, named, node.DISPLAY_NAME), node.DISPLAY_NAME)
         refuse_unusable(declared, named, node.DISPLAY_NAME)
         named = in_form(declared, current_values(declared, named, node.DISPLAY_NAME), node.DISPLAY_NAME)
         results = entry(self, **named)
@@ -144,3 +145,21 @@ def _finish_interface(node: type) -> None:
 
     node.INPUT_TYPES = classmethod(lambda cls: tolerant(with_tips(declare.__func__(cls))))
     setattr(node, node.FUNCTION, run)
+
+
+def _by_name(
+    order: Sequence[str], values: Sequence[object], named: Mapping[str, object], node: str
+) -> dict[str, object]:
+    """The values of a call by their names. Raises TypeError for more in order than there are, and for one given twice.
+
+    order: the names. node: for messages.
+    """
+    if len(values) > len(order):
+        raise TypeError(
+            f"{node} takes {len(order)} values in order ({', '.join(order)}), not {len(values)}: give the others by "
+            "name."
+        )
+    in_order = dict(zip(order, values, strict=False))
+    if twice := sorted(in_order.keys() & named.keys()):
+        raise TypeError(f"{node} got '{twice[0]}' twice, in order and by name: give it once.")
+    return in_order | named

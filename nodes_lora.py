@@ -115,11 +115,11 @@ class WanVideoLoraSelectByName(WanVideoLoraSelect):
         self,
         lora_name: str,
         strength: float | Sequence[float],
-        prev_lora: Sequence[LoraFile] | None = None,
+        unique_id: str | None = None,
         blocks: dict[str, object] | None = None,
+        prev_lora: Sequence[LoraFile] | None = None,
         low_mem_load: bool = False,
         merge_loras: bool = True,
-        unique_id: str | None = None,
     ) -> tuple[tuple[LoraFile, ...]]:
         """Of several files that contain the text, the last one, as in the original pack.
 

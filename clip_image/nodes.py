@@ -66,7 +66,7 @@ class WanVideoClipVisionEncode:
         image_2: Tensor | None = None,
         negative_image: Tensor | None = None,
         tiles: int = 0,
-        ratio: float = 0.5,
+        ratio: float = 1.0,
     ) -> tuple[ClipImage]:
         """Features of all pictures, weighted and combined."""
 

@@ -90,7 +90,7 @@ class WanVideoImageToVideoEncode:
         start_image: Tensor | None = None,
         end_image: Tensor | None = None,
         control_embeds: ImageEmbeds | None = None,
-        fun_or_fl2v_model: bool = True,
+        fun_or_fl2v_model: bool = False,
         temporal_mask: Tensor | None = None,
         extra_latents: Latent | None = None,
         clip_embeds: Payload | None = None,

@@ -151,8 +151,8 @@ class DrawNLFPoses:
         poses: object,
         width: int,
         height: int,
-        stick_width: float = 4.0,
-        point_radius: int = 5,
+        stick_width: float = 1.0,
+        point_radius: int = 2,
         style: str = "original",
     ) -> tuple[Tensor]:
         """One picture a frame."""

@@ -6,7 +6,7 @@ Source: MeiGen-AI/InfiniteTalk (feature interpolation, five-frame context, loudn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,6 +76,13 @@ class MultiTalkEmbeds(Payload):
         """A part under its name in the original pack's dict: nodes of other packs cut speech."""
         return getattr(self, IN_DICT[name])
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(IN_DICT)
+
+    def keys(self) -> Iterable[str]:
+        """The names of all parts."""
+        return IN_DICT.keys()
+
     def get(self, name: str, default: object = None) -> object:
         """As of a dict."""
         return self[name] if name in IN_DICT else default
@@ -95,10 +102,13 @@ class MultiTalkEmbeds(Payload):
     def window(self, window: Window) -> AudioWindow:
         """The speech of these frames of the whole video, each with its two neighbors on both sides.
 
-        Frames before the start repeat the first; after the end comes silence, or the sound mirrored.
+        Frames before the start repeat the first. After the end the last one is repeated, but in a loop's later windows
+        comes silence, or the sound mirrored.
         """
         half = AUDIO_WINDOW // 2
         index = torch.tensor([[f + offset for offset in range(-half, half + 1)] for f in window.sounding]).clamp(min=0)
+        if window.end is None or window.pixels[0] == 0:
+            index = index.clamp(max=self.num_frames - 1)
         speakers = [self._at(feature, index) for feature in self.features]
         return AudioWindow(torch.stack(speakers)[None], torch.tensor(float(self.scale)), self.masks)
 

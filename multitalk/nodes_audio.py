@@ -221,7 +221,9 @@ def _speech(value: object, where: str) -> object:
     """Speech of this pack, also from the dict that nodes of other packs make of it."""
     if not isinstance(value, Mapping):
         return value
-    features = tuple(value.get("audio_features") or ())
+    features = value.get("audio_features")
+    # A list, or one tensor of all speakers.
+    features = () if features is None else tuple(features)
     if not features or not all(isinstance(part, Tensor) and part.dim() == 3 and len(part) for part in features):
         raise ValueError(f"{where} holds no speech: look at the node that cuts it, and at how long the sound is.")
     given = {field: value[name] for name, field in IN_DICT.items() if value.get(name) is not None}

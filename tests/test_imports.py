@@ -16,7 +16,8 @@ FLOORS = (
     ("SYSTEMS", "cache_methods", "unbuilt"),
     ("registry",),
     ("distributed",),
-    ("NODES", "doctor", "node_checks", "node_tools", "node_tips", "linked_values", "saved_values", "__init__"),
+    ("NODES", "doctor", "node_checks", "node_tools", "node_tips", "node_results", "linked_values", "saved_values"),
+    ("__init__",),
     ("headless", "demo", "bench"),
     ("benchmarks", "wanvideo_command"),
 )

@@ -8,20 +8,20 @@ from wanvideo_wrapper.host import StandaloneHost, get_host, set_host
 from wanvideo_wrapper.node_results import placed
 from wanvideo_wrapper.node_tools import mappings
 
-KINDS = ("IMAGE", "INT", "MASK", "LATENT")
+KINDS = ("IMAGE", "INT", "MASK", "LATENT", "SIGMAS")
 AWAY = torch.device("meta")
 
 
 def results():
-    return torch.rand(2, 4, 4, 3), 7, torch.rand(2, 4, 4), {"samples": torch.rand(1, 16, 1, 2, 2)}
+    return torch.rand(2, 4, 4, 3), 7, torch.rand(2, 4, 4), {"samples": torch.rand(1, 16, 1, 2, 2)}, torch.rand(3)
 
 
 def test_pictures_and_masks_go_there_and_nothing_else():
     given = results()
-    picture, number, mask, latents = placed(KINDS, given, AWAY, "Node")
+    picture, number, mask, latents, sigmas = placed(KINDS, given, AWAY, "Node")
     assert (picture.device.type, picture.shape) == ("meta", given[0].shape)
     assert (mask.device.type, mask.shape) == ("meta", given[2].shape)
-    assert number == 7 and latents is given[3]
+    assert number == 7 and latents is given[3] and sigmas is given[4]
     assert placed(KINDS, given, torch.device("cpu"), "Node") is given
     shown = {"ui": {}, "result": given}
     assert placed(KINDS, shown, AWAY, "Node") is shown

@@ -9,6 +9,7 @@ import pickle
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -44,13 +45,27 @@ def test_entries_take_values_in_the_order_of_the_original(name):
     assert ours[: len(theirs)] == theirs[: len(ours)]
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("WanVideoImageToVideoEncode", "fun_or_fl2v_model", False), ("WanVideoClipVisionEncode", "ratio", 1.0),
+        ("DrawNLFPoses", "stick_width", 1.0), ("DrawNLFPoses", "point_radius", 2),
+    ],
+)  # fmt: skip
+def test_what_a_prompt_leaves_out_is_as_in_the_original(name, given, value):
+    """There entries have other defaults than their widgets."""
+    assert inspect.signature(getattr(N[name], N[name].FUNCTION)).parameters[given].default == value
+
+
 def test_values_in_order_are_looked_at_as_those_of_links_are():
     swap = N["WanVideoBlockSwap"]()
     assert swap.setargs(3, True, False) == swap.setargs(blocks_to_swap=3, offload_img_emb=True, offload_txt_emb=False)
     with pytest.raises(ValueError, match="WanVideo Block Swap: 'blocks_to_swap' must be a whole number, not nan"):
         swap.setargs(float("nan"), False, False)
-    with pytest.raises(TypeError, match="too many positional arguments"):
+    with pytest.raises(TypeError, match=r"Block Swap takes 7 values in order \(blocks_to_swap, .*\), not 8"):
         swap.setargs(*range(8))
+    with pytest.raises(TypeError, match="Swap got 'blocks_to_swap' twice, in order and by name"):
+        swap.setargs(3, True, False, blocks_to_swap=4)
 
 
 def test_inputs_that_had_another_name_are_taken_under_it():
@@ -80,9 +95,16 @@ def test_a_module_of_the_original_has_every_node():
         _ = importlib.import_module("wanvideo_wrapper.nodes").nothing
 
 
+class Unloaded(ModuleType):
+    """As modules whose package is not there, or loaded when something is looked up in it."""
+
+    def __getattr__(self, name):
+        raise ImportError("looked up")
+
+
 def test_an_import_under_another_name_is_the_same_package(monkeypatch):
     """As `importlib.import_module("custom_nodes.ComfyUI-WanVideoWrapper.nodes_sampler")` makes one."""
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(sys, "modules", {"unloaded": Unloaded("unloaded")} | sys.modules)
     queued = []
     monkeypatch.setattr("wanvideo_wrapper.host.before_queuing", queued.append)
     file, name = Path(wanvideo_wrapper.__file__), "ComfyUI-WanVideoWrapper"
@@ -140,6 +162,9 @@ def test_speech_is_read_and_taken_as_a_dict():
     assert (got.scale, got.cfg_scale, got.num_frames) == (0.7, 2.5, 9) and got.masks is masks
     assert all(torch.equal(part, whole[4:13]) for part, whole in zip(got.features, features, strict=True))
     assert taken(speech)["multitalk_embeds"] is speech and speech.get("audio_stride") is None
+    assert "audio_features" in speech and "audio_stride" not in speech
+    stacked = taken({**speech, "audio_features": torch.stack(features)})["multitalk_embeds"]
+    assert stacked.num_frames == 20 and (stacked.scale, stacked.cfg_scale) == (0.7, 2.5) and stacked.masks is masks
     with pytest.raises(ValueError, match="Sampler: 'multitalk_embeds' holds no speech"):
         taken(cut(speech, 20, 9))
 

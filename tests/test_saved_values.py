@@ -55,6 +55,7 @@ class Loader:
     """Loads."""
 
     DISPLAY_NAME, FUNCTION = "A Loader", "load"
+    RETURN_TYPES = ("STRING", "STRING", "INT", "STRING")
 
     @classmethod
     def INPUT_TYPES(cls):

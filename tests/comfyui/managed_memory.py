@@ -127,7 +127,7 @@ def loaders(management, gpu, host, folder):
 
     load = N["WanVideoModelLoader"]().loadmodel
     for device in ("offload_device", "main_device"):
-        (model,) = load("tiny_t2v.safetensors", "fp32", "disabled", device)
+        (model,) = load("tiny_t2v.safetensors", "fp32", device, "disabled")
         told[device] = listed(model)
     embeds = N["WanVideoEmptyEmbeds"]().process(9, 32, 32)[0]
     text = TextEmbeds(positive=(torch.randn(4, model.transformer.config.text_dim),), negative=())

@@ -269,7 +269,7 @@ def scale_positions(f=1.0, h=1.0, w=1.0):
 def test_scaled_positions(tmp_path, monkeypatch):
     assert scale_positions() == "comfy"
     for wrong in (0.0, -1.0):
-        with pytest.raises(ValueError, match="ntk_scale_f, ntk_scale_h and ntk_scale_w must be more than 0"):
+        with pytest.raises(ValueError, match="ntk_scale_h"):
             scale_positions(h=wrong)
     with pytest.raises(ValueError, match="more than 0"):
         N["WanVideoRoPEFunction"].VALIDATE_INPUTS(ntk_scale_w=0.0)

@@ -205,7 +205,7 @@ def test_another_model_is_refused(vae, host):
 
 def image_embeds(vae, frames=9, **more):
     node = N["WanVideoImageToVideoEncode"]()
-    return node.process(48, 32, frames, 0.0, 1.0, 1.0, True, vae=vae, start_image=pictures(1), **more)[0]
+    return node.process(48, 32, frames, True, 0.0, 1.0, 1.0, vae=vae, start_image=pictures(1), **more)[0]
 
 
 def combine(first, second):

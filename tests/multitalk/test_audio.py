@@ -165,14 +165,21 @@ def test_another_kind_of_file_is_named(tmp_path):
 def test_windows_by_absolute_frame(frames, with_silence):
     feature, silence = torch.randn(30, 2, 4), torch.randn(5, 2, 4)
     embeds = MultiTalkEmbeds(features=(feature,), scale=0.5, silence=silence if with_silence else None)
-    window = embeds.window(Window((), tuple(frames)))
+    window = embeds.window(Window((), tuple(frames), end=12))
     assert window.audio.shape == (1, 1, len(frames), 5, 2, 4) and float(window.scale) == 0.5
+    repeated = frames[0] == 0
     for row, frame in enumerate(frames):
         for column, offset in enumerate((-2, -1, 0, 1, 2)):
             index = max(frame + offset, 0)
             tail = silence if with_silence else feature.flip(0)
-            want = feature[index] if index < 30 else tail[(index - 30) % len(tail)]
+            want = feature[index] if index < 30 else feature[-1] if repeated else tail[(index - 30) % len(tail)]
             assert torch.equal(window.audio[0, 0, row, column], want)
+
+
+def test_the_last_sound_is_repeated_where_there_is_no_loop():
+    embeds = MultiTalkEmbeds(features=(torch.randn(30, 2, 4),), silence=torch.randn(5, 2, 4))
+    window = embeds.window(Window((), tuple(range(26, 35))))
+    assert torch.equal(window.audio[0, 0, -1], embeds.features[0][-1:].expand(5, -1, -1))
 
 
 def sound_of(samples, rate, channels=1):

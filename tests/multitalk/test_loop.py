@@ -61,7 +61,7 @@ def request(parts, total=30, **loop):
 
 
 def part_of(window):
-    return Window(latents=window.latents, pixels=tuple(window.frames))
+    return Window(latents=window.latents, pixels=tuple(window.frames), end=8)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """StoryMem: positions against angles in float64, the condition, and a run."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,5 +81,5 @@ def test_the_result_is_the_video_without_memory():
     assert found["samples"].shape == estimate["samples"].shape == (1, 16, 3, 4, 6)
     assert found["has_ref"] == 0
     whole = sample(request(FakeModel(GaussianTransformer(config(in_dim=36), (ImageToVideo(), StoryMem()))),
-                           image=SimpleNamespace(**{**made.__dict__, "modifiers": ()})), FakeHost())[0]  # fmt: skip
+                           image=replace(made, modifiers=())), FakeHost())[0]  # fmt: skip
     assert torch.equal(whole["samples"][:, :, 3:], found["samples"]) and whole["has_ref"] == 3
