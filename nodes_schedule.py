@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from .node_checks import Types, verdict
@@ -97,6 +99,8 @@ class WanVideoSchedulerv2(WanVideoScheduler):
     RETURN_TYPES = ("WANVIDEOSCHEDULER",)
     RETURN_NAMES = ("scheduler",)
 
+    # With the parameters of the other, which calls in order go by.
+    @functools.wraps(WanVideoScheduler.process, assigned=())
     def process(self, **widgets: object) -> tuple[Schedule]:
         """The schedule."""
         return (super().process(**widgets)[3],)

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.conditioning import Payload
+from ..wanvideo.conditioning import Payload, check_size
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.block import WanAttentionBlock
 from ..wanvideo.modules.layers import gated_residual
@@ -107,11 +107,7 @@ class HuMo(Extension):
         ValueError where the channels that are left do not fit, or the size.
         """
         cond = self._pictures(payload, inputs.timestep).to(latents).expand(latents.shape[0], -1, -1, -1, -1)
-        if cond.shape[2:] != latents.shape[2:]:
-            raise ValueError(
-                f"The latents of HuMoEmbeds are {tuple(cond.shape[2:])} but the video's {tuple(latents.shape[2:])} "
-                "(frames, height, width): give both the same width, height and num_frames."
-            )
+        check_size("The latents of HuMoEmbeds", cond, latents, "give both the same width, height and num_frames")
         noise, room = model.config.out_dim, model.config.in_dim - latents.shape[1]
         if room == cond.shape[1]:
             return torch.cat((latents, cond), dim=1)

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.conditioning import Payload, Window, frames_at
+from ..wanvideo.conditioning import Payload, Window, check_size, frames_at
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import ModelInputs
@@ -77,11 +77,7 @@ class ImageToVideo(Extension):
         Raises ValueError where the channels that are left do not fit, or the pictures are of another size.
         """
         room = model.config.in_dim - latents.shape[1]
-        if payload.cond.shape[2:] != latents.shape[2:]:
-            raise ValueError(
-                f"{PICTURES} are {tuple(payload.cond.shape[2:])} but the video's are "
-                f"{tuple(latents.shape[2:])} (frames, height, width): encode them at its width, height and length."
-            )
+        check_size(PICTURES, payload.cond, latents, "encode them at its width, height and length")
         channels = torch.cat((payload.mask, payload.cond), dim=1)
         if room == payload.cond.shape[1]:
             channels = torch.cat((payload.cond[:, :, :1], torch.zeros_like(payload.cond[:, :, 1:])), dim=2)

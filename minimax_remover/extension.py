@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..wanvideo.conditioning import Payload, Window, frames_at
+from ..wanvideo.conditioning import Payload, Window, check_size, frames_at
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import ModelInputs
@@ -51,12 +51,8 @@ class MiniMaxRemover(Extension):
 
     def latents(self, model: WanModel, payload: MaskedVideo, latents: Tensor, inputs: ModelInputs) -> Tensor:
         """Joined behind the noise. Raises ValueError for another length or size."""
-        if payload.channels.shape[2:] != latents.shape[2:]:
-            raise ValueError(
-                f"MiniMax-Remover's latents are {tuple(payload.channels.shape[2:])} but the video is "
-                f"{tuple(latents.shape[2:])} (frames, height, width): encode video and mask at the size and length of "
-                "the embeds."
-            )
+        advice = "encode video and mask at the size and length of the embeds"
+        check_size("MiniMax-Remover's latents", payload.channels, latents, advice)
         return torch.cat((latents, payload.channels.to(latents).expand(latents.shape[0], -1, -1, -1, -1)), dim=1)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..fun_control.extension import part_of
-from ..wanvideo.conditioning import Payload, Window
+from ..wanvideo.conditioning import Payload, Window, check_size
 from ..wanvideo.extension import Extension
 from ..wanvideo.modules.model import WanModel
 from ..wanvideo.tokens import ModelInputs
@@ -61,11 +61,7 @@ class UniLumos(Extension):
 
     def latents(self, model: WanModel, payload: RelitVideo, latents: Tensor, inputs: ModelInputs) -> Tensor:
         """Joined behind the noise. Raises ValueError for another size."""
-        if payload.channels.shape[2:] != latents.shape[2:]:
-            raise ValueError(
-                f"UniLumos's latents are {tuple(payload.channels.shape[2:])} but the video is "
-                f"{tuple(latents.shape[2:])} (frames, height, width): use no reference frames beside them."
-            )
+        check_size("UniLumos's latents", payload.channels, latents, "use no reference frames beside them")
         return torch.cat((latents, payload.channels.to(latents).expand(latents.shape[0], -1, -1, -1, -1)), dim=1)
 
 

@@ -17,7 +17,7 @@ from ..wanvideo.schedulers.methods import exact, whole
 
 
 def bridge_grid(steps: int, shift: float) -> Grid:
-    """Times from 1 (the source) on: those of UniPC in whole timesteps, each counted to its end."""
+    """Times from 1 (the source) on: those of diffusers' UniPC and DEIS in whole timesteps, each counted to its end."""
     return (whole(deis_grid(steps, shift)) + 1) * LAST_TRAINED
 
 

@@ -112,6 +112,18 @@ def frames_at(places: Sequence[int], frames: Tensor, what: str) -> Tensor:
     return frames[:, :, list(places)]
 
 
+def check_size(what: str, latents: Tensor, video: Tensor, advice: str) -> None:
+    """Raises ValueError for latents [B, C, F, H, W] of another length or size than the video's.
+
+    what: their name in the message, in the plural; advice: what to do.
+    """
+    if latents.shape[2:] != video.shape[2:]:
+        raise ValueError(
+            f"{what} are {tuple(latents.shape[2:])} (frames, height, width) but the video's "
+            f"{tuple(video.shape[2:])}: {advice}."
+        )
+
+
 @dataclass(frozen=True)
 class Payload:
     """What a node emits for one system; all that sampler and windows know of it. Subclasses are frozen dataclasses.

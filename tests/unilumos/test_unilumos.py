@@ -40,7 +40,7 @@ def test_the_model_reads_both_videos_in_every_pass(batch):
     assert video.without(frozenset({"text"})) is video
     part = video.window(Window((1, 2), tuple(range(5)), total=3))
     assert torch.equal(part.channels, video.channels[:, :, 1:])
-    with pytest.raises(ValueError, match=r"latents are \(2, 4, 6\) but the video is \(3, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"latents are \(2, 4, 6\) .* but the video's \(3, 4, 6\)"):
         model(replace(asked, payloads=(part,)))
     with pytest.raises(ValueError, match="3 latent frames but the video has 4"):
         video.window(Window((2, 3), tuple(range(5)), total=4))

@@ -40,7 +40,7 @@ def wan_grid(steps: int, shift: float) -> Grid:
 
 
 def deis_grid(steps: int, shift: float) -> Grid:
-    """DEIS (and ViBT): uniform from the last trained noise level below 1, then shifted.
+    """DEIS: uniform from the last trained noise level below 1, then shifted.
 
     In diffusers' order of operations, since whole timesteps are rounded down.
     """
@@ -48,7 +48,7 @@ def deis_grid(steps: int, shift: float) -> Grid:
 
 
 def uniform_grid(steps: int, shift: float) -> Grid:
-    """Pusa's: uniform from 1, then shifted."""
+    """Uniform from 1, then shifted."""
     return shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
 
 
